@@ -1,0 +1,104 @@
+"""The error tree: what may be tried again, what is final, and what only a caller can mend.
+
+Every message is a sentence for a person: what happened, to what, and what to do next. No message carries a secret.
+"""
+
+from engine.model import Failure
+
+__all__ = [
+    "AccessDenied",
+    "Conflict",
+    "Final",
+    "HeadraceError",
+    "LeaseLost",
+    "NotFound",
+    "ObjectChanged",
+    "ObjectGone",
+    "Refused",
+    "SettingsError",
+    "StartError",
+    "Transient",
+    "WrongClock",
+]
+
+
+class HeadraceError(Exception):
+    """The root. `code` is stable and matches `[a-z_]+`; `str(error)` is the sentence."""
+
+    code = "error"
+
+    def failure(self) -> Failure:
+        """This error as it is recorded in a job or a range."""
+        return Failure(self.code, str(self))
+
+
+class Transient(HeadraceError):
+    """It may work when tried again: the network, a primary stepping down, a server that is busy."""
+
+    code = "unavailable"
+
+
+class WrongClock(Transient):
+    """S3 refuses our signature since this machine's clock is off. Not final: clocks get set."""
+
+    code = "wrong_clock"
+
+
+class Final(HeadraceError):
+    """Trying again cannot help; the job fails at once."""
+
+    code = "final"
+
+
+class ObjectGone(Final):
+    """The object, or the version of it that the job pinned, is no longer there."""
+
+    code = "object_gone"
+
+
+class ObjectChanged(Final):
+    """The object was overwritten after the job pinned its ETag."""
+
+    code = "object_changed"
+
+
+class AccessDenied(Final):
+    """S3 or MongoDB does not let these credentials do this."""
+
+    code = "access_denied"
+
+
+class Refused(Final):
+    """The job asks for something that cannot be done: a UTF-16 file, a view as its collection, a bad option."""
+
+    code = "refused"
+
+
+class LeaseLost(HeadraceError):
+    """The token matched no lease: somebody else owns the range now. Drop the work and write nothing more."""
+
+    code = "lease_lost"
+
+
+class NotFound(HeadraceError):
+    """No such job or object."""
+
+    code = "not_found"
+
+
+class Conflict(HeadraceError):
+    """The state that it is in does not allow this."""
+
+    code = "conflict"
+
+
+class SettingsError(HeadraceError):
+    """One or more settings are wrong; the message lists all of them."""
+
+    code = "settings"
+
+
+class StartError(HeadraceError):
+    """Something could not be started: a port is taken, a library is missing, a server does not come up."""
+
+    code = "start"

@@ -1,0 +1,271 @@
+"""The nouns that pass between rooms, and the two state machines.
+
+Nothing here does I/O, reads a clock or knows of a library outside the standard one. Offsets and sizes are bytes,
+counted from the start of the object; times are aware datetimes in UTC as the database server told them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+
+__all__ = [
+    "JOB_MOVES",
+    "RANGE_MOVES",
+    "TERMINAL",
+    "ByteRange",
+    "Failure",
+    "Format",
+    "Job",
+    "JobOptions",
+    "JobState",
+    "Lease",
+    "Plan",
+    "Progress",
+    "RangeState",
+    "Reason",
+    "Record",
+    "Reject",
+    "Source",
+    "Stop",
+    "Tally",
+]
+
+
+class JobState(StrEnum):
+    """Where a job is. COMPLETED, FAILED and CANCELLED are terminal."""
+
+    PENDING = "PENDING"  # submitted; nobody has planned it
+    PROCESSING = "PROCESSING"  # its ranges are fixed; workers lease them
+    COMPLETED = "COMPLETED"  # every range is DONE
+    FAILED = "FAILED"  # stopped by a final error, or some ranges FAILED and the others are DONE
+    CANCELLED = "CANCELLED"  # stopped by a person
+
+
+class RangeState(StrEnum):
+    """Where a byte range is. DONE is terminal; FAILED is, until a person retries the job."""
+
+    READY = "READY"  # anyone may lease it once `notBefore` has passed
+    LEASED = "LEASED"  # one holder owns it until `until`, by token
+    DONE = "DONE"  # every line of it is acknowledged
+    FAILED = "FAILED"  # given up: attempts spent, or three deaths in a row at one offset
+
+
+JOB_MOVES: Final[Mapping[JobState, frozenset[JobState]]] = {
+    JobState.PENDING: frozenset({JobState.PROCESSING, JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.PROCESSING: frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.COMPLETED: frozenset(),
+    # Only an explicit retry leaves these two: to PENDING where no plan was made, to PROCESSING elsewhere.
+    JobState.FAILED: frozenset({JobState.PENDING, JobState.PROCESSING}),
+    JobState.CANCELLED: frozenset({JobState.PENDING, JobState.PROCESSING}),
+}
+"""Which state may follow which. Every change is one compare-and-set on the state it comes from."""
+
+RANGE_MOVES: Final[Mapping[RangeState, frozenset[RangeState]]] = {
+    RangeState.READY: frozenset({RangeState.LEASED}),
+    RangeState.LEASED: frozenset({RangeState.READY, RangeState.DONE, RangeState.FAILED}),
+    RangeState.DONE: frozenset(),
+    RangeState.FAILED: frozenset({RangeState.READY}),
+}
+"""Which state of a range may follow which; FAILED goes back to READY by an explicit retry only."""
+
+TERMINAL: Final = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
+
+
+class Format(StrEnum):
+    """How a line becomes a document. AUTO is decided once, when the job is planned."""
+
+    AUTO = "auto"
+    NDJSON = "ndjson"
+    TEXT = "text"
+
+
+class Reason(StrEnum):
+    """Why a line was rejected. The values are stable: clients match on them."""
+
+    INVALID_JSON = "invalid_json"
+    NOT_AN_OBJECT = "not_an_object"
+    INT_RANGE = "int_range"
+    BAD_KEY = "bad_key"
+    BAD_ID = "bad_id"
+    TOO_DEEP = "too_deep"
+    TOO_LARGE = "too_large"
+    INVALID_UTF8 = "invalid_utf8"
+    DUPLICATE_KEY = "duplicate_key"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One version of one object in S3, pinned: every read of it carries `If-Match: etag`.
+
+    `etag` is kept with its quotes, as S3 sent it. `version` is the S3 version id, "" on an unversioned bucket.
+    """
+
+    bucket: str
+    key: str
+    etag: str
+    version: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes `start` to `end` (exclusive) of an object. It owns the lines whose first byte lies in it."""
+
+    index: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What became of lines. `inserted + duplicates + rejected + blank == lines`; `bytes` includes terminators."""
+
+    lines: int = 0
+    inserted: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    blank: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.lines + other.lines,
+            self.inserted + other.inserted,
+            self.duplicates + other.duplicates,
+            self.rejected + other.rejected,
+            self.blank + other.blank,
+            self.bytes + other.bytes,
+        )
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, int]) -> "Tally":
+        """The tally kept in a document; a field that is missing is 0."""
+        return cls(**{f.name: int(document.get(f.name, 0)) for f in fields(cls)})
+
+    def document(self) -> dict[str, int]:
+        """The tally as a plain dict, field by field."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to work on one range. Only the holder of `token` may renew, confirm, close or fail it.
+
+    `confirmed` is the offset below which every line is acknowledged, `tally` the counts up to there; work starts at
+    `confirmed`. `deaths` counts holders in a row that died at this `confirmed`; `attempts` the transient failures
+    spent. `resumed` tells that somebody has worked on this range before.
+    """
+
+    job_id: str
+    range: ByteRange
+    token: str
+    confirmed: int
+    tally: Tally
+    attempts: int = 0
+    deaths: int = 0
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document and the offset of the line that it came from."""
+
+    offset: int
+    document: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A line that did not become a document.
+
+    `offset` and `length` (bytes) are those of the line without its terminator; `ordinal` is its 0-based number
+    within its range; `head` its first bytes, at most 64 KiB. `code` is the server's error code where it has one.
+    """
+
+    offset: int
+    length: int
+    ordinal: int
+    reason: Reason
+    detail: str
+    head: bytes
+    code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the first to join a job fixed, once, for all.
+
+    `tag` is the six bytes that begin each generated `_id`. `sole` tells that no earlier job has worked on this source
+    in this collection, so that a duplicate of a generated `_id` can only be our own replay.
+    """
+
+    format: Format
+    tag: bytes
+    range_bytes: int
+    range_count: int
+    sole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job or range failed: a stable `code`, and a `message` that says what happened and what to do next."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The stamp that makes the holders of a job's ranges let go; `to` is the state the job ends in."""
+
+    to: JobState
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A job's numbers as they were last summed over its ranges; `rate` is lines per second, lately."""
+
+    tally: Tally = field(default_factory=Tally)
+    bytes_done: int = 0
+    ranges_total: int = 0
+    ranges_done: int = 0
+    rate: float = 0.0
+    at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """What the client asks of a job.
+
+    `max_errors` is a count of rejects, or a percentage of the lines read such as "2%". `if_loaded` is "load" or
+    "skip". Higher `priority` goes first.
+    """
+
+    collection: str = "records"
+    format: Format = Format.AUTO
+    max_errors: int | str = 1000
+    priority: int = 0
+    force: bool = False
+    if_loaded: str = "load"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One load of one source into one collection. `id` is 24 hexadecimal digits."""
+
+    id: str
+    source: Source
+    options: JobOptions
+    state: JobState
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    plan: Plan | None = None
+    stopping: Stop | None = None
+    failure: Failure | None = None
+    progress: Progress = field(default_factory=Progress)
+    already_loaded_by: str | None = None
