@@ -41,10 +41,11 @@ class Batcher:
         ordinal: the number, within the range, of the first line to come.
     """
 
-    __slots__ = ("_bytes", "_lines", "_max_bytes", "_max_lines", "_offset", "_ordinal")
+    __slots__ = ("_bytes", "_lines", "_max_bytes", "_offset", "_ordinal", "max_lines")
 
     def __init__(self, max_lines: int, max_bytes: int, ordinal: int = 0) -> None:
-        self._max_lines = max_lines
+        self.max_lines = max_lines
+        """Lines in a batch; may be changed between calls."""
         self._max_bytes = max_bytes
         self._ordinal = ordinal
         self._offset = 0
@@ -64,7 +65,7 @@ class Batcher:
         self._bytes += sum(map(len, block.lines))
         if not block.terminated:
             yield from self.flush(terminated=False)
-        while len(self._lines) >= self._max_lines or self._bytes >= self._max_bytes:
+        while len(self._lines) >= self.max_lines or self._bytes >= self._max_bytes:
             yield self._cut()
 
     def flush(self, *, terminated: bool = True) -> Iterator[Batch]:
@@ -76,7 +77,7 @@ class Batcher:
             yield batch
 
     def _cut(self) -> Batch:
-        lines = self._lines[: self._max_lines]
+        lines = self._lines[: self.max_lines]
         size = sum(map(len, lines))
         if size > self._max_bytes and len(lines) > 1:
             size = taken = 0

@@ -23,7 +23,9 @@ _ZEROS: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte f
 _RUN: Final = b"0" * 19
 
 # Strings are matched first, so that digits within them are passed over; then numbers, whole, to see if they are integers.
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|(-?\d{19,})((?:\.\d+)?(?:[eE][+-]?\d+)?)|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
+_TOKEN: Final = re.compile(
+    rb'"(?:[^"\\]++|\\.)*+"|(-?\d{19,}+)((?:\.\d+)?(?:[eE][+-]?\d+)?)|\d++(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL
+)
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 # Longer than any int64; int() of a literal of thousands of digits is refused by Python itself.

@@ -51,7 +51,7 @@ class Splitter:
     Feed it the object's bytes from `read_from` on until `done` turns true, or call `finish()` where the object ends.
     """
 
-    __slots__ = ("_carried", "_carry", "_dropping", "_end", "_last", "_line", "_max", "_position", "done", "read_from")
+    __slots__ = ("_carried", "_carry", "_dropping", "_end", "_last", "_line", "_max", "done", "position", "read_from")
 
     def __init__(self, start: int, end: int, max_line_bytes: int) -> None:
         self.read_from = max(start - 1, 0)
@@ -60,7 +60,8 @@ class Splitter:
         """Every owned line has been handed out; further bytes are of no use."""
         self._end = end
         self._max = max_line_bytes
-        self._position = self.read_from  # of the next byte to be fed
+        self.position = self.read_from
+        """Offset of the next byte to feed."""
         self._dropping = start > 0
         self._line = start  # first byte of the line under way
         self._carry: list[bytes] = []  # what of it has been fed; a head, once over the limit
@@ -71,13 +72,13 @@ class Splitter:
         """Take the next bytes of the object; returns what they complete, in order. Ignored once `done`."""
         if self.done or not data:
             return []
-        base = self._position
-        self._position += len(data)
+        base = self.position
+        self.position += len(data)
         if self._dropping:
             newline = data.find(b"\n")
             if newline < 0:
                 # A newline at `end - 1` or later starts a line that the next range owns.
-                self.done = self._position >= self._end - 1
+                self.done = self.position >= self._end - 1
                 return []
             self._dropping = False
             self._line = base = base + newline + 1

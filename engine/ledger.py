@@ -1,0 +1,263 @@
+"""Ranges in MongoDB: open, lease, renew, close, give back, release, sum.
+
+Only the holder of a lease's token may speak for its range: every write of a holder matches `{_id, state, token}`, and
+no match means that the lease was lost. All times are the server's (`$$NOW`), so no worker's clock can steal or stall.
+"""
+
+import random
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from bson import ObjectId
+from pymongo import ReturnDocument
+from pymongo.errors import BulkWriteError
+
+from engine.errors import LeaseLost
+from engine.model import ByteRange, Failure, Lease, RangeState, Tally
+from engine.store import LEASABLE, LEASES, Document, Store, job_key, translated
+
+__all__ = ["ATTEMPTS", "DEATHS", "Ledger", "Summary"]
+
+ATTEMPTS: Final = 5
+"""Transient failures in a row, without a byte of progress between them, before a range is given up."""
+
+DEATHS: Final = 3
+"""Holders that may die in a row at one `confirmed` before a range is given up."""
+
+EXPIRY_GRACE_SECONDS: Final = 5
+"""A lease is taken away this long after it ran out: after a stall of the database its live holder comes first."""
+
+OPEN_BATCH: Final = 10_000
+"""Ranges in one insert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A job's ranges, summed. `failures` holds those of the first few ranges that FAILED."""
+
+    tally: Tally
+    ready: int
+    leased: int
+    done: int
+    failed: int
+    failures: tuple[Failure, ...]
+
+
+class Ledger:
+    """The ranges of all jobs.
+
+    Args:
+        store: the databases.
+        lease_seconds: how long a lease lasts without renewal.
+    """
+
+    def __init__(self, store: Store, lease_seconds: float) -> None:
+        self._ranges = store.ranges
+        self._lease_ms = int(lease_seconds * 1000)
+
+    def open(self, job_id: str, ranges: Sequence[ByteRange]) -> None:
+        """Put the ranges of a job down as READY. Those that are there already stay as they are."""
+        job = job_key(job_id)
+        for first in range(0, len(ranges), OPEN_BATCH):
+            documents = [
+                {
+                    "_id": {"job": job, "index": r.index},
+                    "job": job,
+                    "state": RangeState.READY,
+                    "start": r.start,
+                    "end": r.end,
+                    "confirmed": r.start,
+                    "tally": Tally().document(),
+                    "attempts": 0,
+                    "deaths": 0,
+                    "resumed": False,
+                }
+                for r in ranges[first : first + OPEN_BATCH]
+            ]
+            with translated("writing down the ranges of a job"):
+                try:
+                    self._ranges.insert_many(documents, ordered=False)
+                except BulkWriteError as error:
+                    if any(e["code"] != 11000 for e in error.details["writeErrors"]):
+                        raise
+
+    def lease(self, job_id: str, holder: str) -> Lease | None:
+        """Lease any READY range of a job whose time has come; None where there is none."""
+        token = uuid.uuid4().hex
+        with translated("leasing a range"):
+            found = self._ranges.find_one_and_update(
+                {"job": job_key(job_id), "state": RangeState.READY, "$expr": {"$lte": ["$notBefore", "$$NOW"]}},
+                [{"$set": {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self._until()}}],
+                return_document=ReturnDocument.BEFORE,
+                hint=LEASABLE,
+            )
+        if found is None:
+            return None
+        return Lease(
+            job_id,
+            ByteRange(found["_id"]["index"], found["start"], found["end"]),
+            token,
+            found["confirmed"],
+            Tally.from_document(found["tally"]),
+            found["attempts"],
+            found["deaths"],
+            found["resumed"],
+        )
+
+    def renew(self, lease: Lease, confirmed: int, tally: Tally) -> None:
+        """Prolong a lease and record how far it came. Raises LeaseLost."""
+        moved = {"$gt": [confirmed, "$confirmed"]}
+        self._speak(
+            lease,
+            {
+                "until": self._until(),
+                "confirmed": confirmed,
+                "tally": {"$literal": tally.document()},
+                "resumed": True,
+                "deaths": {"$cond": [moved, 0, "$deaths"]},
+                "attempts": {"$cond": [moved, 0, "$attempts"]},
+            },
+            "renewing a lease",
+        )
+
+    def close(self, lease: Lease, tally: Tally) -> None:
+        """Every line of the range is acknowledged: it is DONE. Raises LeaseLost."""
+        done = {"state": RangeState.DONE, "tally": {"$literal": tally.document()}, "confirmed": "$end", "failure": None}
+        self._speak(lease, done | _LET_GO, "closing a range")
+
+    def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
+        """Let go of a range, READY for anyone at `confirmed`, without spending an attempt. Raises LeaseLost."""
+        changes = {"state": RangeState.READY, "confirmed": confirmed, "tally": {"$literal": tally.document()}}
+        self._speak(lease, changes | _LET_GO | {"resumed": True}, "giving a range back")
+
+    def postpone(self, lease: Lease, confirmed: int, tally: Tally, failure: Failure) -> None:
+        """Let go after a transient failure: READY again n⁴ seconds later (±10 %), or FAILED when no attempt is left.
+
+        Raises LeaseLost.
+        """
+        attempts = 1 if confirmed > lease.confirmed else lease.attempts + 1
+        changes: Document = {
+            "confirmed": confirmed,
+            "tally": {"$literal": tally.document()},
+            "attempts": attempts,
+            "resumed": True,
+            "failure": {"$literal": {"code": failure.code, "message": failure.message}},
+        }
+        if attempts > ATTEMPTS:
+            changes["state"] = RangeState.FAILED
+        else:
+            changes["state"] = RangeState.READY
+            wait_ms = int(attempts**4 * 1000 * random.uniform(0.9, 1.1))  # noqa: S311 (jitter, not a secret)
+            changes["notBefore"] = {"$add": ["$$NOW", wait_ms]}
+        self._speak(lease, changes | _LET_GO, "putting a range off")
+
+    def release(self, holders: Iterable[str]) -> int:
+        """Free the ranges of holders that are known to be dead; returns how many there were."""
+        names = list(holders)
+        if not names:
+            return 0
+        return self._release({"state": RangeState.LEASED, "holder": {"$in": names}})
+
+    def expire(self) -> int:
+        """Free the ranges whose leases ran out; returns how many there were."""
+        deadline = {"$subtract": ["$$NOW", EXPIRY_GRACE_SECONDS * 1000]}
+        return self._release({"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}})
+
+    def leased(self, job_ids: Iterable[str]) -> dict[str, int]:
+        """How many ranges of each of these jobs are leased; jobs without are left out."""
+        stages: list[Document] = [
+            {"$match": {"job": {"$in": [job_key(job_id) for job_id in job_ids]}, "state": RangeState.LEASED}},
+            {"$group": {"_id": "$job", "count": {"$sum": 1}}},
+        ]
+        with translated("counting leases"):
+            return {str(found["_id"]): found["count"] for found in self._ranges.aggregate(stages, hint=LEASABLE)}
+
+    def busy(self, job_id: str) -> bool:
+        """Whether any range of the job is READY or LEASED."""
+        query = {"job": job_key(job_id), "state": {"$in": [RangeState.READY, RangeState.LEASED]}}
+        with translated("looking for open ranges"):
+            return self._ranges.find_one(query, {"_id": 1}, hint=LEASABLE) is not None
+
+    def sum(self, job_id: str) -> Summary:
+        """Add up the ranges of a job."""
+        job = job_key(job_id)
+        total: Document = {name: {"$sum": f"$tally.{name}"} for name in Tally().document()}
+        failure = {"$cond": [{"$eq": ["$state", RangeState.FAILED]}, "$failure", "$$REMOVE"]}
+        stages: list[Document] = [
+            {"$match": _ranges_of(job)},
+            {"$group": {"_id": "$state", "count": {"$sum": 1}, "failures": {"$firstN": {"input": failure, "n": 3}}, **total}},
+        ]
+        with translated("summing the ranges of a job"):
+            found = {group["_id"]: group for group in self._ranges.aggregate(stages)}
+        counts = {state: found.get(state, {}).get("count", 0) for state in RangeState}
+        failures = found.get(RangeState.FAILED, {}).get("failures", [])
+        return Summary(
+            sum((Tally.from_document(group) for group in found.values()), Tally()),
+            counts[RangeState.READY],
+            counts[RangeState.LEASED],
+            counts[RangeState.DONE],
+            counts[RangeState.FAILED],
+            tuple(Failure(f["code"], f["message"]) for f in failures if f),
+        )
+
+    def reopen(self, job_id: str) -> None:
+        """For an explicit retry: every range that is not DONE may be leased at once, with all its attempts."""
+        query = _ranges_of(job_key(job_id)) | {"state": {"$in": [RangeState.READY, RangeState.FAILED]}}
+        fresh = {"state": RangeState.READY, "attempts": 0, "deaths": 0, "resumed": True}
+        with translated("reopening the ranges of a job"):
+            self._ranges.update_many(query, {"$set": fresh, "$unset": {"notBefore": "", "failure": ""}})
+
+    def first_lines(self, job_id: str) -> dict[int, int]:
+        """For each range before which all are DONE: how many lines stand before it in the file."""
+        before: dict[int, int] = {}
+        lines = 0
+        with translated("counting the lines of ranges"):
+            for found in self._ranges.find(_ranges_of(job_key(job_id)), {"tally.lines": 1, "state": 1}).sort("_id", 1):
+                before[found["_id"]["index"]] = lines
+                if found["state"] != RangeState.DONE:
+                    break
+                lines += found["tally"]["lines"]
+        return before
+
+    def _until(self) -> Document:
+        return {"$add": ["$$NOW", self._lease_ms]}
+
+    def _speak(self, lease: Lease, changes: Document, doing: str) -> None:
+        key = {"job": job_key(lease.job_id), "index": lease.range.index}
+        held = {"_id": key, "state": RangeState.LEASED, "token": lease.token}
+        with translated(doing):
+            result = self._ranges.update_one(held, [{"$set": changes}])
+        if not result.matched_count:
+            raise LeaseLost(f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now")
+
+    def _release(self, query: Document) -> int:
+        deaths = {"$add": ["$deaths", 1]}
+        message: list[Any] = [
+            f"{DEATHS} workers in a row died at byte ",
+            {"$toString": "$confirmed"},
+            " of the range from byte ",
+            {"$toString": "$start"},
+            " to ",
+            {"$toString": "$end"},
+            ": look at the lines there, then retry the job",
+        ]
+        poison = {"code": "workers_died", "message": {"$concat": message}}
+        spent = {"$gte": [deaths, DEATHS]}
+        changes = {
+            "deaths": deaths,
+            "state": {"$cond": [spent, RangeState.FAILED, RangeState.READY]},
+            "failure": {"$cond": [spent, poison, "$failure"]},
+            "resumed": True,
+        }
+        with translated("releasing leases"):
+            return self._ranges.update_many(query, [{"$set": changes | _LET_GO}], hint=LEASES).modified_count
+
+
+_LET_GO: Final[Document] = {"token": "$$REMOVE", "holder": "$$REMOVE", "until": "$$REMOVE"}
+
+
+def _ranges_of(job: ObjectId) -> Document:
+    """All ranges of a job, by the bounds of their `_id`: an index scan of just these."""
+    return {"_id": {"$gte": {"job": job, "index": 0}, "$lt": {"job": job, "index": float("inf")}}}

@@ -1,0 +1,348 @@
+"""One lease through the straight path: ranged reads, lines, batches, bulk writes, confirmation.
+
+Knows nothing of processes. The calling thread reads and splits; a few writer threads decode and write one batch each,
+so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease once a second.
+"""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from enum import Enum, auto
+from typing import Final
+
+from engine.batches import Batch, Batcher
+from engine.decode import decode
+from engine.errors import HeadraceError, LeaseLost, Transient
+from engine.ledger import Ledger
+from engine.lines import Splitter
+from engine.logs import get_logger
+from engine.model import Format, Job, Lease, Tally
+from engine.objects import Objects
+from engine.queue import Queue
+from engine.rejects import Rejects
+from engine.settings import Settings
+from engine.sink import Sink
+from engine.store import Store
+from engine.watermark import Watermark
+
+__all__ = ["Ended", "Keeper", "Pipeline", "Run"]
+
+log = get_logger()
+
+TICK_SECONDS: Final = 1.0
+"""How often a lease is renewed and its progress recorded."""
+
+TRIES: Final = 6
+"""How often a read or write is tried, without progress between, before its range goes back."""
+
+BACKOFF_SECONDS: Final = 0.1
+"""The first wait between tries; each further one is twice as long, give or take a half."""
+
+BEYOND_BYTES: Final = 64 * 1024
+"""How far past the end of its range the first read goes, so that the last line mostly needs no second."""
+
+CAUTIOUS_LINES: Final = 50
+"""Lines in a batch while a range whose holders died is tried again: what kills a worker is found among few."""
+
+
+class Ended(Enum):
+    """How the work on a lease ended, where no error did."""
+
+    DONE = auto()
+    STOPPED = auto()  # the worker is told to stop; the range was given back
+    CANCELLED = auto()  # the job is being stopped; the range was given back
+
+
+class Run:
+    """The state that the threads at work on one lease share.
+
+    `moved` is called whenever bytes or batches move; `stop` tells that the worker is to stop softly.
+    """
+
+    def __init__(self, job: Job, lease: Lease, stop: threading.Event, moved: Callable[[], None]) -> None:
+        self.job = job
+        self.lease = lease
+        self.stop = stop
+        self.lost = threading.Event()
+        self.cancelled = threading.Event()
+        self.failed = threading.Event()
+        self.cautious = lease.deaths > 0
+        self.renewed_at = time.monotonic()
+        self.moved_at = self.renewed_at
+        self.ticked_at = self.renewed_at
+        self.seconds = {"read": 0.0, "split": 0.0, "decode": 0.0, "write": 0.0, "stall": 0.0}
+        self._moved = moved
+        self._lock = threading.Lock()
+        self._mark = Watermark(lease.confirmed, lease.tally)
+
+    def move(self) -> None:
+        """Bytes or batches have moved, or a command that has a deadline of its own is under way."""
+        self.moved_at = time.monotonic()
+        self._moved()
+
+    def opened(self, batch: Batch) -> Callable[[Tally], None]:
+        """A batch is under way; returns what to call with its tally once it is acknowledged."""
+        with self._lock:
+            slot = self._mark.open(batch.end)
+
+        def close(tally: Tally) -> None:
+            with self._lock:
+                self._mark.close(slot, tally)
+
+        return close
+
+    def mark(self) -> tuple[int, Tally]:
+        """The confirmed offset, and the tally up to there."""
+        with self._lock:
+            return self._mark.confirmed, self._mark.tally
+
+
+class Keeper(threading.Thread):
+    """Renews the lease of the run at hand, once a second, and learns whether the job is being stopped.
+
+    It renews only while the run moves: a run that hangs loses its lease.
+    """
+
+    def __init__(self, ledger: Ledger, queue: Queue, lease_seconds: float, tell: Callable[[Run | None], None]) -> None:
+        super().__init__(name="keeper", daemon=True)
+        self._ledger = ledger
+        self._queue = queue
+        self._lease_seconds = lease_seconds
+        self._tell = tell
+        self._run: Run | None = None
+        self._busy = threading.Lock()
+
+    def hold(self, run: Run) -> None:
+        """Keep this run's lease from now on."""
+        self._run = run
+
+    def drop(self) -> None:
+        """Let go; when it returns, no tick of the run is under way."""
+        self._run = None
+        with self._busy:
+            pass
+
+    def run(self) -> None:
+        """The thread's loop."""
+        while True:
+            time.sleep(TICK_SECONDS / 4)
+            with self._busy:
+                run = self._run
+                if run is not None and time.monotonic() - run.ticked_at >= TICK_SECONDS:
+                    self.tick(run)
+
+    def tick(self, run: Run) -> None:
+        """Renew, record progress, look at the job's stamps. Errors that pass are left to the next tick."""
+        run.ticked_at = time.monotonic()
+        if run.ticked_at - run.moved_at >= self._lease_seconds:
+            return
+        try:
+            self.renew(run)
+            stamps = self._queue.look(run.job.id)
+            if stamps.stopping:
+                run.cancelled.set()
+            elif stamps.stale:
+                self._queue.roll_up(run.job.id)
+            self._tell(run)
+        except LeaseLost:
+            run.lost.set()
+        except HeadraceError as error:
+            log.warning("the lease could not be renewed", action="renew", job=run.job.id, error=str(error))
+
+    def renew(self, run: Run) -> None:
+        """Renew the lease of a run at its mark. Raises LeaseLost."""
+        asked_at = time.monotonic()
+        self._ledger.renew(run.lease, *run.mark())
+        run.renewed_at = asked_at
+
+
+class Pipeline:
+    """Takes leases through to their end, one at a time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        objects: Objects,
+        queue: Queue,
+        ledger: Ledger,
+        rejects: Rejects,
+        tell: Callable[[Run | None], None] = lambda run: None,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._objects = objects
+        self._ledger = ledger
+        self._rejects = rejects
+        self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, tell)
+        self.keeper.start()
+        self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
+
+    def close(self) -> None:
+        """Let the writer threads end."""
+        self.keeper.drop()
+        self._writers.shutdown(wait=False, cancel_futures=True)
+
+    def run(self, run: Run) -> Ended:
+        """Work on a lease until it is done, or is given back.
+
+        Raises:
+            LeaseLost: somebody else owns the range; nothing more was written.
+            Transient: it was put off, and will be leased again later.
+            Final: the job cannot go on; the range was given back.
+        """
+        self.keeper.hold(run)
+        try:
+            if run.lease.resumed:
+                self._rejects.forget(run.lease)
+            ended = self._work(run)
+        except LeaseLost:
+            raise
+        except Transient as error:
+            self.keeper.drop()
+            self._ledger.postpone(run.lease, *run.mark(), error.failure())
+            raise
+        except HeadraceError:
+            self.keeper.drop()
+            self._ledger.give_back(run.lease, *run.mark())
+            raise
+        finally:
+            self.keeper.drop()
+        if ended is Ended.DONE:
+            self._ledger.close(run.lease, run.mark()[1])
+        else:
+            self._ledger.give_back(run.lease, *run.mark())
+        return ended
+
+    def _work(self, run: Run) -> Ended:
+        settings, lease, job = self._settings, run.lease, run.job
+        assert job.plan is not None
+        splitter = Splitter(lease.confirmed, lease.range.end, settings.engine_max_line_bytes)
+        size = min(CAUTIOUS_LINES, settings.engine_batch_records) if run.cautious else settings.engine_batch_records
+        batcher = Batcher(size, settings.engine_batch_bytes, lease.tally.lines)
+        sink = Sink(self._store, job.options.collection, job.plan, settings.write_timeout_seconds)
+        flying: deque[Future[None]] = deque()
+        exhausted = False
+        try:
+            with closing(self._batches(run, splitter, batcher)) as batches:
+                for batch in batches:
+                    if run.stop.is_set() or run.cancelled.is_set():
+                        break
+                    self._make_room(run, flying, 1 if run.cautious else settings.engine_writers + 1)
+                    closed = run.opened(batch)
+                    flying.append(self._writers.submit(self._write, run, sink, job.plan.format, batch, closed))
+                    if run.cautious:
+                        self._make_room(run, flying, 1)
+                        self.keeper.renew(run)
+                        run.cautious = False
+                        batcher.max_lines = settings.engine_batch_records
+                else:
+                    exhausted = splitter.done
+            self._make_room(run, flying, 1)
+        except BaseException:
+            run.failed.set()
+            # What flies may still be written, which changes nothing: wait, so that the mark tells all of it.
+            for future in flying:
+                future.cancel() or future.exception()
+            raise
+        if exhausted:
+            return Ended.DONE
+        return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
+
+    def _make_room(self, run: Run, flying: deque[Future[None]], most: int) -> None:
+        """Wait until fewer than `most` batches fly; raises what a batch raised."""
+        began = time.perf_counter()
+        while len(flying) >= most:
+            flying.popleft().result()
+        while flying and flying[0].done():
+            flying.popleft().result()
+        run.seconds["stall"] += time.perf_counter() - began
+
+    def _batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:
+        for chunk in self._chunks(run, splitter):
+            began = time.perf_counter()
+            blocks = splitter.feed(chunk)
+            run.seconds["split"] += time.perf_counter() - began
+            for block in blocks:
+                yield from batcher.add(block)
+        if splitter.position >= run.job.source.size:
+            for block in splitter.finish():
+                yield from batcher.add(block)
+        elif not splitter.done:
+            return  # told to stop: what is carried may be half a line
+        yield from batcher.flush()
+
+    def _chunks(self, run: Run, splitter: Splitter) -> Generator[bytes, None, None]:
+        """The bytes of the object from where the splitter starts until it has enough, or the object ends."""
+        source, end = run.job.source, run.lease.range.end
+        at = splitter.read_from
+        stop = min(source.size, end + BEYOND_BYTES)
+        tries = 0
+        while not splitter.done and at < source.size:
+            try:
+                run.move()
+                with self._objects.open(source, at, stop) as reader:
+                    while not splitter.done:
+                        began = time.perf_counter()
+                        chunk = reader.read(self._settings.engine_read_bytes)
+                        run.seconds["read"] += time.perf_counter() - began
+                        if not chunk:
+                            break
+                        at += len(chunk)
+                        tries = 0
+                        run.move()
+                        yield chunk
+            except Transient:
+                tries += 1
+                if tries >= TRIES:
+                    raise
+                _back_off(run, tries)
+            if at >= stop:
+                # The last line goes on: ever larger reads, so that a line of gigabytes costs few requests.
+                stop = min(source.size, at + max(2 * (stop - end), BEYOND_BYTES))
+            if run.stop.is_set() or run.cancelled.is_set() or run.lost.is_set():
+                return
+
+    def _write(self, run: Run, sink: Sink, format: Format, batch: Batch, close: Callable[[Tally], None]) -> None:
+        """One batch, in a writer thread: decode, write, write its rejects, confirm."""
+        job, plan = run.job, run.job.plan
+        assert plan is not None
+        began = time.perf_counter()
+        decoded = decode(batch, format, plan.tag, job.source.key)
+        run.seconds["decode"] += time.perf_counter() - began
+        began = time.perf_counter()
+        for tries in range(1, TRIES + 1):
+            self._guard(run)
+            try:
+                run.move()
+                tally, rejects = sink.write(batch, decoded)
+                if rejects:
+                    self._guard(run)
+                    self._rejects.write(job, run.lease.range.index, rejects)
+                break
+            except Transient:
+                if tries == TRIES or run.failed.is_set():
+                    raise
+                _back_off(run, tries)
+        run.seconds["write"] += time.perf_counter() - began
+        close(tally)
+        run.move()
+
+    def _guard(self, run: Run) -> None:
+        """Nothing is written without a lease: one that ran out while this process slept is asked for first."""
+        if not run.lost.is_set() and time.monotonic() - run.renewed_at >= self._settings.engine_lease_seconds:
+            try:
+                self.keeper.renew(run)
+            except LeaseLost:
+                run.lost.set()
+        if run.lost.is_set():
+            raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
+
+
+def _back_off(run: Run, tries: int) -> None:
+    """Wait before the next try; less when the worker is to stop."""
+    run.stop.wait(BACKOFF_SECONDS * 2**tries * random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)

@@ -1,0 +1,177 @@
+"""Decide, once, how a job is loaded: its format, the tag of its ids, its ranges.
+
+Anyone may plan a job at any time and as often as they like: the first compare-and-set holds, and the others follow it.
+"""
+
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+from bson import Binary, ObjectId
+from pymongo import ReturnDocument
+from pymongo.errors import DuplicateKeyError
+
+from engine.decode import BOM
+from engine.errors import Refused
+from engine.ledger import Ledger
+from engine.model import Format, Job, JobState, Plan
+from engine.objects import Objects
+from engine.queue import Queue
+from engine.ranges import count, cut
+from engine.store import Document, Store, job_key, translated
+
+__all__ = ["Planner", "decide"]
+
+SNIFF_BYTES: Final = 64 * 1024
+"""How much of an object is looked at before it is loaded."""
+
+TAG_DRAWS: Final = 64
+"""Random tags tried for one second before the next second is taken."""
+
+_NDJSON_SUFFIXES: Final = (".ndjson", ".jsonl", ".json")
+_TEXT_SUFFIXES: Final = (".txt", ".log")
+_COMPRESSED: Final = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PK\x03\x04": "a zip archive",
+    b"\x04\x22\x4d\x18": "LZ4",
+}
+
+
+def decide(asked: Format, key: str, head: bytes) -> Format:
+    """The format of an object whose first bytes are `head`.
+
+    Raises:
+        Refused: it is not a text of lines, or it is JSON that is not newline-delimited.
+    """
+    for magic, name in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise Refused(f"{key} is compressed ({name}): decompress it before you upload it")
+    # A UTF-16 or UTF-32 text has a mark at its start, or a NUL in each character of a plain line.
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")) or _looks_wide(head):
+        raise Refused(f"{key} looks like UTF-16 or UTF-32: convert it to UTF-8, for example with iconv")
+    if asked is not Format.AUTO:
+        return asked
+    name = key.lower()
+    first = head.removeprefix(BOM).lstrip()[:1]
+    if name.endswith(_TEXT_SUFFIXES):
+        return Format.TEXT
+    if first == b"[" and not name.endswith((".ndjson", ".jsonl")):
+        raise Refused(
+            f"{key} begins like one JSON array and not with one document a line: write a document to each line, "
+            'or say {"format": "ndjson"} or {"format": "text"} if it is right as it is'
+        )
+    if name.endswith(_NDJSON_SUFFIXES) or first == b"{":
+        return Format.NDJSON
+    return Format.TEXT
+
+
+def _looks_wide(head: bytes) -> bool:
+    sample = head[:64]
+    return len(sample) >= 8 and 0 in (sample[0::2].count(0) - len(sample) // 2, sample[1::2].count(0) - len(sample) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    tag: bytes
+    sole: bool
+    completed_by: str | None
+
+
+class Planner:
+    """Plans jobs.
+
+    Args:
+        store, queue, ledger, objects: where things are.
+        range_bytes: the most that one range of a new plan holds.
+    """
+
+    def __init__(self, store: Store, queue: Queue, ledger: Ledger, objects: Objects, range_bytes: int) -> None:
+        self._sources = store.sources
+        self._queue = queue
+        self._ledger = ledger
+        self._objects = objects
+        self._range_bytes = range_bytes
+
+    def prepare(self, job: Job, opened: bool) -> Job:
+        """Bring a job to where its ranges can be leased; returns it as it is then, perhaps terminal.
+
+        Raises:
+            Final, Transient: of S3 and MongoDB. Refused where the object is not what a load can take.
+        """
+        if job.state is JobState.PENDING:
+            job = self._plan(job)
+            opened = False
+        if job.state is JobState.PROCESSING and not opened and job.plan is not None:
+            of = job.plan.range_count
+            self._ledger.open(job.id, [cut(job.source.size, of, index) for index in range(of)])
+            self._queue.mark_opened(job.id)
+        return job
+
+    def _plan(self, job: Job) -> Job:
+        head = b""
+        if job.source.size:
+            with self._objects.open(job.source, 0, min(SNIFF_BYTES, job.source.size)) as reader:
+                head = reader.read(SNIFF_BYTES)
+        format = decide(job.options.format, job.source.key, head)
+        source = self._register(job, format)
+        ranges = count(job.source.size, self._range_bytes)
+        plan = Plan(format, source.tag, self._range_bytes, ranges, source.sole)
+        if ranges == 0 or (source.completed_by and job.options.if_loaded == "skip"):
+            self._queue.complete_unread(job.id, plan, source.completed_by)
+            return self._queue.get(job.id)
+        return self._queue.fix_plan(job.id, plan, source.completed_by)
+
+    def _register(self, job: Job, format: Format) -> _Registered:
+        """Hold the job's source to one tag, and learn who has loaded it into this collection before."""
+        with translated("registering a source"):
+            found = self._forced(job, format) if job.options.force else self._found_or_made(job, format, 0, None)
+            name = job.options.collection
+            load = {"collection": name, "firstJob": job_key(job.id)}
+            self._sources.update_one(
+                {"_id": found["_id"], "loads.collection": {"$ne": name}}, {"$push": {"loads": load}}
+            )
+            found = self._sources.find_one({"_id": found["_id"]}) or found
+        for load in found["loads"]:
+            if load["collection"] == name:
+                by = load.get("completedBy")
+                sole = load["firstJob"] == job_key(job.id)
+                return _Registered(bytes(found["tag"]), sole, str(by) if by and by != job_key(job.id) else None)
+        raise AssertionError("a load that was just recorded is not there")
+
+    def _forced(self, job: Job, format: Format) -> Document:
+        """A generation of its own for this job, the same one whenever it is asked."""
+        of = _identity(job, format)
+        while True:
+            found = self._sources.find_one(of | {"forJob": job_key(job.id)})
+            if found is None:
+                last = self._sources.find_one(of, sort=[("generation", -1)])
+                found = self._found_or_made(job, format, (last["generation"] if last else 0) + 1, job_key(job.id))
+            if found.get("forJob") == job_key(job.id):
+                return found
+
+    def _found_or_made(self, job: Job, format: Format, generation: int, owner: ObjectId | None) -> Document:
+        of = _identity(job, format) | {"generation": generation}
+        second = int(job.created_at.timestamp())
+        draws = 0
+        while True:
+            found = self._sources.find_one(of)
+            if found is not None:
+                return found
+            draws += 1
+            tag = (second + draws // TAG_DRAWS).to_bytes(4, "big") + secrets.token_bytes(2)
+            new = {"tag": Binary(tag), "forJob": owner, "loads": []}
+            try:
+                return self._sources.find_one_and_update(
+                    of, {"$setOnInsert": new}, upsert=True, return_document=ReturnDocument.AFTER
+                )
+            except DuplicateKeyError:
+                continue  # the tag is taken: draw again; or another worker registered the source: find it
+
+
+def _identity(job: Job, format: Format) -> Document:
+    source = job.source
+    pinned = {"bucket": source.bucket, "key": source.key, "etag": source.etag, "version": source.version}
+    return {f"source.{name}": value for name, value in (pinned | {"size": source.size}).items()} | {"format": format}

@@ -1,0 +1,132 @@
+"""Rejects in MongoDB: the lines that did not become documents, with where they are and why.
+
+A reject's `_id` is `{job, offset}`, so writing it again changes nothing.
+"""
+
+import base64
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from bson import Int64
+from pymongo.errors import BulkWriteError
+
+from engine.ledger import Ledger
+from engine.model import Job, Lease, Reject
+from engine.store import Document, Store, job_key, translated
+
+__all__ = ["Rejects"]
+
+_LAST: Final = Int64(2**63 - 1)
+
+
+class Rejects:
+    """The rejects of all jobs."""
+
+    def __init__(self, store: Store, ledger: Ledger) -> None:
+        self._rejects = store.rejects
+        self._ledger = ledger
+
+    def write(self, job: Job, range_index: int, rejects: Sequence[Reject]) -> None:
+        """Write rejects down; those that are there already stay. Acknowledged by a majority when it returns."""
+        documents = [_document(job, range_index, reject) for reject in rejects]
+        with translated("writing rejects"):
+            try:
+                self._rejects.insert_many(documents, ordered=False)
+            except BulkWriteError as error:
+                if error.details["writeConcernErrors"] or any(e["code"] != 11000 for e in error.details["writeErrors"]):
+                    raise
+
+    def forget(self, lease: Lease) -> None:
+        """Delete what an earlier holder of this range wrote beyond `confirmed`: those lines are judged anew."""
+        job = job_key(lease.job_id)
+        query = {
+            "_id": {
+                "$gte": {"job": job, "offset": Int64(lease.confirmed)},
+                "$lt": {"job": job, "offset": Int64(lease.range.end)},
+            }
+        }
+        with translated("forgetting unconfirmed rejects"):
+            self._rejects.delete_many(query)
+
+    def page(self, job_id: str, limit: int, after: int | None = None) -> list[Document]:
+        """Rejects of a job in the order of the file, as they are told to a client.
+
+        Args:
+            job_id: 24 hexadecimal digits.
+            limit: the most to return.
+            after: only those whose line starts beyond this offset.
+
+        `line` is the 1-based line number, or None while ranges before it are not done.
+        """
+        job = job_key(job_id)
+        lower = {"$gte": {"job": job, "offset": Int64(0)}}
+        if after is not None:
+            lower = {"$gt": {"job": job, "offset": Int64(after)}}
+        query = {"_id": lower | {"$lte": {"job": job, "offset": _LAST}}}
+        with translated("reading rejects"):
+            found = list(self._rejects.find(query).sort("_id", 1).limit(limit))
+        if not found:
+            return []
+        before = self._ledger.first_lines(job_id)
+        return [_told(reject, before) for reject in found]
+
+    def lines(self, job_id: str) -> Iterator[tuple[int, bytes]]:
+        """Every reject of a job as (offset, what is kept of the raw line), in the order of the file."""
+        job = job_key(job_id)
+        query = {"_id": {"$gte": {"job": job, "offset": Int64(0)}, "$lte": {"job": job, "offset": _LAST}}}
+        with translated("reading rejects"):
+            for found in self._rejects.find(query, {"raw": 1, "encoding": 1}).sort("_id", 1):
+                raw = found["raw"]
+                yield found["_id"]["offset"], base64.b64decode(raw) if "encoding" in found else raw.encode()
+
+
+def _document(job: Job, range_index: int, reject: Reject) -> Document:
+    document: Document = {
+        # Always 64 bits wide, so that offsets compare as they should whatever their size.
+        "_id": {"job": job_key(job.id), "offset": Int64(reject.offset)},
+        "fileKey": job.source.key,
+        "etag": job.source.etag,
+        "range": range_index,
+        "ordinal": reject.ordinal,
+        "length": reject.length,
+        "reason": reject.reason,
+        "detail": reject.detail,
+    }
+    if reject.code is not None:
+        document["code"] = reject.code
+    head = reject.head
+    if reject.length > len(head):
+        document["rawLength"] = reject.length
+        # The cut may have gone through a character.
+        for spare in range(4):
+            if _is_text(head[: len(head) - spare]):
+                head = head[: len(head) - spare]
+                break
+    if _is_text(head):
+        document["raw"] = head.decode()
+    else:
+        document["raw"], document["encoding"] = base64.b64encode(head).decode(), "base64"
+    return document
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _told(found: Document, before: dict[int, int]) -> Document:
+    first = before.get(found["range"])
+    told: dict[str, Any] = {
+        "line": None if first is None else first + found["ordinal"] + 1,
+        "offset": found["_id"]["offset"],
+        "length": found["length"],
+        "reason": found["reason"],
+        "detail": found["detail"],
+        "raw": found["raw"],
+    }
+    return told | {name: found[name] for name in ("encoding", "rawLength", "code") if name in found}
+
+

@@ -1,0 +1,242 @@
+"""Unordered bulk writes, and the triage of what the server or the encoder refuses.
+
+One document that cannot be stored never costs its neighbours: it becomes a reject with the server's code. What is
+returned has been acknowledged at `w: majority`. Anything wrong with the connection or the server raises instead.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import bson
+from bson.errors import BSONError
+from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
+from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
+
+from engine.batches import Batch
+from engine.decode import Decoded, reject
+from engine.errors import Transient
+from engine.model import Plan, Reason, Reject, Tally
+from engine.store import Document, Store, translate, translated
+
+__all__ = ["Sink"]
+
+MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
+"""What the server takes as one document, `_id` included."""
+
+MAX_COMMAND_BYTES: Final = 12 * 1024 * 1024
+"""How much one insert command carries when documents have to be parted by size."""
+
+_DUPLICATE: Final = 11000
+_TOO_DEEP: Final = 15
+_TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
+_BAD_ID: Final = frozenset({52, 53})
+_BAD_VALUE: Final = 2
+# With these the server answers for the whole command what is the fault of one document in it.
+_OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, _TOO_DEEP, 22}) | _TOO_LARGE | _BAD_ID
+
+Dict = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Work:
+    """A batch on its way in: what became of its documents so far."""
+
+    batch: Batch
+    decoded: Decoded
+    inserted: int
+    replayed: int
+    rejects: list[Reject]
+
+    def refuse(self, index: int, reason: Reason, detail: str, code: int | None = None) -> None:
+        self.rejects.append(reject(self.batch, self.decoded.positions[index], reason, detail, code))
+
+
+class Sink:
+    """Writes the batches of one job into its collection.
+
+    Args:
+        store: the databases.
+        collection: takes the documents.
+        plan: tells whether a replayed `_id` counts as inserted or as a duplicate.
+        write_timeout_seconds: how long the server may wait for a majority.
+    """
+
+    def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float) -> None:
+        self._data = store.data
+        self._collection = collection
+        self._raw = store.data.get_collection(collection, codec_options=DEFAULT_RAW_BSON_OPTIONS)
+        self._sole = plan.sole
+        self._concern = {"w": "majority", "wtimeout": int(write_timeout_seconds * 1000)}
+
+    def write(self, batch: Batch, decoded: Decoded) -> tuple[Tally, list[Reject]]:
+        """Write the documents of a batch; returns its tally and all its rejects, which are not written yet.
+
+        Raises:
+            Transient: nothing or only a part is acknowledged; write the batch again.
+            Final: the server will never take this, whatever the documents are.
+        """
+        work = _Work(batch, decoded, 0, 0, list(decoded.rejects))
+        if decoded.documents:
+            self._insert(work, range(len(decoded.documents)))
+        tally = Tally(
+            lines=len(batch.lines) or 1,
+            inserted=work.inserted + (work.replayed if self._sole else 0),
+            duplicates=0 if self._sole else work.replayed,
+            rejected=len(work.rejects),
+            blank=decoded.blank,
+            bytes=batch.end - batch.offset,
+        )
+        work.rejects.sort(key=lambda r: r.offset)
+        return tally, work.rejects
+
+    def _insert(self, work: _Work, indexes: Sequence[int]) -> None:
+        documents = work.decoded.documents
+        every = len(indexes) == len(documents)
+        try:
+            # The command itself, since insert_many looks at each document in Python, which costs more than encoding it.
+            reply = self._data.command(
+                {
+                    "insert": self._collection,
+                    "ordered": False,
+                    "writeConcern": self._concern,
+                    "documents": documents if every else [documents[i] for i in indexes],
+                }
+            )
+        except (DocumentTooLarge, BSONError, OverflowError, RecursionError, UnicodeEncodeError) as error:
+            self._triage(work, indexes, error)
+        except OperationFailure as error:
+            if error.code not in _OF_ONE_DOCUMENT:
+                raise translate(error, f"writing to collection {self._collection}") from error
+            self._triage(work, indexes, error)
+        except PyMongoError as error:
+            raise translate(error, f"writing to collection {self._collection}") from error
+        else:
+            self._account(work, indexes, reply)
+
+    def _account(self, work: _Work, indexes: Sequence[int], reply: Dict) -> None:
+        failed = reply.get("writeErrors", ())
+        if concern := reply.get("writeConcernError"):
+            raise Transient(
+                f"a majority did not confirm a write to collection {self._collection} in time (code {concern.get('code')}): "
+                "it is tried again"
+            )
+        duplicates: list[tuple[int, Dict]] = []
+        for error in failed:
+            index = indexes[error["index"]]
+            if error["code"] == _DUPLICATE:
+                duplicates.append((index, error))
+            elif error["code"] in _PASSING:
+                raise Transient(f"MongoDB could not store a document (code {error['code']}): it is tried again")
+            else:
+                reason, detail = _verdict(error["code"], str(error.get("errmsg", "")), error.get("errInfo"))
+                work.refuse(index, reason, detail, error["code"])
+        work.inserted += len(indexes) - len(failed)
+        if duplicates:
+            self._duplicates(work, duplicates)
+
+    def _duplicates(self, work: _Work, duplicates: list[tuple[int, Dict]]) -> None:
+        own = set(work.decoded.own_ids)
+        unclear: list[tuple[int, Dict]] = []
+        for index, error in duplicates:
+            # A generated `_id` is that of this very line: it is there already, whoever changed it since.
+            if index not in own and list(error.get("keyPattern", ())) == ["_id"]:
+                work.replayed += 1
+            else:
+                unclear.append((index, error))
+        if not unclear:
+            return
+        documents = work.decoded.documents
+        ids = [documents[index]["_id"] for index, _ in unclear]
+        with translated("reading documents back"):
+            stored = {_key(found["_id"]): found.raw for found in self._raw.find({"_id": {"$in": ids}})}
+        for index, error in unclear:
+            document = documents[index]
+            there = stored.get(_key(document["_id"]))
+            if there is not None and (index not in own or there == _encode(document)):
+                work.replayed += 1
+            else:
+                work.refuse(index, Reason.DUPLICATE_KEY, str(error.get("errmsg", ""))[:1000], _DUPLICATE)
+
+    def _triage(self, work: _Work, indexes: Sequence[int], error: Exception) -> None:
+        """Find which documents of a refused command are at fault, and write the others."""
+        documents = work.decoded.documents
+        if len(indexes) == 1:
+            code = error.code if isinstance(error, OperationFailure) else None
+            reason, detail = _unencodable(error) if code is None else _verdict(code, str(error), None)
+            work.refuse(indexes[0], reason, detail, code)
+            return
+        good: list[int] = []
+        sizes: list[int] = []
+        for index in indexes:
+            try:
+                size = len(_encode(documents[index]))
+            except (BSONError, OverflowError, RecursionError, UnicodeEncodeError) as fault:
+                work.refuse(index, *_unencodable(fault))
+                continue
+            if size > MAX_DOCUMENT_BYTES:
+                detail = f"the document has {size} bytes as BSON and MongoDB takes {MAX_DOCUMENT_BYTES}"
+                work.refuse(index, Reason.TOO_LARGE, detail)
+                continue
+            good.append(index)
+            sizes.append(size)
+        parts = _part(good, sizes)
+        if len(good) == len(indexes) and len(parts) == 1:
+            # Nothing is wrong with any of them that can be seen from here: the server says of which half it is true.
+            half = len(good) // 2
+            parts = [good[:half], good[half:]]
+        for part in parts:
+            self._insert(work, part)
+
+
+# Not the document's fault: interrupted, not primary, out of disk and the like.
+_PASSING: Final = frozenset({91, 112, 189, 10107, 11600, 11602, 13435, 14031, 24, 50, 262})
+
+
+def _part(indexes: list[int], sizes: list[int]) -> list[list[int]]:
+    """Runs of documents that each fit into one command."""
+    parts: list[list[int]] = []
+    room = 0
+    for index, size in zip(indexes, sizes, strict=True):
+        if not parts or size > room:
+            parts.append([])
+            room = MAX_COMMAND_BYTES
+        parts[-1].append(index)
+        room -= size
+    return parts
+
+
+def _encode(document: Document) -> bytes:
+    """The document as the server stores it, `_id` first."""
+    return bson.encode({"_id": document["_id"], **document})
+
+
+def _key(value: object) -> bytes:
+    return value.raw if isinstance(value, RawBSONDocument) else bson.encode({"": value})
+
+
+def _unencodable(error: Exception) -> tuple[Reason, str]:
+    """Reason and detail of a document that cannot become BSON."""
+    if isinstance(error, OverflowError):
+        return Reason.INT_RANGE, "an integer does not fit into 64 bits"
+    if isinstance(error, RecursionError):
+        return Reason.TOO_DEEP, "the document is nested deeper than BSON is encoded"
+    if isinstance(error, DocumentTooLarge):
+        return Reason.TOO_LARGE, f"the document has more than the {MAX_DOCUMENT_BYTES} bytes that MongoDB takes as BSON"
+    if "NUL" in str(error).upper():
+        return Reason.BAD_KEY, "a key contains the character NUL"
+    return Reason.REFUSED, f"the document cannot be written as BSON: {str(error)[:500]}"
+
+
+def _verdict(code: int, message: str, info: Dict | None) -> tuple[Reason, str]:
+    """Reason and detail of a document that the server refuses with `code`."""
+    detail = message[:1000]
+    if code == _TOO_DEEP:
+        return Reason.TOO_DEEP, detail
+    if code in _TOO_LARGE or (code == _BAD_VALUE and "too large" in message):
+        return Reason.TOO_LARGE, detail
+    if code in _BAD_ID or (code == _BAD_VALUE and "_id" in message):
+        return Reason.BAD_ID, detail
+    if info:
+        detail = f"{detail}: {info}"[:1000]
+    return Reason.REFUSED, detail

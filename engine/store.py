@@ -1,0 +1,198 @@
+"""The two databases: the client, the collections, their indexes and the schema version.
+
+Documents of users live in the database that `MONGO_URI` names; jobs, ranges and the rest live in the control database,
+so that no line of a file can become a job. Build a Store after the fork, never before: a client does not survive one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from bson import ObjectId
+from bson.codec_options import CodecOptions
+from bson.errors import InvalidId
+from pymongo import ASCENDING, DESCENDING, IndexModel, MongoClient, WriteConcern
+from pymongo.collection import Collection
+from pymongo.database import Database
+from pymongo.errors import (
+    CollectionInvalid,
+    ConfigurationError,
+    ConnectionFailure,
+    ExecutionTimeout,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WriteConcernError,
+    WTimeoutError,
+)
+
+from engine.errors import AccessDenied, Final as FinalError, HeadraceError, NotFound, Refused, StartError, Transient
+from engine.settings import Settings
+
+__all__ = ["LEASABLE", "LEASES", "OPEN_JOBS", "SCHEMA_VERSION", "Document", "Store", "job_key", "translate", "translated"]
+
+Document = dict[str, Any]
+
+SCHEMA_VERSION: Final = 1
+"""Of the control database. An engine does not start on one that a newer version has written."""
+
+WAKEUPS_BYTES: Final = 64 * 1024
+"""Size of the capped collection that idle workers watch."""
+
+OPEN_JOBS: Final = "open_jobs"
+LEASABLE: Final = "leasable"
+LEASES: Final = "leases"
+
+# Codes that a server answers with while it starts, stops, elects, or is in trouble that passes.
+_TRANSIENT_CODES: Final = frozenset(
+    {6, 7, 24, 43, 50, 63, 64, 79, 89, 91, 112, 133, 136, 150, 189, 202, 237, 262, 290, 317, 358, 384}
+    | {9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436, 14031}
+)
+_DENIED_CODES: Final = frozenset({8000, 13, 18, 33})
+
+
+class Store:
+    """A client and the collections of Headrace.
+
+    Args:
+        settings: `mongo_uri` must be set.
+        pool: the most connections that this process may hold.
+    """
+
+    def __init__(self, settings: Settings, pool: int = 16) -> None:
+        if settings.mongo_uri is None:
+            raise StartError("MONGO_URI is not set: name the MongoDB that keeps the queue and takes the documents")
+        concern = WriteConcern(w="majority", wtimeout=int(settings.write_timeout_seconds * 1000))
+        try:
+            self.client: MongoClient[Document] = MongoClient(
+                settings.mongo_uri.get_secret_value(),
+                appname="headrace",
+                tz_aware=True,
+                maxPoolSize=pool,
+                connectTimeoutMS=5_000,
+                serverSelectionTimeoutMS=5_000,
+                socketTimeoutMS=int(settings.socket_timeout_seconds * 1000),
+                retryWrites=True,
+                w="majority",
+                journal=None,
+            )
+        except (ConfigurationError, PyMongoError, ValueError) as error:
+            # The text of the error may quote the URI, and with it a password.
+            raise StartError(f"MONGO_URI cannot be used ({type(error).__name__}): write it as mongodb://host:port/name") from None
+        codec: CodecOptions[Document] = CodecOptions(tz_aware=True)
+        self.data: Database[Document] = self.client.get_database(settings.data_db(), codec, write_concern=concern)
+        self.control: Database[Document] = self.client.get_database(
+            settings.engine_control_db, codec, write_concern=concern
+        )
+        self.jobs: Collection[Document] = self.control["jobs"]
+        self.ranges: Collection[Document] = self.control["ranges"]
+        self.sources: Collection[Document] = self.control["sources"]
+        self.rejects: Collection[Document] = self.control["rejects"]
+        self.workers: Collection[Document] = self.control["workers"]
+        self.wakeups: Collection[Document] = self.control["wakeups"]
+
+    def prepare(self) -> None:
+        """Make the collections and indexes where they are missing; safe to repeat by anyone at any time.
+
+        Raises:
+            StartError: the control database was written by a newer version.
+            Transient: the database does not answer.
+        """
+        with translated("preparing the control database"):
+            found = self.control["schema"].find_one_and_update(
+                {"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True, return_document=True
+            )
+            if found["version"] > SCHEMA_VERSION:
+                raise StartError(
+                    f"the control database {self.control.name} has schema version {found['version']} and this engine knows "
+                    f"{SCHEMA_VERSION}: update Headrace here, or set ENGINE_CONTROL_DB to another name"
+                )
+            self.jobs.create_indexes(
+                [
+                    IndexModel(
+                        [("open", ASCENDING), ("options.priority", DESCENDING), ("_id", ASCENDING)],
+                        name=OPEN_JOBS,
+                        partialFilterExpression={"open": True},
+                    ),
+                    IndexModel([("source.key", ASCENDING), ("_id", DESCENDING)], name="by_file"),
+                ]
+            )
+            self.ranges.create_indexes(
+                [
+                    IndexModel(
+                        [("job", ASCENDING), ("state", ASCENDING)],
+                        name=LEASABLE,
+                        partialFilterExpression={"state": {"$in": ["READY", "LEASED"]}},
+                    ),
+                    IndexModel(
+                        [("state", ASCENDING), ("until", ASCENDING)],
+                        name=LEASES,
+                        partialFilterExpression={"state": "LEASED"},
+                    ),
+                ]
+            )
+            self.sources.create_indexes(
+                [
+                    IndexModel(
+                        [(f"source.{name}", ASCENDING) for name in ("bucket", "key", "etag", "version", "size")]
+                        + [("format", ASCENDING), ("generation", ASCENDING)],
+                        name="source",
+                        unique=True,
+                    ),
+                    IndexModel([("tag", ASCENDING)], name="tag", unique=True),
+                ]
+            )
+            try:
+                self.control.create_collection("wakeups", capped=True, size=WAKEUPS_BYTES)
+                self.wakeups.insert_one({})  # a tailable cursor on an empty collection dies at once
+            except CollectionInvalid:
+                pass
+            except OperationFailure as error:
+                if error.code != 48:  # NamespaceExists: another process was quicker
+                    raise
+
+    def ping(self) -> None:
+        """Raises Transient or AccessDenied unless a primary answers."""
+        with translated("asking MongoDB"):
+            self.control.command("ping")
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self.client.close()
+
+
+def job_key(job_id: str) -> ObjectId:
+    """The `_id` of a job. Raises NotFound where `job_id` is not 24 hexadecimal digits."""
+    try:
+        return ObjectId(job_id)
+    except (InvalidId, TypeError):
+        raise NotFound(f"there is no job {job_id[:64]!r}: a job's id has 24 hexadecimal digits") from None
+
+
+def translate(error: PyMongoError, doing: str) -> HeadraceError:
+    """The project's error for one of the driver's; `doing` says what was being done."""
+    said = f"{type(error).__name__}"
+    if isinstance(error, ServerSelectionTimeoutError):
+        return Transient(f"MongoDB does not answer while {doing}: see that it runs and that MONGO_URI names it")
+    if isinstance(error, ConnectionFailure | WTimeoutError | WriteConcernError | ExecutionTimeout):
+        return Transient(f"the connection to MongoDB failed while {doing} ({said}): it is tried again")
+    if isinstance(error, OperationFailure):
+        labels = error.details.get("errorLabels", []) if error.details else []
+        if error.code in _TRANSIENT_CODES or "RetryableWriteError" in labels:
+            return Transient(f"MongoDB could not answer while {doing} (code {error.code}): it is tried again")
+        if error.code in _DENIED_CODES:
+            return AccessDenied(f"MongoDB does not allow {doing} (code {error.code}): check the user in MONGO_URI and its roles")
+        detail = str((error.details or {}).get("errmsg", ""))[:500]
+        return FinalError(f"MongoDB refused {doing} (code {error.code}): {detail}")
+    if isinstance(error, ConfigurationError):
+        return Refused(f"MongoDB cannot be used for {doing} ({said}): check MONGO_URI")
+    return Transient(f"MongoDB failed while {doing} ({said}): it is tried again")
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Within it, errors of the driver come out as the project's own."""
+    try:
+        yield
+    except PyMongoError as error:
+        raise translate(error, doing) from error

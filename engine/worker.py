@@ -1,0 +1,267 @@
+"""The loop of one child: look for a job, plan it where nobody has, lease a range, run it; idle cheaply; stop softly.
+
+Clients are built here, after the fork. One worker holds one lease at a time.
+"""
+
+import gc
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pymongo import CursorType
+from pymongo.cursor import Cursor
+from pymongo.errors import PyMongoError
+from setproctitle import setproctitle
+
+from engine.beat import Beat
+from engine.errors import AccessDenied, Final as FinalError, HeadraceError, LeaseLost, StartError, Transient
+from engine.ledger import Ledger
+from engine.logs import get_logger
+from engine.model import TERMINAL, Job, JobState, Lease, Stop
+from engine.objects import Objects, connect
+from engine.pipeline import Ended, Pipeline, Run
+from engine.planner import Planner
+from engine.queue import Queue
+from engine.rejects import Rejects
+from engine.settings import Settings
+from engine.store import Document, Store
+
+__all__ = ["EXIT_BOOT", "EXIT_NOW", "Post", "work"]
+
+EXIT_BOOT: Final = 3
+"""This child can never boot: the supervisor stops the whole."""
+
+EXIT_NOW: Final = 4
+"""Told to exit at once: what it held is freed by its successor, or when its lease runs out."""
+
+EXPIRE_SECONDS: Final = 2.0
+"""How often, about, a worker looks for leases that ran out."""
+
+BOOT_WAIT_SECONDS: Final = 5.0
+"""The longest wait between tries to reach the servers at the start."""
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A worker's place: what its supervisor tells it at the fork.
+
+    `boot` is drawn anew by each supervisor; `predecessors` are names of dead workers whose leases it must free first;
+    `parent` is the supervisor's pid.
+    """
+
+    host: str
+    boot: str
+    slot: int
+    incarnation: int
+    predecessors: tuple[str, ...]
+    parent: int
+
+    @property
+    def name(self) -> str:
+        """The holder's name on its leases; never used twice."""
+        return f"{self.host}:{self.boot}:{self.slot}:{self.incarnation}"
+
+
+def work(settings: Settings, post: Post, beat: Beat) -> int:
+    """Work until told to stop; returns the exit code. TERM stops softly, a second one or QUIT at once; INT is ignored."""
+    stop = threading.Event()
+
+    def told(number: int, frame: object) -> None:
+        if number == signal.SIGQUIT or stop.is_set():
+            os._exit(EXIT_NOW)
+        stop.set()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGQUIT, told)
+    # Documents die young and hold no cycles: counting their births to look for cycles is all cost. Once a range, it is done.
+    gc.disable()
+    setproctitle(f"headrace: worker {post.slot} starting")
+    try:
+        return _Worker(settings, post, beat, stop).loop()
+    except (StartError, AccessDenied) as error:
+        log.error(str(error), action="boot", worker=post.name)
+        return EXIT_BOOT
+
+
+class _Worker:
+    def __init__(self, settings: Settings, post: Post, beat: Beat, stop: threading.Event) -> None:
+        self._settings = settings
+        self._post = post
+        self._beat = beat
+        self._stop = stop
+        self._store = Store(settings, pool=settings.engine_writers + 4)
+        self._ledger = Ledger(self._store, settings.engine_lease_seconds)
+        self._queue = Queue(self._store, self._ledger)
+        self._objects = Objects(connect(settings), settings.aws_bucket_name or "")
+        self._rejects = Rejects(self._store, self._ledger)
+        self._planner = Planner(self._store, self._queue, self._ledger, self._objects, settings.engine_range_bytes)
+        self._expired_at = 0.0
+        self._wakeups: Cursor[Document] | None = None
+        self._woken = 0
+        self._last_error = ""
+
+    def loop(self) -> int:
+        if not self._boot():
+            return 0
+        pipeline = Pipeline(
+            self._settings, self._store, self._objects, self._queue, self._ledger, self._rejects, self._tell
+        )
+        while not self._stop.is_set():
+            self._beat.touch()
+            try:
+                self._expire()
+                found = self._join()
+                if found is None:
+                    self._wait()
+                else:
+                    self._run(pipeline, *found)
+                    gc.collect()
+                self._last_error = ""
+            except HeadraceError as error:
+                self._say_once(error)
+                self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
+        pipeline.close()
+        self._store.close()
+        return 0
+
+    def _boot(self) -> bool:
+        """Reach MongoDB and free what the predecessors held; False when told to stop before that."""
+        wait = 0.1
+        while not self._stop.is_set():
+            self._beat.touch()
+            try:
+                self._store.prepare()
+                freed = self._ledger.release(self._post.predecessors)
+            except Transient as error:
+                self._say_once(error)
+                self._stop.wait(wait)
+                wait = min(wait * 2, BOOT_WAIT_SECONDS)
+                continue
+            self._beat.mark_released()
+            self._beat.mark_booted()
+            log.info("worker is ready", action="boot", worker=self._post.name, released=freed)
+            setproctitle(f"headrace: worker {self._post.slot} idle")
+            return True
+        return False
+
+    def _say_once(self, error: HeadraceError) -> None:
+        if str(error) != self._last_error:
+            self._last_error = str(error)
+            log.warning(str(error), action="wait", worker=self._post.name)
+
+    def _expire(self) -> None:
+        if time.monotonic() - self._expired_at < EXPIRE_SECONDS:
+            return
+        # Apart, so that the workers of a fleet do not all ask at once.
+        self._expired_at = time.monotonic() + random.uniform(0, EXPIRE_SECONDS / 2)  # noqa: S311
+        if freed := self._ledger.expire():
+            log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=freed)
+
+    def _join(self) -> tuple[Job, Lease] | None:
+        """A job and a lease on a range of it, or None where there is nothing to do now."""
+        for page in self._queue.open_jobs():
+            leased = self._ledger.leased(job.id for job, _ in page)
+            # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
+            for job, opened in sorted(page, key=lambda entry: (-entry[0].options.priority, leased.get(entry[0].id, 0))):
+                self._beat.touch()
+                if self._stop.is_set():
+                    return None
+                if lease := self._enter(job, opened):
+                    return lease
+        return None
+
+    def _enter(self, job: Job, opened: bool) -> tuple[Job, Lease] | None:
+        if job.stopping is not None:
+            self._queue.settle(job.id)
+            return None
+        if job.state is JobState.PENDING or not opened:
+            try:
+                job = self._planner.prepare(job, opened)
+            except FinalError as error:
+                log.error(str(error), action="plan", job=job.id, worker=self._post.name)
+                self._queue.stop(job.id, Stop(JobState.FAILED, error.failure()))
+                return None
+            except Transient as error:
+                log.warning(str(error), action="plan", job=job.id, worker=self._post.name)
+                self._queue.postpone(job.id, error.failure())
+                return None
+            if job.state in TERMINAL:
+                return None
+        lease = self._ledger.lease(job.id, self._post.name)
+        if lease is None:
+            if not self._ledger.busy(job.id):
+                self._queue.settle(job.id)
+            return None
+        # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
+        job = self._queue.get(job.id)
+        if job.stopping is not None or job.state is not JobState.PROCESSING:
+            self._ledger.give_back(lease, lease.confirmed, lease.tally)
+            self._queue.settle(job.id)
+            return None
+        return job, lease
+
+    def _run(self, pipeline: Pipeline, job: Job, lease: Lease) -> None:
+        index = lease.range.index
+        context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._post.name}
+        log.debug("range leased", action="lease", confirmed=lease.confirmed, **context)
+        run = Run(job, lease, self._stop, self._beat.touch)
+        self._tell(run)
+        try:
+            ended = pipeline.run(run)
+        except LeaseLost as error:
+            log.warning(str(error), action="lost", **context)
+        except Transient as error:
+            log.warning(str(error), action="postpone", **context)
+        except FinalError as error:
+            log.error(str(error), action="fail", **context)
+            self._queue.stop(job.id, Stop(JobState.FAILED, error.failure()))
+        else:
+            log.debug("range ended", action=ended.name.lower(), **context)
+            if ended is Ended.CANCELLED or (ended is Ended.DONE and not self._ledger.busy(job.id)):
+                job = self._queue.settle(job.id)
+                if job.state in TERMINAL:
+                    log.info("job ended", action="finish", state=job.state, **context)
+        finally:
+            setproctitle(f"headrace: worker {self._post.slot} idle")
+
+    def _tell(self, run: Run | None) -> None:
+        """Show in the process list what this worker does."""
+        if run is None:
+            return
+        lease = run.lease
+        size = max(lease.range.end - lease.range.start, 1)
+        percent = min(100, 100 * (run.mark()[0] - lease.range.start) // size)
+        setproctitle(f"headrace: worker {self._post.slot} job {run.job.id} range {lease.range.index} {percent} %")
+
+    def _wait(self) -> None:
+        """Block until somebody submits a job, or a little while has passed."""
+        seconds = self._settings.engine_poll_seconds * random.uniform(0.75, 1.25)  # noqa: S311
+        try:
+            cursor = self._wakeups
+            if cursor is None or not cursor.alive:
+                cursor = self._store.wakeups.find({}, {"_id": 1}, cursor_type=CursorType.TAILABLE_AWAIT, batch_size=10_000)
+                self._wakeups, self._woken = cursor.max_await_time_ms(int(seconds * 1000)), 0
+                # What is there already has been seen by the look for jobs that follows.
+                self._drain(cursor)
+                return
+            if next(cursor, None) is not None:
+                self._woken += 1
+                self._drain(cursor)
+        except PyMongoError:
+            self._wakeups = None
+            self._stop.wait(seconds)
+
+    def _drain(self, cursor: Cursor[Document]) -> None:
+        if cursor.retrieved == 0:
+            next(cursor, None)
+            self._woken += 1
+        while self._woken < cursor.retrieved and next(cursor, None) is not None:
+            self._woken += 1
+
