@@ -1,0 +1,106 @@
+"""Logging through structlog: readable on a terminal, JSON lines elsewhere, always on standard error.
+
+Every line carries action, job, range and worker. Secrets that were told to `configure` never come out.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, MutableMapping
+from typing import Any, Final
+
+import structlog
+
+__all__ = ["configure", "get_logger", "mask"]
+
+MASK: Final = "***"
+CONTEXT: Final = ("action", "job", "range", "worker")
+
+_CREDENTIALS: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
+_secrets: list[str] = []
+
+
+def mask(text: str) -> str:
+    """The text without secrets: those that were configured, and what stands before the @ of any URI."""
+    for secret in _secrets:
+        text = text.replace(secret, MASK)
+    return _CREDENTIALS.sub(rf"\1{MASK}@", text)
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, dict):
+        return {key: _masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(item) for item in value]
+    return value
+
+
+def _mask_all(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {key: _masked(value) for key, value in event.items()}
+
+
+def _fill(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name in CONTEXT:
+        event.setdefault(name, None)
+    return event
+
+
+def _drop_empty(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {key: value for key, value in event.items() if value is not None}
+
+
+def configure(level: str = "info", format: str = "auto", secrets: Iterable[str] = ()) -> None:
+    """Set up logging for this process and those that it forks.
+
+    Args:
+        level: debug, info, warning or error.
+        format: text, json, or auto: text where standard error is a terminal.
+        secrets: values that must never be shown.
+    """
+    # The longest first: a URI must be masked before the password within it.
+    _secrets[:] = sorted({secret for secret in secrets if len(secret) >= 3}, key=len, reverse=True)
+    text = format == "text" or (format == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        structlog.processors.format_exc_info,
+        _fill,
+        _mask_all,
+    ]
+    if text:
+        last: list[Any] = [_drop_empty, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    else:
+        last = [structlog.processors.JSONRenderer()]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("botocore", "boto3", "urllib3", "pymongo", "s3transfer", "waitress", "httpx", "httpcore"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger() -> structlog.stdlib.BoundLogger:
+    """A logger; give each line an `action`, and `job`, `range`, `worker` where they are known."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("headrace")
+    return logger

@@ -1,0 +1,321 @@
+"""The S3 side: what an object is now, ranged reads of one pinned version of it, uploads in parallel parts.
+
+Every read carries `If-Match`, so two versions of an object are never mixed, and every answer is checked for being the
+range that was asked for. Build the client after the fork.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from mypy_boto3_s3 import S3Client
+from urllib3.exceptions import HTTPError
+
+from engine.errors import AccessDenied, HeadraceError, NotFound, ObjectChanged, ObjectGone, Transient, WrongClock
+from engine.model import Source
+from engine.settings import Settings
+
+__all__ = ["Objects", "RangeReader", "Stream", "connect"]
+
+PARTS_MOST: Final = 10_000
+"""Parts that one multipart upload may have."""
+
+DRAIN_BYTES: Final = 256 * 1024
+"""An answer with no more than this left is read to its end, so that its connection can be used again."""
+
+PART_TYPE: Final = "application/json"
+"""SeaweedFS gzips what looks like text unless each part says that it is this; ranges of gzip are slow to read."""
+
+
+class Stream(Protocol):
+    """Anything that bytes can be read from."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most `size` bytes; none at the end."""
+        ...
+
+
+def connect(settings: Settings) -> S3Client:
+    """An S3 client whose deadlines are shorter than a lease. It does not retry for long: its callers do."""
+
+    def plain(value: Any) -> str | None:
+        return value.get_secret_value() if value is not None else None
+
+    client: S3Client = boto3.client(
+        "s3",
+        region_name=settings.aws_region,
+        endpoint_url=settings.aws_endpoint_url,
+        aws_access_key_id=settings.aws_access_key_id,
+        aws_secret_access_key=plain(settings.aws_secret_access_key),
+        aws_session_token=plain(settings.aws_session_token),
+        config=Config(
+            connect_timeout=5,
+            read_timeout=settings.socket_timeout_seconds,
+            retries={"mode": "standard", "total_max_attempts": 2},
+            max_pool_connections=32,
+            s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
+            tcp_keepalive=True,
+            # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+    client.meta.events.register("before-call.s3.UploadPart", _name_type)
+    return client
+
+
+def _name_type(params: dict[str, Any], **_: object) -> None:
+    params["headers"]["Content-Type"] = PART_TYPE
+
+
+class RangeReader:
+    """One answer to a ranged GET. Use it as a context manager."""
+
+    def __init__(self, answer: Any, key: str, start: int, stop: int) -> None:
+        self._raw = answer["Body"]._raw_stream  # noqa: SLF001 (StreamingBody.read would look at each chunk once more)
+        self._key = key
+        self._at = start
+        self._stop = stop
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes unless the range ends before; b"" at its end.
+
+        Raises:
+            Transient: the answer broke off, or nothing came within the deadline.
+        """
+        size = min(size, self._stop - self._at)
+        if size <= 0:
+            return b""
+        try:
+            data: bytes = self._raw.read(size)
+        except (HTTPError, OSError) as error:
+            raise Transient(f"reading {self._key} broke off at byte {self._at} ({type(error).__name__})") from error
+        if len(data) < size:
+            raise Transient(f"reading {self._key} broke off at byte {self._at + len(data)}: the answer was too short")
+        self._at += size
+        return data
+
+    def close(self) -> None:
+        """Give the connection back, or drop it where much is left unread on it."""
+        try:
+            if self._stop - self._at <= DRAIN_BYTES:
+                self.read(self._stop - self._at)
+                self._raw.release_conn()
+                return
+        except Transient:
+            pass
+        self._raw.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, Transient):
+            self._raw.close()
+        else:
+            self.close()
+
+
+class Objects:
+    """The objects of one bucket.
+
+    Args:
+        client: as `connect` makes it.
+        bucket: its name.
+        part_bytes: size of a part of an upload; larger where an object would need too many.
+        parallel: parts under way at a time.
+    """
+
+    def __init__(self, client: S3Client, bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._part_bytes = part_bytes
+        self._parallel = parallel
+
+    def head(self, key: str) -> Source:
+        """The object as it is now, pinned.
+
+        Raises:
+            NotFound, AccessDenied, WrongClock, Transient.
+        """
+        with _translated(f"looking for {key}"):
+            try:
+                found = self._client.head_object(Bucket=self._bucket, Key=key)
+            except ClientError as error:
+                # SeaweedFS and others answer 400 to keys that no object can have, such as a/../b.
+                if _status(error) in (400, 404):
+                    raise NotFound(f"there is no object {key!r} in bucket {self._bucket}") from None
+                raise
+        version = found.get("VersionId", "")
+        return Source(self._bucket, key, found["ETag"], "" if version == "null" else version, found["ContentLength"])
+
+    def open(self, source: Source, start: int, stop: int) -> RangeReader:
+        """Begin to read bytes `start` to `stop` (exclusive) of the version that `source` pins.
+
+        Raises:
+            ObjectGone, ObjectChanged, AccessDenied: final.
+            Transient, WrongClock: may be tried again.
+        """
+        version = {"VersionId": source.version} if source.version else {}
+        with _translated(f"reading {source.key}"):
+            try:
+                answer = self._client.get_object(
+                    Bucket=source.bucket,
+                    Key=source.key,
+                    Range=f"bytes={start}-{stop - 1}",
+                    IfMatch=source.etag,
+                    **version,  # type: ignore[arg-type]
+                )
+            except ClientError as error:
+                status = _status(error)
+                if status == 412 or status == 416:
+                    raise ObjectChanged(
+                        f"{source.key} was overwritten after the job was submitted: submit a new job for what it is now"
+                    ) from None
+                if status == 404:
+                    raise ObjectGone(
+                        f"{source.key} was deleted after the job was submitted: upload it again and submit a new job"
+                    ) from None
+                raise
+        reader = RangeReader(answer, source.key, start, stop)
+        said = answer.get("ContentRange", "")
+        if answer["ETag"] != source.etag:
+            reader._raw.close()  # noqa: SLF001 (its own module)
+            raise ObjectChanged(f"{source.key} was overwritten after the job was submitted: submit a new job")
+        if said != f"bytes {start}-{stop - 1}/{source.size}" or answer["ContentLength"] != stop - start:
+            reader._raw.close()  # noqa: SLF001
+            raise Transient(
+                f"S3 answered a request for bytes {start}-{stop - 1} of {source.key} with {said or 'the whole object'!r}"
+            )
+        return reader
+
+    def upload(self, stream: Stream, key: str, before_complete: Callable[[], None] = lambda: None) -> Source:
+        """Store a stream of any length under `key`, at constant memory, in parallel parts.
+
+        Args:
+            stream: read to its end.
+            key: is written over where it exists.
+            before_complete: called when every byte has been sent and before the object exists; when it raises, the
+                object never does.
+
+        Raises:
+            AccessDenied, WrongClock, Transient: nothing is left behind, as far as S3 can be reached.
+        """
+        first = _exactly(stream, self._part_bytes)
+        if len(first) < self._part_bytes:
+            before_complete()
+            with _translated(f"storing {key}"):
+                self._client.put_object(Bucket=self._bucket, Key=key, Body=first, ContentType=PART_TYPE)
+        else:
+            self._in_parts(stream, key, first, before_complete)
+        return self.head(key)
+
+    def _in_parts(self, stream: Stream, key: str, first: bytes, before_complete: Callable[[], None]) -> None:
+        with _translated(f"storing {key}"):
+            upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)["UploadId"]
+            try:
+                parts = self._send(stream, key, upload, first)
+                before_complete()
+                self._client.complete_multipart_upload(
+                    Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
+                )
+            except BaseException:
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+                raise
+
+    def _send(self, stream: Stream, key: str, upload: str, first: bytes) -> list[Any]:
+        room = threading.Semaphore(self._parallel)
+
+        def send(number: int, data: bytes) -> dict[str, Any]:
+            try:
+                sent = self._client.upload_part(
+                    Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
+                )
+                return {"PartNumber": number, "ETag": sent["ETag"]}
+            finally:
+                room.release()
+
+        futures: list[Future[dict[str, Any]]] = []
+        with ThreadPoolExecutor(self._parallel, thread_name_prefix="part") as pool:
+            try:
+                data = first
+                size = self._part_bytes
+                while data:
+                    # Not one part more in memory than are being sent.
+                    room.acquire()
+                    if futures and (failed := futures[-1]).done() and failed.exception():
+                        break
+                    futures.append(pool.submit(send, len(futures) + 1, data))
+                    # Parts grow with the object, so that ten thousand of them hold the 5 TiB that S3 takes.
+                    size = max(size, self._part_bytes * (1 + len(futures) // 1000))
+                    data = _exactly(stream, size)
+                return [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+
+    def check(self) -> None:
+        """Raises unless S3 answers and the bucket is there."""
+        with _translated(f"asking S3 for bucket {self._bucket}"):
+            try:
+                self._client.head_bucket(Bucket=self._bucket)
+            except ClientError as error:
+                if _status(error) == 404:
+                    raise NotFound(f"there is no bucket {self._bucket}: make it, or set AWS_BUCKET_NAME") from None
+                raise
+
+    def ensure_bucket(self) -> None:
+        """Make the bucket where it is missing; for the embedded server only."""
+        with _translated(f"making bucket {self._bucket}"):
+            try:
+                self._client.create_bucket(Bucket=self._bucket)
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
+                    raise
+
+
+def _exactly(stream: Stream, size: int) -> bytes:
+    """`size` bytes, less only at the end of the stream."""
+    pieces: list[bytes] = []
+    while size > 0 and (piece := stream.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """Within it, errors of the client come out as the project's own."""
+    try:
+        yield
+    except ClientError as error:
+        raise _translate(error, doing) from error
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise AccessDenied(
+            f"S3 cannot be used for {doing}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
+    except (BotoCoreError, HTTPError, OSError) as error:
+        raise Transient(f"S3 does not answer while {doing} ({type(error).__name__}): see that it can be reached") from error
+
+
+def _translate(error: ClientError, doing: str) -> HeadraceError:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = _status(error)
+    if code in ("RequestTimeTooSkewed", "RequestExpired"):
+        return WrongClock(f"S3 refuses {doing} since the clock of this machine is wrong: set it, for example with NTP")
+    if status in (401, 403):
+        return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
+    if status == 404:
+        return NotFound(f"S3 knows nothing of it while {doing} ({code or status})")
+    return Transient(f"S3 could not answer while {doing} ({code or status}): it is tried again")

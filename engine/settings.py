@@ -1,0 +1,219 @@
+"""Every setting, from the environment and `.env`, checked against each other at the start.
+
+The environment wins over `.env`; an empty value counts as unset. Nothing else in the project reads the environment.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pymongo.errors import PyMongoError
+from pymongo.uri_parser import parse_uri
+
+from engine.errors import SettingsError
+
+__all__ = ["DEFAULT_DATABASE", "Settings", "load"]
+
+DEFAULT_DATABASE: Final = "headrace"
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+_UNITS: Final = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)
+}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b)?\s*", re.IGNORECASE)
+
+
+def _size(value: object) -> object:
+    """64MiB, 1.5GB, 4096 → bytes."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise ValueError("write a size such as 4096, 512KiB or 1.5GB")
+    number, letter, suffix = match.group(1), match.group(2).lower(), (match.group(3) or "").lower()
+    return int(float(number) * _UNITS[letter + "ib" if suffix == "ib" and letter else letter])
+
+
+Bytes = Annotated[int, BeforeValidator(_size)]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _setting(default: Any, description: str, unit: str = "", **limits: Any) -> Any:
+    extra = {"unit": unit}
+    if callable(default):
+        return Field(default_factory=default, description=description, json_schema_extra=extra, **limits)
+    return Field(default=default, description=description, json_schema_extra=extra, **limits)
+
+
+class Settings(BaseSettings):
+    """The settings, each named as in the environment but in lower case. Sizes are bytes, times are seconds."""
+
+    model_config = SettingsConfigDict(frozen=True, env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    port: int = _setting(3000, "Port of the HTTP API", "port", ge=1, le=65535)
+    mongo_uri: SecretStr | None = _setting(
+        None, "MongoDB that keeps the queue and takes the documents; its database takes the documents"
+    )
+    aws_region: str = _setting("us-east-1", "Region of the bucket")
+    aws_access_key_id: str | None = _setting(None, "Access key of S3")
+    aws_secret_access_key: SecretStr | None = _setting(None, "Secret key of S3")
+    aws_session_token: SecretStr | None = _setting(None, "Session token of S3, with temporary keys")
+    aws_bucket_name: str | None = _setting(None, "Bucket that holds the files")
+    aws_endpoint_url: str | None = _setting(None, "Address of an S3 server other than that of AWS")
+
+    engine_workers: int = _setting(_cores, "Worker processes", "processes", ge=1, le=1024)
+    engine_control_db: str = _setting("headrace_control", "Database of the jobs, ranges and rejects", min_length=1)
+    engine_range_bytes: Bytes = _setting(64 * MIB, "The most that one range of an object holds", "bytes", ge=64 * KIB)
+    engine_read_bytes: Bytes = _setting(MIB, "How much is read from S3 at a time", "bytes", ge=4 * KIB, le=64 * MIB)
+    engine_max_line_bytes: Bytes = _setting(32 * MIB, "A longer line is rejected", "bytes", ge=1 * KIB, le=256 * MIB)
+    engine_batch_records: int = _setting(1000, "Lines in one bulk write", "records", ge=1, le=100_000)
+    engine_batch_bytes: Bytes = _setting(
+        2 * MIB, "Bytes of lines in one bulk write; one longer line travels alone", "bytes", ge=64 * KIB, le=4 * MIB
+    )
+    engine_writers: int = _setting(4, "Bulk writes that one worker has under way", "writes", ge=1, le=64)
+    engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
+    engine_watchdog_seconds: float = _setting(60.0, "A worker silent for so long is replaced", "seconds", ge=1)
+    engine_grace_seconds: float = _setting(20.0, "How long a soft stop may take", "seconds", ge=0)
+    engine_poll_seconds: float = _setting(2.0, "Timer behind the wake-ups of idle workers", "seconds", ge=0.05, le=15)
+    engine_keep_jobs_days: float = _setting(30.0, "How long ended jobs and their rejects are kept", "days", gt=0)
+    engine_data_dir: Path = _setting(Path(".headrace"), "Data and logs of the embedded servers", "folder")
+    engine_log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least level that is logged")
+    engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
+
+    api_host: str = _setting("127.0.0.1", "Address that the HTTP API listens on")
+    api_threads: int = _setting(8, "Requests that the HTTP API handles at a time", "threads", ge=1, le=256)
+    api_max_upload_bytes: Bytes = _setting(10 * GIB, "The largest body that POST /upload takes", "bytes", ge=1)
+    api_part_bytes: Bytes = _setting(8 * MIB, "Part of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
+    api_upload_parallel: int = _setting(4, "Parts of one upload under way to S3", "parts", ge=1, le=32)
+    api_spool_dir: Path | None = _setting(None, "Where bodies are spooled; unset: the system's folder for such", "folder")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win over the environment, which wins over `.env`."""
+        return init_settings, env_settings, dotenv_settings
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Settings that are right alone and wrong together."""
+        wrong: list[str] = []
+        if self.mongo_uri is not None:
+            try:
+                parse_uri(self.mongo_uri.get_secret_value(), validate=True, warn=False, connect_timeout=None)
+            except (PyMongoError, ValueError) as error:
+                # The driver's words may quote the URI, and with it a password.
+                wrong.append(
+                    f"MONGO_URI cannot be read ({type(error).__name__}): write mongodb://user:password@host:port/database, "
+                    "with a password's special characters percent-encoded"
+                )
+            else:
+                if self.data_db() == self.engine_control_db:
+                    wrong.append(
+                        f"ENGINE_CONTROL_DB={self.engine_control_db}: it is the database that MONGO_URI names for the "
+                        "documents; name another"
+                    )
+        if self.aws_endpoint_url is not None and urlsplit(self.aws_endpoint_url).scheme not in ("http", "https"):
+            wrong.append("AWS_ENDPOINT_URL: write it as http://host:port or https://host:port")
+        if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
+            wrong.append("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set both or neither")
+        if self.engine_watchdog_seconds <= self.socket_timeout_seconds:
+            wrong.append(
+                f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than "
+                f"{self.socket_timeout_seconds:g}, four fifths of ENGINE_LEASE_SECONDS, within which a command may wait"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+    @property
+    def socket_timeout_seconds(self) -> float:
+        """How long a worker waits for an answer: less than a lease, so that a lost one is noticed by its holder first."""
+        return self.engine_lease_seconds * 0.8
+
+    @property
+    def write_timeout_seconds(self) -> float:
+        """How long the server waits for a majority: less than the socket does, so that it is the server who says so."""
+        return self.engine_lease_seconds * 0.6
+
+    def data_db(self) -> str:
+        """The database that takes the documents."""
+        if self.mongo_uri is None:
+            return DEFAULT_DATABASE
+        path = urlsplit(self.mongo_uri.get_secret_value().replace(",", "")).path
+        return path.strip("/") or DEFAULT_DATABASE
+
+    def secrets(self) -> list[str]:
+        """Every value that must never be shown."""
+        values = [self.aws_secret_access_key, self.aws_session_token, self.mongo_uri]
+        found = [value.get_secret_value() for value in values if value is not None]
+        if self.mongo_uri is not None and (password := urlsplit(self.mongo_uri.get_secret_value().replace(",", "")).password):
+            found.append(password)
+        return found
+
+
+def load(**overrides: Any) -> tuple[Settings, list[str]]:
+    """The settings of this process, and a warning for each name that looks like a setting and is none.
+
+    Args:
+        overrides: values that win over the environment, by field.
+
+    Raises:
+        SettingsError: lists everything that is wrong.
+    """
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_sentences(error))) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env cannot be read: {error}") from None
+    return settings, _unknown()
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    sentences: list[str] = []
+    for fault in error.errors(include_url=False):
+        message = fault["msg"].removeprefix("Value error, ")
+        if not fault["loc"]:
+            sentences += message.split("\n")
+            continue
+        field = str(fault["loc"][0])
+        annotation = Settings.model_fields[field].annotation if field in Settings.model_fields else None
+        shown = "" if "SecretStr" in str(annotation) else f"={fault['input']}"
+        sentences.append(f"{field.upper()}{shown}: {message[0].lower()}{message[1:]}")
+    return sentences
+
+
+def _unknown() -> list[str]:
+    known = [name.upper() for name in Settings.model_fields]
+    names = set(os.environ) | set(_dotenv())
+    warnings: list[str] = []
+    for name in sorted(names):
+        upper = name.upper()
+        if upper.startswith(("ENGINE_", "API_")) and upper not in known:
+            near = difflib.get_close_matches(upper, known, n=1)
+            warnings.append(f"{name} is not a setting of Headrace" + (f": did you mean {near[0]}?" if near else ""))
+    return warnings
+
+
+def _dotenv() -> Mapping[str, object]:
+    from dotenv import dotenv_values  # only here: the rest is read through pydantic-settings
+
+    return dotenv_values(".env")
