@@ -187,7 +187,14 @@ class Ledger:
         failure = {"$cond": [{"$eq": ["$state", RangeState.FAILED]}, "$failure", "$$REMOVE"]}
         stages: list[Document] = [
             {"$match": _ranges_of(job)},
-            {"$group": {"_id": "$state", "count": {"$sum": 1}, "failures": {"$firstN": {"input": failure, "n": 3}}, **total}},
+            {
+                "$group": {
+                    "_id": "$state",
+                    "count": {"$sum": 1},
+                    "failures": {"$firstN": {"input": failure, "n": 3}},
+                    **total,
+                }
+            },
         ]
         with translated("summing the ranges of a job"):
             found = {group["_id"]: group for group in self._ranges.aggregate(stages)}
@@ -230,7 +237,9 @@ class Ledger:
         with translated(doing):
             result = self._ranges.update_one(held, [{"$set": changes}])
         if not result.matched_count:
-            raise LeaseLost(f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now")
+            raise LeaseLost(
+                f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now"
+            )
 
     def _release(self, query: Document) -> int:
         deaths = {"$add": ["$deaths", 1]}

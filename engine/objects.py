@@ -218,7 +218,9 @@ class Objects:
 
     def _in_parts(self, stream: Stream, key: str, first: bytes, before_complete: Callable[[], None]) -> None:
         with _translated(f"storing {key}"):
-            upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)["UploadId"]
+            upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)[
+                "UploadId"
+            ]
             try:
                 parts = self._send(stream, key, upload, first)
                 before_complete()
@@ -302,11 +304,11 @@ def _translated(doing: str) -> Iterator[None]:
     except ClientError as error:
         raise _translate(error, doing) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
-        raise AccessDenied(
-            f"S3 cannot be used for {doing}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error
+        raise AccessDenied(f"S3 cannot be used for {doing}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except (BotoCoreError, HTTPError, OSError) as error:
-        raise Transient(f"S3 does not answer while {doing} ({type(error).__name__}): see that it can be reached") from error
+        raise Transient(
+            f"S3 does not answer while {doing} ({type(error).__name__}): see that it can be reached"
+        ) from error
 
 
 def _translate(error: ClientError, doing: str) -> HeadraceError:

@@ -70,7 +70,10 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
 
 def _looks_wide(head: bytes) -> bool:
     sample = head[:64]
-    return len(sample) >= 8 and 0 in (sample[0::2].count(0) - len(sample) // 2, sample[1::2].count(0) - len(sample) // 2)
+    return len(sample) >= 8 and 0 in (
+        sample[0::2].count(0) - len(sample) // 2,
+        sample[1::2].count(0) - len(sample) // 2,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,9 @@ class Queue:
             return
         summary = self._ledger.sum(job_id)
         seconds = {"$divide": [{"$subtract": ["$$NOW", "$progress.at"]}, 1000]}
-        lately = {"$divide": [{"$subtract": [summary.tally.lines, "$progress.tally.lines"]}, {"$max": [seconds, 0.001]}]}
+        lately = {
+            "$divide": [{"$subtract": [summary.tally.lines, "$progress.tally.lines"]}, {"$max": [seconds, 0.001]}]
+        }
         known = {"$gt": ["$progress.at", None]}
         blend = {"$avg": ["$progress.rate", {"$max": [lately, 0]}]}
         since_start = {"$divide": [{"$subtract": ["$$NOW", "$startedAt"]}, 1000]}
@@ -301,9 +303,7 @@ class Queue:
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt", "notBefore")
-        self._move(
-            job_id, job.state, {"state": to, "open": True, "attempts": 0} | {name: "$$REMOVE" for name in gone}
-        )
+        self._move(job_id, job.state, {"state": to, "open": True, "attempts": 0} | dict.fromkeys(gone, "$$REMOVE"))
         self.wake()
         return self.get(job_id)
 

@@ -128,5 +128,3 @@ def _told(found: Document, before: dict[int, int]) -> Document:
         "raw": found["raw"],
     }
     return told | {name: found[name] for name in ("encoding", "rawLength", "code") if name in found}
-
-

@@ -11,7 +11,22 @@ __all__ = ["lines", "write"]
 
 _CITIES: Final = ("Bergen", "Graz", "Kraków", "Lyon", "Málaga", "Oulu", "Porto", "Tartu", "Utrecht", "Zürich")
 _EVENTS: Final = ("view", "search", "basket", "order", "refund", "review")
-_WORDS: Final = "race mill wheel sluice channel weir water stone grain gate bucket shaft bearing paddle".split()
+_WORDS: Final = [
+    "race",
+    "mill",
+    "wheel",
+    "sluice",
+    "channel",
+    "weir",
+    "water",
+    "stone",
+    "grain",
+    "gate",
+    "bucket",
+    "shaft",
+    "bearing",
+    "paddle",
+]
 
 
 def lines(count: int, seed: int = 1) -> Iterator[bytes]:
@@ -21,7 +36,11 @@ def lines(count: int, seed: int = 1) -> Iterator[bytes]:
         record = {
             "event": draw.choice(_EVENTS),
             "at": f"2026-{draw.randint(1, 12):02}-{draw.randint(1, 28):02}T{draw.randint(0, 23):02}:{draw.randint(0, 59):02}:00Z",
-            "user": {"id": draw.randint(1, 10**9), "name": f"user-{draw.randint(1, 10**6)}", "city": draw.choice(_CITIES)},
+            "user": {
+                "id": draw.randint(1, 10**9),
+                "name": f"user-{draw.randint(1, 10**6)}",
+                "city": draw.choice(_CITIES),
+            },
             "amount": round(draw.uniform(1, 500), 2),
             "items": [draw.randint(1, 9999) for _ in range(draw.randint(1, 5))],
             "paid": draw.random() < 0.7,

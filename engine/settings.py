@@ -97,7 +97,9 @@ class Settings(BaseSettings):
     api_max_upload_bytes: Bytes = _setting(10 * GIB, "The largest body that POST /upload takes", "bytes", ge=1)
     api_part_bytes: Bytes = _setting(8 * MIB, "Part of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
     api_upload_parallel: int = _setting(4, "Parts of one upload under way to S3", "parts", ge=1, le=32)
-    api_spool_dir: Path | None = _setting(None, "Where bodies are spooled; unset: the system's folder for such", "folder")
+    api_spool_dir: Path | None = _setting(
+        None, "Where bodies are spooled; unset: the system's folder for such", "folder"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -164,7 +166,9 @@ class Settings(BaseSettings):
         """Every value that must never be shown."""
         values = [self.aws_secret_access_key, self.aws_session_token, self.mongo_uri]
         found = [value.get_secret_value() for value in values if value is not None]
-        if self.mongo_uri is not None and (password := urlsplit(self.mongo_uri.get_secret_value().replace(",", "")).password):
+        if self.mongo_uri is not None and (
+            password := urlsplit(self.mongo_uri.get_secret_value().replace(",", "")).password
+        ):
             found.append(password)
         return found
 

@@ -26,10 +26,21 @@ from pymongo.errors import (
     WTimeoutError,
 )
 
-from engine.errors import AccessDenied, Final as FinalError, HeadraceError, NotFound, Refused, StartError, Transient
+from engine.errors import AccessDenied, HeadraceError, NotFound, Refused, StartError, Transient
+from engine.errors import Final as FinalError
 from engine.settings import Settings
 
-__all__ = ["LEASABLE", "LEASES", "OPEN_JOBS", "SCHEMA_VERSION", "Document", "Store", "job_key", "translate", "translated"]
+__all__ = [
+    "LEASABLE",
+    "LEASES",
+    "OPEN_JOBS",
+    "SCHEMA_VERSION",
+    "Document",
+    "Store",
+    "job_key",
+    "translate",
+    "translated",
+]
 
 Document = dict[str, Any]
 
@@ -78,7 +89,9 @@ class Store:
             )
         except (ConfigurationError, PyMongoError, ValueError) as error:
             # The text of the error may quote the URI, and with it a password.
-            raise StartError(f"MONGO_URI cannot be used ({type(error).__name__}): write it as mongodb://host:port/name") from None
+            raise StartError(
+                f"MONGO_URI cannot be used ({type(error).__name__}): write it as mongodb://host:port/name"
+            ) from None
         codec: CodecOptions[Document] = CodecOptions(tz_aware=True)
         self.data: Database[Document] = self.client.get_database(settings.data_db(), codec, write_concern=concern)
         self.control: Database[Document] = self.client.get_database(
@@ -181,7 +194,9 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
         if error.code in _TRANSIENT_CODES or "RetryableWriteError" in labels:
             return Transient(f"MongoDB could not answer while {doing} (code {error.code}): it is tried again")
         if error.code in _DENIED_CODES:
-            return AccessDenied(f"MongoDB does not allow {doing} (code {error.code}): check the user in MONGO_URI and its roles")
+            return AccessDenied(
+                f"MongoDB does not allow {doing} (code {error.code}): check the user in MONGO_URI and its roles"
+            )
         detail = str((error.details or {}).get("errmsg", ""))[:500]
         return FinalError(f"MongoDB refused {doing} (code {error.code}): {detail}")
     if isinstance(error, ConfigurationError):

@@ -18,7 +18,8 @@ from pymongo.errors import PyMongoError
 from setproctitle import setproctitle
 
 from engine.beat import Beat
-from engine.errors import AccessDenied, Final as FinalError, HeadraceError, LeaseLost, StartError, Transient
+from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient
+from engine.errors import Final as FinalError
 from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL, Job, JobState, Lease, Stop
@@ -246,7 +247,9 @@ class _Worker:
         try:
             cursor = self._wakeups
             if cursor is None or not cursor.alive:
-                cursor = self._store.wakeups.find({}, {"_id": 1}, cursor_type=CursorType.TAILABLE_AWAIT, batch_size=10_000)
+                cursor = self._store.wakeups.find(
+                    {}, {"_id": 1}, cursor_type=CursorType.TAILABLE_AWAIT, batch_size=10_000
+                )
                 self._wakeups, self._woken = cursor.max_await_time_ms(int(seconds * 1000)), 0
                 # What is there already has been seen by the look for jobs that follows.
                 self._drain(cursor)
@@ -264,4 +267,3 @@ class _Worker:
             self._woken += 1
         while self._woken < cursor.retrieved and next(cursor, None) is not None:
             self._woken += 1
-

@@ -1,0 +1,54 @@
+"""A few bytes that a worker shares with its supervisor: when it last moved, whether it has booted, what it has freed.
+
+Made before the fork. No lock: each field is written by one side and is small enough to be written whole.
+"""
+
+import mmap
+import struct
+import time
+from typing import Final
+
+__all__ = ["Beat"]
+
+_CLOCK: Final = struct.Struct("=d")
+_BOOTED: Final = 8
+_RELEASED: Final = 9
+
+
+class Beat:
+    """Shared between one worker and its supervisor. Times are of the system's monotonic clock, seconds."""
+
+    __slots__ = ("_memory",)
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self.touch()
+
+    def touch(self) -> None:
+        """The worker: I have moved."""
+        _CLOCK.pack_into(self._memory, 0, time.monotonic())
+
+    def age(self) -> float:
+        """Seconds since the worker last moved."""
+        (at,) = _CLOCK.unpack_from(self._memory, 0)
+        return time.monotonic() - float(at)
+
+    def mark_booted(self) -> None:
+        """The worker: I have reached the servers."""
+        self._memory[_BOOTED] = 1
+
+    def booted(self) -> bool:
+        """Whether the worker has reached the servers."""
+        return self._memory[_BOOTED] == 1
+
+    def mark_released(self) -> None:
+        """The worker: what my predecessors held is free."""
+        self._memory[_RELEASED] = 1
+
+    def released(self) -> bool:
+        """Whether the predecessors' leases are free."""
+        return self._memory[_RELEASED] == 1
+
+    def close(self) -> None:
+        """The supervisor, when the worker is gone."""
+        self._memory.close()

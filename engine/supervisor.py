@@ -1,0 +1,298 @@
+"""Fork workers, reap them, replace those that die or fall silent, stop them.
+
+It touches no payload: it opens no client and starts no thread, since it forks all day and clients do not survive that.
+A signal handler only notes the signal; one loop, awake at least once a second, does everything else.
+"""
+
+import ctypes
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from setproctitle import setproctitle
+
+from engine.beat import Beat
+from engine.logs import get_logger
+from engine.settings import Settings
+from engine.worker import EXIT_BOOT, Post
+
+__all__ = ["Supervisor"]
+
+Work = Callable[[Settings, Post, Beat], int]
+
+LOOP_SECONDS: Final = 0.5
+"""The longest sleep of the loop."""
+
+ASLEEP_SECONDS: Final = 5.0
+"""When the loop itself was away for longer (suspended, stopped), silence of the workers proves nothing."""
+
+YOUNG_SECONDS: Final = 1.0
+"""A worker that dies younger than this, without having booted, is replaced with a delay that doubles."""
+
+DELAY_MOST_SECONDS: Final = 5.0
+
+PR_SET_PDEATHSIG: Final = 1
+
+SIGNALS: Final = tuple(getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "QUIT", "HUP", "TTIN", "TTOU", "CHLD"))
+
+log = get_logger()
+
+
+@dataclass(slots=True)
+class _Child:
+    post: Post
+    beat: Beat
+    born: float
+    leaving: bool = False  # told to stop softly; not to be replaced by reap
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place for one worker. `dead` are names whose leases may still stand."""
+
+    number: int
+    dead: tuple[str, ...] = ()
+    incarnation: int = 0
+    failures: int = 0
+    not_before: float = 0.0
+    pid: int | None = None
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Keeps `engine_workers` children at work.
+
+    Args:
+        settings: of the engine.
+        work: what a child runs; its result is the child's exit code.
+    """
+
+    settings: Settings
+    work: Work
+    _slots: list[_Slot] = field(default_factory=list)
+    _children: dict[int, _Child] = field(default_factory=dict)
+    _signals: deque[int] = field(default_factory=deque)
+    _boot: str = field(default_factory=lambda: secrets.token_hex(4))
+    _host: str = field(default_factory=socket.gethostname)
+    _stopping: bool = False
+    _deadline: float = 0.0
+    _killed: bool = False
+    _exit: int = 0
+    _wake: tuple[int, int] = (-1, -1)
+    _replacing: deque[int] = field(default_factory=deque)
+    _born: int = 0
+
+    def run(self) -> int:
+        """Supervise until told to stop; returns the exit code: 0 after a soft stop in time."""
+        self._wake = os.pipe()
+        for end in self._wake:
+            os.set_blocking(end, False)
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        setproctitle("headrace: supervisor")
+        self._slots = [_Slot(number) for number in range(self.settings.engine_workers)]
+        log.info("engine starts", action="start", workers=len(self._slots), pid=os.getpid())
+        away_since = time.monotonic()
+        while True:
+            self._handle_signals()
+            self._reap()
+            if self._stopping and not self._children:
+                break
+            now = time.monotonic()
+            if now - away_since > ASLEEP_SECONDS:
+                for child in self._children.values():
+                    child.beat.touch()
+            away_since = now
+            self._kill_silent()
+            self._replace_next()
+            self._top_up()
+            self._sleep()
+        log.info("engine has stopped", action="stop", exit=self._exit)
+        return self._exit
+
+    def _note(self, number: int, frame: object) -> None:
+        if number != signal.SIGCHLD:
+            self._signals.append(number)
+        try:
+            os.write(self._wake[1], b".")
+        except BlockingIOError:
+            pass  # it is awake already
+
+    def _sleep(self) -> None:
+        select.select([self._wake[0]], [], [], LOOP_SECONDS)
+        try:
+            while os.read(self._wake[0], 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _handle_signals(self) -> None:
+        while self._signals:
+            number = self._signals.popleft()
+            if number in (signal.SIGTERM, signal.SIGINT):
+                if self._stopping:
+                    self._kill_all(signal.SIGQUIT)
+                else:
+                    self._stop()
+            elif number == signal.SIGQUIT:
+                self._stop()
+                self._kill_all(signal.SIGQUIT)
+            elif self._stopping:
+                continue
+            elif number == signal.SIGHUP:
+                log.info("replacing the workers one by one", action="reload")
+                self._replacing = deque(pid for pid, child in self._children.items() if not child.leaving)
+            elif number == signal.SIGTTIN:
+                self._slots.append(_Slot(max((slot.number for slot in self._slots), default=-1) + 1))
+                log.info("one more worker", action="grow", workers=len(self._slots))
+            elif number == signal.SIGTTOU and len(self._slots) > 1:
+                slot = self._slots.pop()
+                log.info("one worker less", action="shrink", workers=len(self._slots))
+                if slot.pid is not None:
+                    self._tell(slot.pid, signal.SIGTERM)
+
+    def _stop(self, exit_code: int = 0) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        self._exit = exit_code
+        self._deadline = time.monotonic() + self.settings.engine_grace_seconds
+        log.info("engine stops", action="stop", workers=len(self._children))
+        for pid in self._children:
+            self._tell(pid, signal.SIGTERM)
+
+    def _tell(self, pid: int, number: int) -> None:
+        child = self._children.get(pid)
+        if child is None:
+            return
+        if number in (signal.SIGTERM, signal.SIGQUIT):
+            child.leaving = True
+        # The pid is ours until we reap it, so it cannot have become another process.
+        os.kill(pid, number)
+
+    def _kill_all(self, number: int) -> None:
+        for pid in self._children:
+            self._tell(pid, number)
+        self._deadline = min(self._deadline, time.monotonic() + 1.0)
+
+    def _kill_silent(self) -> None:
+        if self._stopping and time.monotonic() >= self._deadline:
+            for pid in list(self._children):
+                if not self._killed:
+                    log.warning("worker did not stop in time and is killed", action="kill", worker_pid=pid)
+                    self._exit = self._exit or 1
+                os.kill(pid, signal.SIGKILL)
+            self._killed = True
+            return
+        for pid, child in self._children.items():
+            silent = child.beat.age()
+            if silent > self.settings.engine_watchdog_seconds - LOOP_SECONDS:
+                log.error(
+                    "worker has not moved and is killed", action="kill", worker=child.post.name, silent=round(silent, 1)
+                )
+                child.beat.touch()
+                os.kill(pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if (child := self._children.pop(pid, None)) is not None:
+                self._bury(pid, child, os.waitstatus_to_exitcode(status))
+
+    def _bury(self, pid: int, child: _Child, code: int) -> None:
+        slot = next((slot for slot in self._slots if slot.pid == pid), None)
+        names = (() if child.beat.released() else child.post.predecessors) + (() if code == 0 else (child.post.name,))
+        booted, age = child.beat.booted(), time.monotonic() - child.born
+        child.beat.close()
+        if slot is None and self._slots:
+            # Its place is gone (TTOU, HUP): any other worker to come may free what it held.
+            self._slots[0].dead += names
+        if slot is not None:
+            slot.pid = None
+            slot.dead += names
+            slot.failures = 0 if booted or code == 0 or age >= YOUNG_SECONDS else slot.failures + 1
+            if slot.failures > 1:
+                slot.not_before = time.monotonic() + min(0.1 * 2**slot.failures, DELAY_MOST_SECONDS)
+        if code == 0 or self._stopping:
+            log.debug("worker has left", action="reap", worker=child.post.name, exit=code)
+        elif code == EXIT_BOOT:
+            log.error("a worker cannot start, so the engine stops", action="stop", worker=child.post.name)
+            self._stop(EXIT_BOOT)
+        else:
+            log.warning("worker died and is replaced", action="reap", worker=child.post.name, cause=_cause(code))
+
+    def _replace_next(self) -> None:
+        """HUP: one at a time, the next only when every place is filled by one that has booted."""
+        if not self._replacing or self._stopping:
+            return
+        ready = all(slot.pid in self._children and self._children[slot.pid].beat.booted() for slot in self._slots)
+        if not ready:
+            return
+        pid = self._replacing.popleft()
+        slot = next((slot for slot in self._slots if slot.pid == pid), None)
+        if slot is not None:
+            # The place is filled anew at once; the old one finishes its batches meanwhile.
+            slot.pid = None
+            self._tell(pid, signal.SIGTERM)
+
+    def _top_up(self) -> None:
+        if self._stopping:
+            return
+        for slot in self._slots:
+            if slot.pid is None and time.monotonic() >= slot.not_before:
+                self._fork(slot)
+
+    def _fork(self, slot: _Slot) -> None:
+        self._born += 1
+        post = Post(self._host, self._boot, slot.number, self._born, slot.dead, os.getpid())
+        beat = Beat()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A signal between the fork and the child's own handlers would be noted in a queue that nobody reads.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        pid = os.fork()
+        if pid == 0:
+            self._be_child(post, beat, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        slot.pid, slot.dead = pid, ()
+        self._children[pid] = _Child(post, beat, time.monotonic())
+
+    def _be_child(self, post: Post, beat: Beat, blocked: set[signal.Signals]) -> None:
+        """Never returns, so that nothing of the supervisor runs twice."""
+        code = 1
+        try:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            for end in self._wake:
+                os.close(end)
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != post.parent:
+                os._exit(1)  # the supervisor died before it could be watched
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            code = self.work(self.settings, post, beat)
+        except BaseException:
+            log.exception("worker failed", action="crash", worker=post.name)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"{name} (out of memory, perhaps)" if name == "SIGKILL" else name
