@@ -39,7 +39,7 @@ ACCESS_KEY: Final = "headrace"
 START_SECONDS: Final = 60.0
 """How long a server may take until it answers; it takes about one second on an idle machine."""
 
-STOP_SECONDS: Final = 15.0
+STOP_SECONDS: Final = 8.0
 
 MONGOD_PORT: Final = 27317
 S3_PORT: Final = 8833

@@ -85,7 +85,6 @@ class Store:
                 socketTimeoutMS=int(settings.socket_timeout_seconds * 1000),
                 retryWrites=True,
                 w="majority",
-                journal=None,
             )
         except (ConfigurationError, PyMongoError, ValueError) as error:
             # The text of the error may quote the URI, and with it a password.

@@ -1,0 +1,198 @@
+"""`headrace up`: real servers, the engine and the API as children, and one load to show it, from one command."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from pymongo import MongoClient
+from rich.console import Console
+
+from api.load import Client, check_file, watch
+from engine import sample
+from engine.errors import StartError
+from engine.local import LocalServers, die_with_parent, port_is_free
+from engine.settings import Settings
+
+__all__ = ["up"]
+
+READY_SECONDS: Final = 60.0
+SAMPLE_SEED: Final = 1
+
+
+class _Told(BaseException):
+    """TERM or INT came. No error of the program: nothing may swallow it."""
+
+
+class _Child:
+    """One `headrace` command as a child with its log in a file."""
+
+    def __init__(self, name: str, log: Path, environment: dict[str, str]) -> None:
+        self.name = name
+        self.log = log
+        with log.open("ab") as output:
+            output.write(b"")
+            self._from = output.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "api.cli", name],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
+                env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+
+    def check(self) -> None:
+        """Raises StartError when it has ended by itself."""
+        if self.process.poll() is not None:
+            lines = self.log.read_bytes()[self._from :].decode(errors="replace").strip().splitlines()
+            last = lines[-1][:500] if lines else "nothing"
+            raise StartError(f"`headrace {self.name}` ended early; its last words: {last} (log: {self.log})")
+
+    def stop(self, seconds: float) -> None:
+        """TERM, then KILL."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(seconds)
+            except (subprocess.TimeoutExpired, _Told):
+                self.process.send_signal(signal.SIGQUIT)
+                try:
+                    self.process.wait(3)
+                except (subprocess.TimeoutExpired, _Told):
+                    self.process.kill()
+        self.process.wait()
+
+
+def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
+    """Run everything and load a file; returns the exit code.
+
+    Args:
+        settings: what they do not name is started here.
+        file: loaded through the HTTP API; None: a sample.
+        once: end after the job, with 0 if it COMPLETED; else serve until told to stop.
+        records: lines of the sample.
+
+    Raises:
+        StartError: something cannot be started, and nothing is left running.
+    """
+    console = Console(highlight=False)
+    if file is not None:
+        check_file(file)
+    if not port_is_free(settings.port, settings.api_host):
+        raise StartError(f"port {settings.port} is taken: stop what listens there, or set PORT to another")
+
+    def told(number: int, frame: object) -> None:
+        raise _Told
+
+    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGINT, told)
+    try:
+        with ExitStack() as stack:
+            return _run(settings, file, once, records, console, stack)
+    except _Told:
+        return 1 if once else 0
+    finally:
+        console.print("Stopped.")
+
+
+def _run(
+    settings: Settings, file: Path | None, once: bool, records: int, console: Console, stack: ExitStack
+) -> int:
+    folder = settings.engine_data_dir.absolute()
+    servers = LocalServers(settings)
+    console.print("Starting the servers …")
+    servers.start()
+    stack.callback(servers.stop)
+    environment = {name.upper(): str(value) for name, value in servers.overrides.items()}
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    children: list[_Child] = []
+    for name in ("api", "engine"):  # stopped in the opposite order
+        child = _Child(name, logs / f"{name}.log", environment)
+        stack.callback(child.stop, settings.engine_grace_seconds + 5)
+        children.append(child)
+    url = f"http://{settings.api_host}:{settings.port}"
+    client = Client(url)
+    _wait_ready(client, children, servers)
+    overrides = servers.overrides
+    console.print(f"MongoDB  {overrides.get('mongo_uri', 'as MONGO_URI names it')}")
+    console.print(f"S3       {overrides.get('aws_endpoint_url', 'as the AWS_ settings name it')}")
+    console.print(f"API      {url}, engine with {settings.engine_workers} workers; logs in {logs}")
+
+    options: dict[str, Any] = {}
+    if file is None:
+        file = folder / f"sample-{records}.ndjson"
+        if not file.exists():
+            console.print(f"Writing a sample of {records:,} records …")
+            part = file.with_suffix(".part")
+            sample.write(part, records, SAMPLE_SEED)
+            part.rename(file)
+    size = file.stat().st_size
+    console.print(f"Uploading {file} ({size / 1e6:,.1f} MB) …")
+    key = client.upload(file)
+    job_id = client.process(key, options)
+    console.print(f"Processing {key} as job {job_id} …")
+    status = watch(client, job_id, console)
+    _summary(settings, overrides, status, url, key, console)
+    if once:
+        return 0 if status["status"] == "COMPLETED" else 1
+    console.print("Serving. Ctrl-C stops it.")
+    while True:
+        time.sleep(0.5)
+        _check(children, servers)
+
+
+def _wait_ready(client: Client, children: list[_Child], servers: LocalServers) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while not client.ready():
+        _check(children, servers)
+        if time.monotonic() > deadline:
+            raise StartError(f"the API was not ready within {READY_SECONDS:g} seconds: see {children[0].log}")
+        time.sleep(0.1)
+
+
+def _check(children: list[_Child], servers: LocalServers) -> None:
+    if name := servers.died():
+        raise StartError(f"{name} ended by itself: see its log in ENGINE_DATA_DIR")
+    for child in children:
+        child.check()
+
+
+def _summary(
+    settings: Settings, overrides: dict[str, Any], status: dict[str, Any], url: str, key: str, console: Console
+) -> None:
+    told = status["progress"]
+    console.print()
+    console.print(
+        f"{status['status']}: {told['lines']:,} lines, {told['inserted']:,} inserted, {told['duplicates']:,} duplicates, "
+        f"{told['rejected']:,} rejected, {told['blank']:,} blank; {told['recordsPerSecond']:,.0f} records/s"
+    )
+    if status["error"]:
+        console.print(f"Error: {status['error']['message']}", markup=False)
+    for reject in status["errors"]:
+        console.print(f"Rejected at byte {reject['offset']}: {reject['reason']}: {reject['detail']}", markup=False)
+    uri = overrides.get("mongo_uri") or (settings.mongo_uri.get_secret_value() if settings.mongo_uri else "")
+    database = Settings.model_validate(settings.model_dump() | overrides).data_db()
+    with MongoClient[dict[str, Any]](uri) as client:
+        collection = client[database][status["collection"]]
+        console.print(f"\nCollection {database}.{status['collection']} holds {collection.estimated_document_count():,} documents; two:")
+        for document in collection.find().sort("_id", -1).limit(2):
+            text = orjson.dumps(document, default=str).decode()
+            console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"), markup=False)
+    quoted = shlex.quote(f"{url}/process/{key}")
+    console.print("\nBy hand:")
+    for line in (
+        f"curl -F file=@FILE {url}/upload",
+        f"curl -X POST {quoted}",
+        f"curl {url}/status/{status['jobId']}",
+    ):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    console.print()
