@@ -83,7 +83,7 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
     Raises:
         StartError: something cannot be started, and nothing is left running.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     if file is not None:
         check_file(file)
     if not port_is_free(settings.port, settings.api_host):
@@ -194,5 +194,5 @@ def _summary(
         f"curl -X POST {quoted}",
         f"curl {url}/status/{status['jobId']}",
     ):
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+        console.print(f"  {line}", markup=False)
     console.print()

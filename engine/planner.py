@@ -25,6 +25,12 @@ __all__ = ["Planner", "decide"]
 SNIFF_BYTES: Final = 64 * 1024
 """How much of an object is looked at before it is loaded."""
 
+RANGES_PER_WORKER: Final = 4
+"""So many, that the last ones to finish leave the others idle for a short time only."""
+
+SMALL_RANGE_BYTES: Final = 8 * 1024 * 1024
+"""A range is not made smaller than this only to have more of them: each costs a request and a few writes."""
+
 TAG_DRAWS: Final = 64
 """Random tags tried for one second before the next second is taken."""
 
@@ -89,14 +95,18 @@ class Planner:
     Args:
         store, queue, ledger, objects: where things are.
         range_bytes: the most that one range of a new plan holds.
+        workers: of this engine; an object is cut so that each of them gets several ranges, unless these were tiny.
     """
 
-    def __init__(self, store: Store, queue: Queue, ledger: Ledger, objects: Objects, range_bytes: int) -> None:
+    def __init__(
+        self, store: Store, queue: Queue, ledger: Ledger, objects: Objects, range_bytes: int, workers: int
+    ) -> None:
         self._sources = store.sources
         self._queue = queue
         self._ledger = ledger
         self._objects = objects
         self._range_bytes = range_bytes
+        self._shares = RANGES_PER_WORKER * workers
 
     def prepare(self, job: Job, opened: bool) -> Job:
         """Bring a job to where its ranges can be leased; returns it as it is then, perhaps terminal.
@@ -120,8 +130,10 @@ class Planner:
                 head = reader.read(SNIFF_BYTES)
         format = decide(job.options.format, job.source.key, head)
         source = self._register(job, format)
-        ranges = count(job.source.size, self._range_bytes)
-        plan = Plan(format, source.tag, self._range_bytes, ranges, source.sole)
+        share = max(-(-job.source.size // self._shares), SMALL_RANGE_BYTES)
+        range_bytes = min(self._range_bytes, share)
+        ranges = count(job.source.size, range_bytes)
+        plan = Plan(format, source.tag, range_bytes, ranges, source.sole)
         if ranges == 0 or (source.completed_by and job.options.if_loaded == "skip"):
             self._queue.complete_unread(job.id, plan, source.completed_by)
             return self._queue.get(job.id)

@@ -1,0 +1,55 @@
+# The targets that people call. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
+RECORDS ?= 200000
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test unit lint types format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED) ## make .venv and install Headrace with the servers that it can embed
+
+run: $(INSTALLED) ## start everything, load a sample and serve (FILE=path, ONCE=1, RECORDS=n)
+	@exec $(BIN)/headrace up --records $(RECORDS) $(if $(FILE),--file '$(FILE)') $(if $(ONCE),--once)
+
+test: lint types ## lint, types, and every test, on real servers
+	@$(BIN)/python -m pytest -q
+
+unit: $(TESTABLE) ## the tests that need no server
+	@$(BIN)/python -m pytest -q tests/unit
+
+lint: $(TESTABLE) ## ruff
+	@$(BIN)/ruff check engine api bench tests && $(BIN)/ruff format --check engine api bench tests
+
+types: $(TESTABLE) ## mypy --strict
+	@$(BIN)/mypy --strict engine api bench
+
+format: $(TESTABLE) ## let ruff format the code
+	@$(BIN)/ruff format engine api bench tests
+
+bench: $(TESTABLE) ## the benchmarks
+	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only
+
+clean: ## remove .venv and what tools left; the data in .headrace stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "headrace: Python 3.11 or newer is not on the PATH: sudo apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "headrace: $(PYTHON) has no venv module: sudo apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[local]'
+	@touch $@
+
+$(TESTABLE): $(INSTALLED)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[local,dev]'
+	@touch $@
