@@ -1,6 +1,6 @@
 """The routes, and nothing else."""
 
-from typing import Any
+from typing import Any, cast
 
 import falcon
 import orjson
@@ -20,7 +20,7 @@ __all__ = ["create_app"]
 
 def create_app(store: Store, queue: Queue, objects: Objects, rejects: Rejects) -> "falcon.App[Any, Any]":
     """The WSGI application over these."""
-    app = falcon.App(middleware=[RequestIds(), _WholePath()])
+    app = falcon.App(middleware=cast("Any", [RequestIds(), _WholePath()]))
     app.req_options.strip_url_path_trailing_slash = False
     json = JSONHandler(dumps=orjson.dumps, loads=orjson.loads)
     app.resp_options.media_handlers["application/json"] = json

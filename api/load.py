@@ -63,7 +63,9 @@ class Client:
         try:
             answer = self._http.request(method, path, **more)
         except httpx.HTTPError as error:
-            raise StartError(f"{self._url} does not answer ({type(error).__name__}): is `headrace api` running?") from None
+            raise StartError(
+                f"{self._url} does not answer ({type(error).__name__}): is `headrace api` running?"
+            ) from None
         try:
             told = answer.json()
         except ValueError:

@@ -116,8 +116,8 @@ def _invalid(req: falcon.Request, resp: falcon.Response, error: ValidationError,
 
 def _http(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: dict[str, Any]) -> None:
     status = error.status_code
-    for name, value in (error.headers or {}).items() if isinstance(error.headers, dict) else error.headers or ():
-        resp.set_header(name, value)
+    if error.headers:
+        resp.set_headers(error.headers)
     if status == 404:
         detail = f"there is nothing at {req.path[:200]!r}: see the README for the calls there are"
     elif status == 405:

@@ -103,9 +103,7 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
         console.print("Stopped.")
 
 
-def _run(
-    settings: Settings, file: Path | None, once: bool, records: int, console: Console, stack: ExitStack
-) -> int:
+def _run(settings: Settings, file: Path | None, once: bool, records: int, console: Console, stack: ExitStack) -> int:
     folder = settings.engine_data_dir.absolute()
     servers = LocalServers(settings)
     console.print("Starting the servers …")
@@ -183,7 +181,8 @@ def _summary(
     database = Settings.model_validate(settings.model_dump() | overrides).data_db()
     with MongoClient[dict[str, Any]](uri) as client:
         collection = client[database][status["collection"]]
-        console.print(f"\nCollection {database}.{status['collection']} holds {collection.estimated_document_count():,} documents; two:")
+        count = collection.estimated_document_count()
+        console.print(f"\nCollection {database}.{status['collection']} holds {count:,} documents; two of them:")
         for document in collection.find().sort("_id", -1).limit(2):
             text = orjson.dumps(document, default=str).decode()
             console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"), markup=False)

@@ -143,9 +143,9 @@ class Splitter:
 
     def _keep(self, piece: bytes) -> None:
         # A carriage return may still turn out to belong to the terminator, hence one byte over the limit.
-        if self._carried <= self._max + 1:
+        if self._carried <= self._max + 1 or self._carried < HEAD_BYTES:
             self._carry.append(piece)
-            if self._carried + len(piece) > self._max + 1:
+            if self._carried + len(piece) > max(self._max + 1, HEAD_BYTES):
                 self._carry = [b"".join(self._carry)[:HEAD_BYTES]]
         self._carried += len(piece)
         if piece:

@@ -177,13 +177,15 @@ class Planner:
                 return found
             draws += 1
             tag = (second + draws // TAG_DRAWS).to_bytes(4, "big") + secrets.token_bytes(2)
-            new = {"tag": Binary(tag), "forJob": owner, "loads": []}
+            new: Document = {"tag": Binary(tag), "forJob": owner, "loads": []}
             try:
-                return self._sources.find_one_and_update(
+                made = self._sources.find_one_and_update(
                     of, {"$setOnInsert": new}, upsert=True, return_document=ReturnDocument.AFTER
                 )
             except DuplicateKeyError:
                 continue  # the tag is taken: draw again; or another worker registered the source: find it
+            assert made is not None  # an upsert returns what it made
+            return made
 
 
 def _identity(job: Job, format: Format) -> Document:

@@ -99,6 +99,7 @@ class Queue:
                 upsert=True,
                 return_document=ReturnDocument.AFTER,
             )
+        assert created is not None  # an upsert returns what it made
         self.wake()
         return _job(created)
 

@@ -51,7 +51,7 @@ def _cores() -> int:
 
 
 def _setting(default: Any, description: str, unit: str = "", **limits: Any) -> Any:
-    extra = {"unit": unit}
+    extra: dict[str, Any] = {"unit": unit}
     if callable(default):
         return Field(default_factory=default, description=description, json_schema_extra=extra, **limits)
     return Field(default=default, description=description, json_schema_extra=extra, **limits)

@@ -6,11 +6,13 @@ returned has been acknowledged at `w: majority`. Anything wrong with the connect
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import bson
 from bson.errors import BSONError
 from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
+from pymongo.collection import Collection
+from pymongo.database import Database
 from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 
 from engine.batches import Batch
@@ -65,7 +67,8 @@ class Sink:
     def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float) -> None:
         self._data = store.data
         self._collection = collection
-        self._raw = store.data.get_collection(collection, codec_options=DEFAULT_RAW_BSON_OPTIONS)
+        raw = cast("Database[RawBSONDocument]", store.client.get_database(store.data.name, DEFAULT_RAW_BSON_OPTIONS))
+        self._raw: Collection[RawBSONDocument] = raw[collection]
         self._sole = plan.sole
         self._concern = {"w": "majority", "wtimeout": int(write_timeout_seconds * 1000)}
 
@@ -149,7 +152,7 @@ class Sink:
         documents = work.decoded.documents
         ids = [documents[index]["_id"] for index, _ in unclear]
         with translated("reading documents back"):
-            stored = {_key(found["_id"]): found.raw for found in self._raw.find({"_id": {"$in": ids}})}
+            stored = {_key(found["_id"]): bytes(found.raw) for found in self._raw.find({"_id": {"$in": ids}})}
         for index, error in unclear:
             document = documents[index]
             there = stored.get(_key(document["_id"]))
@@ -212,7 +215,9 @@ def _encode(document: Document) -> bytes:
 
 
 def _key(value: object) -> bytes:
-    return value.raw if isinstance(value, RawBSONDocument) else bson.encode({"": value})
+    if isinstance(value, RawBSONDocument):
+        return bson.encode({"": bson.decode(value.raw)})
+    return bson.encode({"": value})
 
 
 def _unencodable(error: Exception) -> tuple[Reason, str]:

@@ -114,6 +114,7 @@ class Store:
             found = self.control["schema"].find_one_and_update(
                 {"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True, return_document=True
             )
+            assert found is not None  # an upsert returns what it made
             if found["version"] > SCHEMA_VERSION:
                 raise StartError(
                     f"the control database {self.control.name} has schema version {found['version']} and this engine knows "

@@ -270,7 +270,7 @@ class Supervisor:
         slot.pid, slot.dead = pid, ()
         self._children[pid] = _Child(post, beat, time.monotonic())
 
-    def _be_child(self, post: Post, beat: Beat, blocked: set[signal.Signals]) -> None:
+    def _be_child(self, post: Post, beat: Beat, blocked: set[int | signal.Signals]) -> None:
         """Never returns, so that nothing of the supervisor runs twice."""
         code = 1
         try:

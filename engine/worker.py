@@ -102,7 +102,14 @@ class _Worker:
         self._queue = Queue(self._store, self._ledger)
         self._objects = Objects(connect(settings), settings.aws_bucket_name or "")
         self._rejects = Rejects(self._store, self._ledger)
-        self._planner = Planner(self._store, self._queue, self._ledger, self._objects, settings.engine_range_bytes, settings.engine_workers)
+        self._planner = Planner(
+            self._store,
+            self._queue,
+            self._ledger,
+            self._objects,
+            settings.engine_range_bytes,
+            settings.engine_workers,
+        )
         self._expired_at = 0.0
         self._wakeups: Cursor[Document] | None = None
         self._woken = 0

@@ -1,0 +1,140 @@
+"""One line becomes one document or one reject, never an exception, never a changed number."""
+
+import json
+
+import pytest
+from bson import ObjectId
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.batches import Batch
+from engine.decode import decode
+from engine.model import Format
+
+TAG = b"tagtag"
+
+
+def run(*lines: bytes, format: Format = Format.NDJSON, offset: int = 0, terminated: bool = True):
+    size = sum(map(len, lines)) + len(lines)
+    return decode(Batch(offset, offset + size - (not terminated), 0, list(lines)), format, TAG, "key")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "invalid_json"),
+        (b'{"a":NaN}', "invalid_json"),
+        (b'{"a":"\\ud800"}', "invalid_json"),
+        (b'{"a":"\xff"}', "invalid_json"),
+        (b'{"a":1}\x00', "invalid_json"),
+        (b"[" * 1025 + b"]" * 1025, "invalid_json"),
+        (b"[1]", "not_an_object"),
+        (b'"a"', "not_an_object"),
+        (b"1", "not_an_object"),
+        (b"1.5", "not_an_object"),
+        (b"null", "not_an_object"),
+        (b"true", "not_an_object"),
+        (b'{"a":9223372036854775808}', "int_range"),
+        (b'{"a":-9223372036854775809}', "int_range"),
+        (b'{"a":[{"b":18446744073709551616}]}', "int_range"),
+        (b'{"a":"\\"","b":1' + b"0" * 300 + b"}", "int_range"),
+    ],
+)
+def test_a_bad_line_is_a_reject_with_its_offset_and_its_neighbours_come_through(line, reason):
+    decoded = run(b'{"n":1}', line, b'{"n":2}', offset=100)
+    assert [document["n"] for document in decoded.documents] == [1, 2]
+    assert [(r.reason, r.offset, r.length, r.ordinal) for r in decoded.rejects] == [(reason, 108, len(line), 1)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"a":9223372036854775807}',
+        b'{"a":-9223372036854775808}',
+        b'{"a":"18446744073709551616"}',
+        b'{"18446744073709551616":1}',
+        b'{"a":18446744073709551616.0}',
+        b'{"a":18446744073709551616e0}',
+        b'{"a":0.18446744073709551616}',
+        b'{"a":"\\\\","b":"99999999999999999999"}',
+    ],
+)
+def test_what_only_looks_like_a_large_integer_is_kept(line):
+    [document] = run(line).documents
+    assert {name: value for name, value in document.items() if name != "_id"} == json.loads(line)
+
+
+def test_a_generated_id_is_the_tag_and_the_offset():
+    decoded = run(b"{}", b'{"_id":7}', b"{}", offset=1000)
+    assert [d["_id"] for d in decoded.documents] == [
+        ObjectId(TAG + (1000).to_bytes(6, "big")),
+        7,
+        ObjectId(TAG + (1013).to_bytes(6, "big")),
+    ]
+    assert decoded.own_ids == [1]
+
+
+def test_the_byte_order_mark_belongs_to_line_one_and_is_ignored():
+    decoded = run(b'\xef\xbb\xbf{"a":1}', b"{}")
+    assert [d["_id"].binary[6:] for d in decoded.documents] == [bytes(6), (11).to_bytes(6, "big")]
+    assert run(b"\xef\xbb\xbfa", b"b", format=Format.TEXT).documents[0]["content"] == "a"
+
+
+def test_a_carriage_return_before_the_newline_is_dropped_and_one_at_the_very_end_is_not():
+    decoded = run(b"a\r", b"b\r", format=Format.TEXT, terminated=False)
+    assert [d["content"] for d in decoded.documents] == ["a", "b\r"]
+
+
+def test_blank_lines_are_counted():
+    assert run(b"", b" \t\r", b"{}").blank == 2
+    assert run(b"", b" \t\r", b"x", format=Format.TEXT).blank == 2
+
+
+def test_text_that_is_not_utf8_is_a_reject():
+    decoded = run(b"good", b"b\xffd", "schön".encode(), format=Format.TEXT)
+    assert [d["content"] for d in decoded.documents] == ["good", "schön"]
+    assert [(r.reason, r.offset) for r in decoded.rejects] == [("invalid_utf8", 5)]
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+    | st.integers(-(2**70), 2**70),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def integers(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [n for item in value for n in integers(item)]
+    return [value] if type(value) is int else []
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=5))
+def test_every_object_comes_through_unchanged_or_is_rejected_for_its_integers(value):
+    value.pop("_id", None)
+    try:
+        line = json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return
+    decoded = run(line)
+    if all(-(2**63) <= n < 2**63 for n in integers(value)):
+        [document] = decoded.documents
+        document.pop("_id")
+        assert document == value
+    else:
+        assert [r.reason for r in decoded.rejects] == ["int_range"]
+
+
+@given(
+    st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), min_size=1),
+    st.sampled_from(["ndjson", "text"]),
+)
+def test_each_line_of_any_bytes_ends_as_one_thing(lines, format):
+    decoded = run(*lines, format=Format(format))
+    assert len(decoded.documents) + len(decoded.rejects) + decoded.blank == len(lines)

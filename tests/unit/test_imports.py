@@ -1,0 +1,67 @@
+"""Imports run downwards only."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+FLOORS = (
+    ("engine.model",),
+    ("engine.errors",),
+    (
+        "engine.settings",
+        "engine.logs",
+        "engine.sample",
+        "engine.ranges",
+        "engine.lines",
+        "engine.watermark",
+        "engine.beat",
+    ),
+    ("engine.batches",),
+    ("engine.decode",),
+    ("engine.store", "engine.objects"),
+    ("engine.ledger",),
+    ("engine.queue", "engine.rejects", "engine.sink"),
+    ("engine.planner", "engine.pipeline"),
+    ("engine.worker",),
+    ("engine.supervisor", "engine.local"),
+    ("api.problems", "api.load"),
+    ("api.uploads", "api.jobs", "api.health"),
+    ("api.app",),
+    ("api.server", "api.up"),
+    ("api.cli",),
+)
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("engine", "api"):
+        for path in (ROOT / package).glob("*.py"):
+            if path.stem != "__init__":
+                found[f"{package}.{path.stem}"] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name in modules()}
+
+
+def test_every_module_stands_on_a_floor():
+    assert set(modules()) == {name for floor in FLOORS for name in floor}
+
+
+def test_a_module_imports_from_lower_floors_only():
+    floor_of = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    upward = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        for other in imported(path)
+        if floor_of[other] >= floor_of[name]
+    ]
+    assert upward == []
