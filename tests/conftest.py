@@ -1,19 +1,26 @@
 """Real servers for the suites that need them, and an environment without anybody's settings."""
 
+import gc
+import io
 import os
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from engine.beat import Beat
 from engine.ledger import Ledger
 from engine.local import LocalServers
+from engine.model import TERMINAL, Job, JobOptions
 from engine.objects import Objects, connect
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
 from engine.store import Store
+from engine.worker import Post, _Worker
 
 PREFIXES = ("AWS_", "ENGINE_", "API_", "MONGO_", "PORT")
 
@@ -77,3 +84,41 @@ def rejects(store: Store, ledger: Ledger) -> Rejects:
 @pytest.fixture
 def objects(settings: Settings) -> Objects:
     return Objects(connect(settings), settings.aws_bucket_name or "")
+
+
+@pytest.fixture
+def drain(settings: Settings, queue: Queue) -> Callable[..., list[Job]]:
+    """Run one worker, in this process, until these jobs have ended; returns them as they are then."""
+
+    def run(*job_ids: str, seconds: float = 60, **changes: object) -> list[Job]:
+        stop = threading.Event()
+        post = Post("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
+        worker = _Worker(settings.model_copy(update=changes), post, Beat(), stop)
+
+        def watch() -> None:
+            until = time.monotonic() + seconds
+            while time.monotonic() < until and not all(queue.get(job_id).state in TERMINAL for job_id in job_ids):
+                time.sleep(0.02)
+            stop.set()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        worker.loop()
+        watcher.join()
+        gc.enable()
+        jobs = [queue.get(job_id) for job_id in job_ids]
+        assert all(job.state in TERMINAL for job in jobs), f"not ended within {seconds} seconds: {jobs}"
+        return jobs
+
+    return run
+
+
+@pytest.fixture
+def submit(queue: Queue, objects: Objects) -> Callable[..., Job]:
+    """Store bytes under a key and submit a job for them."""
+
+    def run(data: bytes, key: str | None = None, **options: object) -> Job:
+        source = objects.upload(io.BytesIO(data), key or f"{uuid.uuid4().hex}.ndjson")
+        return queue.submit(source, JobOptions(**options))
+
+    return run

@@ -1,0 +1,185 @@
+"""On a real MongoDB and a real S3: the good lines all land, and each bad one is a reject with its offset and reason."""
+
+import json
+
+import bson
+import pytest
+from bson import ObjectId
+
+from engine.model import Format, JobState
+
+BAD = {
+    b"{": "invalid_json",
+    b'{"a":NaN}': "invalid_json",
+    b'{"a":"\\ud800"}': "invalid_json",
+    b'{"a":"\xff\xfe"}': "invalid_json",
+    b"[" * 1030 + b"]" * 1030: "invalid_json",
+    b"[1,2]": "not_an_object",
+    b"null": "not_an_object",
+    b'{"a":9223372036854775808}': "int_range",
+    b'{"a":[-99999999999999999999]}': "int_range",
+    b'{"a\\u0000b":1}': "bad_key",
+    b'{"_id":[1]}': "bad_id",
+    b'{"_id":{"$a":1}}': "bad_id",
+    b'{"a":' * 190 + b"1" + b"}" * 190: "too_deep",
+    b'{"a":' * 300 + b"1" + b"}" * 300: "too_deep",
+    b'{"_id":"own","v":2}': "duplicate_key",
+}
+
+
+def mixed(times: int) -> tuple[bytes, list[bytes], list[tuple[int, str]]]:
+    """A file with every kind of bad line among good ones: its bytes, the good lines, the rejects to come."""
+    good, bad, out, offset = [], [], [], 0
+
+    def put(line: bytes) -> None:
+        nonlocal offset
+        out.append(line)
+        offset += len(line) + 1
+
+    put(b'{"_id":"own","v":1}')
+    for turn in range(times):
+        for line, reason in BAD.items():
+            for number in range(20):
+                body = json.dumps({"turn": turn, "number": number, "text": "ß€" * (number * 3)}, ensure_ascii=False)
+                good.append(body.encode())
+                put(good[-1])
+            bad.append((offset, reason))
+            put(line)
+        put(b"  ")
+    return b"\n".join(out), good, bad
+
+
+@pytest.mark.parametrize("range_bytes", [64 * 1024, 100_000, 8 * 1024 * 1024])
+def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submit, drain, rejects, range_bytes):
+    data, good, bad = mixed(8)
+    job = submit(data, max_errors=10_000)
+    [job] = drain(job.id, engine_range_bytes=range_bytes)
+    assert (job.state, job.failure) == (JobState.COMPLETED, None)
+    found = rejects.page(job.id, 10_000)
+    assert [(reject["offset"], reject["reason"]) for reject in found] == bad
+    lines = data.split(b"\n")
+    assert all(
+        lines[reject["line"] - 1][:65536] == raw for reject, (_, raw) in zip(found, rejects.lines(job.id), strict=True)
+    )
+    stored = list(store.data["records"].find({"_id": {"$ne": "own"}}).sort("_id", 1))
+    assert [{k: v for k, v in d.items() if k != "_id"} for d in stored] == [json.loads(line) for line in good]
+    for document in stored:
+        offset = int.from_bytes(document["_id"].binary[6:], "big")
+        assert json.loads(data[offset:].split(b"\n", 1)[0]) == {k: v for k, v in document.items() if k != "_id"}
+    tally = job.progress.tally
+    assert (tally.lines, tally.bytes) == (len(lines), len(data))
+    assert (tally.inserted, tally.rejected, tally.blank, tally.duplicates) == (len(good) + 1, len(bad), 8, 0)
+
+
+def test_a_document_too_large_for_mongodb_costs_only_itself(store, submit, drain, rejects):
+    sizes = [16 * 2**20 + 1, 17 * 2**20, 20 * 2**20]
+    data = b"".join(b'{"n":%d}\n{"a":"%s"}\n' % (n, b"x" * size) for n, size in enumerate(sizes))
+    [job] = drain(submit(data).id)
+    assert [reject["reason"] for reject in rejects.page(job.id, 10)] == ["too_large"] * 3
+    assert [d["n"] for d in store.data["records"].find().sort("_id", 1)] == [0, 1, 2]
+
+
+def test_a_line_over_the_limit_is_skipped_and_told(submit, drain, rejects):
+    data = b'{"n":1}\n{"a":"' + b"x" * 300_000 + b'"}\n{"n":2}\n'
+    [job] = drain(submit(data).id, engine_max_line_bytes=100_000, engine_range_bytes=65_536)
+    [reject] = rejects.page(job.id, 10)
+    assert (reject["offset"], reject["reason"], reject["length"], reject["line"]) == (8, "too_large", 300_008, 2)
+    assert job.progress.tally.inserted == 2
+
+
+def test_text_is_stored_line_by_line(store, submit, drain):
+    job = submit("one\r\n\nzwölf\nlast".encode(), key="some/where/a b.txt")
+    [job] = drain(job.id)
+    assert job.plan.format is Format.TEXT
+    found = store.data["records"].find({}, {"_id": 0}).sort("_id", 1)
+    assert list(found) == [{"content": line, "originalFile": "some/where/a b.txt"} for line in ("one", "zwölf", "last")]
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [(b"", 0), (b"\n", 1), (b"{}", 1), (b"{}\n", 1), (b"\xef\xbb\xbf{}\r\n{}\r\n", 2), (b"\n" * 5, 5)],
+)
+def test_small_files_complete(submit, drain, data, lines):
+    [job] = drain(submit(data).id)
+    assert (job.state, job.progress.tally.lines, job.progress.tally.bytes) == (JobState.COMPLETED, lines, len(data))
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "word"),
+    [
+        ("{}\n".encode("utf-16"), "a.ndjson", "UTF-16"),
+        (b"\x1f\x8b\x08\0\0\0", "a.ndjson", "gzip"),
+        (b'[{"a":1}]', "a.json", "JSON array"),
+    ],
+)
+def test_a_file_that_is_no_text_of_lines_fails_early_in_a_plain_sentence(submit, drain, store, data, key, word):
+    [job] = drain(submit(data, key=key).id)
+    assert job.state is JobState.FAILED
+    assert word in job.failure.message
+    assert store.data["records"].count_documents({}) == 0
+
+
+def test_a_thousand_small_files_complete(store, submit, drain):
+    jobs = [submit(b'{"n":%d}\n{"n":%d}\n' % (n, n), key=f"many/{n}.ndjson").id for n in range(300)]
+    assert {job.state for job in drain(*jobs, seconds=120)} == {JobState.COMPLETED}
+    assert store.data["records"].count_documents({}) == 600
+
+
+def test_loading_the_same_version_again_changes_nothing_and_says_so(store, submit, drain, queue):
+    data = b"".join(b'{"n":%d}\n' % n for n in range(2500)) + b'{"_id":1,"n":0}\n'
+    first = submit(data)
+    drain(first.id)
+    before = bson.encode({"all": list(store.data["records"].find().sort("_id", 1))})
+    second = queue.submit(first.source, first.options)
+    [second] = drain(second.id)
+    assert bson.encode({"all": list(store.data["records"].find().sort("_id", 1))}) == before
+    assert (second.already_loaded_by, second.progress.tally.duplicates, second.progress.tally.inserted) == (
+        first.id,
+        2501,
+        0,
+    )
+
+
+def test_if_loaded_skip_completes_at_once_and_force_loads_a_second_copy(store, submit, drain, queue, objects):
+    first = submit(b"{}\n{}\n", key="again.ndjson")
+    drain(first.id)
+    skipped = submit(b"{}\n{}\n", key="again.ndjson", if_loaded="skip")
+    forced = submit(b"{}\n{}\n", key="again.ndjson", force=True)
+    skipped, forced = drain(skipped.id, forced.id)
+    assert (skipped.already_loaded_by, skipped.progress.tally.lines) == (first.id, 0)
+    assert forced.progress.tally.inserted == 2
+    assert store.data["records"].count_documents({}) == 4
+
+
+def test_a_unique_index_and_a_validator_of_the_collection_refuse_single_documents(store, submit, drain, rejects):
+    store.data.create_collection("strict", validator={"n": {"$type": "int"}})
+    store.data["strict"].create_index("n", unique=True)
+    [job] = drain(submit(b'{"n":1}\n{"n":"x"}\n{"n":1}\n{"n":2}\n', collection="strict").id)
+    assert [(r["offset"], r["reason"], r["code"]) for r in rejects.page(job.id, 10)] == [
+        (8, "refused", 121),
+        (18, "duplicate_key", 11000),
+    ]
+    assert sorted(d["n"] for d in store.data["strict"].find()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("max_errors", "state"), [(0, "FAILED"), (2, "FAILED"), (3, "COMPLETED"), ("29%", "FAILED"), ("30%", "COMPLETED")]
+)
+def test_the_error_budget_is_kept(submit, drain, max_errors, state):
+    [job] = drain(submit(b"{}\n" * 7 + b"bad\n" * 3, max_errors=max_errors).id)
+    assert job.state == state
+    assert (job.failure is None) == (state == "COMPLETED")
+
+
+def test_an_object_overwritten_before_it_is_read_fails_the_job(submit, drain, objects, store):
+    job = submit(b'{"v":1}\n', key="moving.ndjson")
+    submit(b'{"v":2}\n', key="moving.ndjson")
+    [job] = drain(job.id)
+    assert (job.state, job.failure.code) == (JobState.FAILED, "object_changed")
+
+
+def test_a_generated_id_leads_back_to_the_byte(store, submit, drain):
+    [job] = drain(submit(b'{"a":1}\n{"a":2}\n').id)
+    assert [d["_id"] for d in store.data["records"].find().sort("_id", 1)] == [
+        ObjectId(job.plan.tag + offset.to_bytes(6, "big")) for offset in (0, 8)
+    ]
