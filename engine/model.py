@@ -25,7 +25,6 @@ __all__ = [
     "Progress",
     "RangeState",
     "Reason",
-    "Record",
     "Reject",
     "Source",
     "Stop",
@@ -167,14 +166,6 @@ class Lease:
     attempts: int = 0
     deaths: int = 0
     resumed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A document and the offset of the line that it came from."""
-
-    offset: int
-    document: dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)

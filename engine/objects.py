@@ -78,7 +78,7 @@ class RangeReader:
     """One answer to a ranged GET. Use it as a context manager."""
 
     def __init__(self, answer: Any, key: str, start: int, stop: int) -> None:
-        self._raw = answer["Body"]._raw_stream  # noqa: SLF001 (StreamingBody.read would look at each chunk once more)
+        self._body = answer["Body"]
         self._key = key
         self._at = start
         self._stop = stop
@@ -93,8 +93,8 @@ class RangeReader:
         if size <= 0:
             return b""
         try:
-            data: bytes = self._raw.read(size)
-        except (HTTPError, OSError) as error:
+            data: bytes = self._body.read(size)
+        except (BotoCoreError, HTTPError, OSError) as error:
             raise Transient(f"reading {self._key} broke off at byte {self._at} ({type(error).__name__})") from error
         if len(data) < size:
             raise Transient(f"reading {self._key} broke off at byte {self._at + len(data)}: the answer was too short")
@@ -105,19 +105,23 @@ class RangeReader:
         """Give the connection back, or drop it where much is left unread on it."""
         try:
             if self._stop - self._at <= DRAIN_BYTES:
+                # Read to its end, the connection goes back by itself.
                 self.read(self._stop - self._at)
-                self._raw.release_conn()
                 return
         except Transient:
             pass
-        self._raw.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the connection, whatever is still to come on it."""
+        self._body.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(error, Transient):
-            self._raw.close()
+            self.drop()
         else:
             self.close()
 
@@ -186,10 +190,10 @@ class Objects:
         reader = RangeReader(answer, source.key, start, stop)
         said = answer.get("ContentRange", "")
         if answer["ETag"] != source.etag:
-            reader._raw.close()  # noqa: SLF001 (its own module)
+            reader.drop()
             raise ObjectChanged(f"{source.key} was overwritten after the job was submitted: submit a new job")
         if said != f"bytes {start}-{stop - 1}/{source.size}" or answer["ContentLength"] != stop - start:
-            reader._raw.close()  # noqa: SLF001
+            reader.drop()
             raise Transient(
                 f"S3 answered a request for bytes {start}-{stop - 1} of {source.key} with {said or 'the whole object'!r}"
             )

@@ -33,7 +33,9 @@ class Rejects:
             try:
                 self._rejects.insert_many(documents, ordered=False)
             except BulkWriteError as error:
-                if error.details["writeConcernErrors"] or any(e["code"] != 11000 for e in error.details["writeErrors"]):
+                if error.details.get("writeConcernErrors") or any(
+                    e["code"] != 11000 for e in error.details["writeErrors"]
+                ):
                     raise
 
     def forget(self, lease: Lease) -> None:

@@ -164,6 +164,12 @@ class Store:
                 if error.code != 48:  # NamespaceExists: another process was quicker
                     raise
 
+    def standalone(self) -> bool:
+        """Whether the server is neither a member of a replica set nor a router: it takes no retryable writes."""
+        with translated("asking MongoDB"):
+            hello = self.control.command("hello")
+        return "setName" not in hello and hello.get("msg") != "isdbgrid"
+
     def ping(self) -> None:
         """Raises Transient or AccessDenied unless a primary answers."""
         with translated("asking MongoDB"):

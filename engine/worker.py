@@ -147,6 +147,13 @@ class _Worker:
             try:
                 self._store.prepare()
                 freed = self._ledger.release(self._post.predecessors)
+                if self._post.slot == 0 and self._store.standalone():
+                    log.warning(
+                        "this mongod is no member of a replica set, so that it forgets acknowledged writes when it is lost: "
+                        "make it one of at least one member (--replSet, then rs.initiate())",
+                        action="boot",
+                        worker=self._post.name,
+                    )
             except Transient as error:
                 self._say_once(error)
                 self._stop.wait(wait)

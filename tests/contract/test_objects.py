@@ -1,0 +1,112 @@
+"""What is true of objects on every S3 that the suites know: a real server, and moto's model of AWS."""
+
+import io
+import threading
+
+import boto3
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from moto import mock_aws
+
+from engine.errors import NotFound, ObjectChanged, ObjectGone
+from engine.objects import Objects, connect
+from engine.settings import Settings
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture(params=["weed", "moto"])
+def s3(request):
+    """Objects on one S3, its client and the bucket's name."""
+    if request.param == "weed":
+        settings = request.getfixturevalue("settings")
+        client = connect(settings)
+        yield Objects(client, settings.aws_bucket_name, 5 * MIB, 3), client, settings.aws_bucket_name
+        return
+    with mock_aws():
+        settings = Settings.model_validate({"aws_access_key_id": "a", "aws_secret_access_key": "b"})
+        boto3.client("s3", "us-east-1").create_bucket(Bucket="bucket")
+        client = connect(settings)
+        yield Objects(client, "bucket", 5 * MIB, 3), client, "bucket"
+
+
+def put(objects, data, key):
+    return objects.upload(io.BytesIO(data), key)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5 * MIB - 1, 5 * MIB, 5 * MIB + 1, 17 * MIB])
+def test_an_upload_of_any_size_is_stored_whole(s3, size):
+    objects, client, bucket = s3
+    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    source = put(objects, data, f"sizes/{size}")
+    assert (source.size, source.key) == (size, f"sizes/{size}")
+    assert client.get_object(Bucket=bucket, Key=source.key)["Body"].read() == data
+    assert objects.head(source.key) == source
+
+
+@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_a_ranged_read_gives_exactly_its_bytes(s3, data):
+    objects, _, _ = s3
+    whole = bytes(range(256)) * 40
+    source = put(objects, whole, "ranged")
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.integers(start + 1, len(whole)))
+    step = data.draw(st.integers(1, 4000))
+    with objects.open(source, start, stop) as reader:
+        pieces = list(iter(lambda: reader.read(step), b""))
+    assert b"".join(pieces) == whole[start:stop]
+
+
+def test_an_object_that_is_overwritten_or_deleted_is_never_read_as_the_one_that_was_pinned(s3):
+    objects, client, bucket = s3
+    source = put(objects, b"one", "changing")
+    put(objects, b"two", "changing")
+    with pytest.raises(ObjectChanged, match="changing"):
+        objects.open(source, 0, 3)
+    put(objects, b"o", "changing")
+    with pytest.raises(ObjectChanged):
+        objects.open(source, 2, 3)
+    client.delete_object(Bucket=bucket, Key="changing")
+    with pytest.raises(ObjectGone, match="changing"):
+        objects.open(source, 0, 3)
+
+
+def test_what_is_not_there_is_not_found(s3):
+    objects, _, _ = s3
+    with pytest.raises(NotFound, match="nowhere"):
+        objects.head("nowhere")
+
+
+@pytest.mark.parametrize("size", [100, 12 * MIB])
+def test_an_upload_that_fails_before_its_end_leaves_no_object_and_no_parts(s3, size):
+    objects, client, bucket = s3
+
+    def fail():
+        raise RuntimeError("the form was cut short")
+
+    with pytest.raises(RuntimeError, match="cut short"):
+        objects.upload(io.BytesIO(b"x" * size), "unfinished", before_complete=fail)
+    with pytest.raises(NotFound):
+        objects.head("unfinished")
+    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+def test_a_stream_that_breaks_off_leaves_nothing_and_no_thread(s3):
+    objects, client, bucket = s3
+
+    class Broken(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > 11 * MIB:
+                raise OSError("gone")
+            return super().read(size)
+
+    before = threading.active_count()
+    with pytest.raises(Exception, match=r"gone|OSError"):
+        objects.upload(Broken(b"x" * 20 * MIB), "broken")
+    with pytest.raises(NotFound):
+        objects.head("broken")
+    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+    assert threading.active_count() <= before

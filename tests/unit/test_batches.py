@@ -1,0 +1,29 @@
+"""Batches keep every line in order, within the caps of count and bytes, and know their offsets."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.batches import Batcher
+from engine.lines import Splitter
+
+
+@given(st.lists(st.binary(max_size=60).map(lambda b: b.replace(b"\n", b"")), max_size=80), st.booleans(), st.data())
+def test_batches_hold_the_lines_of_the_file_each_once_at_its_offset(lines, terminated, draw):
+    data = b"\n".join(lines) + (b"\n" if terminated and lines else b"")
+    most, room = draw.draw(st.integers(1, 12)), draw.draw(st.integers(1, 200))
+    splitter, batcher, batches = Splitter(0, len(data), 10_000), Batcher(most, room), []
+    step = draw.draw(st.integers(1, 50))
+    for at in range(0, len(data), step):
+        for block in splitter.feed(data[at : at + step]):
+            batches += batcher.add(block)
+    for block in splitter.finish():
+        batches += batcher.add(block)
+    batches += batcher.flush()
+    at = ordinal = 0
+    for batch in batches:
+        assert (batch.offset, batch.ordinal) == (at, ordinal)
+        assert 1 <= len(batch.lines) <= most
+        assert len(batch.lines) == 1 or sum(map(len, batch.lines)) <= room
+        assert data[batch.offset : batch.end] == b"\n".join(batch.lines) + (b"\n" if batch.terminated else b"")
+        at, ordinal = batch.end, ordinal + len(batch.lines)
+    assert at == len(data)

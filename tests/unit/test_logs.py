@@ -1,0 +1,63 @@
+"""Logs: JSON with the four words of context on every line, and never a secret."""
+
+import json
+import logging
+
+import pytest
+import structlog
+
+from engine.logs import configure, get_logger, mask
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+    configure.__globals__["_secrets"].clear()
+
+
+def test_every_line_is_json_that_carries_action_job_range_and_worker(capsys):
+    configure("info", "json")
+    get_logger().info("ready", action="boot", worker="h:1")
+    logging.getLogger("somebody.else").warning("odd %s", "thing")
+    ours, theirs = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (ours["event"], ours["action"], ours["worker"], ours["job"], ours["range"]) == (
+        "ready",
+        "boot",
+        "h:1",
+        None,
+        None,
+    )
+    assert theirs["event"] == "odd thing"
+    assert {"action", "job", "range", "worker"} <= set(theirs)
+
+
+def test_secrets_are_masked_wherever_they_stand(capsys):
+    configure("info", "json", ["hunter2", "mongodb://me:hunter2@h/d"])
+    log = get_logger()
+    log.info("password hunter2", action="x", uri="mongodb://me:hunter2@h/d", nested={"a": ["hunter2"]})
+    log.info("another", action="x", uri="https://user:other@host/")
+    try:
+        raise ValueError("hunter2")
+    except ValueError:
+        log.exception("failed", action="x")
+    said = capsys.readouterr().err
+    assert "hunter2" not in said
+    assert "other@" not in said
+    assert len(said.splitlines()) == 3
+
+
+def test_text_is_readable_and_leaves_out_what_is_not_known(capsys):
+    configure("info", "text")
+    get_logger().info("ready", action="boot")
+    said = capsys.readouterr().err
+    assert "ready" in said
+    assert "job" not in said
+
+
+def test_mask_hides_the_credentials_of_any_uri():
+    assert mask("see mongodb+srv://a:b@h/x for it") == "see mongodb+srv://***@h/x for it"

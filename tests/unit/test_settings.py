@@ -1,0 +1,92 @@
+"""Settings: from the environment and .env, checked together, wrong ones told all at once, secrets never shown."""
+
+import pytest
+
+from engine.errors import SettingsError
+from engine.settings import Settings, load
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("65536", 65536),
+        ("64KiB", 65536),
+        ("1 MiB", 2**20),
+        ("1.5GB", 1_500_000_000),
+        ("2g", 2 * 10**9),
+        ("1TiB", 2**40),
+    ],
+)
+def test_sizes_may_be_written_with_units(monkeypatch, written, size):
+    monkeypatch.setenv("ENGINE_RANGE_BYTES", written)
+    assert load()[0].engine_range_bytes == size
+
+
+def test_the_environment_wins_over_the_file_and_an_empty_value_counts_as_unset(monkeypatch, tmp_path):
+    (tmp_path / ".env").write_text("ENGINE_WORKERS=7\nPORT=4000\nAWS_REGION=eu-north-1\n")
+    monkeypatch.setenv("ENGINE_WORKERS", "5")
+    monkeypatch.setenv("PORT", "")
+    settings, _ = load()
+    assert (settings.engine_workers, settings.port, settings.aws_region) == (5, 4000, "eu-north-1")
+
+
+def test_all_that_is_wrong_is_told_at_once(monkeypatch):
+    for name, value in {"PORT": "x", "ENGINE_WORKERS": "0", "ENGINE_RANGE_BYTES": "64 apples"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as told:
+        load()
+    assert [line.split(":")[0] for line in str(told.value).splitlines()] == [
+        "PORT=x",
+        "ENGINE_WORKERS=0",
+        "ENGINE_RANGE_BYTES=64 apples",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"MONGO_URI": "postgres://h/d"}, "MONGO_URI"),
+        ({"MONGO_URI": "mongodb://h/headrace_control"}, "ENGINE_CONTROL_DB"),
+        ({"AWS_ENDPOINT_URL": "localhost:9000"}, "AWS_ENDPOINT_URL"),
+        ({"AWS_ACCESS_KEY_ID": "a"}, "AWS_SECRET_ACCESS_KEY"),
+        ({"ENGINE_LEASE_SECONDS": "100"}, "ENGINE_WATCHDOG_SECONDS"),
+    ],
+)
+def test_settings_that_contradict_each_other_stop_the_start(monkeypatch, changes, word):
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=word):
+        load()
+
+
+def test_a_name_that_is_no_setting_is_warned_about_with_the_nearest_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("ENGINE_WORKER", "3")
+    (tmp_path / ".env").write_text("API_NONSENSE=1\nOTHER=2\n")
+    _, warnings = load()
+    assert len(warnings) == 2
+    assert warnings[1] == "ENGINE_WORKER is not a setting of Headrace: did you mean ENGINE_WORKERS?"
+    assert warnings[0].startswith("API_NONSENSE is not a setting")
+
+
+def test_a_wrong_secret_is_not_repeated_in_the_message(monkeypatch):
+    monkeypatch.setenv("MONGO_URI", "mongodb://me:hunter2@@:x/")
+    with pytest.raises(SettingsError) as told:
+        load()
+    assert "hunter2" not in str(told.value)
+
+
+def test_the_secrets_are_the_keys_the_uri_and_the_password_in_it():
+    settings = Settings.model_validate(
+        {"mongo_uri": "mongodb://me:hunter2@h/d", "aws_access_key_id": "a", "aws_secret_access_key": "s3cret"}
+    )
+    assert set(settings.secrets()) == {"s3cret", "mongodb://me:hunter2@h/d", "hunter2"}
+    assert "hunter2" not in repr(settings)
+    assert "s3cret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [("mongodb://h/", "headrace"), ("mongodb://h", "headrace"), ("mongodb://a,b:1/shop?w=1", "shop")],
+)
+def test_the_database_of_the_uri_takes_the_documents(uri, name):
+    assert Settings.model_validate({"mongo_uri": uri}).data_db() == name
