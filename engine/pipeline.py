@@ -73,7 +73,6 @@ class Run:
         self.cautious = lease.deaths > 0
         self.renewed_at = time.monotonic()
         self.moved_at = self.renewed_at
-        self.ticked_at = self.renewed_at
         self.seconds = {"read": 0.0, "split": 0.0, "decode": 0.0, "write": 0.0, "stall": 0.0}
         self._moved = moved
         self._lock = threading.Lock()
@@ -114,6 +113,7 @@ class Keeper(threading.Thread):
         self._lease_seconds = lease_seconds
         self._tell = tell
         self._run: Run | None = None
+        self._ticked_at = time.monotonic()
         self._busy = threading.Lock()
 
     def hold(self, run: Run) -> None:
@@ -132,13 +132,14 @@ class Keeper(threading.Thread):
             time.sleep(TICK_SECONDS / 4)
             with self._busy:
                 run = self._run
-                if run is not None and time.monotonic() - run.ticked_at >= TICK_SECONDS:
+                # The clock is the worker's and not the run's: ranges of less than a second must move the numbers, too.
+                if run is not None and time.monotonic() - self._ticked_at >= TICK_SECONDS:
                     self.tick(run)
 
     def tick(self, run: Run) -> None:
         """Renew, record progress, look at the job's stamps. Errors that pass are left to the next tick."""
-        run.ticked_at = time.monotonic()
-        if run.ticked_at - run.moved_at >= self._lease_seconds:
+        self._ticked_at = time.monotonic()
+        if self._ticked_at - run.moved_at >= self._lease_seconds:
             return
         try:
             self.renew(run)

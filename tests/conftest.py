@@ -47,9 +47,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
             yield started
 
 
-@pytest.fixture
-def settings(servers: LocalServers, clean_environment: None) -> Settings:
-    """Settings that lead to the real servers, with databases of this test's own."""
+def own_settings(servers: LocalServers) -> Settings:
+    """Settings that lead to the real servers, with databases of their own."""
     name = f"t{uuid.uuid4().hex[:12]}"
     uri = servers.overrides["mongo_uri"].replace("/headrace?", f"/{name}?")
     fresh = {"mongo_uri": uri, "engine_control_db": f"{name}_control", "engine_workers": 2, "engine_poll_seconds": 0.2}
@@ -57,13 +56,24 @@ def settings(servers: LocalServers, clean_environment: None) -> Settings:
 
 
 @pytest.fixture
+def settings(servers: LocalServers, clean_environment: None) -> Settings:
+    """Settings of one test."""
+    return own_settings(servers)
+
+
+@pytest.fixture
 def store(settings: Settings) -> Iterator[Store]:
     made = Store(settings)
     made.prepare()
     yield made
+    drop(made, settings)
+
+
+def drop(store: Store, settings: Settings) -> None:
+    """Remove the databases and close the client."""
     for name in (settings.data_db(), settings.engine_control_db):
-        made.client.drop_database(name)
-    made.close()
+        store.client.drop_database(name)
+    store.close()
 
 
 @pytest.fixture

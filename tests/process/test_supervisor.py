@@ -1,107 +1,29 @@
 """The supervisor, as a real process with real forks: it replaces what dies or hangs, stops softly, and leaves no orphan."""
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def children(pid):
-    """The pids of a process's children."""
-    with suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def until(true, seconds=30, what="it"):
-    """Wait for something to become true; fails loudly, never passes silently."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := true():
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"{what} did not happen within {seconds} seconds")
-
-
-class Engine:
-    """`headrace engine` in a process of its own."""
-
-    def __init__(self, settings, log, **changes):
-        given = {name: getattr(settings, name) for name in ("aws_access_key_id", "aws_endpoint_url", "aws_bucket_name")}
-        given |= {name: getattr(settings, name).get_secret_value() for name in ("mongo_uri", "aws_secret_access_key")}
-        given |= {"engine_control_db": settings.engine_control_db, "engine_workers": 2, "engine_log_format": "json"}
-        environment = {name.upper(): str(value) for name, value in (given | changes).items()}
-        self.log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", "engine"],
-                env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self.pid = self.process.pid
-
-    def lines(self):
-        """The log, line by line."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-
-    def workers(self):
-        return [pid for pid in children(self.pid) if alive(pid)]
-
-    def ready(self, count):
-        """Wait until so many workers in all have booted."""
-        until(lambda: len(self.actions("boot")) >= count, what=f"boot number {count}")
-
-    def actions(self, name):
-        return [line for line in self.lines() if line["action"] == name]
-
-    def stop(self, number=signal.SIGTERM, seconds=25):
-        self.process.send_signal(number)
-        return self.process.wait(seconds)
+from tests.running import Running, alive, title, until
 
 
 @pytest.fixture
 def engine(settings, store, tmp_path):
     started = []
 
-    @contextmanager
-    def start(**changes):
-        made = Engine(settings, tmp_path / f"engine-{len(started)}.log", **changes)
+    def begin(**changes):
+        made = Running("engine", settings, tmp_path / f"engine-{len(started)}.log", **changes)
         started.append(made)
         made.ready(int(changes.get("engine_workers", 2)))
-        yield made
-
-    def begin(**changes):
-        with start(**changes) as made:
-            return made
+        return made
 
     yield begin
     for made in started:
-        pids = [made.pid, *children(made.pid)]
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-        if made.process.poll() is None:
-            made.process.kill()
-            made.process.wait()
-        until(lambda pids=pids: not any(map(alive, pids)), what="the end of all processes")
+        made.end()
 
 
 def test_term_stops_softly_with_exit_code_0_and_nobody_is_left(engine):
@@ -190,15 +112,9 @@ def test_workers_that_die_hand_their_leases_on_at_once_and_the_job_completes(eng
     assert sorted(d["n"] for d in store.data["records"].find({}, {"n": 1})) == list(range(lines))
 
 
-def title(pid):
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    return ""
-
-
 def test_an_engine_that_cannot_boot_stops_with_a_sentence(settings, store, tmp_path):
     store.control["schema"].replace_one({"_id": "version"}, {"_id": "version", "version": 999}, upsert=True)
-    running = Engine(settings, tmp_path / "engine.log")
+    running = Running("engine", settings, tmp_path / "engine.log")
     assert running.process.wait(30) == 3
     assert any("schema version 999" in line["event"] for line in running.lines())
 
@@ -207,7 +123,7 @@ def test_an_engine_waits_for_a_database_that_is_not_there_yet(settings, tmp_path
     from pydantic import SecretStr
 
     gone = settings.model_copy(update={"mongo_uri": SecretStr("mongodb://127.0.0.1:9/headrace")})
-    running = Engine(gone, tmp_path / "engine.log", engine_workers=1)
+    running = Running("engine", gone, tmp_path / "engine.log", engine_workers=1)
     until(lambda: running.actions("wait"), 20, "a word about it")
     assert "does not answer" in running.actions("wait")[0]["event"]
     assert running.stop() == 0

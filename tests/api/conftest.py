@@ -1,0 +1,92 @@
+"""The API and an engine as processes, on a real port, over real servers."""
+
+import socket
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from engine.local import free_port
+from engine.objects import Objects, connect
+from engine.settings import Settings
+from tests.conftest import drop, own_settings
+from tests.running import Running, until
+
+
+@pytest.fixture(scope="session")
+def live(servers, tmp_path_factory):
+    """A namespace: `http` (a client), `port`, `objects`, `s3`, `data` (the database), `store`, `settings`, `api`."""
+    from engine.store import Store
+
+    folder = tmp_path_factory.mktemp("live")
+    base = own_settings(servers)
+    settings = Settings.model_validate(base.model_dump() | {"port": free_port()})
+    limits = {"port": settings.port, "api_max_upload_bytes": "40MiB", "api_part_bytes": "5MiB"}
+    api = Running("api", settings, folder / "api.log", **limits)
+    engine = Running("engine", settings, folder / "engine.log", engine_range_bytes="1MiB", engine_poll_seconds="0.2")
+    store = Store(settings)
+    s3 = connect(settings)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{settings.port}", timeout=60) as http:
+            until(lambda: answers(http), what="the API's first answer")
+            yield SimpleNamespace(
+                http=http,
+                port=settings.port,
+                settings=settings,
+                objects=Objects(s3, settings.aws_bucket_name),
+                s3=s3,
+                bucket=settings.aws_bucket_name,
+                store=store,
+                data=store.data,
+                api=api,
+                engine=engine,
+                folder=folder,
+            )
+        assert api.stop() == 0
+        assert engine.stop() == 0
+    finally:
+        api.end()
+        engine.end()
+        drop(store, settings)
+
+
+def answers(http):
+    try:
+        return http.get("/readyz").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def finish(live):
+    """Poll a job over HTTP until it has ended; returns its last status."""
+
+    def run(job_id, seconds=60):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            told = live.http.get(f"/status/{job_id}").json()
+            if told["status"] in ("COMPLETED", "FAILED", "CANCELLED"):
+                return told
+            time.sleep(0.05)
+        pytest.fail(f"job {job_id} did not end: {told}")
+
+    return run
+
+
+@pytest.fixture
+def raw(live):
+    """Send bytes as they are and close or read; returns the answer, or None when closed early."""
+
+    def run(data, read=True):
+        with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
+            line.sendall(data)
+            if not read:
+                return None
+            line.shutdown(socket.SHUT_WR)
+            pieces = []
+            while piece := line.recv(65536):
+                pieces.append(piece)
+            return b"".join(pieces)
+
+    return run

@@ -1,0 +1,178 @@
+"""Uploads: stored whole under a key of the server's making, or not at all."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from api.uploads import reduced
+from engine.errors import NotFound
+
+MIB = 1024 * 1024
+BOUNDARY = b"x9f2c"
+
+
+def form(data, name=b"file", filename=b'filename="a.ndjson"', end=b"--"):
+    head = b"--" + BOUNDARY + b'\r\nContent-Disposition: form-data; name="' + name + b'"; ' + filename
+    return head + b"\r\nContent-Type: text/plain\r\n\r\n" + data + b"\r\n--" + BOUNDARY + end + b"\r\n"
+
+
+def request(body, length=None, kind=b"multipart/form-data; boundary=" + BOUNDARY):
+    size = str(len(body) if length is None else length).encode()
+    return (
+        b"POST /upload HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: "
+        + kind
+        + b"\r\nContent-Length: "
+        + size
+        + b"\r\n\r\n"
+        + body
+    )
+
+
+def stored(live):
+    """Every key in the bucket, and every unfinished upload."""
+    keys = {
+        found["Key"]
+        for page in live.s3.get_paginator("list_objects_v2").paginate(Bucket=live.bucket)
+        for found in page.get("Contents", [])
+    }
+    return keys, live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
+
+
+def jobs(live):
+    return live.store.jobs.count_documents({})
+
+
+@pytest.mark.parametrize("size", [0, 1, 5 * MIB, 23 * MIB + 7])
+def test_a_file_is_stored_whole_and_the_answer_tells_its_key_size_and_etag(live, size):
+    data = random.Random(size).randbytes(size)
+    answer = live.http.post("/upload", files={"file": ("some file.ndjson", data)})
+    told = answer.json()
+    assert answer.status_code == 201
+    assert set(told) == {"message", "fileKey", "size", "etag"}
+    assert told["message"] == "File uploaded successfully"
+    assert told["size"] == size
+    assert re.fullmatch(r"[0-9A-HJKMNP-TV-Z]{26}-some_file\.ndjson", told["fileKey"])
+    found = live.s3.get_object(Bucket=live.bucket, Key=told["fileKey"])
+    assert found["Body"].read() == data
+    assert found["ETag"].strip('"') == told["etag"]
+
+
+def test_keys_sort_by_the_time_of_their_making_and_are_never_the_same(live):
+    keys = [live.http.post("/upload", files={"file": ("same.txt", b"x")}).json()["fileKey"] for _ in range(5)]
+    assert len(set(keys)) == 5
+    assert [key[:10] for key in keys] == sorted(key[:10] for key in keys)
+
+
+HOSTILE = [
+    "../../etc/passwd",
+    "..\\..\\windows\\system.ini",
+    "a/b/c.txt",
+    "ü ñ €.txt",
+    "",
+    ".",
+    "..",
+    "-rf",
+    "a" * 500 + ".ndjson",
+    "x\x00y",
+    'quote".txt',
+    "new\nline",
+    "%2e%2e%2f",
+    "{$ne:1}",
+    "<script>alert(1)</script>",
+    "名前.json",
+    "\u202egnp.exe",
+    "con:aux|nul?*",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_reduced_to_letters_digits_dot_dash_and_underscore(name):
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", reduced(name))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_ends_in_a_plain_key(live, raw, name):
+    written = name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "%0A").replace("\x00", "%00").encode()
+    answer = raw(request(form(b"x", filename=b'filename="' + written + b'"')))
+    status = int(answer.split(b" ", 2)[1])
+    assert status in (201, 400)
+    if status == 201:
+        key = re.search(rb'"fileKey":"([^"]+)"', answer)[1].decode()
+        assert re.fullmatch(r"[0-9A-Z]{26}-[A-Za-z0-9._-]+", key)
+
+
+def test_the_extension_of_a_long_name_is_kept():
+    assert reduced("a" * 500 + ".ndjson").endswith(".ndjson")
+
+
+def test_a_client_that_disconnects_leaves_nothing(live, raw):
+    draw = random.Random(5)
+    whole = request(form(draw.randbytes(600_000)))
+    before, jobs_before = stored(live), jobs(live)
+    cuts = [*sorted(draw.sample(range(1, len(whole) - 1), 99)), len(whole) - 1]
+    for cut in cuts:
+        raw(whole[:cut], read=False)
+    assert live.http.get("/healthz").status_code == 200
+    assert stored(live) == before
+    assert jobs(live) == jobs_before
+
+
+def test_a_form_that_was_cut_short_in_transit_is_refused_and_leaves_nothing(live, raw):
+    draw = random.Random(6)
+    for size in (100, 12 * MIB):
+        whole = form(draw.randbytes(size))
+        before = stored(live)
+        for cut in [len(whole) - 4, len(whole) - 8, len(whole) - 20, draw.randrange(1, len(whole) - 50)]:
+            answer = raw(request(whole[:cut]))
+            assert b" 400 " in answer.split(b"\r\n", 1)[0]
+            assert b"application/problem+json" in answer
+        assert stored(live) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (form(b"x", name=b"other"), None, 400),
+        (form(b"x", name=b"\xff\xfe"), None, 400),
+        (form(b"x", filename=b'filename="\xff\xfe"'), None, 400),
+        (b"", None, 400),
+        (b"no form at all", None, 400),
+        (form(b"x"), b"multipart/form-data", 400),
+        (form(b"x"), b"multipart/form-data; boundary=", 400),
+        (form(b"x"), b"multipart/form-data; boundary=other", 400),
+        (form(b"x"), b"multipart/form-data; boundary=" + b"b" * 300, 400),
+        (form(b"x"), b"text/plain", 415),
+        (b"{}", b"application/json", 415),
+        (form(b"x")[: -len(BOUNDARY) - 6] + form(b"y"), None, 400),
+        (b"--" + BOUNDARY + b"\r\n" + b"A: " + b"x" * 20_000 + b"\r\n\r\nx\r\n--" + BOUNDARY + b"--\r\n", None, 400),
+        (b"--" + BOUNDARY + b"\r\nnonsense\r\n\r\nx\r\n--" + BOUNDARY + b"--\r\n", None, 400),
+    ],
+)
+def test_a_malformed_form_is_answered_as_a_problem_and_leaves_nothing(live, raw, body, kind, status):
+    before = stored(live)
+    answer = raw(request(body) if kind is None else request(body, kind=kind))
+    assert int(answer.split(b" ", 2)[1]) == status
+    if status != 201:
+        assert b"application/problem+json" in answer
+        assert stored(live) == before
+
+
+def test_a_body_over_the_limit_is_refused_and_leaves_nothing(live):
+    before = stored(live)
+    answer = live.http.post("/upload", files={"file": ("large", b"x" * (41 * MIB))})
+    assert answer.status_code == 413
+    assert stored(live) == before
+
+
+def test_the_api_stays_flat_while_a_large_file_goes_through(live):
+    def resident():
+        status = Path(f"/proc/{live.api.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
+
+    for _ in range(3):
+        assert live.http.post("/upload", files={"file": ("large", b"x" * (39 * MIB))}).status_code == 201
+    assert resident() < 250
+    with pytest.raises(NotFound):
+        live.objects.head("never")

@@ -1,0 +1,55 @@
+"""The README tells the truth: its table of settings is that of the code, and the files and targets it names exist."""
+
+import re
+from pathlib import Path
+
+from engine.model import Reason
+from engine.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def shown(value, unit):
+    """A default as the table writes it."""
+    if value is None:
+        return "–"
+    if unit == "bytes":
+        power = max(p for p in range(4) if value % 1024**p == 0)
+        return f"{value // 1024**power} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+    return f"`{value:g}`" if isinstance(value, int | float) else f"`{value}`"
+
+
+def row(name, field):
+    unit = field.json_schema_extra["unit"]
+    default = "the number of cores" if field.default_factory else shown(field.default, unit)
+    return f"| `{name.upper()}` | {default} | {unit or '–'} | {field.description} |"
+
+
+def test_the_table_of_settings_is_that_of_the_code():
+    wanted = [row(name, field) for name, field in Settings.model_fields.items()]
+    found = re.findall(r"^\| `[A-Z_0-9]+` \| .* \|$", README, re.MULTILINE)
+    assert "\n".join(found) == "\n".join(wanted)
+
+
+def test_the_example_of_an_environment_names_settings_that_exist():
+    names = set(re.findall(r"^#? ?([A-Z_0-9]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert names
+    assert names <= {name.upper() for name in Settings.model_fields}
+
+
+def test_every_reason_of_a_reject_is_told():
+    assert set(re.findall(r"^\| `([a-z_0-9]+)` \|", README, re.MULTILINE)) == {str(reason) for reason in Reason}
+
+
+def test_the_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
+    assert {"run", "test"} <= named
+    assert named <= targets
+
+
+def test_the_files_that_are_linked_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
