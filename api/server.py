@@ -25,10 +25,6 @@ IDLE_SECONDS: Final = 120
 log = get_logger()
 
 
-class _Told(Exception):
-    """TERM or INT came."""
-
-
 def serve(settings: Settings) -> int:
     """Serve until told to stop; returns the exit code.
 
@@ -66,14 +62,15 @@ def serve(settings: Settings) -> int:
         raise StartError(f"cannot listen on {settings.api_host}:{settings.port}: {error.strerror}") from None
 
     def told(number: int, frame: object) -> None:
-        raise _Told
+        # The one exception that the server's loop lets through wherever it is raised.
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, told)
     log.info("listening", action="start", host=settings.api_host, port=settings.port)
     try:
         server.run()
-    except (_Told, KeyboardInterrupt):
+    except KeyboardInterrupt:
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
