@@ -216,6 +216,11 @@ class Ledger:
         with translated("reopening the ranges of a job"):
             self._ranges.update_many(query, {"$set": fresh, "$unset": {"notBefore": "", "failure": ""}})
 
+    def delete(self, job_id: str) -> None:
+        """Delete the ranges of a job whose history is no longer kept."""
+        with translated("deleting the ranges of a job"):
+            self._ranges.delete_many(_ranges_of(job_key(job_id)))
+
     def first_lines(self, job_id: str) -> dict[int, int]:
         """For each range before which all are DONE: how many lines stand before it in the file."""
         before: dict[int, int] = {}

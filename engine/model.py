@@ -246,7 +246,7 @@ class JobOptions:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One load of one source into one collection. `id` is 24 hexadecimal digits."""
+    """One load of one source into one collection. `id` is 24 hexadecimal digits; `round` counts its retries."""
 
     id: str
     source: Source
@@ -260,3 +260,4 @@ class Job:
     failure: Failure | None = None
     progress: Progress = field(default_factory=Progress)
     already_loaded_by: str | None = None
+    round: int = 0

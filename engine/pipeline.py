@@ -26,6 +26,7 @@ from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
 from engine.sink import Sink
+from engine.steps import Step, reach
 from engine.store import Store
 from engine.watermark import Watermark
 
@@ -157,8 +158,14 @@ class Keeper(threading.Thread):
     def renew(self, run: Run) -> None:
         """Renew the lease of a run at its mark. Raises LeaseLost."""
         asked_at = time.monotonic()
+        reach(Step.CONFIRM)
         self._ledger.renew(run.lease, *run.mark())
+        reach(Step.CONFIRMED)
         run.renewed_at = asked_at
+
+
+_Flying = deque[tuple[Future[None], int]]
+"""Batches under way in the order of the file, each with its bytes: lines of megabytes must not add up."""
 
 
 class Pipeline:
@@ -205,18 +212,21 @@ class Pipeline:
             raise
         except Transient as error:
             self.keeper.drop()
-            self._ledger.postpone(run.lease, *run.mark(), error.failure())
+            failure = error.failure()
+            _insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure))
             raise
         except HeadraceError:
             self.keeper.drop()
-            self._ledger.give_back(run.lease, *run.mark())
+            _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
             raise
         finally:
             self.keeper.drop()
         if ended is Ended.DONE:
-            self._ledger.close(run.lease, run.mark()[1])
+            reach(Step.CLOSE)
+            _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
+            reach(Step.CLOSED)
         else:
-            self._ledger.give_back(run.lease, *run.mark())
+            _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
         return ended
 
     def _work(self, run: Run) -> Ended:
@@ -226,20 +236,24 @@ class Pipeline:
         size = min(CAUTIOUS_LINES, settings.engine_batch_records) if run.cautious else settings.engine_batch_records
         batcher = Batcher(size, settings.engine_batch_bytes, lease.tally.lines)
         sink = Sink(self._store, job.options.collection, job.plan, settings.write_timeout_seconds)
-        flying: deque[Future[None]] = deque()
+        flying: _Flying = deque()
+        most = 1 if run.cautious else settings.engine_writers + 1
         exhausted = False
         try:
             with closing(self._batches(run, splitter, batcher)) as batches:
                 for batch in batches:
                     if run.stop.is_set() or run.cancelled.is_set():
                         break
-                    self._make_room(run, flying, 1 if run.cautious else settings.engine_writers + 1)
+                    size = sum(map(len, batch.lines))
+                    self._make_room(run, flying, most, most * settings.engine_batch_bytes - size)
                     closed = run.opened(batch)
-                    flying.append(self._writers.submit(self._write, run, sink, job.plan.format, batch, closed))
+                    future = self._writers.submit(self._write, run, sink, job.plan.format, batch, closed)
+                    flying.append((future, size))
                     if run.cautious:
                         self._make_room(run, flying, 1)
                         self.keeper.renew(run)
                         run.cautious = False
+                        most = settings.engine_writers + 1
                         batcher.max_lines = settings.engine_batch_records
                 else:
                     exhausted = splitter.done
@@ -247,20 +261,19 @@ class Pipeline:
         except BaseException:
             run.failed.set()
             # What flies may still be written, which changes nothing: wait, so that the mark tells all of it.
-            for future in flying:
+            for future, _ in flying:
                 future.cancel() or future.exception()
             raise
         if exhausted:
             return Ended.DONE
         return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
 
-    def _make_room(self, run: Run, flying: deque[Future[None]], most: int) -> None:
-        """Wait until fewer than `most` batches fly; raises what a batch raised."""
+    def _make_room(self, run: Run, flying: _Flying, most: int, room: int = 0) -> None:
+        """Wait until fewer than `most` batches fly, of no more than `room` bytes; raises what a batch raised."""
         began = time.perf_counter()
-        while len(flying) >= most:
-            flying.popleft().result()
-        while flying and flying[0].done():
-            flying.popleft().result()
+        while flying and (len(flying) >= most or flying[0][0].done() or sum(size for _, size in flying) > room):
+            flying[0][0].result()
+            flying.popleft()
         run.seconds["stall"] += time.perf_counter() - began
 
     def _batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:
@@ -296,6 +309,7 @@ class Pipeline:
                         at += len(chunk)
                         tries = 0
                         run.move()
+                        reach(Step.READ)
                         yield chunk
             except Transient:
                 tries += 1
@@ -315,15 +329,18 @@ class Pipeline:
         began = time.perf_counter()
         decoded = decode(batch, format, plan.tag, job.source.key)
         run.seconds["decode"] += time.perf_counter() - began
+        reach(Step.PARSED)
         began = time.perf_counter()
         for tries in range(1, TRIES + 1):
             self._guard(run)
             try:
                 run.move()
                 tally, rejects = sink.write(batch, decoded)
+                reach(Step.WRITTEN)
                 if rejects:
                     self._guard(run)
                     self._rejects.write(job, run.lease.range.index, rejects)
+                    reach(Step.REJECTED)
                 break
             except Transient:
                 if tries == TRIES or run.failed.is_set():
@@ -342,6 +359,24 @@ class Pipeline:
                 run.lost.set()
         if run.lost.is_set():
             raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
+
+
+def _insist(run: Run, speak: Callable[[], None]) -> None:
+    """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out."""
+    for tries in range(1, TRIES + 1):
+        try:
+            speak()
+        except Transient:
+            if tries == TRIES:
+                raise
+            _back_off(run, tries)
+        except LeaseLost:
+            # Of a try whose answer was lost, perhaps: then it is told already.
+            if tries == 1:
+                raise
+            return
+        else:
+            return
 
 
 def _back_off(run: Run, tries: int) -> None:

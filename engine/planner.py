@@ -18,6 +18,7 @@ from engine.model import Format, Job, JobState, Plan
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.ranges import count, cut
+from engine.steps import Step, reach
 from engine.store import Document, Store, job_key, translated
 
 __all__ = ["Planner", "decide"]
@@ -119,7 +120,9 @@ class Planner:
             opened = False
         if job.state is JobState.PROCESSING and not opened and job.plan is not None:
             of = job.plan.range_count
+            reach(Step.PLANNED)
             self._ledger.open(job.id, [cut(job.source.size, of, index) for index in range(of)])
+            reach(Step.OPENED)
             self._queue.mark_opened(job.id)
         return job
 
@@ -134,6 +137,7 @@ class Planner:
         range_bytes = min(self._range_bytes, share)
         ranges = count(job.source.size, range_bytes)
         plan = Plan(format, source.tag, range_bytes, ranges, source.sole)
+        reach(Step.PLAN)
         if ranges == 0 or (source.completed_by and job.options.if_loaded == "skip"):
             self._queue.complete_unread(job.id, plan, source.completed_by)
             return self._queue.get(job.id)

@@ -28,7 +28,8 @@ from engine.model import (
     Stop,
     Tally,
 )
-from engine.store import OPEN_JOBS, Document, Store, job_key, translated
+from engine.steps import Step, reach
+from engine.store import ENDED_JOBS, OPEN_JOBS, Document, Store, job_key, translated
 
 __all__ = ["Queue", "Stamps", "over_budget"]
 
@@ -40,6 +41,10 @@ ROLL_UP_MS: Final = 900
 
 BUDGET_LINES: Final = 10_000
 """An error budget in percent is judged from this many lines on, and at the end."""
+
+
+PRUNE_JOBS: Final = 100
+"""Jobs that one call prunes at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ class Queue:
             "state": JobState.PENDING,
             "open": True,
             "attempts": 0,
+            "round": 0,
             "opened": False,
         }
         with translated("submitting a job"):
@@ -244,6 +250,7 @@ class Queue:
         if summary.done + summary.failed < job.plan.range_count:
             return job
         end = Stop(JobState.COMPLETED)
+        reach(Step.FINISH)
         if summary.failed:
             failure = summary.failures[0] if summary.failures else Failure("failed", "a range failed")
             if summary.failed > 1:
@@ -254,6 +261,7 @@ class Queue:
         else:
             # Before the job says so, and not after: a death in between is made good by the next to settle.
             self._mark_loaded(job)
+            reach(Step.LOADED)
         return self._end(job, end, (summary.tally, summary.done))
 
     def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
@@ -304,9 +312,29 @@ class Queue:
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt", "notBefore")
-        self._move(job_id, job.state, {"state": to, "open": True, "attempts": 0} | dict.fromkeys(gone, "$$REMOVE"))
+        changes = {"state": to, "open": True, "attempts": 0, "round": job.round + 1}
+        self._move(job_id, job.state, changes | dict.fromkeys(gone, "$$REMOVE"), {"round": job.round, "pruned": None})
         self.wake()
         return self.get(job_id)
+
+    def prune(self, days: float) -> int:
+        """Delete some of the jobs that ended so long ago, with their ranges and rejects; returns how many.
+
+        What guards against loading a file twice (`sources`) stays. Safe to repeat, and to be killed within.
+        """
+        old = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
+        ended = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$ne": None}}
+        query = ended | {"$expr": {"$or": ["$pruned", {"$lt": ["$finishedAt", old]}]}}
+        count = 0
+        with translated("pruning old jobs"):
+            for found in list(self._jobs.find(query, {"_id": 1}).hint(ENDED_JOBS).limit(PRUNE_JOBS)):
+                key = found["_id"]
+                # From here on it cannot be retried: a job whose ranges are half gone must not come back.
+                if self._jobs.update_one({"_id": key} | ended, {"$set": {"pruned": True}}).matched_count:
+                    self._ledger.delete(str(key))
+                    self._store.rejects.delete_many({"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}})
+                    count += self._jobs.delete_one({"_id": key, "pruned": True}).deleted_count
+        return count
 
     def _end(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> Job:
         changes: Document = {
@@ -321,7 +349,9 @@ class Queue:
             changes["progress"] = _progress(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
         # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
-        self._move(job.id, job.state, changes, stamped)
+        # A retry since begins another round, of which what was summed here says nothing.
+        self._move(job.id, job.state, changes, stamped | {"round": job.round})
+        reach(Step.FINISHED)
         return self.get(job.id)
 
     def _move(self, job_id: str, state: JobState, changes: Document, also: Document | None = None) -> bool:
@@ -418,4 +448,5 @@ def _job(found: Document) -> Job:
             progress.get("at"),
         ),
         already_loaded_by=str(loaded_by) if loaded_by else None,
+        round=found["round"],
     )

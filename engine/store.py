@@ -31,6 +31,7 @@ from engine.errors import Final as FinalError
 from engine.settings import Settings
 
 __all__ = [
+    "ENDED_JOBS",
     "LEASABLE",
     "LEASES",
     "OPEN_JOBS",
@@ -51,6 +52,7 @@ WAKEUPS_BYTES: Final = 64 * 1024
 """Size of the capped collection that idle workers watch."""
 
 OPEN_JOBS: Final = "open_jobs"
+ENDED_JOBS: Final = "ended_jobs"
 LEASABLE: Final = "leasable"
 LEASES: Final = "leases"
 
@@ -126,6 +128,11 @@ class Store:
                         [("open", ASCENDING), ("options.priority", DESCENDING), ("_id", ASCENDING)],
                         name=OPEN_JOBS,
                         partialFilterExpression={"open": True},
+                    ),
+                    IndexModel(
+                        [("finishedAt", ASCENDING)],
+                        name=ENDED_JOBS,
+                        partialFilterExpression={"finishedAt": {"$type": "date"}},
                     ),
                     IndexModel([("source.key", ASCENDING), ("_id", DESCENDING)], name="by_file"),
                 ]

@@ -29,6 +29,7 @@ from engine.planner import Planner
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
+from engine.steps import Step, reach
 from engine.store import Document, Store
 
 __all__ = ["EXIT_BOOT", "EXIT_NOW", "Post", "work"]
@@ -38,6 +39,12 @@ EXIT_BOOT: Final = 3
 
 EXIT_NOW: Final = 4
 """Told to exit at once: what it held is freed by its successor, or when its lease runs out."""
+
+COLLECT_SECONDS: Final = 2.0
+"""How often, at most, between two ranges, garbage that holds cycles is looked for."""
+
+PRUNE_SECONDS: Final = 3600.0
+"""How often, about, a worker looks for jobs whose history has been kept long enough."""
 
 EXPIRE_SECONDS: Final = 2.0
 """How often, about, a worker looks for leases that ran out."""
@@ -81,8 +88,10 @@ def work(settings: Settings, post: Post, beat: Beat) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGQUIT, told)
-    # Documents die young and hold no cycles: counting their births to look for cycles is all cost. Once a range, it is done.
+    # Documents die young and hold no cycles: counting their births to look for cycles is all cost. It is done between
+    # ranges, and what is there at the start (the libraries) is left out of it.
     gc.disable()
+    gc.freeze()
     setproctitle(f"headrace: worker {post.slot} starting")
     try:
         return _Worker(settings, post, beat, stop).loop()
@@ -111,6 +120,8 @@ class _Worker:
             settings.engine_workers,
         )
         self._expired_at = 0.0
+        self._prune_at = 0.0
+        self._collect_at = 0.0
         self._wakeups: Cursor[Document] | None = None
         self._woken = 0
         self._last_error = ""
@@ -125,12 +136,13 @@ class _Worker:
             self._beat.touch()
             try:
                 self._expire()
+                self._prune()
                 found = self._join()
                 if found is None:
                     self._wait()
                 else:
                     self._run(pipeline, *found)
-                    gc.collect()
+                    self._collect()
                 self._last_error = ""
             except HeadraceError as error:
                 self._say_once(error)
@@ -179,6 +191,19 @@ class _Worker:
         if freed := self._ledger.expire():
             log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=freed)
 
+    def _collect(self) -> None:
+        if time.monotonic() >= self._collect_at:
+            self._collect_at = time.monotonic() + COLLECT_SECONDS
+            gc.collect()
+
+    def _prune(self) -> None:
+        if time.monotonic() < self._prune_at:
+            return
+        self._prune_at = time.monotonic() + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
+        while pruned := self._queue.prune(self._settings.engine_keep_jobs_days):
+            self._beat.touch()
+            log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)
+
     def _join(self) -> tuple[Job, Lease] | None:
         """A job and a lease on a range of it, or None where there is nothing to do now."""
         for page in self._queue.open_jobs():
@@ -214,6 +239,7 @@ class _Worker:
             if not self._ledger.busy(job.id):
                 self._queue.settle(job.id)
             return None
+        reach(Step.LEASED)
         # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
         job = self._queue.get(job.id)
         if job.stopping is not None or job.state is not JobState.PROCESSING:

@@ -6,6 +6,7 @@ import bson
 import pytest
 from bson import ObjectId
 
+from engine.errors import NotFound
 from engine.model import Format, JobState
 
 BAD = {
@@ -183,3 +184,17 @@ def test_a_generated_id_leads_back_to_the_byte(store, submit, drain):
     assert [d["_id"] for d in store.data["records"].find().sort("_id", 1)] == [
         ObjectId(job.plan.tag + offset.to_bytes(6, "big")) for offset in (0, 8)
     ]
+
+
+def test_old_jobs_are_pruned_with_all_that_is_theirs_and_a_second_load_is_still_told(store, submit, drain, queue):
+    first, other = submit(b"{}\nbad\n", key="old.ndjson"), submit(b"{}\nbad\n", key="new.ndjson")
+    drain(first.id, other.id)
+    store.jobs.update_one({"_id": ObjectId(first.id)}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 31]}}}])
+    assert (queue.prune(30), queue.prune(30)) == (1, 0)
+    with pytest.raises(NotFound, match="pruned"):
+        queue.get(first.id)
+    assert store.ranges.distinct("job") == [ObjectId(other.id)]
+    assert {found["_id"]["job"] for found in store.rejects.find()} == {ObjectId(other.id)}
+    again = queue.submit(first.source, first.options)
+    [again] = drain(again.id)
+    assert (again.already_loaded_by, again.progress.tally.duplicates) == (first.id, 1)

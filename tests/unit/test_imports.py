@@ -16,6 +16,7 @@ FLOORS = (
         "engine.lines",
         "engine.watermark",
         "engine.beat",
+        "engine.steps",
     ),
     ("engine.batches",),
     ("engine.decode",),
