@@ -1,0 +1,59 @@
+"""`python -m tests.chaos [--short] [name …]`: break loads on purpose, on real servers of its own, and tell what was found."""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+from engine.local import LocalServers
+from engine.settings import Settings
+from tests.chaos.fuzz import fuzz
+from tests.chaos.rig import Report
+from tests.chaos.scenarios import SCENARIOS
+
+ALL = SCENARIOS | {"fuzz": fuzz}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*ALL, []], help="scenarios; all when none is named")
+    parser.add_argument("--short", action="store_true", help="the versions that `make test` runs")
+    asked = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="headrace-chaos-"))
+    reports = []
+    try:
+        with LocalServers(Settings(), folder / "servers", ("--setParameter", "enableTestCommands=1")) as servers:
+            for name in asked.names or ALL:
+                reports.append(run(name, servers, folder / name, asked.short))
+                print(reports[-1].line(), flush=True)
+                for problem in reports[-1].problems:
+                    print(f"        {problem}", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    failed = sum(not report.passed for report in reports)
+    print(
+        f"{len(reports) - failed} of {len(reports)} passed: lost, duplicate, unexpected and mutated are 0, counts are exact"
+    )
+    return 1 if failed else 0
+
+
+def run(name, servers, folder, short):
+    """One scenario, in databases of its own; whatever it raises is a problem in its report."""
+    fresh = {"mongo_uri": servers.overrides["mongo_uri"].replace("/headrace?", f"/chaos_{name}?")}
+    settings = Settings.model_validate(servers.overrides | fresh | {"engine_control_db": f"chaos_{name}_control"})
+    began = time.monotonic()
+    try:
+        report = ALL[name](settings, folder, short)
+    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 (the others are to run all the same)
+        report = Report(name, problems=["".join(traceback.format_exception(error)[-3:])])
+    report.seconds = time.monotonic() - began
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Mutation fuzzing of `lines` and `decode`: whatever the bytes, each line ends as one document, one reject or one blank."""
+
+import random
+import time
+
+import bson
+
+from engine.batches import Batcher
+from engine.decode import decode
+from engine.lines import Splitter
+from engine.model import Format
+from tests.chaos import corpus
+from tests.chaos.checker import BLANK, Bad, document_of, lines_of
+from tests.chaos.rig import Report
+
+SECONDS = {True: 15, False: 600}
+TAG = b"\0" * 6
+
+
+def fuzz(settings, folder, short):
+    """Mutate lines of the corpus for ten minutes; the standard library's parser says what each must become."""
+    report = Report("fuzz", {"mutations": 0})
+    draw = random.Random(11)
+    end = time.monotonic() + SECONDS[short]
+    while time.monotonic() < end and len(report.problems) < 5:
+        data = mutated(draw)
+        report.faults["mutations"] += 1
+        report.records += data.count(b"\n")
+        try:
+            compare(data, draw, report)
+        except Exception as error:  # noqa: BLE001 (whatever it raises is the finding)
+            report.problems.append(f"{type(error).__name__} on {data[:300]!r}: {error}")
+    return report
+
+
+def mutated(draw):
+    """Some lines of the corpus with a few bytes changed, doubled, dropped or swapped."""
+    lines = [corpus.good(draw, n) if draw.random() < 0.7 else corpus.bad(draw, draw.randrange(5000)) for n in range(12)]
+    data = bytearray(draw.choice([b"\n", b"\r\n"]).join(line[:3000] for line in lines))
+    for _ in range(draw.randrange(8)):
+        at, length = draw.randrange(len(data)), draw.randrange(1, 12)
+        match draw.randrange(5):
+            case 0:
+                data[at] = draw.randrange(256)
+            case 1:
+                del data[at : at + length]
+            case 2:
+                data[at:at] = data[at : at + length]
+            case 3:
+                data[at:at] = draw.choice(
+                    [b"\n", b"\r", b"\x00", b"\xef\xbb\xbf", b"9" * 20, b'"', b"{", b"[" * 30, b"\\u0000"]
+                )
+            case 4:
+                data[at] ^= 1 << draw.randrange(8)
+    return bytes(data)
+
+
+class _Stream:
+    """Bytes as a file whose lines end at a newline alone."""
+
+    def __init__(self, data):
+        self.lines = data.split(b"\n")
+
+    def __iter__(self):
+        *whole, last = self.lines
+        yield from (line + b"\n" for line in whole)
+        if last:
+            yield last
+
+
+def compare(data, draw, report):
+    """Any cut and any chunking of `data`, against the checker's own idea of it."""
+    cut = draw.randrange(1, len(data) + 2)
+    wanted = {}
+    for offset, line, _ in lines_of(_Stream(data)):
+        body = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+        if BLANK.fullmatch(body):
+            wanted[offset] = "blank"
+            continue
+        try:
+            document = document_of(body)
+            wanted[offset] = {key: value for key, value in document.items() if key != "_id"}
+        except Bad as why:
+            wanted[offset] = str(why)
+    found = {}
+    for start in range(0, len(data), cut):
+        read(data, start, min(start + cut, len(data)), draw, found)
+    for offset, expected in wanted.items():
+        got = found.pop(offset, "nothing")
+        right = got == expected if isinstance(expected, str) else isinstance(got, dict) and same(got, expected)
+        if not right:
+            report.problems.append(f"byte {offset} of {data[:400]!r}: {got!r} instead of {expected!r}")
+            return
+    if found:
+        report.problems.append(f"{found} out of nothing in {data[:400]!r}")
+
+
+def same(got, expected):
+    """Whether two documents are the same as BSON, or both cannot become any."""
+    try:
+        return bson.encode({k: v for k, v in got.items() if k != "_id"}) == bson.encode(expected)
+    except Exception:  # noqa: BLE001 (a key with NUL, or too deep: later triaged by the sink)
+        return repr({k: v for k, v in got.items() if k != "_id"}) == repr(expected)
+
+
+def read(data, start, end, draw, found):
+    """One range of `data` through splitter, batcher and decoder; outcomes by offset."""
+    splitter, batcher, at = Splitter(start, end, 10**6), Batcher(draw.randrange(1, 9), 10**5), 0
+    batches = []
+    at = splitter.read_from
+    while not splitter.done and at < len(data):
+        step = draw.randrange(1, 2000)
+        for block in splitter.feed(data[at : at + step]):
+            batches += batcher.add(block)
+        at += step
+    if not splitter.done:
+        for block in splitter.finish():
+            batches += batcher.add(block)
+    batches += batcher.flush()
+    for batch in batches:
+        decoded = decode(batch, Format.NDJSON, TAG, "key")
+        offsets, at = [], batch.offset
+        for line in batch.lines:
+            offsets.append(at)
+            at += len(line) + 1
+        outcome = dict.fromkeys(offsets, "blank")
+        for reject in decoded.rejects:
+            outcome[reject.offset] = str(reject.reason)
+        for position, document in zip(decoded.positions, decoded.documents, strict=True):
+            outcome[offsets[position]] = document
+        if sum(value == "blank" for value in outcome.values()) != decoded.blank:
+            raise AssertionError("the blank lines are counted wrong")
+        for offset, value in outcome.items():
+            if offset in found:
+                raise AssertionError(f"byte {offset} came twice")
+            found[offset] = value

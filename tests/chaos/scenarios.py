@@ -1,0 +1,479 @@
+"""Every way in which a load is broken on purpose. Each scenario does its harm, counts it, and lets the checker judge.
+
+`short` is for `make test`: the same harm, seeded, on a smaller file and fewer times.
+"""
+
+import random
+import signal
+import time
+from contextlib import ExitStack
+
+from pymongo.errors import PyMongoError
+
+from engine.model import RangeState
+from engine.settings import Settings
+from engine.steps import Step
+from tests.chaos import corpus
+from tests.chaos.mongods import Mongods
+from tests.chaos.proxy import Proxy
+from tests.chaos.rig import Report, Rig, kill
+from tests.running import alive, until
+
+__all__ = ["SCENARIOS"]
+
+
+def made(rig, count, seed=1):
+    path = rig.folder / f"plain-{seed}-{count}.ndjson"
+    if not path.exists():
+        corpus.plain(path, seed, count)
+    return path
+
+
+def kills(settings, folder, short):
+    """kill -9 of a random worker that holds a lease, every half second."""
+    report = Report("kills", {"kills": 0, "retries": 0})
+    wanted, least_seeds, count = (6, 1, 60_000) if short else (200, 5, 1_000_000)
+    seed = 0
+    while report.faults["kills"] < wanted or seed < least_seeds:
+        seed += 1
+        draw = random.Random(seed)
+        with Rig(settings, folder) as rig:
+            path = made(rig, count, seed)
+            engine = rig.engine(engine_range_bytes="256KiB" if short else "8MiB")
+            job = rig.submit(path)
+            while not rig.ended(job):
+                if victims := rig.holders(engine):
+                    report.faults["kills"] += kill(draw.choice(victims))
+                time.sleep(0.15 if short else 0.5)
+            if rig.queue.get(job.id).failure and rig.queue.get(job.id).failure.code == "workers_died":
+                # Three in a row met the same range before its first line: what a person would do is to retry.
+                report.faults["retries"] += 1
+                rig.queue.retry(job.id)
+                rig.wait(job)
+            rig.verify(report, path, job)
+            path.unlink()
+    return report
+
+
+def steps(settings, folder, short):
+    """A crash at every labelled step, the first, second and third time that it is reached."""
+    report = Report("steps", {"crashes": 0})
+    for step in Step:
+        for nth in (1,) if short else (1, 2, 3):
+            with Rig(settings, folder) as rig:
+                fired = rig.folder / f"fired-{step}-{nth}"
+                changes = {"CHAOS_STEP": step, "CHAOS_NTH": nth, "CHAOS_FIRED": fired, "engine_batch_records": 300}
+                path = rig.folder / "mixed.ndjson"
+                corpus.mixed(path, 7, 6000)
+                # As many jobs as times, since some steps are reached once a job; the next waits for the one before, lest
+                # that two of them crash one range too often.
+                jobs = [rig.submit(path) for _ in range(nth)]
+                rig.engine(ready=False, engine_range_bytes="128KiB", **changes)
+                rig.wait(*jobs, seconds=90)
+                # Some steps come only with time.
+                if fired.exists():
+                    report.faults["crashes"] += 1
+                else:
+                    report.problems.append(f"the crash at {step} number {nth} never fired")
+                for job in jobs:
+                    rig.verify(report, path, job)
+    return report
+
+
+def ranges(settings, folder, short):
+    """Another engine with ranges of another size joins while a job is planned, and while it runs."""
+    report = Report("ranges", {"joins while planning": 0, "joins while running": 0})
+    with Rig(settings, folder) as rig:
+        path = made(rig, 60_000 if short else 1_000_000)
+        jobs = [rig.submit(path) for _ in range(2 if short else 4)]
+        first = rig.engine(ready=False, engine_range_bytes="128KiB")
+        rig.engine(ready=False, engine_range_bytes="1MiB")
+        report.faults["joins while planning"] += 1
+        until(lambda: rig.store.ranges.find_one({"state": "LEASED"}), what="the first lease")
+        rig.engine(engine_range_bytes="300KiB")
+        report.faults["joins while running"] += 1
+        rig.wait(*jobs)
+        assert first.stop() == 0
+        for job in jobs:
+            rig.verify(report, path, job)
+            sizes = rig.store.ranges.count_documents(
+                {"_id.job": rig.store.jobs.find_one({"options.collection": job.options.collection})["_id"]}
+            )
+            if sizes != rig.queue.get(job.id).plan.range_count:
+                report.problems.append("the ranges are not those of the plan")
+    return report
+
+
+def zombies(settings, folder, short):
+    """SIGSTOP of a supervisor and its workers for three leases, another engine at work, then SIGCONT."""
+    report = Report("zombies", {"stopped workers": 0, "stale writes refused": 0})
+    with Rig(settings, folder) as rig:
+        path = made(rig, 80_000 if short else 1_000_000)
+        for _ in range(1 if short else 3):
+            first = rig.engine(engine_range_bytes="2MiB")
+            job = rig.submit(path)
+            held = until(lambda first=first: rig.holders(first), what="a lease")
+            pids = [first.pid, *first.workers()]
+            for pid in pids:
+                kill(pid, signal.SIGSTOP)
+            tokens = {d["token"] for d in rig.store.ranges.find({"state": "LEASED"})}
+            report.faults["stopped workers"] += len(held)
+            second = rig.engine(engine_range_bytes="2MiB")
+            rig.wait(job)
+            time.sleep(3 * rig.settings.engine_lease_seconds)
+            before = list(rig.store.ranges.find().sort("_id", 1))
+            for pid in reversed(pids):
+                kill(pid, signal.SIGCONT)
+            lost = until(
+                lambda first=first: first.actions("lost") or first.actions("reap") or first.actions("kill"),
+                20,
+                "a word of it",
+            )
+            time.sleep(2)
+            report.faults["stale writes refused"] += len(first.actions("lost")) + len(lost)
+            if list(rig.store.ranges.find().sort("_id", 1)) != before:
+                report.problems.append("a zombie changed the ledger")
+            if not tokens:
+                report.problems.append("nobody held a lease when it was stopped")
+            rig.verify(report, path, job)
+            for engine in (first, second):
+                if engine.stop() != 0:
+                    report.problems.append("an engine did not stop softly")
+    return report
+
+
+def supervisors(settings, folder, short):
+    """kill -9 of the supervisor under load: no orphan after two seconds, and another engine goes on."""
+    report = Report("supervisors", {"kills": 0})
+    with Rig(settings, folder) as rig:
+        path = made(rig, 60_000 if short else 1_000_000)
+        jobs = [rig.submit(path)]
+        for _ in range(2 if short else 20):
+            if all(map(rig.ended, jobs)):
+                jobs.append(rig.submit(path))
+            engine = rig.engine(engine_range_bytes="2MiB")
+            until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
+            workers = engine.workers()
+            report.faults["kills"] += kill(engine.pid)
+            engine.process.wait()
+            time.sleep(2)
+            if any(map(alive, workers)):
+                report.problems.append("a worker outlived its supervisor by two seconds")
+        rig.engine()
+        rig.wait(*jobs)
+        for job in jobs:
+            rig.verify(report, path, job)
+    return report
+
+
+def terms(settings, folder, short):
+    """TERM under load: exit code 0 within the grace period, and no lease held."""
+    report = Report("terms", {"terms": 0})
+    with Rig(settings, folder) as rig:
+        path = made(rig, 60_000 if short else 1_000_000)
+        jobs = [rig.submit(path)]
+        draw = random.Random(2)
+        for _ in range(2 if short else 50):
+            if all(map(rig.ended, jobs)):
+                jobs.append(rig.submit(path))
+            engine = rig.engine(engine_range_bytes="2MiB")
+            until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
+            time.sleep(draw.random() * 0.5)
+            code = engine.stop(seconds=rig.settings.engine_grace_seconds + 3)
+            report.faults["terms"] += 1
+            if code != 0:
+                report.problems.append(f"TERM ended with exit code {code}")
+            if rig.store.ranges.count_documents({"state": RangeState.LEASED}):
+                report.problems.append("a lease is held after TERM")
+        if rig.store.ranges.count_documents({"attempts": {"$gt": 0}}):
+            report.problems.append("a soft stop spent an attempt")
+        rig.engine()
+        rig.wait(*jobs)
+        for job in jobs:
+            rig.verify(report, path, job)
+    return report
+
+
+def hups(settings, folder, short):
+    """HUP in mid-load: every worker is replaced, one by one, and the load goes on."""
+    report = Report("hups", {"hups": 0})
+    with Rig(settings, folder) as rig:
+        path = made(rig, 150_000 if short else 1_000_000)
+        jobs = [rig.submit(path)]
+        engine = rig.engine(engine_range_bytes="1MiB")
+        for _ in range(2 if short else 10):
+            if all(map(rig.ended, jobs)):
+                jobs.append(rig.submit(path))
+            before = set(engine.workers())
+            report.faults["hups"] += kill(engine.pid, signal.SIGHUP)
+            until(lambda before=before: not before & set(engine.workers()), 40, "the replacement of every worker")
+        rig.wait(*jobs)
+        if engine.stop() != 0:
+            report.problems.append("the engine did not stop softly")
+        for job in jobs:
+            rig.verify(report, path, job)
+    return report
+
+
+FAIL = (
+    {"closeConnection": True},
+    {"errorCode": 91, "errorLabels": ["RetryableWriteError"]},
+    {"errorCode": 189},
+    {"errorCode": 11600},
+    {"writeConcernError": {"code": 64, "errmsg": "waiting for replication timed out"}},
+)
+COMMANDS = ["insert", "update", "findAndModify", "find", "aggregate", "getMore", "delete"]
+
+
+def failpoints(settings, folder, short):
+    """mongod's own fail points at one command in ten: closed connections, error codes, write-concern errors."""
+    report = Report("failpoints", {})
+    for fault in FAIL:
+        with Rig(settings, folder) as rig:
+            path = made(rig, 30_000 if short else 300_000)
+            engine = rig.engine(engine_range_bytes="1MiB")
+            job = rig.submit(path)
+            admin = rig.store.client.admin
+            # Code 91 makes the driver's own retry wait for seconds.
+            share = 0.02 if fault.get("errorCode") == 91 else 0.1
+            data = {"failCommands": COMMANDS, "appName": "headrace"} | fault
+            admin.command({"configureFailPoint": "failCommand", "mode": {"activationProbability": share}, "data": data})
+            try:
+                end = time.monotonic() + 240
+                while True:
+                    try:
+                        if rig.ended(job) or time.monotonic() > end:
+                            break
+                    except Exception:  # noqa: BLE001 (the rig's own commands fail, too)
+                        pass
+                    time.sleep(0.2)
+            finally:
+                times = 0
+                while True:
+                    try:
+                        off = rig.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+                        times = off["count"]
+                        break
+                    except PyMongoError:
+                        time.sleep(0.2)
+            rig.wait(job)
+            name = (
+                "closed connections"
+                if "closeConnection" in fault
+                else f"code {fault.get('errorCode', 'write concern')}"
+            )
+            report.faults[name] = times
+            if not times:
+                report.problems.append(f"no {name} was injected")
+            rig.verify(report, path, job)
+            engine.stop()
+    return report
+
+
+def _on(mongods, settings):
+    fresh = {"mongo_uri": mongods.uri, "engine_control_db": "chaos_control"}
+    return Settings.model_validate(settings.model_dump() | fresh)
+
+
+def databases(settings, folder, short):
+    """kill -9 of the only mongod during a load, and its restart."""
+    report = Report("databases", {"kills": 0})
+    folder.mkdir(parents=True, exist_ok=True)
+    with Mongods(folder) as mongods, Rig(_on(mongods, settings), folder) as rig:
+        path = made(rig, 200_000 if short else 1_000_000)
+        rig.engine(engine_range_bytes="2MiB")
+        jobs = [rig.submit(path)]
+        draw = random.Random(3)
+        for _ in range(2 if short else 20):
+            if all(map(rig.ended, jobs)):
+                jobs.append(rig.submit(path))
+            time.sleep(0.5 + draw.random())
+            mongods.kill(mongods.ports[0])
+            report.faults["kills"] += 1
+            time.sleep(draw.random())
+            mongods.start(mongods.ports[0])
+            until(mongods.primary, 60, "a primary")
+        rig.wait(*jobs)
+        for job in jobs:
+            rig.verify(report, path, job)
+    return report
+
+
+def replica(settings, folder, short):
+    """Three members: the primary steps down every ten seconds, and is killed now and then."""
+    report = Report("replica", {"step-downs": 0, "kills": 0})
+    folder.mkdir(parents=True, exist_ok=True)
+    kills_wanted, pause = (1, 3) if short else (10, 10)
+    with Mongods(folder, 3) as mongods, Rig(_on(mongods, settings), folder) as rig:
+        path = made(rig, 150_000 if short else 1_000_000)
+        rig.engine(engine_range_bytes="2MiB")
+        jobs = [rig.submit(path)]
+        while report.faults["kills"] < kills_wanted:
+            if all(map(rig.ended, jobs)):
+                jobs.append(rig.submit(path))
+            time.sleep(pause / 2)
+            report.faults["step-downs"] += bool(mongods.step_down())
+            time.sleep(pause / 2)
+            port = until(mongods.primary, 60, "a primary")
+            mongods.kill(port)
+            report.faults["kills"] += 1
+            time.sleep(1)
+            mongods.start(port)
+            until(mongods.primary, 60, "a primary")
+        rig.wait(*jobs)
+        for job in jobs:
+            rig.verify(report, path, job)
+    return report
+
+
+def storage(settings, folder, short):
+    """S3 through a proxy that breaks: busy, resets and short bodies at random bytes, whole bodies, latency, an overwrite."""
+    report = Report("storage", {})
+    plans = [
+        {"reset": 0.5, "short": 0.2},
+        {"busy": 0.3},
+        {"whole": 0.3, "reset": 0.1},
+        {"delay": 0.05, "short": 0.1},
+    ]
+    for seed, plan in enumerate(plans):
+        with ExitStack() as stack:
+            rig = stack.enter_context(Rig(settings, folder))
+            proxy = stack.enter_context(Proxy(settings.aws_endpoint_url, rig.s3, seed, **plan))
+            path = made(rig, 60_000 if short else 300_000)
+            rig.engine(aws_endpoint_url=proxy.url, engine_range_bytes="512KiB")
+            wanted = 1 if short else (200 if "reset" in plan and "short" in plan else 20)
+            jobs = []
+            while not jobs or (sum(proxy.faults.values()) < wanted and "delay" not in plan):
+                jobs.append(rig.submit(path))
+                rig.wait(*jobs)
+            for job in jobs:
+                rig.verify(report, path, job)
+            for name, count in proxy.faults.items():
+                report.faults[name] = report.faults.get(name, 0) + count
+            if "delay" in plan:
+                report.faults["delayed loads"] = len(jobs)
+    with ExitStack() as stack:
+        rig = stack.enter_context(Rig(settings, folder))
+        proxy = stack.enter_context(Proxy(settings.aws_endpoint_url, rig.s3, 9, delay=0.2))
+        path = made(rig, 60_000 if short else 300_000)
+        rig.engine(aws_endpoint_url=proxy.url, engine_range_bytes="512KiB")
+        job = rig.submit(path)
+        until(lambda: rig.queue.get(job.id).plan, what="the plan")
+        rig.overwrite(job, path.read_bytes()[::-1])
+        report.faults["overwrites"] = 1
+        [ended] = rig.wait(job)
+        if (ended.state, ended.failure and ended.failure.code) != ("FAILED", "object_changed"):
+            report.problems.append(f"an overwritten object ended as {ended.state}: {ended.failure}")
+        good = set(path.read_bytes().split(b"\n"))
+        for found in rig.store.data[job.options.collection].find({}, {"n": 1, "text": 1}):
+            if not any(
+                b'"text":"%s"' % found["text"].encode() in line
+                for line in (good if found["n"] % 5000 == 0 else [b'"text":"%s"' % found["text"].encode()])
+            ):
+                report.problems.append("two versions of an object were mixed")
+                break
+    return report
+
+
+def clocks(settings, folder, short):
+    """A worker whose clock is an hour off, both ways; and one whose signatures S3 refuses for it."""
+    report = Report("clocks", {"wrong clocks": 0, "refused signatures": 0})
+    for off in (-3600, 3600):
+        with Rig(settings, folder) as rig:
+            path = made(rig, 60_000 if short else 300_000)
+            right = rig.engine(engine_range_bytes="512KiB")
+            wrong = rig.engine(engine_range_bytes="512KiB", CHAOS_CLOCK=off)
+            job = rig.submit(path)
+            rig.wait(job)
+            report.faults["wrong clocks"] += 1
+            for engine in (right, wrong):
+                if engine.actions("expire") or engine.actions("lost"):
+                    report.problems.append(f"a lease was taken from its live holder with a clock {off} s off")
+            rig.verify(report, path, job)
+    with Rig(settings, folder) as rig:
+        path = made(rig, 1000)
+        engine = rig.engine(CHAOS_CLOCK=3600, CHAOS_CLOCK_SIGNS=1)
+        job = rig.submit(path)
+        until(lambda: any("clock" in line["event"] for line in engine.lines()), 20, "a word about the clock")
+        report.faults["refused signatures"] += 1
+        if rig.ended(job):
+            report.problems.append("a wrong clock failed the job for good")
+        engine.stop()
+        rig.engine()
+        rig.wait(job)
+        rig.verify(report, path, job)
+    return report
+
+
+def lines(settings, folder, short):
+    """One single line of gigabytes, and lines of 20 MiB among good ones: right rejects, flat memory."""
+    report = Report("lines", {"oversized lines": 0, "lines of 20 MiB": 0})
+    with Rig(settings, folder) as rig:
+        engine = rig.engine(engine_range_bytes="64MiB")
+        one = rig.folder / "one.ndjson"
+        size = 2**28 if short else 2**31
+        with one.open("wb") as out:
+            out.write(b'{"a":"')
+            for _ in range(size // 2**20):
+                out.write(b"x" * 2**20)
+            out.write(b'"}\n{"n":1}\n')
+        many = rig.folder / "many.ndjson"
+        with many.open("wb") as out:
+            for number in range(30 if short else 300):
+                text = b"y" * (20 * 2**20) if number % 10 == 9 else b"z"
+                out.write(b'{"n":%d,"t":"%s"}\n' % (number, text))
+        for path in (one, many):
+            job = rig.submit(path)
+            rig.wait(job)
+            rig.verify(report, path, job)
+        report.faults["oversized lines"] += 1
+        report.faults["lines of 20 MiB"] += 3 if short else 30
+        for pid in engine.workers():
+            with open(f"/proc/{pid}/status") as status:  # noqa: PTH123
+                peak = next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
+            report.faults[f"MB at the peak of worker {pid}"] = peak
+            if peak > 400:
+                report.problems.append(f"a worker took {peak} MB")
+        one.unlink()
+        many.unlink()
+    return report
+
+
+def lines_of_all_kinds(settings, folder, short):
+    """A corpus with at least a thousand distinct bad lines over all reasons, at several range sizes."""
+    report = Report("corpus", {"bad lines": 0})
+    with Rig(settings, folder) as rig:
+        for seed, size in enumerate(
+            ("64KiB", "100000", "1MiB") if short else ("64KiB", "100000", "1MiB", "3MiB", "64MiB")
+        ):
+            path = rig.folder / f"mixed-{seed}.ndjson"
+            report.faults["bad lines"] += corpus.mixed(path, seed, 4000 if short else 20_000)
+            engine = rig.engine(engine_range_bytes=size)
+            job = rig.submit(path)
+            rig.wait(job)
+            rig.verify(report, path, job)
+            if engine.actions("reap"):
+                report.problems.append("a worker died")
+            engine.stop()
+            path.unlink()
+    if report.faults["bad lines"] < 1000:
+        report.problems.append("fewer than a thousand bad lines")
+    return report
+
+
+SCENARIOS = {
+    "kills": kills,
+    "steps": steps,
+    "ranges": ranges,
+    "zombies": zombies,
+    "supervisors": supervisors,
+    "terms": terms,
+    "hups": hups,
+    "failpoints": failpoints,
+    "databases": databases,
+    "replica": replica,
+    "storage": storage,
+    "clocks": clocks,
+    "lines": lines,
+    "corpus": lines_of_all_kinds,
+}
