@@ -8,7 +8,7 @@ TESTABLE := $(VENV)/.testable
 RECORDS ?= 200000
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit lint types format bench clean
+.PHONY: help install run test unit lint types format chaos bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -19,7 +19,7 @@ run: $(INSTALLED) ## start everything, load a sample and serve (FILE=path, ONCE=
 	@exec $(BIN)/headrace up --records $(RECORDS) $(if $(FILE),--file '$(FILE)') $(if $(ONCE),--once)
 
 test: lint types ## lint, types, and every test, on real servers
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 unit: $(TESTABLE) ## the tests that need no server
 	@$(BIN)/python -m pytest -q tests/unit
@@ -32,6 +32,9 @@ types: $(TESTABLE) ## mypy --strict
 
 format: $(TESTABLE) ## let ruff format the code
 	@$(BIN)/ruff format engine api bench tests
+
+chaos: $(TESTABLE) ## loads broken on purpose, for hours (NAMES="kills steps", SHORT=1)
+	@$(BIN)/python -m tests.chaos $(NAMES) $(if $(SHORT),--short)
 
 bench: $(TESTABLE) ## the benchmarks
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only

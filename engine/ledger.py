@@ -12,11 +12,10 @@ from typing import Any, Final
 
 from bson import ObjectId
 from pymongo import ReturnDocument
-from pymongo.errors import BulkWriteError
 
 from engine.errors import LeaseLost
 from engine.model import ByteRange, Failure, Lease, RangeState, Tally
-from engine.store import LEASABLE, LEASES, Document, Store, job_key, translated
+from engine.store import LEASABLE, LEASES, Document, Store, insert_new, job_key, translated
 
 __all__ = ["ATTEMPTS", "DEATHS", "Ledger", "Summary"]
 
@@ -77,11 +76,7 @@ class Ledger:
                 for r in ranges[first : first + OPEN_BATCH]
             ]
             with translated("writing down the ranges of a job"):
-                try:
-                    self._ranges.insert_many(documents, ordered=False)
-                except BulkWriteError as error:
-                    if any(e["code"] != 11000 for e in error.details["writeErrors"]):
-                        raise
+                insert_new(self._ranges, documents)
 
     def lease(self, job_id: str, holder: str) -> Lease | None:
         """Lease any READY range of a job whose time has come; None where there is none."""

@@ -30,9 +30,12 @@ from engine.steps import Step, reach
 from engine.store import Store
 from engine.watermark import Watermark
 
-__all__ = ["Ended", "Keeper", "Pipeline", "Run"]
+__all__ = ["KEEPER", "Ended", "Keeper", "Pipeline", "Run"]
 
 log = get_logger()
+
+KEEPER: Final = "keeper"
+"""Name of the thread that renews."""
 
 TICK_SECONDS: Final = 1.0
 """How often a lease is renewed and its progress recorded."""
@@ -108,7 +111,7 @@ class Keeper(threading.Thread):
     """
 
     def __init__(self, ledger: Ledger, queue: Queue, lease_seconds: float, tell: Callable[[Run | None], None]) -> None:
-        super().__init__(name="keeper", daemon=True)
+        super().__init__(name=KEEPER, daemon=True)
         self._ledger = ledger
         self._queue = queue
         self._lease_seconds = lease_seconds
@@ -381,4 +384,5 @@ def _insist(run: Run, speak: Callable[[], None]) -> None:
 
 def _back_off(run: Run, tries: int) -> None:
     """Wait before the next try; less when the worker is to stop."""
+    run.move()
     run.stop.wait(BACKOFF_SECONDS * 2**tries * random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)

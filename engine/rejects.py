@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from bson import Int64
-from pymongo.errors import BulkWriteError
 
 from engine.ledger import Ledger
 from engine.model import Job, Lease, Reject
-from engine.store import Document, Store, job_key, translated
+from engine.store import Document, Store, insert_new, job_key, translated
 
 __all__ = ["Rejects"]
 
@@ -30,13 +29,7 @@ class Rejects:
         """Write rejects down; those that are there already stay. Acknowledged by a majority when it returns."""
         documents = [_document(job, range_index, reject) for reject in rejects]
         with translated("writing rejects"):
-            try:
-                self._rejects.insert_many(documents, ordered=False)
-            except BulkWriteError as error:
-                if error.details.get("writeConcernErrors") or any(
-                    e["code"] != 11000 for e in error.details["writeErrors"]
-                ):
-                    raise
+            insert_new(self._rejects, documents)
 
     def forget(self, lease: Lease) -> None:
         """Delete what an earlier holder of this range wrote beyond `confirmed`: those lines are judged anew."""

@@ -136,10 +136,11 @@ class Settings(BaseSettings):
             wrong.append("AWS_ENDPOINT_URL: write it as http://host:port or https://host:port")
         if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
             wrong.append("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set both or neither")
-        if self.engine_watchdog_seconds <= self.socket_timeout_seconds:
+        patience = self.socket_timeout_seconds + self.select_timeout_seconds
+        if self.engine_watchdog_seconds <= patience:
             wrong.append(
-                f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than "
-                f"{self.socket_timeout_seconds:g}, four fifths of ENGINE_LEASE_SECONDS, within which a command may wait"
+                f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than {patience:g} seconds, "
+                f"for which a command may wait with ENGINE_LEASE_SECONDS={self.engine_lease_seconds:g}"
             )
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -149,6 +150,11 @@ class Settings(BaseSettings):
     def socket_timeout_seconds(self) -> float:
         """How long a worker waits for an answer: less than a lease, so that a lost one is noticed by its holder first."""
         return self.engine_lease_seconds * 0.8
+
+    @property
+    def select_timeout_seconds(self) -> float:
+        """How long a command waits for a primary before it is given up, to be tried again."""
+        return min(5.0, self.engine_lease_seconds / 4)
 
     @property
     def write_timeout_seconds(self) -> float:

@@ -19,7 +19,7 @@ from engine.batches import Batch
 from engine.decode import Decoded, reject
 from engine.errors import Transient
 from engine.model import Plan, Reason, Reject, Tally
-from engine.store import Document, Store, translate, translated
+from engine.store import DUPLICATE_KEY, Document, Store, translate, translated
 
 __all__ = ["Sink"]
 
@@ -29,7 +29,6 @@ MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 MAX_COMMAND_BYTES: Final = 12 * 1024 * 1024
 """How much one insert command carries when documents have to be parted by size."""
 
-_DUPLICATE: Final = 11000
 _TOO_DEEP: Final = 15
 _TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
 _BAD_ID: Final = frozenset({52, 53})
@@ -127,7 +126,7 @@ class Sink:
         duplicates: list[tuple[int, Dict]] = []
         for error in failed:
             index = indexes[error["index"]]
-            if error["code"] == _DUPLICATE:
+            if error["code"] == DUPLICATE_KEY:
                 duplicates.append((index, error))
             elif error["code"] in _PASSING:
                 raise Transient(f"MongoDB could not store a document (code {error['code']}): it is tried again")
@@ -159,7 +158,7 @@ class Sink:
             if there is not None and (index not in own or there == _encode(document)):
                 work.replayed += 1
             else:
-                work.refuse(index, Reason.DUPLICATE_KEY, str(error.get("errmsg", ""))[:1000], _DUPLICATE)
+                work.refuse(index, Reason.DUPLICATE_KEY, str(error.get("errmsg", ""))[:1000], DUPLICATE_KEY)
 
     def _triage(self, work: _Work, indexes: Sequence[int], error: Exception) -> None:
         """Find which documents of a refused command are at fault, and write the others."""

@@ -4,7 +4,7 @@ Documents of users live in the database that `MONGO_URI` names; jobs, ranges and
 so that no line of a file can become a job. Build a Store after the fork, never before: a client does not survive one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from pymongo import ASCENDING, DESCENDING, IndexModel, MongoClient, WriteConcern
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import (
+    BulkWriteError,
     CollectionInvalid,
     ConfigurationError,
     ConnectionFailure,
@@ -25,12 +26,14 @@ from pymongo.errors import (
     WriteConcernError,
     WTimeoutError,
 )
+from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
 from engine.errors import AccessDenied, HeadraceError, NotFound, Refused, StartError, Transient
 from engine.errors import Final as FinalError
 from engine.settings import Settings
 
 __all__ = [
+    "DUPLICATE_KEY",
     "ENDED_JOBS",
     "LEASABLE",
     "LEASES",
@@ -38,6 +41,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Document",
     "Store",
+    "insert_new",
     "job_key",
     "translate",
     "translated",
@@ -61,7 +65,24 @@ _TRANSIENT_CODES: Final = frozenset(
     {6, 7, 24, 43, 50, 63, 64, 79, 89, 91, 112, 133, 136, 150, 189, 202, 237, 262, 290, 317, 358, 384}
     | {9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436, 14031}
 )
+DUPLICATE_KEY: Final = 11000
 _DENIED_CODES: Final = frozenset({8000, 13, 18, 33})
+
+
+class _Moves(CommandListener):
+    """A command within its deadline is movement: a worker that waits for a slow database does not hang."""
+
+    def __init__(self, moved: Callable[[], None]) -> None:
+        self._moved = moved
+
+    def started(self, event: CommandStartedEvent) -> None:
+        self._moved()
+
+    def succeeded(self, event: CommandSucceededEvent) -> None:
+        self._moved()
+
+    def failed(self, event: CommandFailedEvent) -> None:
+        self._moved()
 
 
 class Store:
@@ -70,9 +91,10 @@ class Store:
     Args:
         settings: `mongo_uri` must be set.
         pool: the most connections that this process may hold.
+        moved: called in the thread that sends a command, when it is sent and when it is answered.
     """
 
-    def __init__(self, settings: Settings, pool: int = 16) -> None:
+    def __init__(self, settings: Settings, pool: int = 16, moved: Callable[[], None] | None = None) -> None:
         if settings.mongo_uri is None:
             raise StartError("MONGO_URI is not set: name the MongoDB that keeps the queue and takes the documents")
         concern = WriteConcern(w="majority", wtimeout=int(settings.write_timeout_seconds * 1000))
@@ -82,8 +104,12 @@ class Store:
                 appname="headrace",
                 tz_aware=True,
                 maxPoolSize=pool,
-                connectTimeoutMS=5_000,
-                serverSelectionTimeoutMS=5_000,
+                connectTimeoutMS=int(settings.select_timeout_seconds * 1000),
+                serverSelectionTimeoutMS=int(settings.select_timeout_seconds * 1000),
+                # A server that says that it stops or steps down is asked again at once; a stream would leave it out for ten
+                # seconds, until its next word.
+                serverMonitoringMode="poll",
+                event_listeners=[_Moves(moved)] if moved is not None else [],
                 socketTimeoutMS=int(settings.socket_timeout_seconds * 1000),
                 retryWrites=True,
                 w="majority",
@@ -215,6 +241,22 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     if isinstance(error, ConfigurationError):
         return Refused(f"MongoDB cannot be used for {doing} ({said}): check MONGO_URI")
     return Transient(f"MongoDB failed while {doing} ({said}): it is tried again")
+
+
+def insert_new(collection: Collection[Document], documents: list[Document]) -> None:
+    """Insert documents whose `_id` is not there yet; the others stay as they are. Acknowledged when it returns.
+
+    Raises:
+        PyMongoError: within `translated`, it comes out as the project's own.
+    """
+    try:
+        collection.insert_many(documents, ordered=False)
+    except BulkWriteError as error:
+        if concerns := error.details.get("writeConcernErrors"):
+            raise WriteConcernError("a majority did not confirm the write", concerns[0].get("code")) from None
+        for fault in error.details["writeErrors"]:
+            if fault["code"] != DUPLICATE_KEY:
+                raise OperationFailure(fault["errmsg"], fault["code"], fault) from None
 
 
 @contextmanager

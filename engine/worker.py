@@ -24,7 +24,7 @@ from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL, Job, JobState, Lease, Stop
 from engine.objects import Objects, connect
-from engine.pipeline import Ended, Pipeline, Run
+from engine.pipeline import KEEPER, Ended, Pipeline, Run
 from engine.planner import Planner
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -49,7 +49,7 @@ PRUNE_SECONDS: Final = 3600.0
 EXPIRE_SECONDS: Final = 2.0
 """How often, about, a worker looks for leases that ran out."""
 
-BOOT_WAIT_SECONDS: Final = 5.0
+BOOT_WAIT_SECONDS: Final = 2.0
 """The longest wait between tries to reach the servers at the start."""
 
 log = get_logger()
@@ -106,7 +106,7 @@ class _Worker:
         self._post = post
         self._beat = beat
         self._stop = stop
-        self._store = Store(settings, pool=settings.engine_writers + 4)
+        self._store = Store(settings, settings.engine_writers + 4, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
         self._objects = Objects(connect(settings), settings.aws_bucket_name or "")
@@ -125,6 +125,11 @@ class _Worker:
         self._wakeups: Cursor[Document] | None = None
         self._woken = 0
         self._last_error = ""
+
+    def _moved(self) -> None:
+        # The keeper's own commands say nothing of the work.
+        if threading.current_thread().name != KEEPER:
+            self._beat.touch()
 
     def loop(self) -> int:
         if not self._boot():

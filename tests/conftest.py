@@ -13,7 +13,7 @@ import pytest
 
 from engine.beat import Beat
 from engine.ledger import Ledger
-from engine.local import LocalServers
+from engine.local import LocalServers, free_port
 from engine.model import TERMINAL, Job, JobOptions
 from engine.objects import Objects, connect
 from engine.queue import Queue
@@ -42,6 +42,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
                 patch.delenv(name)
         folder = tmp_path_factory.mktemp("servers")
         patch.chdir(folder)
+        for name in ("mongod.port", "s3.port"):  # other suites may run beside this one
+            (folder / name).write_text(f"{free_port()}\n")
         options = ("--setParameter", "enableTestCommands=1")
         with LocalServers(Settings(), folder, options) as started:
             yield started

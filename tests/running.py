@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.local import die_with_parent
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -54,6 +56,7 @@ class Running:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         self.pid = self.process.pid
 

@@ -23,7 +23,7 @@ from tests.running import Running, title
 
 HEAVY = {
     "engine_lease_seconds": 3,
-    "engine_watchdog_seconds": 4,
+    "engine_watchdog_seconds": 7,
     "engine_poll_seconds": 0.2,
     "engine_grace_seconds": 20,
 }

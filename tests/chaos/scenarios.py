@@ -63,14 +63,16 @@ def steps(settings, folder, short):
             with Rig(settings, folder) as rig:
                 fired = rig.folder / f"fired-{step}-{nth}"
                 changes = {"CHAOS_STEP": step, "CHAOS_NTH": nth, "CHAOS_FIRED": fired, "engine_batch_records": 300}
-                path = rig.folder / "mixed.ndjson"
-                corpus.mixed(path, 7, 6000)
+                if step in (Step.CONFIRM, Step.CONFIRMED):  # these come once a second: the load must last
+                    path = made(rig, 150_000)
+                else:
+                    path = rig.folder / "mixed.ndjson"
+                    corpus.mixed(path, 7, 6000)
                 # As many jobs as times, since some steps are reached once a job; the next waits for the one before, lest
                 # that two of them crash one range too often.
                 jobs = [rig.submit(path) for _ in range(nth)]
                 rig.engine(ready=False, engine_range_bytes="128KiB", **changes)
                 rig.wait(*jobs, seconds=90)
-                # Some steps come only with time.
                 if fired.exists():
                     report.faults["crashes"] += 1
                 else:

@@ -49,7 +49,7 @@ def test_all_that_is_wrong_is_told_at_once(monkeypatch):
         ({"MONGO_URI": "mongodb://h/headrace_control"}, "ENGINE_CONTROL_DB"),
         ({"AWS_ENDPOINT_URL": "localhost:9000"}, "AWS_ENDPOINT_URL"),
         ({"AWS_ACCESS_KEY_ID": "a"}, "AWS_SECRET_ACCESS_KEY"),
-        ({"ENGINE_LEASE_SECONDS": "100"}, "ENGINE_WATCHDOG_SECONDS"),
+        ({"ENGINE_LEASE_SECONDS": "80"}, "ENGINE_WATCHDOG_SECONDS"),
     ],
 )
 def test_settings_that_contradict_each_other_stop_the_start(monkeypatch, changes, word):

@@ -1,0 +1,14 @@
+"""Every scenario of `make chaos` in its short, seeded version: harm is done, and nothing is lost, twice, unexpected or changed."""
+
+import pytest
+
+from tests.chaos.fuzz import fuzz
+from tests.chaos.scenarios import SCENARIOS
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [*SCENARIOS, "fuzz"])
+def test_nothing_is_lost_and_nothing_is_there_twice(name, settings, tmp_path):
+    report = (SCENARIOS | {"fuzz": fuzz})[name](settings, tmp_path / name, True)
+    assert report.problems == []
+    assert any(report.faults.values()), "no fault was injected"
