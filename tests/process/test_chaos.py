@@ -1,4 +1,4 @@
-"""Every scenario of `make chaos` in its short, seeded version: harm is done, and nothing is lost, twice, unexpected or changed."""
+"""Every scenario of `make chaos` in its short, seeded version: nothing is lost, twice, unexpected or changed."""
 
 import pytest
 
