@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from bson import ObjectId
 from pymongo import ReturnDocument
+from pymongo.errors import DuplicateKeyError
 
 from engine.errors import LeaseLost
 from engine.model import ByteRange, Failure, Lease, RangeState, Tally
@@ -37,6 +38,7 @@ class Summary:
     """A job's ranges, summed. `failures` holds those of the first few ranges that FAILED."""
 
     tally: Tally
+    ranges: int
     ready: int
     leased: int
     done: int
@@ -60,23 +62,24 @@ class Ledger:
         """Put the ranges of a job down as READY. Those that are there already stay as they are."""
         job = job_key(job_id)
         for first in range(0, len(ranges), OPEN_BATCH):
-            documents = [
-                {
-                    "_id": {"job": job, "index": r.index},
-                    "job": job,
-                    "state": RangeState.READY,
-                    "start": r.start,
-                    "end": r.end,
-                    "confirmed": r.start,
-                    "tally": Tally().document(),
-                    "attempts": 0,
-                    "deaths": 0,
-                    "resumed": False,
-                }
-                for r in ranges[first : first + OPEN_BATCH]
-            ]
+            documents = [_new(job, r) for r in ranges[first : first + OPEN_BATCH]]
             with translated("writing down the ranges of a job"):
                 insert_new(self._ranges, documents)
+
+    def open_leased(self, job_id: str, range: ByteRange, holder: str) -> Lease | None:
+        """Put a range down as LEASED by `holder`, in one write; None where it is there already."""
+        token = uuid.uuid4().hex
+        new = _new(job_key(job_id), range)
+        key = new.pop("_id")
+        held: Document = {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self._until()}
+        fields = {name: {"$literal": value} for name, value in new.items()}
+        with translated("leasing a range"):
+            try:
+                # A state that no range has: the update matches none, and an upsert of one that is there is refused.
+                self._ranges.update_one({"_id": key, "state": None}, [{"$set": fields | held}], upsert=True)
+            except DuplicateKeyError:
+                return None
+        return Lease(job_id, range, token, range.start, Tally())
 
     def lease(self, job_id: str, holder: str) -> Lease | None:
         """Lease any READY range of a job whose time has come; None where there is none."""
@@ -197,6 +200,7 @@ class Ledger:
         failures = found.get(RangeState.FAILED, {}).get("failures", [])
         return Summary(
             sum((Tally.from_document(group) for group in found.values()), Tally()),
+            sum(counts.values()),
             counts[RangeState.READY],
             counts[RangeState.LEASED],
             counts[RangeState.DONE],
@@ -262,6 +266,21 @@ class Ledger:
         }
         with translated("releasing leases"):
             return self._ranges.update_many(query, [{"$set": changes | _LET_GO}], hint=LEASES).modified_count
+
+
+def _new(job: ObjectId, range: ByteRange) -> Document:
+    return {
+        "_id": {"job": job, "index": range.index},
+        "job": job,
+        "state": RangeState.READY,
+        "start": range.start,
+        "end": range.end,
+        "confirmed": range.start,
+        "tally": Tally().document(),
+        "attempts": 0,
+        "deaths": 0,
+        "resumed": False,
+    }
 
 
 _LET_GO: Final[Document] = {"token": "$$REMOVE", "holder": "$$REMOVE", "until": "$$REMOVE"}

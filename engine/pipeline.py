@@ -64,11 +64,15 @@ class Ended(Enum):
 class Run:
     """The state that the threads at work on one lease share.
 
-    `moved` is called whenever bytes or batches move; `stop` tells that the worker is to stop softly.
+    `moved` is called whenever bytes or batches move; `stop` tells that the worker is to stop softly. `head` holds the
+    first bytes of the object where they have been read already.
     """
 
-    def __init__(self, job: Job, lease: Lease, stop: threading.Event, moved: Callable[[], None]) -> None:
+    def __init__(
+        self, job: Job, lease: Lease, stop: threading.Event, moved: Callable[[], None], head: bytes = b""
+    ) -> None:
         self.job = job
+        self.head = head
         self.lease = lease
         self.stop = stop
         self.lost = threading.Event()
@@ -299,6 +303,9 @@ class Pipeline:
         at = splitter.read_from
         stop = min(source.size, end + BEYOND_BYTES)
         tries = 0
+        if at == 0 and run.head:
+            at = len(run.head)
+            yield run.head
         while not splitter.done and at < source.size:
             try:
                 run.move()

@@ -14,14 +14,14 @@ from pymongo.errors import DuplicateKeyError
 from engine.decode import BOM
 from engine.errors import Refused
 from engine.ledger import Ledger
-from engine.model import Format, Job, JobState, Plan
+from engine.model import Format, Job, Lease, Plan
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.ranges import count, cut
 from engine.steps import Step, reach
 from engine.store import Document, Store, job_key, translated
 
-__all__ = ["Planner", "decide"]
+__all__ = ["Planner", "Prepared", "decide"]
 
 SNIFF_BYTES: Final = 64 * 1024
 """How much of an object is looked at before it is loaded."""
@@ -90,6 +90,15 @@ class _Registered:
     completed_by: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job that was planned, perhaps a lease on its only range, and what was read of the object's beginning."""
+
+    job: Job
+    lease: Lease | None = None
+    head: bytes = b""
+
+
 class Planner:
     """Plans jobs.
 
@@ -109,24 +118,12 @@ class Planner:
         self._range_bytes = range_bytes
         self._shares = RANGES_PER_WORKER * workers
 
-    def prepare(self, job: Job, opened: bool) -> Job:
-        """Bring a job to where its ranges can be leased; returns it as it is then, perhaps terminal.
+    def prepare(self, job: Job, holder: str) -> Prepared:
+        """Plan a PENDING job, and lease its range at once where it has but one; whoever is quicker plans it.
 
         Raises:
             Final, Transient: of S3 and MongoDB. Refused where the object is not what a load can take.
         """
-        if job.state is JobState.PENDING:
-            job = self._plan(job)
-            opened = False
-        if job.state is JobState.PROCESSING and not opened and job.plan is not None:
-            of = job.plan.range_count
-            reach(Step.PLANNED)
-            self._ledger.open(job.id, [cut(job.source.size, of, index) for index in range(of)])
-            reach(Step.OPENED)
-            self._queue.mark_opened(job.id)
-        return job
-
-    def _plan(self, job: Job) -> Job:
         head = b""
         if job.source.size:
             with self._objects.open(job.source, 0, min(SNIFF_BYTES, job.source.size)) as reader:
@@ -140,25 +137,29 @@ class Planner:
         reach(Step.PLAN)
         if ranges == 0 or (source.completed_by and job.options.if_loaded == "skip"):
             self._queue.complete_unread(job.id, plan, source.completed_by)
-            return self._queue.get(job.id)
-        return self._queue.fix_plan(job.id, plan, source.completed_by)
+            return Prepared(self._queue.get(job.id))
+        job, ours = self._queue.fix_plan(job, plan, source.completed_by)
+        if not ours:
+            return Prepared(job)
+        if ranges > 1:
+            self._queue.open_ranges(job)
+            return Prepared(job, None, head)
+        return Prepared(job, self._ledger.open_leased(job.id, cut(job.source.size, 1, 0), holder), head)
 
     def _register(self, job: Job, format: Format) -> _Registered:
         """Hold the job's source to one tag, and learn who has loaded it into this collection before."""
+        name = job.options.collection
+        load = {"collection": name, "firstJob": job_key(job.id)}
         with translated("registering a source"):
             found = self._forced(job, format) if job.options.force else self._found_or_made(job, format, 0, None)
-            name = job.options.collection
-            load = {"collection": name, "firstJob": job_key(job.id)}
-            self._sources.update_one(
-                {"_id": found["_id"], "loads.collection": {"$ne": name}}, {"$push": {"loads": load}}
-            )
-            found = self._sources.find_one({"_id": found["_id"]}) or found
-        for load in found["loads"]:
-            if load["collection"] == name:
-                by = load.get("completedBy")
-                sole = load["firstJob"] == job_key(job.id)
-                return _Registered(bytes(found["tag"]), sole, str(by) if by and by != job_key(job.id) else None)
-        raise AssertionError("a load that was just recorded is not there")
+            if all(entry["collection"] != name for entry in found["loads"]):
+                unknown = {"_id": found["_id"], "loads.collection": {"$ne": name}}
+                self._sources.update_one(unknown, {"$push": {"loads": load}})
+                found = self._sources.find_one({"_id": found["_id"]}) or found
+        entry = next(entry for entry in found["loads"] if entry["collection"] == name)
+        by = entry.get("completedBy")
+        sole = entry["firstJob"] == job_key(job.id)
+        return _Registered(bytes(found["tag"]), sole, str(by) if by and by != job_key(job.id) else None)
 
     def _forced(self, job: Job, format: Format) -> Document:
         """A generation of its own for this job, the same one whenever it is asked."""
@@ -181,7 +182,8 @@ class Planner:
                 return found
             draws += 1
             tag = (second + draws // TAG_DRAWS).to_bytes(4, "big") + secrets.token_bytes(2)
-            new: Document = {"tag": Binary(tag), "forJob": owner, "loads": []}
+            load = {"collection": job.options.collection, "firstJob": job_key(job.id)}
+            new: Document = {"tag": Binary(tag), "forJob": owner, "loads": [load]}
             try:
                 made = self._sources.find_one_and_update(
                     of, {"$setOnInsert": new}, upsert=True, return_document=ReturnDocument.AFTER

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from bson import Binary, ObjectId
-from pymongo import ReturnDocument
+from pymongo import ReturnDocument, WriteConcern
 from pymongo.collection import Collection
 
 from engine.errors import Conflict, NotFound, Refused
@@ -28,6 +28,7 @@ from engine.model import (
     Stop,
     Tally,
 )
+from engine.ranges import cut
 from engine.steps import Step, reach
 from engine.store import ENDED_JOBS, OPEN_JOBS, Document, Store, job_key, translated
 
@@ -95,7 +96,6 @@ class Queue:
             "open": True,
             "attempts": 0,
             "round": 0,
-            "opened": False,
         }
         with translated("submitting a job"):
             # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
@@ -122,44 +122,43 @@ class Queue:
             raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
         return _job(found)
 
-    def open_jobs(self) -> Iterator[list[tuple[Job, bool]]]:
-        """Jobs that may have work, highest priority first, then oldest first, by pages; with each, whether its ranges
-        have all been written down."""
+    def open_jobs(self) -> Iterator[list[Job]]:
+        """Jobs that may have work, highest priority first, then oldest first, by pages."""
         query = {"open": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
         with translated("looking for jobs"):
             order = [("options.priority", -1), ("_id", 1)]
             cursor = self._jobs.find(query, batch_size=PAGE_JOBS).sort(order).hint(OPEN_JOBS)
-            page: list[tuple[Job, bool]] = []
+            page: list[Job] = []
             with cursor:
                 for found in cursor:
-                    page.append((_job(found), found["opened"]))
+                    page.append(_job(found))
                     if len(page) == PAGE_JOBS:
                         yield page
                         page = []
             if page:
                 yield page
 
-    def fix_plan(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> Job:
-        """Fix the plan of a job, PENDING → PROCESSING; returns the job with the plan that holds, whoever made it."""
-        changes: Document = {
-            "state": JobState.PROCESSING,
-            "plan": {
-                "format": plan.format,
-                "tag": Binary(plan.tag),
-                "rangeBytes": plan.range_bytes,
-                "rangeCount": plan.range_count,
-                "sole": plan.sole,
-            },
-            "alreadyLoadedBy": already_loaded_by,
-        }
-        literal = {name: {"$literal": value} for name, value in changes.items()}
-        self._move(job_id, JobState.PENDING, literal | {"startedAt": {"$ifNull": ["$startedAt", "$$NOW"]}})
-        return self.get(job_id)
+    def fix_plan(self, job: Job, plan: Plan, already_loaded_by: str | None) -> tuple[Job, bool]:
+        """Fix the plan of a job, PENDING → PROCESSING.
 
-    def mark_opened(self, job_id: str) -> None:
-        """All ranges of the plan are written down."""
-        with translated("opening a job"):
-            self._jobs.update_one({"_id": job_key(job_id)}, {"$set": {"opened": True}})
+        Returns the job with the plan that holds, whoever made it, and whether it is this one.
+        """
+        changes = _planned(plan, JobState.PROCESSING, already_loaded_by)
+        with translated("planning a job"):
+            found = self._jobs.find_one_and_update(
+                {"_id": job_key(job.id), "state": JobState.PENDING},
+                [{"$set": changes}],
+                return_document=ReturnDocument.AFTER,
+            )
+        return (self.get(job.id), False) if found is None else (_job(found), True)
+
+    def open_ranges(self, job: Job) -> None:
+        """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
+        assert job.plan is not None
+        of = job.plan.range_count
+        reach(Step.PLANNED)
+        self._ledger.open(job.id, [cut(job.source.size, of, index) for index in range(of)])
+        reach(Step.OPENED)
 
     def look(self, job_id: str) -> Stamps:
         """What a holder must know: is the job being stopped, are its numbers old? One read."""
@@ -247,39 +246,35 @@ class Queue:
         complete = summary.done == job.plan.range_count
         if job.stopping is not None and not (complete and job.stopping.to is JobState.CANCELLED):
             return job if summary.leased else self._end(job, job.stopping, (summary.tally, summary.done))
+        if summary.ranges < job.plan.range_count:
+            self.open_ranges(job)  # whoever planned the job died over it
         if summary.done + summary.failed < job.plan.range_count:
             return job
-        end = Stop(JobState.COMPLETED)
+        if not summary.failed:
+            return self.finish(job, summary.tally)
+        failure = summary.failures[0] if summary.failures else Failure("failed", "a range failed")
+        if summary.failed > 1:
+            failure = Failure(failure.code, f"{summary.failed} ranges failed; the first: {failure.message}")
+        return self._end(job, Stop(JobState.FAILED, failure), (summary.tally, summary.done))
+
+    def finish(self, job: Job, tally: Tally) -> Job:
+        """Every range of the job is DONE and `tally` is their sum: it is COMPLETED, or over its budget and FAILED."""
+        assert job.plan is not None
         reach(Step.FINISH)
-        if summary.failed:
-            failure = summary.failures[0] if summary.failures else Failure("failed", "a range failed")
-            if summary.failed > 1:
-                failure = Failure(failure.code, f"{summary.failed} ranges failed; the first: {failure.message}")
-            end = Stop(JobState.FAILED, failure)
-        elif over_budget(job.options.max_errors, summary.tally, final=True):
-            end = Stop(JobState.FAILED, _budget_spent(job, summary.tally))
+        end = Stop(JobState.COMPLETED)
+        if over_budget(job.options.max_errors, tally, final=True):
+            end = Stop(JobState.FAILED, _budget_spent(job, tally))
         else:
             # Before the job says so, and not after: a death in between is made good by the next to settle.
             self._mark_loaded(job)
             reach(Step.LOADED)
-        return self._end(job, end, (summary.tally, summary.done))
+        return self._end(job, end, (tally, job.plan.range_count))
 
     def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
         """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
-        changes: Document = {
-            "state": JobState.COMPLETED,
-            "plan": {
-                "format": plan.format,
-                "tag": Binary(plan.tag),
-                "rangeBytes": plan.range_bytes,
-                "rangeCount": 0,
-                "sole": plan.sole,
-            },
-            "alreadyLoadedBy": already_loaded_by,
-        }
-        literal = {name: {"$literal": value} for name, value in changes.items()}
-        times = {"startedAt": {"$ifNull": ["$startedAt", "$$NOW"]}, "finishedAt": "$$NOW", "open": "$$REMOVE"}
-        self._move(job_id, JobState.PENDING, literal | times)
+        changes = _planned(plan, JobState.COMPLETED, already_loaded_by)
+        times = {"finishedAt": "$$NOW", "open": "$$REMOVE"}
+        self._move(job_id, JobState.PENDING, changes | times)
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job: at once where no range of it is leased, else as soon as the holders let go. Safe to repeat.
@@ -350,9 +345,14 @@ class Queue:
         # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         # A retry since begins another round, of which what was summed here says nothing.
-        self._move(job.id, job.state, changes, stamped | {"round": job.round})
+        with translated("ending a job"):
+            found = self._jobs.find_one_and_update(
+                {"_id": job_key(job.id), "state": job.state, "round": job.round} | stamped,
+                [{"$set": changes}],
+                return_document=ReturnDocument.AFTER,
+            )
         reach(Step.FINISHED)
-        return self.get(job.id)
+        return self.get(job.id) if found is None else _job(found)
 
     def _move(self, job_id: str, state: JobState, changes: Document, also: Document | None = None) -> bool:
         """The compare-and-set under every change of state; False where somebody else was quicker."""
@@ -364,7 +364,9 @@ class Queue:
         assert job.plan is not None
         query = {"tag": Binary(job.plan.tag), "loads.collection": job.options.collection}
         with translated("recording a completed load"):
-            self._store.sources.update_one(query, {"$set": {"loads.$.completedBy": job_key(job.id)}})
+            # No majority is waited for here: the write that ends the job waits, and comes after this one in the oplog.
+            sources = self._store.sources.with_options(write_concern=WriteConcern(1))
+            sources.update_one(query, {"$set": {"loads.$.completedBy": job_key(job.id)}})
 
     def _check_collection(self, name: str) -> None:
         refusal = None
@@ -401,6 +403,22 @@ def _budget_spent(job: Job, tally: Tally) -> Failure:
         f"{tally.rejected} of {tally.lines} lines were rejected and maxErrors allows {job.options.max_errors}: "
         f"see the rejects, mend the file or raise maxErrors; what was written stays",
     )
+
+
+def _planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Document:
+    fixed: Document = {
+        "format": plan.format,
+        "tag": Binary(plan.tag),
+        "rangeBytes": plan.range_bytes,
+        "rangeCount": plan.range_count,
+        "sole": plan.sole,
+    }
+    return {
+        "state": state,
+        "plan": {"$literal": fixed},
+        "alreadyLoadedBy": {"$literal": already_loaded_by},
+        "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
+    }
 
 
 def _progress(tally: Tally, total: int, done: int) -> Document:

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Tr
 from engine.errors import Final as FinalError
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.model import TERMINAL, Job, JobState, Lease, Stop
+from engine.model import TERMINAL, Job, JobState, Stop
 from engine.objects import Objects, connect
 from engine.pipeline import KEEPER, Ended, Pipeline, Run
 from engine.planner import Planner
@@ -42,6 +43,9 @@ EXIT_NOW: Final = 4
 
 COLLECT_SECONDS: Final = 2.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
+
+LOOK_SECONDS: Final = 0.5
+"""How long a look at the queue stays good for taking the next job from it."""
 
 PRUNE_SECONDS: Final = 3600.0
 """How often, about, a worker looks for jobs whose history has been kept long enough."""
@@ -122,6 +126,8 @@ class _Worker:
         self._expired_at = 0.0
         self._prune_at = 0.0
         self._collect_at = 0.0
+        self._looked_at = 0.0
+        self._seen: deque[Job] = deque()
         self._wakeups: Cursor[Document] | None = None
         self._woken = 0
         self._last_error = ""
@@ -146,7 +152,7 @@ class _Worker:
                 if found is None:
                     self._wait()
                 else:
-                    self._run(pipeline, *found)
+                    self._run(pipeline, found)
                     self._collect()
                 self._last_error = ""
             except HeadraceError as error:
@@ -209,26 +215,37 @@ class _Worker:
             self._beat.touch()
             log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)
 
-    def _join(self) -> tuple[Job, Lease] | None:
-        """A job and a lease on a range of it, or None where there is nothing to do now."""
+    def _join(self) -> Run | None:
+        """A lease on a range of some job, or None where there is nothing to do now."""
+        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+            # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
+            while self._seen:
+                if run := self._enter(self._seen.popleft()):
+                    return run
+        self._looked_at = time.monotonic()
         for page in self._queue.open_jobs():
-            leased = self._ledger.leased(job.id for job, _ in page)
+            leased = self._ledger.leased(job.id for job in page)
+            # Workers that look at the same page begin at different jobs of it.
+            random.shuffle(page)
             # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
-            for job, opened in sorted(page, key=lambda entry: (-entry[0].options.priority, leased.get(entry[0].id, 0))):
+            page.sort(key=lambda job: (-job.options.priority, leased.get(job.id, 0)))
+            self._seen = deque(page)
+            while self._seen:
                 self._beat.touch()
                 if self._stop.is_set():
                     return None
-                if lease := self._enter(job, opened):
-                    return lease
+                if run := self._enter(self._seen.popleft()):
+                    return run
         return None
 
-    def _enter(self, job: Job, opened: bool) -> tuple[Job, Lease] | None:
+    def _enter(self, job: Job) -> Run | None:
         if job.stopping is not None:
             self._queue.settle(job.id)
             return None
-        if job.state is JobState.PENDING or not opened:
+        lease, head = None, b""
+        if job.state is JobState.PENDING:
             try:
-                job = self._planner.prepare(job, opened)
+                prepared = self._planner.prepare(job, self._post.name)
             except FinalError as error:
                 log.error(str(error), action="plan", job=job.id, worker=self._post.name)
                 self._queue.stop(job.id, Stop(JobState.FAILED, error.failure()))
@@ -237,9 +254,10 @@ class _Worker:
                 log.warning(str(error), action="plan", job=job.id, worker=self._post.name)
                 self._queue.postpone(job.id, error.failure())
                 return None
+            job, lease, head = prepared.job, prepared.lease, prepared.head
             if job.state in TERMINAL:
                 return None
-        lease = self._ledger.lease(job.id, self._post.name)
+        lease = lease or self._ledger.lease(job.id, self._post.name)
         if lease is None:
             if not self._ledger.busy(job.id):
                 self._queue.settle(job.id)
@@ -251,13 +269,12 @@ class _Worker:
             self._ledger.give_back(lease, lease.confirmed, lease.tally)
             self._queue.settle(job.id)
             return None
-        return job, lease
+        return Run(job, lease, self._stop, self._beat.touch, head)
 
-    def _run(self, pipeline: Pipeline, job: Job, lease: Lease) -> None:
-        index = lease.range.index
+    def _run(self, pipeline: Pipeline, run: Run) -> None:
+        job, lease, index = run.job, run.lease, run.lease.range.index
         context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._post.name}
         log.debug("range leased", action="lease", confirmed=lease.confirmed, **context)
-        run = Run(job, lease, self._stop, self._beat.touch)
         self._tell(run)
         try:
             ended = pipeline.run(run)
@@ -270,10 +287,12 @@ class _Worker:
             self._queue.stop(job.id, Stop(JobState.FAILED, error.failure()))
         else:
             log.debug("range ended", action=ended.name.lower(), **context)
-            if ended is Ended.CANCELLED or (ended is Ended.DONE and not self._ledger.busy(job.id)):
+            if ended is Ended.DONE and job.plan is not None and job.plan.range_count == 1:
+                job = self._queue.finish(job, run.mark()[1])
+            if job.state not in TERMINAL and (ended is Ended.CANCELLED or not self._ledger.busy(job.id)):
                 job = self._queue.settle(job.id)
-                if job.state in TERMINAL:
-                    log.info("job ended", action="finish", state=job.state, **context)
+            if job.state in TERMINAL:
+                log.info("job ended", action="finish", state=job.state, **context)
         finally:
             setproctitle(f"headrace: worker {self._post.slot} idle")
 
