@@ -1,0 +1,112 @@
+"""The ceiling: documents that are BSON already, sent down raw connections by a program that does nothing else.
+
+What the database can take: the same documents with the same `_id`s, 1000 to a command, unordered, `w: majority`.
+`python -m bench.ceiling FILE [CONNECTIONS]` runs it alone, against MONGO_URI.
+"""
+
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import bson
+import orjson
+from bson import ObjectId
+from pymongo import MongoClient
+
+__all__ = ["MAX_BATCH_BYTES", "batches", "send"]
+
+_HEADER: Final = struct.Struct("<iiii")
+_OP_MSG: Final = 2013
+
+MAX_BATCH_BYTES: Final = 12 * 1024 * 1024
+
+
+def batches(lines: Iterable[bytes], records: int = 1000, tag: bytes = b"\0\0\0\0\0\1") -> list[bytes]:
+    """The lines as BSON documents with an `_id` made from their offset, joined batch by batch."""
+    found: list[bytes] = []
+    batch: list[bytes] = []
+    offset = size = 0
+    for line in lines:
+        document = bson.encode({"_id": ObjectId(tag + offset.to_bytes(6, "big")), **orjson.loads(line)})
+        if len(batch) == records or size + len(document) > MAX_BATCH_BYTES:
+            found.append(b"".join(batch))
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document)
+        offset += len(line)
+    return [*found, b"".join(batch)] if batch else found
+
+
+def send(host: str, port: int, database: str, collection: str, work: list[bytes], connections: int) -> float:
+    """Send the batches over so many connections at a time; returns the wall time in seconds."""
+    body = bson.encode({"insert": collection, "ordered": False, "writeConcern": {"w": "majority"}, "$db": database})
+    todo = iter(work)
+    lock = threading.Lock()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with socket.create_connection((host, port)) as line:
+                line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                while True:
+                    with lock:
+                        batch = next(todo, None)
+                    if batch is None:
+                        return
+                    _insert(line, body, batch)
+        except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
+            failed.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(connections)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return time.perf_counter() - began
+
+
+def _insert(line: socket.socket, body: bytes, batch: bytes) -> None:
+    section = b"\1" + struct.pack("<i", 4 + 10 + len(batch)) + b"documents\0"
+    size = 16 + 4 + 1 + len(body) + len(section) + len(batch)
+    line.sendall(b"".join((_HEADER.pack(size, 1, 0, _OP_MSG), b"\0\0\0\0\0", body, section, batch)))
+    (length,) = struct.unpack("<i", _exactly(line, 4))
+    reply = bson.decode(_exactly(line, length - 4)[12 + 4 + 1 :])
+    if reply.get("ok") != 1 or "writeErrors" in reply or "writeConcernError" in reply:
+        raise RuntimeError(f"the database refused a batch: {str(reply)[:300]}")
+
+
+def _exactly(line: socket.socket, size: int) -> bytes:
+    pieces: list[bytes] = []
+    while size:
+        piece = line.recv(size)
+        if not piece:
+            raise ConnectionError("the database closed the connection")
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def main() -> None:
+    """Fill the collection `ceiling` and print the rate."""
+    client: MongoClient[dict[str, Any]] = MongoClient(os.environ["MONGO_URI"])
+    client.drop_database("headrace_ceiling")
+    primary = client.primary
+    if primary is None:
+        raise SystemExit("MONGO_URI names no replica set")
+    with Path(sys.argv[1]).open("rb") as file:
+        lines = list(file)
+    seconds = send(*primary, "headrace_ceiling", "ceiling", batches(lines), int(sys.argv[2]) if sys.argv[2:] else 3)
+    print(f"{len(lines):,} documents in {seconds:.2f} s: {len(lines) / seconds:,.0f} a second")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Real servers, a real engine in processes of its own, and what it took: wall time, CPU and memory of the workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from engine.ledger import Ledger
+from engine.local import LocalServers
+from engine.model import TERMINAL, Job, JobOptions, Source
+from engine.objects import Objects, connect
+from engine.queue import Queue
+from engine.settings import Settings
+from engine.store import Store
+
+__all__ = ["Engine", "Rig", "Taken"]
+
+TICKS = os.sysconf("SC_CLK_TCK")
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a load took: seconds from submission to COMPLETED by the database's clock, CPU seconds and peak MB of workers."""
+
+    wall: float
+    cpu: float
+    peak_mb: int
+    lines: int
+
+
+class Engine:
+    """`headrace engine` as a process; `changes` are settings by name."""
+
+    def __init__(self, settings: Settings, log: Path, changes: dict[str, Any]) -> None:
+        environment = {
+            name.upper(): str(getattr(value, "get_secret_value", lambda value=value: value)())
+            for name, value in settings.model_dump(exclude_defaults=True).items()
+        }
+        environment |= {name.upper(): str(value) for name, value in changes.items()} | {"PYTHONPATH": str(ROOT)}
+        self._log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "api.cli", "engine"], env=os.environ | environment, stdout=output, stderr=output
+            )
+
+    def workers(self) -> list[int]:
+        """Pids of the workers."""
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def ready(self, count: int) -> None:
+        """Wait until `count` workers have booted."""
+        end = time.monotonic() + 60
+        while self._log.read_text().count("worker is ready") < count:
+            if time.monotonic() > end or self.process.poll() is not None:
+                raise RuntimeError(f"the engine did not start: {self._log.read_text()[-500:]}")
+            time.sleep(0.02)
+
+    def cpu(self) -> float:
+        """CPU seconds of the workers until now."""
+        fields = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in self.workers()]
+        return sum(int(f[11]) + int(f[12]) for f in fields) / TICKS
+
+    def peak_mb(self) -> int:
+        """The highest resident memory that any worker has had."""
+        peaks = []
+        for pid in self.workers():
+            status = Path(f"/proc/{pid}/status").read_text()
+            peaks.append(int(status.split("VmHWM:")[1].split()[0]) // 1024)
+        return max(peaks)
+
+    def stop(self) -> None:
+        """TERM, and wait."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
+
+
+class Rig:
+    """Servers under `folder`, and clients of them. Use it as a context manager."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        self._stack = ExitStack()
+        self._servers = self._stack.enter_context(LocalServers(Settings(), folder))
+        fresh = {"mongo_uri": self._servers.overrides["mongo_uri"].replace("/headrace?", "/bench?")}
+        self.settings = Settings.model_validate(
+            self._servers.overrides | fresh | {"engine_control_db": "bench_control"} | changes
+        )
+        self.folder = folder
+        self.store = Store(self.settings)
+        self.store.prepare()
+        self.queue = Queue(self.store, Ledger(self.store, self.settings.engine_lease_seconds))
+        self.s3 = connect(self.settings)
+        self.objects = Objects(self.s3, self.settings.aws_bucket_name or "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.store.close()
+        self._stack.close()
+
+    def engine(self, workers: int = 2, **changes: Any) -> Engine:
+        """An engine that has booted; it is stopped with the rig at the latest."""
+        log = self.folder / f"engine-{uuid.uuid4().hex[:8]}.log"
+        engine = Engine(self.settings, log, {"engine_workers": workers, "engine_log_format": "json"} | changes)
+        self._stack.callback(engine.stop)
+        engine.ready(workers)
+        return engine
+
+    def upload(self, path: Path) -> Source:
+        """Put a file into S3."""
+        with path.open("rb") as content:
+            return self.objects.upload(content, f"{uuid.uuid4().hex}-{path.name}")
+
+    def load(self, source: Source, *engines: Engine) -> Taken:
+        """Load an object into a collection that is dropped afterwards."""
+        name = f"c{uuid.uuid4().hex[:8]}"
+        before = sum(engine.cpu() for engine in engines)
+        job = self.wait(self.queue.submit(source, JobOptions(collection=name, force=True)))
+        taken = self.taken(job, sum(engine.cpu() for engine in engines) - before, engines)
+        self.store.data.drop_collection(name)
+        return taken
+
+    def taken(self, job: Job, cpu: float, engines: tuple[Engine, ...]) -> Taken:
+        """What a job that has ended took."""
+        assert job.finished_at is not None
+        peak = max((engine.peak_mb() for engine in engines), default=0)
+        return Taken((job.finished_at - job.created_at).total_seconds(), cpu, peak, job.progress.tally.lines)
+
+    def wait(self, job: Job) -> Job:
+        """Until the job has COMPLETED."""
+        while (found := self.queue.get(job.id)).state not in TERMINAL:
+            time.sleep(0.1)
+        if found.state != "COMPLETED":
+            raise RuntimeError(f"the job ended as {found.state}: {found.failure}")
+        return found
+
+    def primary(self) -> tuple[str, int]:
+        """Address of the database."""
+        self.store.ping()
+        found = self.store.client.primary
+        assert found is not None
+        return found[0], found[1]

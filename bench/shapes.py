@@ -1,0 +1,49 @@
+"""Records of several shapes, seeded: the lines that the benchmarks load. Lengths are bytes with the newline."""
+
+import random
+import string
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import orjson
+
+from engine import sample
+
+__all__ = ["SHAPES", "write"]
+
+
+def _large(count: int) -> Iterator[bytes]:
+    draw = random.Random(2)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=8)) for _ in range(500)]
+    for number in range(count):
+        yield orjson.dumps({"n": number, "body": " ".join(draw.choices(words, k=2260))}) + b"\n"
+
+
+def _wide(count: int) -> Iterator[bytes]:
+    draw = random.Random(3)
+    for number in range(count):
+        fields = {
+            f"field_{i:03}": draw.choice([draw.randint(0, 10**6), draw.random(), "value", True]) for i in range(299)
+        }
+        yield orjson.dumps({"n": number} | fields) + b"\n"
+
+
+def _tiny(count: int) -> Iterator[bytes]:
+    draw = random.Random(4)
+    for number in range(count):
+        yield b'{"n":%d,"v":%d,"ok":true}\n' % (number + 10**7, draw.randint(10**6, 10**7))
+
+
+SHAPES: Final[dict[str, Callable[[int], Iterator[bytes]]]] = {
+    "ordinary": sample.lines,  # about 270 bytes
+    "large": _large,  # about 20 KiB
+    "wide": _wide,  # 300 fields, about 5.5 KiB
+    "tiny": _tiny,  # about 40 bytes
+}
+
+
+def write(path: str, shape: str, count: int) -> int:
+    """Write `count` records of a shape; returns the file's size in bytes."""
+    with open(path, "wb") as file:  # noqa: PTH123 (a plain path is what the callers have)
+        file.writelines(SHAPES[shape](count))
+        return file.tell()
