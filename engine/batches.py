@@ -50,7 +50,7 @@ class Batcher:
         self._ordinal = ordinal
         self._offset = 0
         self._lines: list[bytes] = []
-        self._bytes = 0  # of the lines that wait, without their newlines
+        self._bytes = 0  # of the lines that wait, with their newlines
 
     def add(self, block: Block | Oversized) -> Iterator[Batch]:
         """Take what the splitter handed out; yields the batches that it fills. Exhaust the iterator."""
@@ -62,7 +62,7 @@ class Batcher:
         if not self._lines:
             self._offset = block.offset
         self._lines += block.lines
-        self._bytes += sum(map(len, block.lines))
+        self._bytes += block.end - block.offset
         if not block.terminated:
             yield from self.flush(terminated=False)
         while len(self._lines) >= self.max_lines or self._bytes >= self._max_bytes:
@@ -78,18 +78,18 @@ class Batcher:
 
     def _cut(self) -> Batch:
         lines = self._lines[: self.max_lines]
-        size = sum(map(len, lines))
+        size = sum(map(len, lines)) + len(lines)
         if size > self._max_bytes and len(lines) > 1:
             size = taken = 0
             for line in lines:
-                if taken and size + len(line) > self._max_bytes:
+                if taken and size + len(line) + 1 > self._max_bytes:
                     break
-                size += len(line)
+                size += len(line) + 1
                 taken += 1
             del lines[taken:]
         del self._lines[: len(lines)]
         self._bytes -= size
-        batch = Batch(self._offset, self._offset + size + len(lines), self._ordinal, lines)
+        batch = Batch(self._offset, self._offset + size, self._ordinal, lines)
         self._offset = batch.end
         self._ordinal += len(lines)
         return batch

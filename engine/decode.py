@@ -4,17 +4,19 @@ What becomes of a line depends on its bytes and its offset alone, so that a repl
 """
 
 import re
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import orjson
-from bson import ObjectId
 
 from engine.batches import Batch
 from engine.lines import HEAD_BYTES
 from engine.model import Format, Reason, Reject
 
-__all__ = ["Decoded", "decode", "reject"]
+__all__ = ["Decoded", "Identity", "decode", "reject"]
 
 BOM: Final = b"\xef\xbb\xbf"
 
@@ -26,10 +28,24 @@ _RUN: Final = b"0" * 19
 _TOKEN: Final = re.compile(
     rb'"(?:[^"\\]++|\\.)*+"|(-?\d{19,}+)((?:\.\d+)?(?:[eE][+-]?\d+)?)|\d++(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL
 )
+_PLUS_NEWLINE: Final = (1).__add__
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 # Longer than any int64; int() of a literal of thousands of digits is refused by Python itself.
 _INT64_DIGITS: Final = 40
+
+
+class Identity:
+    """A generated `_id`: encoded as the ObjectId of these twelve bytes, and made in a third of the time.
+
+    `_type_marker` is by what PyMongo's encoder knows the types of BSON; 7 is an ObjectId, and `binary` its bytes.
+    """
+
+    __slots__ = ("binary",)
+    _type_marker = 7
+
+    def __init__(self, binary: bytes) -> None:
+        self.binary = binary
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +57,7 @@ class Decoded:
     """
 
     documents: list[dict[str, object]]
-    positions: list[int]
+    positions: Sequence[int]
     own_ids: list[int]
     rejects: list[Reject]
     blank: int
@@ -80,41 +96,60 @@ def decode(batch: Batch, format: Format, tag: bytes, file_key: str) -> Decoded:
 
 
 def _ndjson(batch: Batch, tag: bytes) -> Decoded:
-    loads = orjson.loads
+    lines = batch.lines
+    try:
+        # What most batches are: documents all. Each step is one call over the whole batch, since a line of Python for
+        # each record costs as much as parsing it.
+        documents = list(map(orjson.loads, lines))
+    except orjson.JSONDecodeError:
+        return _one_by_one(batch, tag)
+    if set(map(type, documents)) != {dict} or _RUN in b"\n".join(lines).translate(_ZEROS):
+        return _one_by_one(batch, tag)
+    own_ids = [index for index, document in enumerate(documents) if "_id" in document]
+    for document, identity in zip(documents, _identities(batch, tag), strict=True):
+        document.setdefault("_id", identity)
+    return Decoded(documents, range(len(documents)), own_ids, [], 0)
+
+
+def _identities(batch: Batch, tag: bytes) -> list[Identity]:
+    """The identity of each line of the batch."""
+    count = len(batch.lines)
+    offsets = accumulate(map(_PLUS_NEWLINE, map(len, batch.lines)), initial=batch.offset)
+    packed = struct.pack(f">{count + 1}Q", *offsets)
+    return [Identity(tag + packed[at : at + 6]) for at in range(2, 8 * count, 8)]
+
+
+def _one_by_one(batch: Batch, tag: bytes) -> Decoded:
+    """As `_ndjson`, for a batch in which some line is bad, blank, or holds a long run of digits."""
     documents: list[dict[str, object]] = []
     positions: list[int] = []
     own_ids: list[int] = []
     rejects: list[Reject] = []
     blank = 0
-    offset = batch.offset
-    lines = batch.lines
-    suspect = _RUN in b"\n".join(lines).translate(_ZEROS)
-    if offset == 0 and lines[0].startswith(BOM):
-        lines = [lines[0][len(BOM) :], *lines[1:]]
-        offset = len(BOM)
-    for position, line in enumerate(lines):
+    identities = _identities(batch, tag)
+    for position, line in enumerate(batch.lines):
+        body = line.removeprefix(BOM) if batch.offset == position == 0 else line
         try:
-            document = loads(line)
+            document = orjson.loads(body)
         except orjson.JSONDecodeError as error:
-            if not line.strip():
+            if not body.strip():
                 blank += 1
             else:
                 rejects.append(reject(batch, position, Reason.INVALID_JSON, str(error)))
+            continue
+        if type(document) is not dict:
+            detail = f"the line is {_KINDS[type(document)]}, not an object"
+            rejects.append(reject(batch, position, Reason.NOT_AN_OBJECT, detail))
+        elif literal := _beyond_int64(body):
+            detail = f"the integer {literal} does not fit into 64 bits"
+            rejects.append(reject(batch, position, Reason.INT_RANGE, detail))
         else:
-            if type(document) is not dict:
-                detail = f"the line is {_KINDS[type(document)]}, not an object"
-                rejects.append(reject(batch, position, Reason.NOT_AN_OBJECT, detail))
-            elif suspect and (literal := _beyond_int64(line)):
-                detail = f"the integer {literal} does not fit into 64 bits"
-                rejects.append(reject(batch, position, Reason.INT_RANGE, detail))
+            if "_id" in document:
+                own_ids.append(len(documents))
             else:
-                if "_id" in document:
-                    own_ids.append(len(documents))
-                else:
-                    document["_id"] = ObjectId(tag + (offset if position else batch.offset).to_bytes(6, "big"))
-                documents.append(document)
-                positions.append(position)
-        offset += len(line) + 1
+                document["_id"] = identities[position]
+            documents.append(document)
+            positions.append(position)
     return Decoded(documents, positions, own_ids, rejects, blank)
 
 
@@ -163,7 +198,7 @@ def _text(batch: Batch, tag: bytes, file_key: str) -> Decoded:
                 detail = f"byte {error.start} of the line, 0x{body[error.start]:02x}: {error.reason}"
                 rejects.append(reject(batch, position, Reason.INVALID_UTF8, detail))
             else:
-                _id = ObjectId(tag + offset.to_bytes(6, "big"))
+                _id = Identity(tag + offset.to_bytes(6, "big"))
                 documents.append({"_id": _id, "content": content, "originalFile": file_key})
                 positions.append(position)
         offset += len(line) + 1

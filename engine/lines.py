@@ -21,12 +21,13 @@ HEAD_BYTES = 64 * 1024
 class Block:
     """Lines that follow each other.
 
-    `offset` is that of the first line's first byte. The lines carry no newline, but a carriage return before it is
-    still there. Each is followed by one newline byte, except the last one when `terminated` is false (the object ends
-    there).
+    `offset` is that of the first line's first byte, `end` the one after the last terminator. The lines carry no
+    newline, but a carriage return before it is still there. Each is followed by one newline byte, except the last one
+    when `terminated` is false (the object ends there).
     """
 
     offset: int
+    end: int
     lines: list[bytes]
     terminated: bool = True
 
@@ -110,17 +111,17 @@ class Splitter:
             else:
                 lines[0] = first
         if lines:
-            out.extend(self._blocks(lines))
+            out.extend(self._blocks(lines, base + len(data) - len(tail)))
         if tail:
             self._keep(tail)
         return out
 
-    def _blocks(self, lines: list[bytes]) -> list[Block | Oversized]:
-        """Terminated lines from `self._line` on as one block, or more where oversized ones stand between them."""
-        longest = max(map(len, lines))
-        if longest <= self._max:
-            block = Block(self._line, lines)
-            self._line += sum(map(len, lines)) + len(lines)
+    def _blocks(self, lines: list[bytes], end: int) -> list[Block | Oversized]:
+        """Terminated lines from `self._line` to `end` as one block, or more where oversized ones stand between them."""
+        # No line is longer than all of them together, which mostly saves a look at each.
+        if end - self._line <= self._max or max(map(len, lines)) <= self._max:
+            block = Block(self._line, end, lines)
+            self._line = end
             return [block]
         out: list[Block | Oversized] = []
         run: list[bytes] = []
@@ -132,13 +133,13 @@ class Splitter:
                 run.append(line)
             else:
                 if run:
-                    out.append(Block(at, run))
+                    out.append(Block(at, self._line, run))
                     run = []
                 out.append(Oversized(self._line, length, line[: min(length, HEAD_BYTES)], after))
                 at = after
             self._line = after
         if run:
-            out.append(Block(at, run))
+            out.append(Block(at, end, run))
         return out
 
     def _keep(self, piece: bytes) -> None:
@@ -168,4 +169,8 @@ class Splitter:
         if self._dropping or not self._carried:
             return []
         last = self._take(terminated=False)
-        return [last] if isinstance(last, Oversized) else [Block(self._line, [last], terminated=False)]
+        return (
+            [last]
+            if isinstance(last, Oversized)
+            else [Block(self._line, self._line + len(last), [last], terminated=False)]
+        )
