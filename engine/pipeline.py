@@ -50,7 +50,8 @@ BEYOND_BYTES: Final = 64 * 1024
 """How far past the end of its range the first read goes, so that the last line mostly needs no second."""
 
 CAUTIOUS_LINES: Final = 50
-"""Lines in a batch while a range whose holders died is tried again: what kills a worker is found among few."""
+"""Lines in the first batch of a range whose holders died. Each is confirmed before the next, of twice as many, begins:
+what kills a worker is found among few after a few deaths."""
 
 
 class Ended(Enum):
@@ -259,9 +260,7 @@ class Pipeline:
                     if run.cautious:
                         self._make_room(run, flying, 1)
                         self.keeper.renew(run)
-                        run.cautious = False
-                        most = settings.engine_writers + 1
-                        batcher.max_lines = settings.engine_batch_records
+                        batcher.max_lines = min(2 * batcher.max_lines, settings.engine_batch_records)
                 else:
                     exhausted = splitter.done
             self._make_room(run, flying, 1)

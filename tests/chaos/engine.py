@@ -1,6 +1,8 @@
-"""`headrace engine` with a fault built in: a crash at the n-th time a step is reached, or a clock that is wrong.
+"""`headrace engine` with a fault built in: a crash or a hang at the n-th time a step is reached, or a clock that is wrong.
 
 CHAOS_STEP, CHAOS_NTH: the step and the time of it, counted over all workers. CHAOS_FIRED: a file that is written then.
+CHAOS_HANG: instead of a crash the worker is "stopped", goes on "looping", or is "blocked" in a read.
+CHAOS_POISON: a worker that decodes a line which holds these characters is killed.
 CHAOS_CLOCK: seconds that every clock of this process but the monotonic one is off; CHAOS_CLOCK_SIGNS=1: also that of signatures.
 """
 
@@ -20,7 +22,23 @@ from engine.supervisor import Supervisor
 from engine.worker import work
 
 
-def crash_at(step, nth, fired):
+def crash():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loop():
+    while True:
+        pass
+
+
+def block():
+    os.read(os.pipe()[0], 1)
+
+
+HARM = {"": crash, "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "looping": loop, "blocked": block}
+
+
+def harm_at(step, nth, fired, harm):
     counter = mmap.mmap(-1, mmap.PAGESIZE)  # shared by all workers, since it is made before they are
 
     def hook(reached):
@@ -29,9 +47,22 @@ def crash_at(step, nth, fired):
             struct.pack_into("=q", counter, 0, count + 1)
             if count + 1 == nth:
                 fired.write_text(f"{step} {nth}")
-                os.kill(os.getpid(), signal.SIGKILL)
+                harm()
 
     on_reach(hook)
+
+
+def poison(marker):
+    from engine import pipeline
+
+    real = pipeline.decode
+
+    def decode(batch, *more):
+        if any(marker in line for line in batch.lines):
+            crash()
+        return real(batch, *more)
+
+    pipeline.decode = decode
 
 
 def set_clock(off, signs):
@@ -52,7 +83,10 @@ def main():
     settings, _ = load()
     configure("info", "json", settings.secrets())
     if step := os.environ.get("CHAOS_STEP"):
-        crash_at(step, int(os.environ["CHAOS_NTH"]), Path(os.environ["CHAOS_FIRED"]))
+        harm = HARM[os.environ.get("CHAOS_HANG", "")]
+        harm_at(step, int(os.environ["CHAOS_NTH"]), Path(os.environ["CHAOS_FIRED"]), harm)
+    if marker := os.environ.get("CHAOS_POISON"):
+        poison(marker.encode())
     if off := float(os.environ.get("CHAOS_CLOCK", "0")):
         set_clock(off, os.environ.get("CHAOS_CLOCK_SIGNS") == "1")
     return Supervisor(settings, work).run()

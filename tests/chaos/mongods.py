@@ -1,6 +1,7 @@
 """Real mongods in a replica set on loopback, to be killed, restarted and stepped down."""
 
 import contextlib
+import signal
 import subprocess
 import time
 
@@ -59,6 +60,14 @@ class Mongods:
     def kill(self, port):
         self.running[port].kill()
         self.running[port].wait()
+
+    def pause(self, port, seconds):
+        """Let a member stand still for so long."""
+        self.running[port].send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            self.running[port].send_signal(signal.SIGCONT)
 
     def primary(self):
         """The port of the primary now, or None."""

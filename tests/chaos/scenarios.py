@@ -3,6 +3,7 @@
 `short` is for `make test`: the same harm, seeded, on a smaller file and fewer times.
 """
 
+import json
 import random
 import signal
 import time
@@ -16,7 +17,7 @@ from engine.steps import Step
 from tests.chaos import corpus
 from tests.chaos.mongods import Mongods
 from tests.chaos.proxy import Proxy
-from tests.chaos.rig import Report, Rig, kill
+from tests.chaos.rig import HEAVY, Report, Rig, kill
 from tests.running import alive, until
 
 __all__ = ["SCENARIOS"]
@@ -217,6 +218,126 @@ def hups(settings, folder, short):
     return report
 
 
+def hung(settings, folder, short):
+    """A worker that is stopped, loops, or blocks in a read: it is killed in time and replaced, and loses nothing."""
+    report = Report("hung", {"hangs": 0})
+    for turn, (hang, step) in enumerate(
+        (h, s) for h in ("stopped", "looping", "blocked") for s in ((Step.READ,) if short else (Step.READ, Step.PARSED))
+    ):
+        with Rig(settings, folder) as rig:
+            path = made(rig, 60_000 if short else 300_000)
+            fired = rig.folder / f"hung-{turn}"
+            changes = {"CHAOS_HANG": hang, "CHAOS_STEP": step, "CHAOS_NTH": 3, "CHAOS_FIRED": fired}
+            engine = rig.engine(engine_range_bytes="512KiB", **changes)
+            job = rig.submit(path)
+            until(fired.exists, what="the hang")
+            report.faults["hangs"] += 1
+            patience = HEAVY["engine_watchdog_seconds"] + 3
+            until(lambda engine=engine: engine.actions("kill"), patience, f"the end of a worker that is {hang}")
+            rig.wait(job)
+            rig.verify(report, path, job)
+    return report
+
+
+def hosts(settings, folder, short):
+    """kill -9 of everything on one host: another host goes on within the lease and ten seconds."""
+    report = Report("hosts", {"hosts": 0, "leases taken over": 0})
+    with Rig(settings, folder) as rig:
+        path = made(rig, 100_000 if short else 1_000_000)
+        for _ in range(1 if short else 5):
+            lost = rig.engine(engine_range_bytes="2MiB")
+            job = rig.submit(path)
+            until(lambda lost=lost: rig.holders(lost), what="a lease")
+            pids = [lost.pid, *lost.workers()]
+            for pid in pids:
+                report.faults["hosts"] += kill(pid) and pid == lost.pid
+            held = {d["token"] for d in rig.store.ranges.find({"state": "LEASED"})}
+            report.faults["leases taken over"] += len(held)
+            other = rig.engine(engine_range_bytes="2MiB")
+            until(
+                lambda held=held: not rig.store.ranges.find_one({"token": {"$in": list(held)}}),
+                rig.settings.engine_lease_seconds + 10,
+                "the release of what a dead host held",
+            )
+            rig.wait(job)
+            rig.verify(report, path, job)
+            other.stop()
+    return report
+
+
+def poison(settings, folder, short):
+    """A line that kills whoever reads it: its range fails after three deaths, with its offsets, and all others finish."""
+    report = Report("poison", {"poisoned ranges": 0, "deaths": 0})
+    with Rig(settings, folder) as rig:
+        path = rig.folder / "poison.ndjson"
+        corpus.plain(path, 5, 20_000 if short else 200_000)
+        lines = path.read_bytes().split(b"\n")
+        lines[len(lines) // 2] = b'{"text":"hemlock"}'
+        path.write_bytes(b"\n".join(lines))
+        engine = rig.engine(engine_range_bytes="256KiB", CHAOS_POISON="hemlock")
+        [job] = rig.wait(rig.submit(path))
+        [bad] = rig.store.ranges.find({"state": "FAILED"})
+        report.faults["poisoned ranges"] += 1
+        # Three at the line itself; before that each death brings the next worker closer to it.
+        report.faults["deaths"] = len(engine.actions("reap"))
+        if not 3 <= report.faults["deaths"] <= 12:
+            report.problems.append(f"{report.faults['deaths']} workers died of it")
+        message = job.failure.message if job.failure else ""
+        if job.state != "FAILED" or not all(str(bad[at]) in message for at in ("start", "end", "confirmed")):
+            report.problems.append(f"the job is {job.state} and says: {message}")
+        if rig.store.ranges.count_documents({"state": "DONE"}) != job.plan.range_count - 1:
+            report.problems.append("the other ranges did not finish")
+        engine.stop()
+        rig.engine()
+        rig.queue.retry(job.id)
+        rig.wait(job)
+        rig.verify(report, path, job)
+    return report
+
+
+def slow(settings, folder, short):
+    """One command that takes longer than a lease, again and again: no lease goes round, no range is put off."""
+    report = Report("slow", {"slow commands": 0, "stops of the whole database": 0})
+    # The long run waits as long as a person would fear it: 40 seconds at the default lease of 30.
+    lease, watchdog, block = (3, 7, 4) if short else (30, 60, 40)
+    patience = {"engine_lease_seconds": lease, "engine_watchdog_seconds": watchdog}
+    for commands in (["insert"], ["update", "findAndModify"]):
+        with Rig(settings, folder) as rig:
+            path = made(rig, 30_000)
+            engine = rig.engine(engine_range_bytes="1MiB", **patience)
+            admin = rig.store.client.admin
+            data = {
+                "failCommands": commands,
+                "appName": "headrace",
+                "blockConnection": True,
+                "blockTimeMS": block * 1000,
+            }
+            job = rig.submit(path)
+            until(lambda rig=rig: rig.store.ranges.find_one({"state": "LEASED"}), what="a lease")
+            before = admin.command({"configureFailPoint": "failCommand", "mode": {"times": 3}, "data": data})["count"]
+            rig.wait(job)
+            report.faults["slow commands"] += (
+                admin.command({"configureFailPoint": "failCommand", "mode": "off"})["count"] - before
+            )
+            for action in ("kill", "lost", "expire", "postpone"):
+                if engine.actions(action):
+                    report.problems.append(f"slow {commands} led to: {engine.actions(action)[0]['event']}")
+            rig.verify(report, path, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Mongods(folder) as mongods, Rig(_on(mongods, settings), folder) as rig:
+        path = made(rig, 200_000)
+        engine = rig.engine(engine_range_bytes="2MiB", **patience)
+        job = rig.submit(path)
+        until(lambda: rig.holders(engine), what="a lease")
+        mongods.pause(mongods.ports[0], block)
+        report.faults["stops of the whole database"] += 1
+        rig.wait(job)
+        if engine.actions("kill") or rig.store.ranges.count_documents({"state": "FAILED"}):
+            report.problems.append("a database that stood still cost a worker or a range")
+        rig.verify(report, path, job)
+    return report
+
+
 FAIL = (
     {"closeConnection": True},
     {"errorCode": 91, "errorLabels": ["RetryableWriteError"]},
@@ -354,27 +475,38 @@ def storage(settings, folder, short):
                 report.faults[name] = report.faults.get(name, 0) + count
             if "delay" in plan:
                 report.faults["delayed loads"] = len(jobs)
-    with ExitStack() as stack:
-        rig = stack.enter_context(Rig(settings, folder))
-        proxy = stack.enter_context(Proxy(settings.aws_endpoint_url, rig.s3, 9, delay=0.2))
-        path = made(rig, 60_000 if short else 300_000)
-        rig.engine(aws_endpoint_url=proxy.url, engine_range_bytes="512KiB")
-        job = rig.submit(path)
-        until(lambda: rig.queue.get(job.id).plan, what="the plan")
-        rig.overwrite(job, path.read_bytes()[::-1])
-        report.faults["overwrites"] = 1
-        [ended] = rig.wait(job)
-        if (ended.state, ended.failure and ended.failure.code) != ("FAILED", "object_changed"):
-            report.problems.append(f"an overwritten object ended as {ended.state}: {ended.failure}")
-        good = set(path.read_bytes().split(b"\n"))
-        for found in rig.store.data[job.options.collection].find({}, {"n": 1, "text": 1}):
-            if not any(
-                b'"text":"%s"' % found["text"].encode() in line
-                for line in (good if found["n"] % 5000 == 0 else [b'"text":"%s"' % found["text"].encode()])
-            ):
-                report.problems.append("two versions of an object were mixed")
-                break
+    for change, code in (
+        ("overwritten", "object_changed"),
+        ("truncated", "object_changed"),
+        ("deleted", "object_gone"),
+    ):
+        with ExitStack() as stack:
+            rig = stack.enter_context(Rig(settings, folder))
+            proxy = stack.enter_context(Proxy(settings.aws_endpoint_url, rig.s3, 9, delay=0.2))
+            path = made(rig, 60_000 if short else 300_000)
+            rig.engine(aws_endpoint_url=proxy.url, engine_range_bytes="512KiB")
+            job = rig.submit(path)
+            until(lambda rig=rig, job=job: rig.queue.get(job.id).plan, what="the plan")
+            data = path.read_bytes()
+            if change == "deleted":
+                rig.s3.delete_object(Bucket=job.source.bucket, Key=job.source.key)
+            else:
+                rig.overwrite(job, data[::-1] if change == "overwritten" else data[: len(data) // 2])
+            report.faults[change] = 1
+            [ended] = rig.wait(job)
+            if (ended.state, ended.failure and ended.failure.code) != ("FAILED", code):
+                report.problems.append(f"an object {change} in mid-job ended as {ended.state}: {ended.failure}")
+            _of_one_version(report, rig, job, data)
     return report
+
+
+def _of_one_version(report, rig, job, data):
+    """Every document is the line at its offset in the version that the job pinned."""
+    for found in rig.store.data[job.options.collection].find():
+        at = int.from_bytes(found.pop("_id").binary[6:], "big")
+        if json.loads(data[at:].split(b"\n", 1)[0]) != found:
+            report.problems.append(f"the document of byte {at} is not of the version that the job pinned")
+            return
 
 
 def clocks(settings, folder, short):
@@ -471,6 +603,10 @@ SCENARIOS = {
     "supervisors": supervisors,
     "terms": terms,
     "hups": hups,
+    "hung": hung,
+    "hosts": hosts,
+    "poison": poison,
+    "slow": slow,
     "failpoints": failpoints,
     "databases": databases,
     "replica": replica,

@@ -73,11 +73,13 @@ def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submi
 
 
 def test_a_document_too_large_for_mongodb_costs_only_itself(store, submit, drain, rejects):
-    sizes = [16 * 2**20 + 1, 17 * 2**20, 20 * 2**20]
+    # As BSON, a few bytes over the limit, further over it, and over what a message may have: the driver fails in three ways.
+    sizes = [16 * 2**20 - 30, 16 * 2**20 + 1, 17 * 2**20, 20 * 2**20, 50 * 2**20]
     data = b"".join(b'{"n":%d}\n{"a":"%s"}\n' % (n, b"x" * size) for n, size in enumerate(sizes))
-    [job] = drain(submit(data).id)
-    assert [reject["reason"] for reject in rejects.page(job.id, 10)] == ["too_large"] * 3
-    assert [d["n"] for d in store.data["records"].find().sort("_id", 1)] == [0, 1, 2]
+    [job] = drain(submit(data).id, engine_max_line_bytes=64 * 2**20)
+    assert [(r["reason"], r["length"]) for r in rejects.page(job.id, 10)] == [("too_large", n + 8) for n in sizes[1:]]
+    stored = list(store.data["records"].find().sort("_id", 1))
+    assert [d.get("n", len(d.get("a", ""))) for d in stored] == [0, sizes[0], 1, 2, 3, 4]
 
 
 def test_a_line_over_the_limit_is_skipped_and_told(submit, drain, rejects):
@@ -170,6 +172,14 @@ def test_the_error_budget_is_kept(submit, drain, max_errors, state):
     [job] = drain(submit(b"{}\n" * 7 + b"bad\n" * 3, max_errors=max_errors).id)
     assert job.state == state
     assert (job.failure is None) == (state == "COMPLETED")
+
+
+def test_a_percentage_is_judged_as_the_job_runs(submit, drain):
+    data = b"".join(b"bad\n" if n % 30 == 0 else b'{"n":%d}\n' % n for n in range(150_000))
+    job = submit(data, max_errors="2%")
+    [job] = drain(job.id, engine_range_bytes=64 * 1024, engine_batch_records=20)
+    assert (job.state, job.failure.code) == (JobState.FAILED, "too_many_errors")
+    assert 10_000 <= job.progress.tally.lines < 150_000
 
 
 def test_an_object_overwritten_before_it_is_read_fails_the_job(submit, drain, objects, store):
