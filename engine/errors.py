@@ -10,6 +10,7 @@ __all__ = [
     "Conflict",
     "Final",
     "HeadraceError",
+    "KeyReused",
     "LeaseLost",
     "NotFound",
     "ObjectChanged",
@@ -90,6 +91,12 @@ class Conflict(HeadraceError):
     """The state that it is in does not allow this."""
 
     code = "conflict"
+
+
+class KeyReused(HeadraceError):
+    """An idempotency key came again with another request."""
+
+    code = "idempotency_key_reused"
 
 
 class SettingsError(HeadraceError):

@@ -16,7 +16,7 @@ from pymongo.errors import DuplicateKeyError
 
 from engine.errors import LeaseLost
 from engine.model import ByteRange, Failure, Lease, RangeState, Tally
-from engine.store import LEASABLE, LEASES, Document, Store, insert_new, job_key, translated
+from engine.store import LEASABLE, LEASES, Document, Store, insert_new, job_key, ranges_of, translated
 
 __all__ = ["ATTEMPTS", "DEATHS", "Ledger", "Summary"]
 
@@ -25,6 +25,10 @@ ATTEMPTS: Final = 5
 
 DEATHS: Final = 3
 """Holders that may die in a row at one `confirmed` before a range is given up."""
+
+VANISHED: Final = 10
+"""Holders that may vanish in a row at one `confirmed`, without anybody there to say that they died, before a range is given
+up: more, since what takes a whole host away is seldom a line."""
 
 EXPIRY_GRACE_SECONDS: Final = 5
 """A lease is taken away this long after it ran out: after a stall of the database its live holder comes first."""
@@ -100,7 +104,7 @@ class Ledger:
             found["confirmed"],
             Tally.from_document(found["tally"]),
             found["attempts"],
-            found["deaths"],
+            found["deaths"] + found.get("vanished", 0),
             found["resumed"],
         )
 
@@ -115,6 +119,7 @@ class Ledger:
                 "tally": {"$literal": tally.document()},
                 "resumed": True,
                 "deaths": {"$cond": [moved, 0, "$deaths"]},
+                "vanished": {"$cond": [moved, 0, "$vanished"]},
                 "attempts": {"$cond": [moved, 0, "$attempts"]},
             },
             "renewing a lease",
@@ -156,12 +161,12 @@ class Ledger:
         names = list(holders)
         if not names:
             return 0
-        return self._release({"state": RangeState.LEASED, "holder": {"$in": names}})
+        return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths", DEATHS)
 
     def expire(self) -> int:
         """Free the ranges whose leases ran out; returns how many there were."""
         deadline = {"$subtract": ["$$NOW", EXPIRY_GRACE_SECONDS * 1000]}
-        return self._release({"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}})
+        return self._release({"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}}, "vanished", VANISHED)
 
     def leased(self, job_ids: Iterable[str]) -> dict[str, int]:
         """How many ranges of each of these jobs are leased; jobs without are left out."""
@@ -184,7 +189,7 @@ class Ledger:
         total: Document = {name: {"$sum": f"$tally.{name}"} for name in Tally().document()}
         failure = {"$cond": [{"$eq": ["$state", RangeState.FAILED]}, "$failure", "$$REMOVE"]}
         stages: list[Document] = [
-            {"$match": _ranges_of(job)},
+            {"$match": ranges_of(job)},
             {
                 "$group": {
                     "_id": "$state",
@@ -210,22 +215,22 @@ class Ledger:
 
     def reopen(self, job_id: str) -> None:
         """For an explicit retry: every range that is not DONE may be leased at once, with all its attempts."""
-        query = _ranges_of(job_key(job_id)) | {"state": {"$in": [RangeState.READY, RangeState.FAILED]}}
-        fresh = {"state": RangeState.READY, "attempts": 0, "deaths": 0, "resumed": True}
+        query = ranges_of(job_key(job_id)) | {"state": {"$in": [RangeState.READY, RangeState.FAILED]}}
+        fresh = {"state": RangeState.READY, "attempts": 0, "deaths": 0, "vanished": 0, "resumed": True}
         with translated("reopening the ranges of a job"):
             self._ranges.update_many(query, {"$set": fresh, "$unset": {"notBefore": "", "failure": ""}})
 
     def delete(self, job_id: str) -> None:
         """Delete the ranges of a job whose history is no longer kept."""
         with translated("deleting the ranges of a job"):
-            self._ranges.delete_many(_ranges_of(job_key(job_id)))
+            self._ranges.delete_many(ranges_of(job_key(job_id)))
 
     def first_lines(self, job_id: str) -> dict[int, int]:
         """For each range before which all are DONE: how many lines stand before it in the file."""
         before: dict[int, int] = {}
         lines = 0
         with translated("counting the lines of ranges"):
-            for found in self._ranges.find(_ranges_of(job_key(job_id)), {"tally.lines": 1, "state": 1}).sort("_id", 1):
+            for found in self._ranges.find(ranges_of(job_key(job_id)), {"tally.lines": 1, "state": 1}).sort("_id", 1):
                 before[found["_id"]["index"]] = lines
                 if found["state"] != RangeState.DONE:
                     break
@@ -245,10 +250,10 @@ class Ledger:
                 f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now"
             )
 
-    def _release(self, query: Document) -> int:
-        deaths = {"$add": ["$deaths", 1]}
+    def _release(self, query: Document, counter: str, most: int) -> int:
+        deaths = {"$add": [f"${counter}", 1]}
         message: list[Any] = [
-            f"{DEATHS} workers in a row died at byte ",
+            f"{most} workers in a row died at byte ",
             {"$toString": "$confirmed"},
             " of the range from byte ",
             {"$toString": "$start"},
@@ -257,9 +262,9 @@ class Ledger:
             ": look at the lines there, then retry the job",
         ]
         poison = {"code": "workers_died", "message": {"$concat": message}}
-        spent = {"$gte": [deaths, DEATHS]}
+        spent = {"$gte": [deaths, most]}
         changes = {
-            "deaths": deaths,
+            counter: deaths,
             "state": {"$cond": [spent, RangeState.FAILED, RangeState.READY]},
             "failure": {"$cond": [spent, poison, "$failure"]},
             "resumed": True,
@@ -279,13 +284,9 @@ def _new(job: ObjectId, range: ByteRange) -> Document:
         "tally": Tally().document(),
         "attempts": 0,
         "deaths": 0,
+        "vanished": 0,
         "resumed": False,
     }
 
 
 _LET_GO: Final[Document] = {"token": "$$REMOVE", "holder": "$$REMOVE", "until": "$$REMOVE"}
-
-
-def _ranges_of(job: ObjectId) -> Document:
-    """All ranges of a job, by the bounds of their `_id`: an index scan of just these."""
-    return {"_id": {"$gte": {"job": job, "index": 0}, "$lt": {"job": job, "index": float("inf")}}}

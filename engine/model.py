@@ -15,6 +15,7 @@ __all__ = [
     "RANGE_MOVES",
     "TERMINAL",
     "ByteRange",
+    "Event",
     "Failure",
     "Format",
     "Job",
@@ -154,7 +155,7 @@ class Lease:
     """The right to work on one range. Only the holder of `token` may renew, confirm, close or fail it.
 
     `confirmed` is the offset below which every line is acknowledged, `tally` the counts up to there; work starts at
-    `confirmed`. `deaths` counts holders in a row that died at this `confirmed`; `attempts` the transient failures
+    `confirmed`. `deaths` counts holders in a row that died or vanished at this `confirmed`; `attempts` the transient failures
     spent. `resumed` tells that somebody has worked on this range before.
     """
 
@@ -233,7 +234,8 @@ class JobOptions:
     """What the client asks of a job.
 
     `max_errors` is a count of rejects, or a percentage of the lines read such as "2%". `if_loaded` is "load" or
-    "skip". Higher `priority` goes first.
+    "skip". Higher `priority` goes first. `timeout_seconds` is how long it may run from its plan on; `run_at` when it
+    may start. `validate` reads and judges everything and writes no document.
     """
 
     collection: str = "records"
@@ -242,11 +244,25 @@ class JobOptions:
     priority: int = 0
     force: bool = False
     if_loaded: str = "load"
+    validate: bool = False
+    timeout_seconds: int | None = None
+    run_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a job, in a word or a short sentence."""
+
+    at: datetime
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One load of one source into one collection. `id` is 24 hexadecimal digits; `round` counts its retries."""
+    """One load of one source into one collection. `id` is 24 hexadecimal digits; `round` counts its retries.
+
+    `batch` is that of the call that made it together with others. `timeline` holds its latest hundred events.
+    """
 
     id: str
     source: Source
@@ -261,3 +277,5 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     already_loaded_by: str | None = None
     round: int = 0
+    batch: str | None = None
+    timeline: tuple[Event, ...] = ()

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
@@ -21,7 +23,7 @@ from engine.errors import AccessDenied, HeadraceError, NotFound, ObjectChanged, 
 from engine.model import Source
 from engine.settings import Settings
 
-__all__ = ["Objects", "RangeReader", "Stream", "connect"]
+__all__ = ["PARTS_MOST", "PART_TYPE", "Listed", "Objects", "RangeReader", "Stream", "connect", "s3_translated"]
 
 PARTS_MOST: Final = 10_000
 """Parts that one multipart upload may have."""
@@ -72,6 +74,16 @@ def connect(settings: Settings) -> S3Client:
 
 def _name_type(params: dict[str, Any], **_: object) -> None:
     params["headers"]["Content-Type"] = PART_TYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object as a listing tells of it: `etag` with its quotes, `size` in bytes."""
+
+    key: str
+    size: int
+    etag: str
+    modified: datetime
 
 
 class RangeReader:
@@ -148,7 +160,7 @@ class Objects:
         Raises:
             NotFound, AccessDenied, WrongClock, Transient.
         """
-        with _translated(f"looking for {key}"):
+        with s3_translated(f"looking for {key}"):
             try:
                 found = self._client.head_object(Bucket=self._bucket, Key=key)
             except ClientError as error:
@@ -167,7 +179,7 @@ class Objects:
             Transient, WrongClock: may be tried again.
         """
         version = {"VersionId": source.version} if source.version else {}
-        with _translated(f"reading {source.key}"):
+        with s3_translated(f"reading {source.key}"):
             try:
                 answer = self._client.get_object(
                     Bucket=source.bucket,
@@ -214,14 +226,14 @@ class Objects:
         first = _exactly(stream, self._part_bytes)
         if len(first) < self._part_bytes:
             before_complete()
-            with _translated(f"storing {key}"):
+            with s3_translated(f"storing {key}"):
                 self._client.put_object(Bucket=self._bucket, Key=key, Body=first, ContentType=PART_TYPE)
         else:
             self._in_parts(stream, key, first, before_complete)
         return self.head(key)
 
     def _in_parts(self, stream: Stream, key: str, first: bytes, before_complete: Callable[[], None]) -> None:
-        with _translated(f"storing {key}"):
+        with s3_translated(f"storing {key}"):
             upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)[
                 "UploadId"
             ]
@@ -267,9 +279,29 @@ class Objects:
                     future.cancel()
                 raise
 
+    def list(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> "tuple[list[Listed], str | None]":
+        """A page of the bucket's objects by key, and where the next one begins; None at the end.
+
+        Args:
+            prefix: only keys that begin so.
+            limit: the most to return, up to 1000.
+            after: as the page before told it.
+        """
+        more: dict[str, Any] = {"ContinuationToken": after} if after else {}
+        with s3_translated(f"listing bucket {self._bucket}"):
+            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=limit, **more)
+        found = [Listed(o["Key"], o["Size"], o["ETag"], o["LastModified"]) for o in page.get("Contents", ())]
+        return found, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+
+    def delete(self, key: str) -> None:
+        """Delete an object. Raises NotFound where there is none."""
+        self.head(key)
+        with s3_translated(f"deleting {key}"):
+            self._client.delete_object(Bucket=self._bucket, Key=key)
+
     def check(self) -> None:
         """Raises unless S3 answers and the bucket is there."""
-        with _translated(f"asking S3 for bucket {self._bucket}"):
+        with s3_translated(f"asking S3 for bucket {self._bucket}"):
             try:
                 self._client.head_bucket(Bucket=self._bucket)
             except ClientError as error:
@@ -279,7 +311,7 @@ class Objects:
 
     def ensure_bucket(self) -> None:
         """Make the bucket where it is missing; for the embedded server only."""
-        with _translated(f"making bucket {self._bucket}"):
+        with s3_translated(f"making bucket {self._bucket}"):
             try:
                 self._client.create_bucket(Bucket=self._bucket)
             except ClientError as error:
@@ -301,8 +333,8 @@ def _status(error: ClientError) -> int:
 
 
 @contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    """Within it, errors of the client come out as the project's own."""
+def s3_translated(doing: str) -> Iterator[None]:
+    """Within it, errors of the S3 client come out as the project's own."""
     try:
         yield
     except ClientError as error:

@@ -16,6 +16,7 @@ from typing import Final
 
 from engine.batches import Batch, Batcher
 from engine.decode import decode
+from engine.dryrun import DryRun
 from engine.errors import HeadraceError, LeaseLost, Transient
 from engine.ledger import Ledger
 from engine.lines import Splitter
@@ -26,6 +27,7 @@ from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
 from engine.sink import Sink
+from engine.stats import Stats
 from engine.steps import Step, reach
 from engine.store import Store
 from engine.watermark import Watermark
@@ -82,7 +84,6 @@ class Run:
         self.cautious = lease.deaths > 0
         self.renewed_at = time.monotonic()
         self.moved_at = self.renewed_at
-        self.seconds = {"read": 0.0, "split": 0.0, "decode": 0.0, "write": 0.0, "stall": 0.0}
         self._moved = moved
         self._lock = threading.Lock()
         self._mark = Watermark(lease.confirmed, lease.tally)
@@ -187,6 +188,7 @@ class Pipeline:
         queue: Queue,
         ledger: Ledger,
         rejects: Rejects,
+        stats: Stats,
         tell: Callable[[Run | None], None] = lambda run: None,
     ) -> None:
         self._settings = settings
@@ -194,6 +196,7 @@ class Pipeline:
         self._objects = objects
         self._ledger = ledger
         self._rejects = rejects
+        self._stats = stats
         self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, tell)
         self.keeper.start()
         self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
@@ -243,7 +246,8 @@ class Pipeline:
         splitter = Splitter(lease.confirmed, lease.range.end, settings.engine_max_line_bytes)
         size = min(CAUTIOUS_LINES, settings.engine_batch_records) if run.cautious else settings.engine_batch_records
         batcher = Batcher(size, settings.engine_batch_bytes, lease.tally.lines)
-        sink = Sink(self._store, job.options.collection, job.plan, settings.write_timeout_seconds)
+        kind = DryRun if job.options.validate else Sink
+        sink = kind(self._store, job.options.collection, job.plan, settings.write_timeout_seconds)
         flying: _Flying = deque()
         most = 1 if run.cautious else settings.engine_writers + 1
         exhausted = False
@@ -280,13 +284,13 @@ class Pipeline:
         while flying and (len(flying) >= most or flying[0][0].done() or sum(size for _, size in flying) > room):
             flying[0][0].result()
             flying.popleft()
-        run.seconds["stall"] += time.perf_counter() - began
+        self._stats.add(seconds_stall=time.perf_counter() - began)
 
     def _batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:
         for chunk in self._chunks(run, splitter):
             began = time.perf_counter()
             blocks = splitter.feed(chunk)
-            run.seconds["split"] += time.perf_counter() - began
+            self._stats.add(seconds_split=time.perf_counter() - began)
             for block in blocks:
                 yield from batcher.add(block)
         if splitter.position >= run.job.source.size:
@@ -308,11 +312,13 @@ class Pipeline:
         while not splitter.done and at < source.size:
             try:
                 run.move()
+                began = time.perf_counter()
                 with self._objects.open(source, at, stop) as reader:
+                    self._stats.add(seconds_read=time.perf_counter() - began)
                     while not splitter.done:
                         began = time.perf_counter()
                         chunk = reader.read(self._settings.engine_read_bytes)
-                        run.seconds["read"] += time.perf_counter() - began
+                        self._stats.add(seconds_read=time.perf_counter() - began)
                         if not chunk:
                             break
                         at += len(chunk)
@@ -322,6 +328,7 @@ class Pipeline:
                         yield chunk
             except Transient:
                 tries += 1
+                self._stats.add(retries=1)
                 if tries >= TRIES:
                     raise
                 _back_off(run, tries)
@@ -337,9 +344,8 @@ class Pipeline:
         assert plan is not None
         began = time.perf_counter()
         decoded = decode(batch, format, plan.tag, job.source.key)
-        run.seconds["decode"] += time.perf_counter() - began
+        parsed, waited = time.perf_counter(), self._store.waited()
         reach(Step.PARSED)
-        began = time.perf_counter()
         for tries in range(1, TRIES + 1):
             self._guard(run)
             try:
@@ -352,12 +358,23 @@ class Pipeline:
                     reach(Step.REJECTED)
                 break
             except Transient:
+                self._stats.add(retries=1)
                 if tries == TRIES or run.failed.is_set():
                     raise
                 _back_off(run, tries)
-        run.seconds["write"] += time.perf_counter() - began
         close(tally)
         run.move()
+        waited = self._store.waited() - waited
+        self._stats.add(
+            lines=tally.lines,
+            inserted=tally.inserted,
+            rejected=tally.rejected,
+            bytes=tally.bytes,
+            batches=1,
+            seconds_decode=parsed - began,
+            seconds_encode=time.perf_counter() - parsed - waited,
+            seconds_wait=waited,
+        )
 
     def _guard(self, run: Run) -> None:
         """Nothing is written without a lease: one that ran out while this process slept is asked for first."""

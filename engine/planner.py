@@ -26,6 +26,9 @@ __all__ = ["Planner", "Prepared", "decide"]
 SNIFF_BYTES: Final = 64 * 1024
 """How much of an object is looked at before it is loaded."""
 
+UNREGISTERED: Final = bytes(6)
+"""The tag of a source that nobody has loaded; no document carries it."""
+
 RANGES_PER_WORKER: Final = 4
 """So many, that the last ones to finish leave the others idle for a short time only."""
 
@@ -129,13 +132,14 @@ class Planner:
             with self._objects.open(job.source, 0, min(SNIFF_BYTES, job.source.size)) as reader:
                 head = reader.read(SNIFF_BYTES)
         format = decide(job.options.format, job.source.key, head)
-        source = self._register(job, format)
+        source = self._known(job, format) if job.options.validate else self._register(job, format)
         share = max(-(-job.source.size // self._shares), SMALL_RANGE_BYTES)
         range_bytes = min(self._range_bytes, share)
         ranges = count(job.source.size, range_bytes)
         plan = Plan(format, source.tag, range_bytes, ranges, source.sole)
         reach(Step.PLAN)
-        if ranges == 0 or (source.completed_by and job.options.if_loaded == "skip"):
+        skip = job.options.if_loaded == "skip" and not job.options.validate
+        if ranges == 0 or (source.completed_by and skip):
             self._queue.complete_unread(job.id, plan, source.completed_by)
             return Prepared(self._queue.get(job.id))
         job, ours = self._queue.fix_plan(job, plan, source.completed_by)
@@ -160,6 +164,18 @@ class Planner:
         by = entry.get("completedBy")
         sole = entry["firstJob"] == job_key(job.id)
         return _Registered(bytes(found["tag"]), sole, str(by) if by and by != job_key(job.id) else None)
+
+    def _known(self, job: Job, format: Format) -> _Registered:
+        """What is known of the source of a job that writes nothing, which leaves no trace of itself."""
+        with translated("looking for a source"):
+            found = self._sources.find_one(_identity(job, format) | {"generation": 0})
+        if found is None or job.options.force:
+            return _Registered(UNREGISTERED, True, None)
+        for entry in found["loads"]:
+            if entry["collection"] == job.options.collection:
+                by = entry.get("completedBy")
+                return _Registered(bytes(found["tag"]), False, str(by) if by else None)
+        return _Registered(UNREGISTERED, True, None)
 
     def _forced(self, job: Job, format: Format) -> Document:
         """A generation of its own for this job, the same one whenever it is asked."""

@@ -4,19 +4,21 @@ Every change of a job's state is one compare-and-set on the state that it comes 
 writes nothing. A job becomes terminal only when no range of it is leased.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
 from bson import Binary, ObjectId
-from pymongo import ReturnDocument, WriteConcern
+from pymongo import ReturnDocument, UpdateOne, WriteConcern
 from pymongo.collection import Collection
+from pymongo.errors import BulkWriteError, DuplicateKeyError, WriteConcernError
 
-from engine.errors import Conflict, NotFound, Refused
+from engine.errors import Conflict, KeyReused, NotFound, Refused
 from engine.ledger import ATTEMPTS, Ledger
 from engine.model import (
     TERMINAL,
+    Event,
     Failure,
     Format,
     Job,
@@ -30,9 +32,19 @@ from engine.model import (
 )
 from engine.ranges import cut
 from engine.steps import Step, reach
-from engine.store import ENDED_JOBS, OPEN_JOBS, Document, Store, job_key, translated
+from engine.store import (
+    DEADLINES,
+    DUPLICATE_KEY,
+    ENDED_JOBS,
+    OPEN_JOBS,
+    Document,
+    Store,
+    job_key,
+    object_key,
+    translated,
+)
 
-__all__ = ["Queue", "Stamps", "over_budget"]
+__all__ = ["Batch", "Queue", "Stamps", "Ticket", "job_of", "over_budget"]
 
 PAGE_JOBS: Final = 16
 """Open jobs that a worker looks at together."""
@@ -43,6 +55,11 @@ ROLL_UP_MS: Final = 900
 BUDGET_LINES: Final = 10_000
 """An error budget in percent is judged from this many lines on, and at the end."""
 
+TIMELINE_MOST: Final = 100
+"""Events that a job remembers."""
+
+PAUSED: Final = "paused"
+"""Name of the switch that holds up the whole queue."""
 
 PRUNE_JOBS: Final = 100
 """Jobs that one call prunes at most."""
@@ -54,6 +71,26 @@ class Stamps:
 
     stopping: bool
     stale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What makes a request safe to repeat: the client's key, and a digest of the whole request."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Jobs that were submitted together: how many are in each state, the bytes of their files, their tallies summed."""
+
+    id: str
+    created_at: datetime
+    count: int
+    states: dict[JobState, int]
+    size: int
+    tally: Tally
 
 
 class Queue:
@@ -69,45 +106,128 @@ class Queue:
         self._jobs: Collection[Document] = store.jobs
         self._ledger = ledger
 
-    def submit(self, source: Source, options: JobOptions) -> Job:
-        """Put a job on the queue, PENDING.
+    def submit(self, source: Source, options: JobOptions, ticket: Ticket | None = None) -> Job:
+        """Put a job on the queue, PENDING; with a ticket that was handed in before, the job of then.
 
         Raises:
             Refused: the collection cannot take documents.
+            KeyReused: the ticket's key came before with another request.
         """
         self._check_collection(options.collection)
-        document: Document = {
-            "source": {
-                "bucket": source.bucket,
-                "key": source.key,
-                "etag": source.etag,
-                "version": source.version,
-                "size": source.size,
-            },
-            "options": {
-                "collection": options.collection,
-                "format": options.format,
-                "maxErrors": options.max_errors,
-                "priority": options.priority,
-                "force": options.force,
-                "ifLoaded": options.if_loaded,
-            },
-            "state": JobState.PENDING,
-            "open": True,
-            "attempts": 0,
-            "round": 0,
-        }
         with translated("submitting a job"):
-            # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
-            created = self._jobs.find_one_and_update(
-                {"_id": ObjectId()},
-                [{"$set": {"createdAt": "$$NOW"} | {name: {"$literal": value} for name, value in document.items()}}],
-                upsert=True,
-                return_document=ReturnDocument.AFTER,
-            )
+            try:
+                # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
+                created = self._jobs.find_one_and_update(
+                    {"_id": ObjectId()},
+                    [{"$set": _new(source, options, {"ticket": _ticket(ticket)} if ticket else {})}],
+                    upsert=True,
+                    return_document=ReturnDocument.AFTER,
+                )
+            except DuplicateKeyError:
+                # Of all that is unique, only the ticket's key can have been there.
+                if ticket is None or (found := self.redeem(ticket)) is None:
+                    raise
+                return found
         assert created is not None  # an upsert returns what it made
         self.wake()
-        return _job(created)
+        return job_of(created)
+
+    def redeem(self, ticket: Ticket) -> Job | None:
+        """The job that was submitted with this ticket, if one was. Raises KeyReused."""
+        with translated("looking for an idempotency key"):
+            found = self._jobs.find_one({"ticket.key": ticket.key})
+        if found is None:
+            return None
+        if found["ticket"]["digest"] != ticket.digest:
+            raise KeyReused(
+                "this Idempotency-Key came before with another request: repeat that request, or draw another key"
+            )
+        return job_of(found)
+
+    def submit_batch(self, sources: Sequence[Source], options: JobOptions, ticket: Ticket | None = None) -> Batch:
+        """Put a job for each source on the queue, together. Safe to repeat with the same ticket.
+
+        Raises:
+            Refused: the collection cannot take documents.
+            KeyReused: the ticket's key came before with another request.
+        """
+        self._check_collection(options.collection)
+        fields: Document = {"createdAt": "$$NOW", "count": len(sources)}
+        if ticket is not None:
+            fields["ticket"] = {"$literal": _ticket(ticket)}
+        with translated("submitting a batch of jobs"):
+            try:
+                key = ObjectId()
+                self._store.batches.update_one({"_id": key}, [{"$set": fields}], upsert=True)
+            except DuplicateKeyError:
+                found = self._store.batches.find_one({"ticket.key": ticket.key}) if ticket is not None else None
+                if ticket is None or found is None:
+                    raise
+                if found["ticket"]["digest"] != ticket.digest:
+                    raise KeyReused(
+                        "this Idempotency-Key came before with another request: repeat that request, or draw another key"
+                    ) from None
+                key = found["_id"]
+            there = {job["source"]["key"] for job in self._jobs.find({"batch": key}, {"source.key": 1})}
+            writes = [
+                UpdateOne({"_id": ObjectId()}, [{"$set": _new(source, options, {"batch": key})}], upsert=True)
+                for source in sources
+                if source.key not in there
+            ]
+            if writes:
+                try:
+                    self._jobs.bulk_write(writes, ordered=False)
+                except BulkWriteError as error:
+                    # The same request, at the same time: the other one wrote these.
+                    if concerns := error.details.get("writeConcernErrors"):
+                        raise WriteConcernError("a majority did not confirm", concerns[0].get("code")) from None
+                    if any(fault["code"] != DUPLICATE_KEY for fault in error.details["writeErrors"]):
+                        raise
+        self.wake()
+        return self.batch(str(key))
+
+    def batch(self, batch_id: str) -> Batch:
+        """A batch, its jobs summed. Raises NotFound."""
+        key = object_key(batch_id, "batch")
+        total: Document = {name: {"$sum": f"$progress.tally.{name}"} for name in Tally().document()}
+        stages: list[Document] = [
+            {"$match": {"batch": key}},
+            {"$group": {"_id": "$state", "count": {"$sum": 1}, "size": {"$sum": "$source.size"}, **total}},
+        ]
+        with translated("summing a batch"):
+            found = self._store.batches.find_one({"_id": key})
+            groups = list(self._jobs.aggregate(stages)) if found else []
+        if found is None:
+            raise NotFound(f"there is no batch {batch_id}")
+        return Batch(
+            str(key),
+            found["createdAt"],
+            found["count"],
+            {JobState(group["_id"]): group["count"] for group in groups},
+            sum(group["size"] for group in groups),
+            sum((Tally.from_document(group) for group in groups), Tally()),
+        )
+
+    def depth(self, most: int) -> int:
+        """How many jobs are open; counted no further than `most`."""
+        with translated("counting open jobs"):
+            return self._jobs.count_documents({"open": True}, hint=OPEN_JOBS, limit=most)
+
+    def pause(self) -> None:
+        """No worker begins another range until `resume`; those under way are finished."""
+        with translated("pausing the queue"):
+            self._store.switches.update_one({"_id": PAUSED}, [{"$set": {"at": "$$NOW"}}], upsert=True)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        with translated("resuming the queue"):
+            self._store.switches.delete_one({"_id": PAUSED})
+        self.wake()
+
+    def paused(self) -> bool:
+        """Whether the queue is paused."""
+        with translated("looking whether the queue is paused"):
+            return self._store.switches.find_one({"_id": PAUSED}) is not None
 
     def wake(self) -> None:
         """Make idle workers look at the queue now."""
@@ -120,7 +240,7 @@ class Queue:
             found = self._jobs.find_one({"_id": job_key(job_id)})
         if found is None:
             raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
-        return _job(found)
+        return job_of(found)
 
     def open_jobs(self) -> Iterator[list[Job]]:
         """Jobs that may have work, highest priority first, then oldest first, by pages."""
@@ -131,7 +251,7 @@ class Queue:
             page: list[Job] = []
             with cursor:
                 for found in cursor:
-                    page.append(_job(found))
+                    page.append(job_of(found))
                     if len(page) == PAGE_JOBS:
                         yield page
                         page = []
@@ -143,14 +263,18 @@ class Queue:
 
         Returns the job with the plan that holds, whoever made it, and whether it is this one.
         """
-        changes = _planned(plan, JobState.PROCESSING, already_loaded_by)
+        changes = _planned(plan, JobState.PROCESSING, already_loaded_by) | _happened(
+            f"planned: {plan.range_count} ranges"
+        )
+        if job.options.timeout_seconds is not None:
+            changes["deadline"] = _from_now(job.options.timeout_seconds)
         with translated("planning a job"):
             found = self._jobs.find_one_and_update(
                 {"_id": job_key(job.id), "state": JobState.PENDING},
                 [{"$set": changes}],
                 return_document=ReturnDocument.AFTER,
             )
-        return (self.get(job.id), False) if found is None else (_job(found), True)
+        return (self.get(job.id), False) if found is None else (job_of(found), True)
 
     def open_ranges(self, job: Job) -> None:
         """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
@@ -190,7 +314,7 @@ class Queue:
             )
         if found is None:
             return
-        job = _job(found)
+        job = job_of(found)
         if job.plan is None:
             return
         summary = self._ledger.sum(job_id)
@@ -216,9 +340,23 @@ class Queue:
         stamp: Document = {"to": stop.to, "failure": _failure_document(stop.failure)}
         with translated("stopping a job"):
             self._jobs.update_one(
-                {"_id": job_key(job_id), "open": True, "stopping": None}, [{"$set": {"stopping": {"$literal": stamp}}}]
+                {"_id": job_key(job_id), "open": True, "stopping": None},
+                [{"$set": {"stopping": {"$literal": stamp}} | _happened(f"told to stop: {stop.to}")}],
             )
         self.settle(job_id)
+
+    def stop_overdue(self) -> int:
+        """Stop the jobs that have run for longer than they may; returns how many there were."""
+        late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
+        with translated("looking for overdue jobs"):
+            found = list(self._jobs.find(late, {"options.timeoutSeconds": 1}).hint(DEADLINES).limit(PAGE_JOBS))
+        for job in found:
+            seconds = job["options"]["timeoutSeconds"]
+            message = (
+                f"the job ran for more than timeoutSeconds={seconds}: raise it, or retry the job to go on from here"
+            )
+            self.stop(str(job["_id"]), Stop(JobState.FAILED, Failure("timeout", message)))
+        return len(found)
 
     def postpone(self, job_id: str, failure: Failure) -> None:
         """A job that could not be planned waits n⁴ seconds; after the last attempt it fails."""
@@ -226,7 +364,7 @@ class Queue:
             found = self._jobs.find_one_and_update(
                 {"_id": job_key(job_id), "state": JobState.PENDING},
                 [
-                    {"$set": {"attempts": {"$add": ["$attempts", 1]}}},
+                    {"$set": {"attempts": {"$add": ["$attempts", 1]}} | _happened(f"put off: {failure.message}")},
                     {"$set": {"notBefore": {"$add": ["$$NOW", {"$multiply": [{"$pow": ["$attempts", 4]}, 1000]}]}}},
                 ],
                 return_document=ReturnDocument.AFTER,
@@ -264,7 +402,7 @@ class Queue:
         end = Stop(JobState.COMPLETED)
         if over_budget(job.options.max_errors, tally, final=True):
             end = Stop(JobState.FAILED, _budget_spent(job, tally))
-        else:
+        elif not job.options.validate:
             # Before the job says so, and not after: a death in between is made good by the next to settle.
             self._mark_loaded(job)
             reach(Step.LOADED)
@@ -273,7 +411,7 @@ class Queue:
     def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
         """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
         changes = _planned(plan, JobState.COMPLETED, already_loaded_by)
-        times = {"finishedAt": "$$NOW", "open": "$$REMOVE"}
+        times = {"finishedAt": "$$NOW", "open": "$$REMOVE"} | _happened(JobState.COMPLETED)
         self._move(job_id, JobState.PENDING, changes | times)
 
     def cancel(self, job_id: str) -> Job:
@@ -307,7 +445,10 @@ class Queue:
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt", "notBefore")
-        changes = {"state": to, "open": True, "attempts": 0, "round": job.round + 1}
+        changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1}
+        if job.options.timeout_seconds is not None and job.plan is not None:
+            changes["deadline"] = _from_now(job.options.timeout_seconds)
+        changes |= _happened("retried")
         self._move(job_id, job.state, changes | dict.fromkeys(gone, "$$REMOVE"), {"round": job.round, "pruned": None})
         self.wake()
         return self.get(job_id)
@@ -336,9 +477,10 @@ class Queue:
             "state": stop.to,
             "open": "$$REMOVE",
             "stopping": "$$REMOVE",
+            "deadline": "$$REMOVE",
             "finishedAt": "$$NOW",
             "failure": {"$literal": _failure_document(stop.failure)},
-        }
+        } | _happened(stop.to)
         if numbers is not None and job.plan is not None:
             tally, done = numbers
             changes["progress"] = _progress(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
@@ -352,7 +494,7 @@ class Queue:
                 return_document=ReturnDocument.AFTER,
             )
         reach(Step.FINISHED)
-        return self.get(job.id) if found is None else _job(found)
+        return self.get(job.id) if found is None else job_of(found)
 
     def _move(self, job_id: str, state: JobState, changes: Document, also: Document | None = None) -> bool:
         """The compare-and-set under every change of state; False where somebody else was quicker."""
@@ -383,6 +525,56 @@ class Queue:
                 refusal = "it is capped"
         if refusal:
             raise Refused(f"collection {name[:120]!r} cannot take documents: {refusal}; name another one")
+
+
+def _new(source: Source, options: JobOptions, more: Document) -> Document:
+    """The fields of a new job, as a stage of a pipeline sets them."""
+    document: Document = {
+        "source": {
+            "bucket": source.bucket,
+            "key": source.key,
+            "etag": source.etag,
+            "version": source.version,
+            "size": source.size,
+        },
+        "options": {
+            "collection": options.collection,
+            "format": options.format,
+            "maxErrors": options.max_errors,
+            "priority": options.priority,
+            "force": options.force,
+            "ifLoaded": options.if_loaded,
+            "validate": options.validate,
+            "timeoutSeconds": options.timeout_seconds,
+            "runAt": options.run_at,
+        },
+        "state": JobState.PENDING,
+        "open": True,
+        "attempts": 0,
+        "round": 0,
+    } | more
+    if options.run_at is not None:
+        document["notBefore"] = options.run_at
+    return (
+        {"createdAt": "$$NOW"}
+        | {name: {"$literal": value} for name, value in document.items()}
+        | _happened("submitted")
+    )
+
+
+def _ticket(ticket: Ticket) -> Document:
+    return {"key": ticket.key, "digest": ticket.digest}
+
+
+def _happened(what: str) -> Document:
+    """Sets the timeline of a job, with this event at its end."""
+    event = {"at": "$$NOW", "what": {"$literal": what}}
+    known = {"$ifNull": ["$timeline", []]}
+    return {"timeline": {"$slice": [{"$concatArrays": [known, [event]]}, -TIMELINE_MOST]}}
+
+
+def _from_now(seconds: int) -> Document:
+    return {"$add": ["$$NOW", seconds * 1000]}
 
 
 def over_budget(max_errors: int | str, tally: Tally, *, final: bool) -> bool:
@@ -433,7 +625,8 @@ def _failure(document: Document | None) -> Failure | None:
     return None if document is None else Failure(document["code"], document["message"])
 
 
-def _job(found: Document) -> Job:
+def job_of(found: Document) -> Job:
+    """The job that a document of `jobs` holds."""
     source, options = found["source"], found["options"]
     plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
     tally = Tally.from_document(progress.get("tally", {}))
@@ -448,6 +641,9 @@ def _job(found: Document) -> Job:
             options["priority"],
             options["force"],
             options["ifLoaded"],
+            options.get("validate", False),
+            options.get("timeoutSeconds"),
+            options.get("runAt"),
         ),
         state=JobState(found["state"]),
         created_at=found["createdAt"],
@@ -467,4 +663,6 @@ def _job(found: Document) -> Job:
         ),
         already_loaded_by=str(loaded_by) if loaded_by else None,
         round=found["round"],
+        batch=str(found["batch"]) if "batch" in found else None,
+        timeline=tuple(Event(event["at"], event["what"]) for event in found.get("timeline", ())),
     )

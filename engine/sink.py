@@ -21,7 +21,7 @@ from engine.errors import Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, Document, Store, translate, translated
 
-__all__ = ["Sink"]
+__all__ = ["MAX_DOCUMENT_BYTES", "Sink", "Work", "encode", "unencodable"]
 
 MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 """What the server takes as one document, `_id` included."""
@@ -40,7 +40,7 @@ Dict = dict[str, Any]
 
 
 @dataclass(slots=True)
-class _Work:
+class Work:
     """A batch on its way in: what became of its documents so far."""
 
     batch: Batch
@@ -78,7 +78,7 @@ class Sink:
             Transient: nothing or only a part is acknowledged; write the batch again.
             Final: the server will never take this, whatever the documents are.
         """
-        work = _Work(batch, decoded, 0, 0, list(decoded.rejects))
+        work = Work(batch, decoded, 0, 0, list(decoded.rejects))
         if decoded.documents:
             self._insert(work, range(len(decoded.documents)))
         tally = Tally(
@@ -92,7 +92,7 @@ class Sink:
         work.rejects.sort(key=lambda r: r.offset)
         return tally, work.rejects
 
-    def _insert(self, work: _Work, indexes: Sequence[int]) -> None:
+    def _insert(self, work: Work, indexes: Sequence[int]) -> None:
         documents = work.decoded.documents
         every = len(indexes) == len(documents)
         try:
@@ -116,7 +116,7 @@ class Sink:
         else:
             self._account(work, indexes, reply)
 
-    def _account(self, work: _Work, indexes: Sequence[int], reply: Dict) -> None:
+    def _account(self, work: Work, indexes: Sequence[int], reply: Dict) -> None:
         failed = reply.get("writeErrors", ())
         if concern := reply.get("writeConcernError"):
             raise Transient(
@@ -137,7 +137,7 @@ class Sink:
         if duplicates:
             self._duplicates(work, duplicates)
 
-    def _duplicates(self, work: _Work, duplicates: list[tuple[int, Dict]]) -> None:
+    def _duplicates(self, work: Work, duplicates: list[tuple[int, Dict]]) -> None:
         own = set(work.decoded.own_ids)
         unclear: list[tuple[int, Dict]] = []
         for index, error in duplicates:
@@ -155,26 +155,26 @@ class Sink:
         for index, error in unclear:
             document = documents[index]
             there = stored.get(_key(document["_id"]))
-            if there is not None and (index not in own or there == _encode(document)):
+            if there is not None and (index not in own or there == encode(document)):
                 work.replayed += 1
             else:
                 work.refuse(index, Reason.DUPLICATE_KEY, str(error.get("errmsg", ""))[:1000], DUPLICATE_KEY)
 
-    def _triage(self, work: _Work, indexes: Sequence[int], error: Exception) -> None:
+    def _triage(self, work: Work, indexes: Sequence[int], error: Exception) -> None:
         """Find which documents of a refused command are at fault, and write the others."""
         documents = work.decoded.documents
         if len(indexes) == 1:
             code = error.code if isinstance(error, OperationFailure) else None
-            reason, detail = _unencodable(error) if code is None else _verdict(code, str(error), None)
+            reason, detail = unencodable(error) if code is None else _verdict(code, str(error), None)
             work.refuse(indexes[0], reason, detail, code)
             return
         good: list[int] = []
         sizes: list[int] = []
         for index in indexes:
             try:
-                size = len(_encode(documents[index]))
+                size = len(encode(documents[index]))
             except (BSONError, OverflowError, RecursionError, UnicodeEncodeError) as fault:
-                work.refuse(index, *_unencodable(fault))
+                work.refuse(index, *unencodable(fault))
                 continue
             if size > MAX_DOCUMENT_BYTES:
                 detail = f"the document has {size} bytes as BSON and MongoDB takes {MAX_DOCUMENT_BYTES}"
@@ -208,7 +208,7 @@ def _part(indexes: list[int], sizes: list[int]) -> list[list[int]]:
     return parts
 
 
-def _encode(document: Document) -> bytes:
+def encode(document: Document) -> bytes:
     """The document as the server stores it, `_id` first."""
     return bson.encode({"_id": document["_id"], **document})
 
@@ -219,7 +219,7 @@ def _key(value: object) -> bytes:
     return bson.encode({"": value})
 
 
-def _unencodable(error: Exception) -> tuple[Reason, str]:
+def unencodable(error: Exception) -> tuple[Reason, str]:
     """Reason and detail of a document that cannot become BSON."""
     if isinstance(error, OverflowError):
         return Reason.INT_RANGE, "an integer does not fit into 64 bits"

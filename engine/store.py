@@ -4,6 +4,8 @@ Documents of users live in the database that `MONGO_URI` names; jobs, ranges and
 so that no line of a file can become a job. Build a Store after the fork, never before: a client does not survive one.
 """
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -33,6 +35,7 @@ from engine.errors import Final as FinalError
 from engine.settings import Settings
 
 __all__ = [
+    "DEADLINES",
     "DUPLICATE_KEY",
     "ENDED_JOBS",
     "LEASABLE",
@@ -43,6 +46,8 @@ __all__ = [
     "Store",
     "insert_new",
     "job_key",
+    "object_key",
+    "ranges_of",
     "translate",
     "translated",
 ]
@@ -55,7 +60,11 @@ SCHEMA_VERSION: Final = 1
 WAKEUPS_BYTES: Final = 64 * 1024
 """Size of the capped collection that idle workers watch."""
 
+WORKERS_SECONDS: Final = 600
+"""What a worker told of itself is forgotten after this."""
+
 OPEN_JOBS: Final = "open_jobs"
+DEADLINES: Final = "deadlines"
 ENDED_JOBS: Final = "ended_jobs"
 LEASABLE: Final = "leasable"
 LEASES: Final = "leases"
@@ -70,18 +79,31 @@ _DENIED_CODES: Final = frozenset({8000, 13, 18, 33})
 
 
 class _Moves(CommandListener):
-    """A command within its deadline is movement: a worker that waits for a slow database does not hang."""
+    """A command within its deadline is movement: a worker that waits for a slow database does not hang.
+
+    And how long each thread has waited for answers, in seconds: a command is encoded when it is said to have started.
+    """
 
     def __init__(self, moved: Callable[[], None]) -> None:
         self._moved = moved
+        self._of_thread = threading.local()
+
+    @property
+    def waited(self) -> float:
+        return float(getattr(self._of_thread, "waited", 0.0))
 
     def started(self, event: CommandStartedEvent) -> None:
         self._moved()
+        self._of_thread.began = time.perf_counter()
 
     def succeeded(self, event: CommandSucceededEvent) -> None:
-        self._moved()
+        self._ended()
 
     def failed(self, event: CommandFailedEvent) -> None:
+        self._ended()
+
+    def _ended(self) -> None:
+        self._of_thread.waited = self.waited + time.perf_counter() - self._of_thread.began
         self._moved()
 
 
@@ -97,6 +119,7 @@ class Store:
     def __init__(self, settings: Settings, pool: int = 16, moved: Callable[[], None] | None = None) -> None:
         if settings.mongo_uri is None:
             raise StartError("MONGO_URI is not set: name the MongoDB that keeps the queue and takes the documents")
+        self._moves = _Moves(moved or (lambda: None))
         concern = WriteConcern(w="majority", wtimeout=int(settings.write_timeout_seconds * 1000))
         try:
             self.client: MongoClient[Document] = MongoClient(
@@ -109,7 +132,7 @@ class Store:
                 # A server that says that it stops or steps down is asked again at once; a stream would leave it out for ten
                 # seconds, until its next word.
                 serverMonitoringMode="poll",
-                event_listeners=[_Moves(moved)] if moved is not None else [],
+                event_listeners=[self._moves] if moved is not None else [],
                 socketTimeoutMS=int(settings.socket_timeout_seconds * 1000),
                 retryWrites=True,
                 w="majority",
@@ -130,6 +153,10 @@ class Store:
         self.rejects: Collection[Document] = self.control["rejects"]
         self.workers: Collection[Document] = self.control["workers"]
         self.wakeups: Collection[Document] = self.control["wakeups"]
+        self.batches: Collection[Document] = self.control["batches"]
+        self.switches: Collection[Document] = self.control["switches"]
+        self.totals: Collection[Document] = self.control["totals"]
+        self.uploads: Collection[Document] = self.control["uploads"]
 
     def prepare(self) -> None:
         """Make the collections and indexes where they are missing; safe to repeat by anyone at any time.
@@ -160,9 +187,42 @@ class Store:
                         name=ENDED_JOBS,
                         partialFilterExpression={"finishedAt": {"$type": "date"}},
                     ),
+                    IndexModel(
+                        [("deadline", ASCENDING)],
+                        name=DEADLINES,
+                        partialFilterExpression={"deadline": {"$type": "date"}},
+                    ),
+                    IndexModel(
+                        [("ticket.key", ASCENDING)],
+                        name="by_ticket",
+                        unique=True,
+                        partialFilterExpression={"ticket.key": {"$type": "string"}},
+                    ),
+                    IndexModel(
+                        [("batch", ASCENDING), ("source.key", ASCENDING)],
+                        name="by_batch",
+                        unique=True,
+                        partialFilterExpression={"batch": {"$type": "objectId"}},
+                    ),
                     IndexModel([("source.key", ASCENDING), ("_id", DESCENDING)], name="by_file"),
+                    IndexModel([("options.collection", ASCENDING), ("_id", DESCENDING)], name="by_collection"),
+                    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
                 ]
             )
+            self.batches.create_indexes(
+                [
+                    IndexModel(
+                        [("ticket.key", ASCENDING)],
+                        name="by_ticket",
+                        unique=True,
+                        partialFilterExpression={"ticket.key": {"$type": "string"}},
+                    )
+                ]
+            )
+            self.workers.create_indexes(
+                [IndexModel([("at", ASCENDING)], name="silent", expireAfterSeconds=WORKERS_SECONDS)]
+            )
+            self.uploads.create_indexes([IndexModel([("createdAt", ASCENDING)], name="by_age")])
             self.ranges.create_indexes(
                 [
                     IndexModel(
@@ -208,6 +268,10 @@ class Store:
         with translated("asking MongoDB"):
             self.control.command("ping")
 
+    def waited(self) -> float:
+        """Seconds that this thread has waited for answers so far; counted where `moved` was given."""
+        return self._moves.waited
+
     def close(self) -> None:
         """Close the client's connections."""
         self.client.close()
@@ -215,10 +279,20 @@ class Store:
 
 def job_key(job_id: str) -> ObjectId:
     """The `_id` of a job. Raises NotFound where `job_id` is not 24 hexadecimal digits."""
+    return object_key(job_id, "job")
+
+
+def object_key(text: str, what: str) -> ObjectId:
+    """The `_id` of a thing. Raises NotFound where `text` is not 24 hexadecimal digits."""
     try:
-        return ObjectId(job_id)
+        return ObjectId(text)
     except (InvalidId, TypeError):
-        raise NotFound(f"there is no job {job_id[:64]!r}: a job's id has 24 hexadecimal digits") from None
+        raise NotFound(f"there is no {what} {text[:64]!r}: its id has 24 hexadecimal digits") from None
+
+
+def ranges_of(job: ObjectId) -> Document:
+    """Matches all ranges of a job, by the bounds of their `_id`: an index scan of just these."""
+    return {"_id": {"$gte": {"job": job, "index": 0}, "$lt": {"job": job, "index": float("inf")}}}
 
 
 def translate(error: PyMongoError, doing: str) -> HeadraceError:

@@ -19,6 +19,7 @@ from pymongo.errors import PyMongoError
 from setproctitle import setproctitle
 
 from engine.beat import Beat
+from engine.direct import DirectUploads
 from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient
 from engine.errors import Final as FinalError
 from engine.ledger import Ledger
@@ -30,6 +31,7 @@ from engine.planner import Planner
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
+from engine.stats import REPORTER, Reporter, Stats
 from engine.steps import Step, reach
 from engine.store import Document, Store
 
@@ -113,7 +115,9 @@ class _Worker:
         self._store = Store(settings, settings.engine_writers + 4, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
-        self._objects = Objects(connect(settings), settings.aws_bucket_name or "")
+        s3, bucket = connect(settings), settings.aws_bucket_name or ""
+        self._objects = Objects(s3, bucket)
+        self._uploads = DirectUploads(self._store, s3, bucket, settings.api_part_bytes)
         self._rejects = Rejects(self._store, self._ledger)
         self._planner = Planner(
             self._store,
@@ -130,19 +134,24 @@ class _Worker:
         self._seen: deque[Job] = deque()
         self._wakeups: Cursor[Document] | None = None
         self._woken = 0
+        self._stats = Stats()
+        self._doing: dict[str, Any] = {}
         self._last_error = ""
 
     def _moved(self) -> None:
-        # The keeper's own commands say nothing of the work.
-        if threading.current_thread().name != KEEPER:
+        # The commands of these two say nothing of the work.
+        if threading.current_thread().name not in (KEEPER, REPORTER):
             self._beat.touch()
 
     def loop(self) -> int:
         if not self._boot():
             return 0
+        stats = self._stats
         pipeline = Pipeline(
-            self._settings, self._store, self._objects, self._queue, self._ledger, self._rejects, self._tell
+            self._settings, self._store, self._objects, self._queue, self._ledger, self._rejects, stats, self._tell
         )
+        reporter = Reporter(self._store, self._post.name, self._post.slot, stats, lambda: self._doing)
+        reporter.start()
         while not self._stop.is_set():
             self._beat.touch()
             try:
@@ -159,6 +168,7 @@ class _Worker:
                 self._say_once(error)
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         pipeline.close()
+        reporter.tell(last=True)
         self._store.close()
         return 0
 
@@ -200,7 +210,10 @@ class _Worker:
         # Apart, so that the workers of a fleet do not all ask at once.
         self._expired_at = time.monotonic() + random.uniform(0, EXPIRE_SECONDS / 2)  # noqa: S311
         if freed := self._ledger.expire():
+            self._stats.add(leases_expired=freed)
             log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=freed)
+        if stopped := self._queue.stop_overdue():
+            log.warning("jobs ran for longer than they may", action="timeout", worker=self._post.name, jobs=stopped)
 
     def _collect(self) -> None:
         if time.monotonic() >= self._collect_at:
@@ -214,6 +227,8 @@ class _Worker:
         while pruned := self._queue.prune(self._settings.engine_keep_jobs_days):
             self._beat.touch()
             log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)
+        if swept := self._uploads.sweep():
+            log.info("unfinished uploads were aborted", action="prune", worker=self._post.name, uploads=swept)
 
     def _join(self) -> Run | None:
         """A lease on a range of some job, or None where there is nothing to do now."""
@@ -223,6 +238,9 @@ class _Worker:
                 if run := self._enter(self._seen.popleft()):
                     return run
         self._looked_at = time.monotonic()
+        self._seen.clear()
+        if self._queue.paused():
+            return None
         for page in self._queue.open_jobs():
             leased = self._ledger.leased(job.id for job in page)
             # Workers that look at the same page begin at different jobs of it.
@@ -279,6 +297,7 @@ class _Worker:
         try:
             ended = pipeline.run(run)
         except LeaseLost as error:
+            self._stats.add(leases_lost=1)
             log.warning(str(error), action="lost", **context)
         except Transient as error:
             log.warning(str(error), action="postpone", **context)
@@ -294,6 +313,8 @@ class _Worker:
             if job.state in TERMINAL:
                 log.info("job ended", action="finish", state=job.state, **context)
         finally:
+            self._stats.add(ranges=1)
+            self._doing = {}
             setproctitle(f"headrace: worker {self._post.slot} idle")
 
     def _tell(self, run: Run | None) -> None:
@@ -303,6 +324,7 @@ class _Worker:
         lease = run.lease
         size = max(lease.range.end - lease.range.start, 1)
         percent = min(100, 100 * (run.mark()[0] - lease.range.start) // size)
+        self._doing = {"job": run.job.id, "fileKey": run.job.source.key, "range": lease.range.index, "percent": percent}
         setproctitle(f"headrace: worker {self._post.slot} job {run.job.id} range {lease.range.index} {percent} %")
 
     def _wait(self) -> None:

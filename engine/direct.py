@@ -1,0 +1,204 @@
+"""Uploads whose bytes go straight from the client to S3: a multipart upload, and URLs that each sign one part of it.
+
+The state of an upload is S3's; `uploads` in the control database only keeps what S3 does not tell: its size and parts.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from botocore.exceptions import ClientError
+from mypy_boto3_s3 import S3Client
+
+from engine.errors import Conflict, NotFound, Refused
+from engine.model import Source
+from engine.objects import PART_TYPE, PARTS_MOST, Objects, s3_translated
+from engine.store import Document, Store, translated
+
+__all__ = ["URLS_MOST", "DirectUploads", "Part", "Upload"]
+
+PART_LEAST_BYTES: Final = 5 * 1024 * 1024
+PART_MOST_BYTES: Final = 5 * 1024**3
+
+URLS_MOST: Final = 1000
+"""Signed URLs in one answer."""
+
+URL_SECONDS: Final = 3600
+"""How long a signed URL is good for."""
+
+UNFINISHED_HOURS: Final = 24
+"""An upload that is not completed within this is aborted."""
+
+SWEEP_UPLOADS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part that S3 has: its 1-based number, its size in bytes, its ETag with quotes."""
+
+    number: int
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An upload under way. `size` is that of the whole file in bytes, None where the client did not say."""
+
+    id: str
+    key: str
+    part_bytes: int
+    size: int | None
+    created_at: datetime
+
+    @property
+    def parts(self) -> int:
+        """How many parts it may have."""
+        return PARTS_MOST if self.size is None else max(1, -(-self.size // self.part_bytes))
+
+
+class DirectUploads:
+    """Uploads under way in one bucket."""
+
+    def __init__(self, store: Store, client: S3Client, bucket: str, part_bytes: int) -> None:
+        self._uploads = store.uploads
+        self._client = client
+        self._bucket = bucket
+        self._part_bytes = part_bytes
+        self._objects = Objects(client, bucket)
+
+    def begin(self, upload_id: str, key: str, size: int | None, part_bytes: int | None) -> Upload:
+        """Start a multipart upload under `key`.
+
+        Raises:
+            Refused: the file is too large for S3, or the parts are too small for it.
+        """
+        chosen = part_bytes or max(self._part_bytes, -(-(size or 0) // PARTS_MOST))
+        if not PART_LEAST_BYTES <= chosen <= PART_MOST_BYTES:
+            raise Refused(f"partBytes: S3 takes parts of {PART_LEAST_BYTES} to {PART_MOST_BYTES} bytes")
+        if size is not None and size > chosen * PARTS_MOST:
+            raise Refused(
+                f"partBytes: {size} bytes in parts of {chosen} are more than the {PARTS_MOST} parts that S3 takes"
+            )
+        with s3_translated(f"starting the upload of {key}"):
+            made = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)
+        fields = {"key": key, "uploadId": made["UploadId"], "size": size, "partBytes": chosen}
+        changes = {name: {"$literal": value} for name, value in fields.items()} | {"createdAt": "$$NOW"}
+        with translated("starting an upload"):
+            self._uploads.update_one({"_id": upload_id}, [{"$set": changes}], upsert=True)
+        return self.get(upload_id)
+
+    def get(self, upload_id: str) -> Upload:
+        """An upload under way. Raises NotFound."""
+        return _upload(self._find(upload_id))
+
+    def urls(self, upload_id: str, first: int, count: int) -> list[tuple[int, str]]:
+        """Signed URLs for `count` parts from number `first` on, no more than the upload has."""
+        found = self._find(upload_id)
+        last = min(first + count - 1, _upload(found).parts)
+        where = {"Bucket": self._bucket, "Key": found["key"], "UploadId": found["uploadId"]}
+        return [
+            (
+                number,
+                self._client.generate_presigned_url(
+                    "upload_part", Params=where | {"PartNumber": number}, ExpiresIn=URL_SECONDS
+                ),
+            )
+            for number in range(first, last + 1)
+        ]
+
+    def parts(self, upload_id: str) -> list[Part]:
+        """The parts that S3 has, by number; of one that was sent twice, the last. Raises NotFound."""
+        found = self._find(upload_id)
+        parts: dict[int, Part] = {}
+        marker = 0
+        with s3_translated(f"listing the parts of {found['key']}"):
+            try:
+                while True:
+                    page: Any = self._client.list_parts(
+                        Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
+                    )
+                    for part in page.get("Parts", ()):
+                        parts[part["PartNumber"]] = Part(part["PartNumber"], part["Size"], part["ETag"])
+                    following = int(page.get("NextPartNumberMarker") or 0)
+                    if not page.get("IsTruncated") or following <= marker:
+                        break
+                    marker = following
+            except ClientError as error:
+                if error.response["Error"]["Code"] == "NoSuchUpload":
+                    raise _gone(upload_id) from None
+                raise
+        return [parts[number] for number in sorted(parts)]
+
+    def complete(self, upload_id: str) -> Source:
+        """Make the object of the parts that are there.
+
+        Raises:
+            NotFound: it was completed or aborted already.
+            Conflict: parts are missing, or not of the size that was said.
+        """
+        found = self._find(upload_id)
+        upload, parts = _upload(found), self.parts(upload_id)
+        missing = sorted(set(range(1, (parts[-1].number if parts else 1) + 1)) - {part.number for part in parts})
+        if upload.size is not None:
+            missing = sorted(set(range(1, upload.parts + 1)) - {part.number for part in parts})
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
+            raise Conflict(f"parts are missing: {shown}; send them, then complete the upload again")
+        total = sum(part.size for part in parts)
+        if upload.size is not None and total != upload.size:
+            raise Conflict(f"the parts have {total} bytes together, and {upload.size} were announced: send them again")
+        with s3_translated(f"completing the upload of {upload.key}"):
+            self._client.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=upload.key,
+                UploadId=found["uploadId"],
+                MultipartUpload={"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]},
+            )
+        source = self._objects.head(upload.key)
+        self._forget(upload_id)
+        return source
+
+    def abort(self, upload_id: str) -> None:
+        """Give an upload up; S3 frees its parts. Raises NotFound."""
+        found = self._find(upload_id)
+        self._abort(found)
+
+    def sweep(self) -> int:
+        """Abort the uploads that have been unfinished for a day; returns how many there were."""
+        old = {"$subtract": ["$$NOW", UNFINISHED_HOURS * 3_600_000]}
+        with translated("looking for unfinished uploads"):
+            found = list(self._uploads.find({"$expr": {"$lt": ["$createdAt", old]}}).limit(SWEEP_UPLOADS))
+        for document in found:
+            self._abort(document)
+        return len(found)
+
+    def _abort(self, found: Document) -> None:
+        with s3_translated(f"aborting the upload of {found['key']}"):
+            try:
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"])
+            except ClientError as error:
+                if error.response["Error"]["Code"] != "NoSuchUpload":
+                    raise
+        self._forget(found["_id"])
+
+    def _find(self, upload_id: str) -> Document:
+        with translated("looking for an upload"):
+            found = self._uploads.find_one({"_id": upload_id})
+        if found is None:
+            raise _gone(upload_id)
+        return found
+
+    def _forget(self, upload_id: str) -> None:
+        with translated("forgetting an upload"):
+            self._uploads.delete_one({"_id": upload_id})
+
+
+def _gone(upload_id: str) -> NotFound:
+    return NotFound(
+        f"there is no upload {upload_id[:64]!r} under way: it was completed or aborted, or never started here"
+    )
+
+
+def _upload(found: Document) -> Upload:
+    return Upload(found["_id"], found["key"], found["partBytes"], found["size"], found["createdAt"])

@@ -1,0 +1,110 @@
+"""Questions about jobs that people ask: lists, what became of a job's ranges, how long the queue is. All reads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from engine.model import Job, JobState, RangeState
+from engine.queue import job_of
+from engine.store import OPEN_JOBS, Document, Store, job_key, ranges_of, translated
+
+__all__ = ["Backlog", "History", "RangeReport"]
+
+HOLDERS_MOST: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class RangeReport:
+    """A job's ranges: how many are in each state, the troubles they have had, and who holds some now."""
+
+    states: dict[RangeState, int]
+    attempts: int
+    deaths: int
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Jobs by state, and the age in seconds of the oldest that is open and due; 0 where there is none."""
+
+    states: dict[JobState, int]
+    oldest_seconds: float
+
+
+class History:
+    """Reads of the control database that no worker needs."""
+
+    def __init__(self, store: Store) -> None:
+        self._jobs = store.jobs
+        self._ranges = store.ranges
+
+    def page(
+        self,
+        limit: int,
+        before: str | None = None,
+        state: JobState | None = None,
+        key: str | None = None,
+        collection: str | None = None,
+        batch: str | None = None,
+    ) -> list[Job]:
+        """Jobs, newest first.
+
+        Args:
+            limit: the most to return.
+            before: only those older than the job of this id.
+            state, key, collection, batch: only those of it.
+        """
+        query: Document = {}
+        if before is not None:
+            query["_id"] = {"$lt": job_key(before)}
+        if state is not None:
+            query["state"] = state
+        if key is not None:
+            query["source.key"] = key
+        if collection is not None:
+            query["options.collection"] = collection
+        if batch is not None:
+            query["batch"] = job_key(batch)
+        with translated("listing jobs"):
+            return [job_of(found) for found in self._jobs.find(query).sort("_id", -1).limit(limit)]
+
+    def ranges(self, job_id: str) -> RangeReport:
+        """What became of a job's ranges so far."""
+        total = {"$add": ["$deaths", {"$ifNull": ["$vanished", 0]}]}
+        stages: list[Document] = [
+            {"$match": ranges_of(job_key(job_id))},
+            {
+                "$group": {
+                    "_id": "$state",
+                    "count": {"$sum": 1},
+                    "attempts": {"$sum": "$attempts"},
+                    "deaths": {"$sum": total},
+                    "holders": {"$addToSet": "$holder"},
+                }
+            },
+        ]
+        with translated("summing the ranges of a job"):
+            groups = list(self._ranges.aggregate(stages))
+        holders = sorted({holder for group in groups for holder in group["holders"]})
+        return RangeReport(
+            {RangeState(group["_id"]): group["count"] for group in groups},
+            sum(group["attempts"] for group in groups),
+            sum(group["deaths"] for group in groups),
+            tuple(holders[:HOLDERS_MOST]),
+        )
+
+    def backlog(self) -> Backlog:
+        """How long the queue is, and how old."""
+        with translated("counting jobs"):
+            groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}])
+            states = {JobState(group["_id"]): group["count"] for group in groups}
+            age = {"$divide": [{"$subtract": ["$$NOW", "$createdAt"]}, 1000]}
+            due = {"open": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+            stages: list[Document] = [{"$match": due}, {"$group": {"_id": None, "age": {"$max": age}}}]
+            oldest: Iterator[Any] = self._jobs.aggregate(stages, hint=OPEN_JOBS)
+            found = next(iter(oldest), None)
+        return Backlog({state: states.get(state, 0) for state in JobState}, float(found["age"]) if found else 0.0)
+
+    def of_file(self, key: str, limit: int) -> list[Job]:
+        """The latest jobs of an object."""
+        return self.page(limit, key=key)

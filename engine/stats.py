@@ -1,0 +1,129 @@
+"""What a worker has done and where its time went: counters that only grow, told to the control database every few seconds.
+
+`workers` holds one document for each live worker; `totals` the sums over all that there have ever been. Told without
+waiting for a majority: a crash loses the last few seconds of these numbers, and of nothing else.
+"""
+
+import os
+import resource
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Final
+
+from pymongo import WriteConcern
+from pymongo.errors import PyMongoError
+
+from engine.store import Document, Store, translated
+
+__all__ = ["REPORTER", "STAGES", "Reporter", "Stats", "live", "totals"]
+
+REPORTER: Final = "reporter"
+"""Name of the thread that tells."""
+
+REPORT_SECONDS: Final = 2.0
+
+LIVE_SECONDS: Final = 15.0
+"""A worker that has told nothing for so long is not shown."""
+
+STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall")
+"""Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding and sending
+commands; waiting for the database; and the reader's wait for room among the batches under way."""
+
+
+class Stats:
+    """Counters of one worker, by name. Safe to use from its threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, **amounts: float) -> None:
+        """Raise counters."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._counts[name] += amount
+
+    def counts(self) -> dict[str, float]:
+        """All counters as they are now."""
+        with self._lock:
+            return dict(self._counts)
+
+
+class Reporter(threading.Thread):
+    """Tells of a worker, every two seconds.
+
+    Args:
+        store: where to.
+        name: the worker's, as on its leases.
+        slot: its place in its engine.
+        stats: its counters.
+        doing: what it does now: `job`, `range` and `percent`, or nothing.
+    """
+
+    def __init__(self, store: Store, name: str, slot: int, stats: Stats, doing: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(name=REPORTER, daemon=True)
+        quick = WriteConcern(1)
+        self._workers = store.workers.with_options(write_concern=quick)
+        self._totals = store.totals.with_options(write_concern=quick)
+        self._name = name
+        self._fixed = {"slot": slot, "pid": os.getpid(), "host": socket.gethostname()}
+        self._stats = stats
+        self._doing = doing
+        self._told: dict[str, float] = {}
+        self._told_at = time.monotonic()
+
+    def run(self) -> None:
+        """The thread's loop."""
+        while True:
+            self.tell()
+            time.sleep(REPORT_SECONDS)
+
+    def tell(self, *, last: bool = False) -> None:
+        """Tell now; what cannot be told is told the next time. `last`: the worker leaves."""
+        counts = self._stats.counts()
+        now = time.monotonic()
+        news = {name: value - self._told.get(name, 0) for name, value in counts.items()}
+        news = {name: value for name, value in news.items() if value}
+        rate = news.get("lines", 0) / max(now - self._told_at, 0.001)
+        try:
+            if news:
+                self._totals.update_one({"_id": "totals"}, {"$inc": news}, upsert=True)
+                self._told = counts
+            self._told_at = now
+            if last:
+                self._workers.delete_one({"_id": self._name})
+                return
+            told: Document = self._fixed | {
+                "counts": counts,
+                "rate": round(rate, 1),
+                **_memory(),
+                "doing": self._doing(),
+            }
+            fields = {name: {"$literal": value} for name, value in told.items()} | {"at": "$$NOW"}
+            self._workers.update_one({"_id": self._name}, [{"$set": fields}], upsert=True)
+        except PyMongoError:
+            pass  # numbers for people: the work goes on without
+
+
+def _memory() -> dict[str, int]:
+    """Resident bytes, now and at the peak."""
+    with open("/proc/self/statm") as file:  # noqa: PTH123 (read every two seconds)
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+    return {"memory": resident, "memoryPeak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def live(store: Store) -> list[Document]:
+    """What each worker that is alive told last, by name."""
+    recent = {"$expr": {"$gt": ["$at", {"$subtract": ["$$NOW", int(LIVE_SECONDS * 1000)]}]}}
+    with translated("looking at the workers"):
+        return list(store.workers.find(recent).sort("_id", 1))
+
+
+def totals(store: Store) -> dict[str, float]:
+    """The counters summed over all workers that there have ever been."""
+    with translated("summing over the workers"):
+        found = store.totals.find_one({"_id": "totals"}, {"_id": 0})
+    return dict(found or {})
