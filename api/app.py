@@ -1,38 +1,96 @@
 """The routes, and nothing else."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import falcon
 import orjson
 from falcon.media import JSONHandler
+from prometheus_client import CollectorRegistry
 
+from api.auth import Guard, Token
+from api.direct import Abort, Begin, Complete, Under
+from api.files import File, Files
 from api.health import Health, Ready
-from api.jobs import Cancel, Process, RejectLines, Retry, Status
+from api.jobs import Cancel, Detail, Jobs, RejectLines, Retry, Status
+from api.limits import Depth, Slots
+from api.metrics import Durations, Metrics
+from api.openapi import Docs, OpenApi, Route
 from api.problems import RequestIds, install
+from api.queue import Pause, QueueNow, Resume, Workers
+from api.submit import Batches, Process, ProcessMany
 from api.uploads import Uploads
+from api.watch import Events, Watch
+from engine.direct import DirectUploads
+from engine.history import History
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.rejects import Rejects
+from engine.settings import Settings
 from engine.store import Store
 
 __all__ = ["create_app"]
 
 
-def create_app(store: Store, queue: Queue, objects: Objects, rejects: Rejects) -> "falcon.App[Any, Any]":
-    """The WSGI application over these."""
-    app = falcon.App(middleware=cast("Any", [RequestIds(), _WholePath()]))
+def create_app(
+    settings: Settings,
+    store: Store,
+    queue: Queue,
+    objects: Objects,
+    rejects: Rejects,
+    uploads: DirectUploads,
+    tokens: Sequence[Token] = (),
+) -> "falcon.App[Any, Any]":
+    """The WSGI application over these; without tokens it answers calls to localhost only."""
+    history = History(store)
+    registry = CollectorRegistry()
+    app = falcon.App(
+        middleware=cast("Any", [RequestIds(), Durations(registry), _WholePath(), Guard(tokens)]),
+    )
     app.req_options.strip_url_path_trailing_slash = False
+    app.req_options.keep_blank_qs_values = True
+    app.req_options.auto_parse_qs_csv = False
     json = JSONHandler(dumps=orjson.dumps, loads=orjson.loads)
     app.resp_options.media_handlers["application/json"] = json
     install(app)
-    app.add_route("/upload", Uploads(objects))
-    app.add_route("/process/{file_key:path}", Process(queue, objects))
-    app.add_route("/status/{job_id}", Status(queue, rejects))
-    app.add_route("/jobs/{job_id}/cancel", Cancel(queue))
-    app.add_route("/jobs/{job_id}/retry", Retry(queue))
-    app.add_route("/jobs/{job_id}/rejects", RejectLines(queue, rejects))
-    app.add_route("/healthz", Health())
-    app.add_route("/readyz", Ready(store, objects))
+    depth = Depth(queue, settings.api_max_open_jobs)
+    watch = Watch(queue, rejects, Slots(settings.api_max_watchers, 429, "waiting requests"))
+    api = OpenApi()
+    job, key = {"jobId": "Of the job"}, {"fileKey": "Of the object; it may hold slashes"}
+    upload = {"uploadId": "Of the upload"}
+    routes: list[Route] = [
+        ("/upload", Uploads(objects, Slots(settings.api_max_uploads, 503, "uploads")), {}),
+        ("/uploads", Begin(uploads), {}),
+        ("/uploads/{upload_id}", Under(uploads), upload),
+        ("/uploads/{upload_id}/complete", Complete(uploads), upload),
+        ("/uploads/{upload_id}/abort", Abort(uploads), upload),
+        ("/files", Files(objects), {}),
+        ("/files/{file_key:path}", File(objects, history), key),
+        ("/process", ProcessMany(queue, objects, depth), {}),
+        ("/process/{file_key:path}", Process(queue, objects, depth), key),
+        ("/batches/{batch_id}", Batches(queue), {"batchId": "Of the batch"}),
+        ("/status/{job_id}", Status(watch), job),
+        ("/jobs", Jobs(history), {}),
+        ("/jobs/{job_id}", Detail(queue, history, watch), job),
+        ("/jobs/{job_id}/events", Events(watch), job),
+        ("/jobs/{job_id}/cancel", Cancel(queue), job),
+        ("/jobs/{job_id}/retry", Retry(queue), job),
+        ("/jobs/{job_id}/rejects", RejectLines(queue, rejects), job),
+        ("/queue", QueueNow(queue, history), {}),
+        ("/queue/pause", Pause(queue, history), {}),
+        ("/queue/resume", Resume(queue, history), {}),
+        ("/workers", Workers(store), {}),
+        ("/metrics", Metrics(store, history, registry), {}),
+        ("/healthz", Health(), {}),
+        ("/readyz", Ready(store, objects), {}),
+        ("/openapi.json", api, {}),
+    ]
+    for path, resource, _ in routes:
+        app.add_route(path, resource)
+    docs = Docs()
+    app.add_route("/docs", docs)
+    app.add_route("/docs/{asset}", docs)
+    api.describe(routes)
     return app
 
 
@@ -44,4 +102,4 @@ class _WholePath:
     ) -> None:
         """Take the key from the path itself."""
         if "file_key" in params:
-            params["file_key"] = req.path.removeprefix("/process/")
+            params["file_key"] = req.path.split("/", 2)[2]

@@ -1,10 +1,12 @@
 """Errors as `application/problem+json` (RFC 9457), each with a stable `type`, the request's id and what to do next."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 import falcon
 import orjson
+import structlog
 from pydantic import ValidationError
 from ulid import ULID
 
@@ -12,6 +14,7 @@ from engine.errors import (
     AccessDenied,
     Conflict,
     HeadraceError,
+    KeyReused,
     NotFound,
     Refused,
     Transient,
@@ -23,6 +26,14 @@ __all__ = ["Problem", "RequestIds", "install"]
 TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5
 
+SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = get_logger()
@@ -31,11 +42,14 @@ log = get_logger()
 class Problem(Exception):
     """An error with its HTTP status, a stable code, and a sentence."""
 
-    def __init__(self, status: int, code: str, detail: str, **more: Any) -> None:
+    def __init__(
+        self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.code = code
         self.detail = detail
+        self.headers = headers or {}
         self.more = more
 
 
@@ -46,12 +60,17 @@ class RequestIds:
         """Take or draw the id."""
         given = req.get_header("X-Request-ID") or ""
         req.context.request_id = given if _REQUEST_ID.fullmatch(given) else str(ULID())
+        # Every line that is logged in this thread until the answer carries it.
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request=req.context.request_id)
         resp.set_header("X-Request-ID", req.context.request_id)
+        for name, value in SECURITY_HEADERS.items():
+            resp.set_header(name, value)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
         """Log what was answered; the quiet checks only at debug."""
         say = log.debug if req.path in ("/healthz", "/readyz") or req.method == "GET" else log.info
-        say("answered", action="request", method=req.method, path=req.path, status=resp.status_code, request=_id(req))
+        say("answered", action="request", method=req.method, path=req.path, status=resp.status_code)
 
 
 def install(app: "falcon.App[Any, Any]") -> None:
@@ -81,7 +100,9 @@ def _answer(req: falcon.Request, resp: falcon.Response, problem: Problem) -> Non
             **problem.more,
         }
     )
-    if problem.status == 503:
+    for name, value in problem.headers.items():
+        resp.set_header(name, value)
+    if problem.status in (429, 503):
         resp.set_header("Retry-After", str(RETRY_AFTER_SECONDS))
 
 
@@ -95,13 +116,13 @@ def _ours(req: falcon.Request, resp: falcon.Response, error: HeadraceError, para
         status = 404
     elif isinstance(error, Conflict):
         status = 409
-    elif isinstance(error, Refused):
+    elif isinstance(error, Refused | KeyReused):
         status = 422
     elif isinstance(error, Transient | AccessDenied):
         status = 503
-        log.warning(str(error), action="request", request=_id(req))
+        log.warning(str(error), action="request")
     else:
-        log.error(str(error), action="request", request=_id(req))
+        log.error(str(error), action="request")
     _answer(req, resp, Problem(status, error.code, str(error)))
 
 
@@ -129,6 +150,6 @@ def _http(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, p
 
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, Any]) -> None:
-    log.error("the request failed", action="request", request=_id(req), exc_info=error)
+    log.error("the request failed", action="request", exc_info=error)
     detail = "something unexpected happened: try again, and tell the operator the request id if it stays"
     _answer(req, resp, Problem(500, "internal", detail))

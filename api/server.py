@@ -1,6 +1,7 @@
 """The HTTP API under waitress: its own process, stopped softly by TERM and INT."""
 
 import errno
+import resource
 import signal
 import tempfile
 from typing import Final
@@ -8,6 +9,8 @@ from typing import Final
 import waitress
 
 from api.app import create_app
+from api.auth import is_loopback, tokens_of
+from engine.direct import DirectUploads
 from engine.errors import StartError
 from engine.ledger import Ledger
 from engine.logs import get_logger
@@ -22,7 +25,16 @@ __all__ = ["serve"]
 IDLE_SECONDS: Final = 120
 """A connection on which nothing moves is closed after this."""
 
+CONNECTIONS_MOST: Final = 4096
+SPARE_FILES: Final = 200
+
 log = get_logger()
+
+
+def _connections() -> int:
+    """How many clients may be connected: as many as there are file descriptors, less what the process itself needs."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(100, min(CONNECTIONS_MOST, most - SPARE_FILES))
 
 
 def serve(settings: Settings) -> int:
@@ -35,13 +47,19 @@ def serve(settings: Settings) -> int:
         if not settings.api_spool_dir.is_dir():
             raise StartError(f"API_SPOOL_DIR={settings.api_spool_dir} is no folder: make it, or name another")
         tempfile.tempdir = str(settings.api_spool_dir)
+    tokens = tokens_of(settings)
+    if not tokens and not is_loopback(settings.api_host):
+        raise StartError(
+            f"API_HOST={settings.api_host} lets other machines in, and there are no tokens: draw some with `headrace token` "
+            "and set API_TOKENS, or set API_HOST=127.0.0.1"
+        )
     store = Store(settings, pool=settings.api_threads + 2)
     ledger = Ledger(store, settings.engine_lease_seconds)
     queue = Queue(store, ledger)
-    objects = Objects(
-        connect(settings), settings.aws_bucket_name or "", settings.api_part_bytes, settings.api_upload_parallel
-    )
-    app = create_app(store, queue, objects, Rejects(store, ledger))
+    s3, bucket = connect(settings), settings.aws_bucket_name or ""
+    objects = Objects(s3, bucket, settings.api_part_bytes, settings.api_upload_parallel)
+    uploads = DirectUploads(store, s3, bucket, settings.api_part_bytes)
+    app = create_app(settings, store, queue, objects, Rejects(store, ledger), uploads, tokens)
     store.prepare()
     try:
         server = waitress.create_server(
@@ -51,6 +69,9 @@ def serve(settings: Settings) -> int:
             threads=settings.api_threads,
             max_request_body_size=settings.api_max_upload_bytes,
             channel_timeout=IDLE_SECONDS,
+            # A crowd of idle clients must not keep others out.
+            connection_limit=_connections(),
+            asyncore_use_poll=True,
             ident=None,
             clear_untrusted_proxy_headers=True,
         )

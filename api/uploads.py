@@ -8,7 +8,11 @@ import falcon
 from falcon.media.multipart import BodyPart, MultipartForm, MultipartParseError
 from ulid import ULID
 
+from api.limits import Slots
+from api.models import FileForm, UploadAnswer
+from api.operations import Answer, Scope, operation
 from api.problems import Problem
+from engine.model import Source
 from engine.objects import Objects
 
 __all__ = ["Uploads", "key_for", "reduced"]
@@ -38,14 +42,25 @@ def key_for(name: str) -> str:
 class Uploads:
     """POST /upload."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Objects, slots: Slots) -> None:
         self._objects = objects
+        self._slots = slots
 
+    @operation(
+        summary="Upload a file",
+        group="uploads",
+        scope=Scope.SUBMIT,
+        body=FileForm,
+        body_media="multipart/form-data",
+        answers={201: Answer("The file was stored", UploadAnswer)},
+        errors=(415, 503),
+    )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """201 with the key that the file was stored under."""
         kind = (req.content_type or "").split(";", 1)[0].strip().lower()
         if kind != "multipart/form-data":
             raise Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
+        self._slots.take()
         try:
             form: MultipartForm = req.get_media()
             stored = self._store(form)
@@ -54,15 +69,22 @@ class Uploads:
             raise Problem(400, "malformed_form", f"{detail}: send multipart/form-data, complete to its end") from None
         except (UnicodeDecodeError, ValueError) as error:
             raise Problem(400, "malformed_form", f"the form cannot be read ({type(error).__name__})") from None
+        finally:
+            self._slots.give()
         resp.status = 201
-        resp.media = {"message": "File uploaded successfully", **stored}
+        told: UploadAnswer = {
+            "message": "File uploaded successfully",
+            "fileKey": stored.key,
+            "size": stored.size,
+            "etag": stored.etag.strip('"'),
+        }
+        resp.media = told
 
-    def _store(self, form: MultipartForm) -> dict[str, object]:
+    def _store(self, form: MultipartForm) -> Source:
         parts = iter(form)
         for part in parts:
             if part.name == "file":
-                source = self._objects.upload(part.stream, key_for(_name(part)), before_complete=lambda: _finish(parts))
-                return {"fileKey": source.key, "size": source.size, "etag": source.etag.strip('"')}
+                return self._objects.upload(part.stream, key_for(_name(part)), before_complete=lambda: _finish(parts))
         raise Problem(400, "missing_file", "the form has no part named `file`: send the file in one")
 
 

@@ -150,7 +150,7 @@ class Objects:
 
     def __init__(self, client: S3Client, bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
         self._client = client
-        self._bucket = bucket
+        self.bucket = bucket
         self._part_bytes = part_bytes
         self._parallel = parallel
 
@@ -162,14 +162,14 @@ class Objects:
         """
         with s3_translated(f"looking for {key}"):
             try:
-                found = self._client.head_object(Bucket=self._bucket, Key=key)
+                found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
                 # SeaweedFS and others answer 400 to keys that no object can have, such as a/../b.
                 if _status(error) in (400, 404):
-                    raise NotFound(f"there is no object {key!r} in bucket {self._bucket}") from None
+                    raise NotFound(f"there is no object {key!r} in bucket {self.bucket}") from None
                 raise
         version = found.get("VersionId", "")
-        return Source(self._bucket, key, found["ETag"], "" if version == "null" else version, found["ContentLength"])
+        return Source(self.bucket, key, found["ETag"], "" if version == "null" else version, found["ContentLength"])
 
     def open(self, source: Source, start: int, stop: int) -> RangeReader:
         """Begin to read bytes `start` to `stop` (exclusive) of the version that `source` pins.
@@ -227,24 +227,24 @@ class Objects:
         if len(first) < self._part_bytes:
             before_complete()
             with s3_translated(f"storing {key}"):
-                self._client.put_object(Bucket=self._bucket, Key=key, Body=first, ContentType=PART_TYPE)
+                self._client.put_object(Bucket=self.bucket, Key=key, Body=first, ContentType=PART_TYPE)
         else:
             self._in_parts(stream, key, first, before_complete)
         return self.head(key)
 
     def _in_parts(self, stream: Stream, key: str, first: bytes, before_complete: Callable[[], None]) -> None:
         with s3_translated(f"storing {key}"):
-            upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)[
+            upload = self._client.create_multipart_upload(Bucket=self.bucket, Key=key, ContentType=PART_TYPE)[
                 "UploadId"
             ]
             try:
                 parts = self._send(stream, key, upload, first)
                 before_complete()
                 self._client.complete_multipart_upload(
-                    Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
+                    Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
                 )
             except BaseException:
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
                 raise
 
     def _send(self, stream: Stream, key: str, upload: str, first: bytes) -> list[Any]:
@@ -253,7 +253,7 @@ class Objects:
         def send(number: int, data: bytes) -> dict[str, Any]:
             try:
                 sent = self._client.upload_part(
-                    Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
+                    Bucket=self.bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
                 )
                 return {"PartNumber": number, "ETag": sent["ETag"]}
             finally:
@@ -288,8 +288,8 @@ class Objects:
             after: as the page before told it.
         """
         more: dict[str, Any] = {"ContinuationToken": after} if after else {}
-        with s3_translated(f"listing bucket {self._bucket}"):
-            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=limit, **more)
+        with s3_translated(f"listing bucket {self.bucket}"):
+            page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=limit, **more)
         found = [Listed(o["Key"], o["Size"], o["ETag"], o["LastModified"]) for o in page.get("Contents", ())]
         return found, page.get("NextContinuationToken") if page.get("IsTruncated") else None
 
@@ -297,23 +297,23 @@ class Objects:
         """Delete an object. Raises NotFound where there is none."""
         self.head(key)
         with s3_translated(f"deleting {key}"):
-            self._client.delete_object(Bucket=self._bucket, Key=key)
+            self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def check(self) -> None:
         """Raises unless S3 answers and the bucket is there."""
-        with s3_translated(f"asking S3 for bucket {self._bucket}"):
+        with s3_translated(f"asking S3 for bucket {self.bucket}"):
             try:
-                self._client.head_bucket(Bucket=self._bucket)
+                self._client.head_bucket(Bucket=self.bucket)
             except ClientError as error:
                 if _status(error) == 404:
-                    raise NotFound(f"there is no bucket {self._bucket}: make it, or set AWS_BUCKET_NAME") from None
+                    raise NotFound(f"there is no bucket {self.bucket}: make it, or set AWS_BUCKET_NAME") from None
                 raise
 
     def ensure_bucket(self) -> None:
         """Make the bucket where it is missing; for the embedded server only."""
-        with s3_translated(f"making bucket {self._bucket}"):
+        with s3_translated(f"making bucket {self.bucket}"):
             try:
-                self._client.create_bucket(Bucket=self._bucket)
+                self._client.create_bucket(Bucket=self.bucket)
             except ClientError as error:
                 if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
                     raise

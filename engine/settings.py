@@ -93,7 +93,16 @@ class Settings(BaseSettings):
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
 
     api_host: str = _setting("127.0.0.1", "Address that the HTTP API listens on")
-    api_threads: int = _setting(8, "Requests that the HTTP API handles at a time", "threads", ge=1, le=256)
+    api_threads: int = _setting(16, "Requests that the HTTP API handles at a time", "threads", ge=4, le=256)
+    api_tokens: SecretStr | None = _setting(
+        None, "Tokens that the HTTP API accepts, as `headrace token` writes them, parted by spaces or commas"
+    )
+    api_tokens_file: Path | None = _setting(None, "A file of such tokens, one a line", "file")
+    api_token: SecretStr | None = _setting(None, "Token that the command line sends to the HTTP API")
+    api_url: str | None = _setting(None, "HTTP API that the command line talks to; unset: API_HOST and PORT", "URL")
+    api_max_uploads: int = _setting(4, "Uploads through POST /upload at a time", "uploads", ge=1, le=128)
+    api_max_watchers: int = _setting(8, "Requests that wait for a job to move, at a time", "requests", ge=0, le=128)
+    api_max_open_jobs: int = _setting(100_000, "Open jobs beyond which no more are taken", "jobs", ge=1)
     api_max_upload_bytes: Bytes = _setting(10 * GIB, "The largest body that POST /upload takes", "bytes", ge=1)
     api_part_bytes: Bytes = _setting(8 * MIB, "Part of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
     api_upload_parallel: int = _setting(4, "Parts of one upload under way to S3", "parts", ge=1, le=32)
@@ -137,6 +146,11 @@ class Settings(BaseSettings):
         if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
             wrong.append("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set both or neither")
         patience = self.socket_timeout_seconds + self.select_timeout_seconds
+        if self.api_max_uploads + self.api_max_watchers >= self.api_threads:
+            wrong.append(
+                f"API_THREADS={self.api_threads}: it must be more than API_MAX_UPLOADS={self.api_max_uploads} and "
+                f"API_MAX_WATCHERS={self.api_max_watchers} together, so that a thread is left for everything else"
+            )
         if self.engine_watchdog_seconds <= patience:
             wrong.append(
                 f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than {patience:g} seconds, "
@@ -170,7 +184,7 @@ class Settings(BaseSettings):
 
     def secrets(self) -> list[str]:
         """Every value that must never be shown."""
-        values = [self.aws_secret_access_key, self.aws_session_token, self.mongo_uri]
+        values = [self.aws_secret_access_key, self.aws_session_token, self.mongo_uri, self.api_token, self.api_tokens]
         found = [value.get_secret_value() for value in values if value is not None]
         if self.mongo_uri is not None and (
             password := urlsplit(self.mongo_uri.get_secret_value().replace(",", "")).password

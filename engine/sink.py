@@ -4,6 +4,7 @@ One document that cannot be stored never costs its neighbours: it becomes a reje
 returned has been acknowledged at `w: majority`. Anything wrong with the connection or the server raises instead.
 """
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -109,9 +110,11 @@ class Sink:
             self._triage(work, indexes, error)
         except OperationFailure as error:
             if error.code not in _OF_ONE_DOCUMENT:
+                _let_go(error)
                 raise translate(error, f"writing to collection {self._collection}") from error
             self._triage(work, indexes, error)
         except PyMongoError as error:
+            _let_go(error)
             raise translate(error, f"writing to collection {self._collection}") from error
         else:
             self._account(work, indexes, reply)
@@ -162,6 +165,7 @@ class Sink:
 
     def _triage(self, work: Work, indexes: Sequence[int], error: Exception) -> None:
         """Find which documents of a refused command are at fault, and write the others."""
+        _let_go(error)
         documents = work.decoded.documents
         if len(indexes) == 1:
             code = error.code if isinstance(error, OperationFailure) else None
@@ -189,6 +193,14 @@ class Sink:
             parts = [good[:half], good[half:]]
         for part in parts:
             self._insert(work, part)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Forget what the frames of an error hold: the driver leaves cycles there, and with them the whole batch in memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__context__
 
 
 # Not the document's fault: interrupted, not primary, out of disk and the like.

@@ -43,7 +43,7 @@ EXIT_BOOT: Final = 3
 EXIT_NOW: Final = 4
 """Told to exit at once: what it held is freed by its successor, or when its lease runs out."""
 
-COLLECT_SECONDS: Final = 30.0
+COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
 
 LOOK_SECONDS: Final = 0.5

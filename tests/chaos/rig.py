@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bson import ObjectId
 
-from api.jobs import told
+from api.told import job_status
 from engine.ledger import Ledger
 from engine.model import TERMINAL, JobOptions
 from engine.objects import Objects, connect
@@ -119,7 +119,7 @@ class Rig:
                 stream,
                 self.store.data[job.options.collection],
                 found,
-                told(job, [])["progress"],
+                job_status(job)["progress"],
                 self.settings.engine_max_line_bytes,
             )
         report.records += job.progress.tally.lines

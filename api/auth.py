@@ -1,0 +1,134 @@
+"""Who may call what: bearer tokens with scopes, kept as hashes and compared in constant time.
+
+An entry reads `name:scope+scope:hash`, the hash being the SHA-256 of the token in hexadecimal digits. A token has 256
+random bits, so that no slow hash is needed to keep it from being guessed.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import falcon
+
+from api.operations import Scope, operation_of
+from api.problems import Problem
+from engine.errors import SettingsError
+from engine.settings import Settings
+
+__all__ = ["Guard", "Token", "draw", "is_loopback", "tokens_of"]
+
+_ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
+_LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token that is accepted: its name, what it may do, and its SHA-256."""
+
+    name: str
+    scopes: frozenset[Scope]
+    digest: str
+
+    def may(self, scope: Scope) -> bool:
+        """Whether it may do what needs this scope."""
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+
+def draw(name: str, scopes: Sequence[Scope]) -> tuple[str, str]:
+    """A new token, and the entry that accepts it."""
+    token = f"hr_{secrets.token_urlsafe(32)}"
+    return token, f"{name}:{'+'.join(scopes)}:{hashlib.sha256(token.encode()).hexdigest()}"
+
+
+def tokens_of(settings: Settings) -> list[Token]:
+    """The tokens that the settings name. Raises SettingsError, without showing an entry."""
+    words: list[tuple[str, str]] = []
+    if settings.api_tokens is not None:
+        words += [("API_TOKENS", word) for word in re.split(r"[\s,]+", settings.api_tokens.get_secret_value()) if word]
+    if settings.api_tokens_file is not None:
+        name = f"API_TOKENS_FILE={settings.api_tokens_file}"
+        try:
+            lines = settings.api_tokens_file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{name} cannot be read ({type(error).__name__})") from None
+        words += [(name, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    tokens: list[Token] = []
+    for number, (where, word) in enumerate(words, 1):
+        match = _ENTRY.fullmatch(word)
+        scopes = match.group(2).split("+") if match else []
+        if match is None or not set(scopes) <= set(Scope):
+            raise SettingsError(
+                f"{where}: entry {number} is none; `headrace token NAME --scope read` draws a token and writes its entry"
+            )
+        tokens.append(Token(match.group(1), frozenset(map(Scope, scopes)), match.group(3)))
+    return tokens
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address or name."""
+    if host.lower() in _LOCAL_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """Middleware: a call that needs a scope gets it from a token, or does not happen.
+
+    Without tokens everything is allowed to callers who name this machine as it names itself: a page in a browser that was
+    led here under another name is refused.
+    """
+
+    def __init__(self, tokens: Sequence[Token]) -> None:
+        self._tokens = tokens
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
+    ) -> None:
+        """Raises Problem: 401 without a token that is known, 403 where it lacks the scope."""
+        operation = operation_of(resource, req.method)
+        if operation is None or operation.scope is None:
+            return
+        if not self._tokens:
+            if not is_loopback(_host(req)):
+                raise Problem(
+                    403, "untrusted_host", "without tokens only calls to localhost are answered: set API_TOKENS"
+                )
+            return
+        token = self._token(req)
+        if token is None:
+            raise Problem(
+                401,
+                "unauthorized",
+                "send a token that is known, in the header Authorization: Bearer",
+                headers={"WWW-Authenticate": 'Bearer realm="headrace"'},
+            )
+        if not token.may(operation.scope):
+            raise Problem(403, "forbidden", f"token {token.name!r} lacks the scope {operation.scope.value!r}")
+        req.context.caller = token.name
+
+    def _token(self, req: falcon.Request) -> Token | None:
+        kind, _, given = (req.auth or "").partition(" ")
+        digest = (
+            hashlib.sha256(given.strip().encode("utf-8", "replace")).hexdigest() if kind.lower() == "bearer" else ""
+        )
+        found = None
+        for token in self._tokens:
+            # Each is looked at, whichever fits, so that the time tells nothing.
+            if hmac.compare_digest(token.digest, digest):
+                found = token
+        return found
+
+
+def _host(req: falcon.Request) -> str:
+    try:
+        return req.host
+    except ValueError:
+        return ""

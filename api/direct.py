@@ -1,0 +1,134 @@
+"""Uploads that do not pass through here: the client PUTs the parts to S3 itself, at URLs that are signed here."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import falcon
+from ulid import ULID
+
+from api.models import DirectUpload, PartsQuery, UploadAnswer, UploadBegin
+from api.operations import Answer, Scope, body_of, operation, query_of
+from api.uploads import key_for
+from engine.direct import DirectUploads, Part, Upload
+from engine.objects import PART_TYPE
+
+__all__ = ["Abort", "Begin", "Complete", "Under"]
+
+URLS_AT_FIRST: Final = 100
+
+
+def _told(upload: Upload, urls: Sequence[tuple[int, str]], stored: Sequence[Part]) -> DirectUpload:
+    return {
+        "uploadId": upload.id,
+        "fileKey": upload.key,
+        "size": upload.size,
+        "partBytes": upload.part_bytes,
+        "parts": upload.parts,
+        # SeaweedFS gzips what looks like text unless each part says that it is this.
+        "headers": {"Content-Type": PART_TYPE},
+        "urls": [{"partNumber": number, "url": url} for number, url in urls],
+        "stored": [{"partNumber": p.number, "size": p.size, "etag": p.etag.strip('"')} for p in stored],
+    }
+
+
+class Begin:
+    """POST /uploads."""
+
+    def __init__(self, uploads: DirectUploads) -> None:
+        self._uploads = uploads
+
+    @operation(
+        summary="Start an upload whose parts the client sends to S3 itself",
+        group="uploads",
+        scope=Scope.SUBMIT,
+        body=UploadBegin,
+        answers={201: Answer("The upload, with signed URLs of its first parts", DirectUpload)},
+        errors=(422,),
+    )
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """201 with the upload."""
+        request = body_of(req, UploadBegin)
+        upload = self._uploads.begin(str(ULID()), key_for(request.file_name), request.size, request.part_bytes)
+        resp.status = 201
+        resp.location = f"/uploads/{upload.id}"
+        resp.media = _told(upload, self._uploads.urls(upload.id, 1, URLS_AT_FIRST), ())
+
+
+class Under:
+    """GET and DELETE /uploads/{uploadId}."""
+
+    def __init__(self, uploads: DirectUploads) -> None:
+        self._uploads = uploads
+
+    @operation(
+        summary="An upload under way: the parts that S3 has, and signed URLs",
+        group="uploads",
+        scope=Scope.SUBMIT,
+        query=PartsQuery,
+        answers={200: Answer("The upload", DirectUpload)},
+        errors=(404, 422),
+    )
+    def on_get(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
+        """200 with what is there and where to send what is not."""
+        query = query_of(req, PartsQuery)
+        upload = self._uploads.get(upload_id)
+        resp.cache_control = ["no-store"]
+        urls = self._uploads.urls(upload_id, query.first, query.count)
+        resp.media = _told(upload, urls, self._uploads.parts(upload_id))
+
+    @operation(
+        summary="Give an upload up",
+        group="uploads",
+        scope=Scope.SUBMIT,
+        answers={204: Answer("It is gone, with its parts")},
+        errors=(404,),
+    )
+    def on_delete(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
+        """204."""
+        self._uploads.abort(upload_id)
+        resp.status = 204
+
+
+class Complete:
+    """POST /uploads/{uploadId}/complete."""
+
+    def __init__(self, uploads: DirectUploads) -> None:
+        self._uploads = uploads
+
+    @operation(
+        summary="Make the object of the parts that were sent",
+        group="uploads",
+        scope=Scope.SUBMIT,
+        answers={201: Answer("The file was stored", UploadAnswer)},
+        errors=(404, 409),
+    )
+    def on_post(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
+        """201 with the key; 409 that names the parts that are missing."""
+        source = self._uploads.complete(upload_id)
+        resp.status = 201
+        told: UploadAnswer = {
+            "message": "File uploaded successfully",
+            "fileKey": source.key,
+            "size": source.size,
+            "etag": source.etag.strip('"'),
+        }
+        resp.media = told
+
+
+class Abort:
+    """POST /uploads/{uploadId}/abort."""
+
+    def __init__(self, uploads: DirectUploads) -> None:
+        self._uploads = uploads
+
+    @operation(
+        summary="Give an upload up",
+        group="uploads",
+        scope=Scope.SUBMIT,
+        answers={204: Answer("It is gone, with its parts")},
+        errors=(404,),
+    )
+    def on_post(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
+        """204."""
+        self._uploads.abort(upload_id)
+        resp.status = 204

@@ -1,0 +1,96 @@
+"""What a call takes and gives, said once: it is checked, described in OpenAPI, and guarded by scope from here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, TypeVar
+
+import falcon
+import orjson
+from pydantic import BaseModel
+
+from api.problems import Problem
+
+__all__ = ["Answer", "Operation", "Scope", "body_of", "operation", "operation_of", "query_of"]
+
+BODY_MOST_BYTES: Final = 1024 * 1024
+
+Model = TypeVar("Model", bound=BaseModel)
+Responder = TypeVar("Responder", bound=Callable[..., None])
+
+
+class Scope(StrEnum):
+    """What a token may do."""
+
+    READ = "read"  # look at jobs, files, rejects, workers, metrics
+    SUBMIT = "submit"  # upload, submit, cancel, retry
+    ADMIN = "admin"  # delete, pause and resume; and all of the above
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer of a call: what it means, its body's type, its media type, and headers of its own with their meaning."""
+
+    what: str
+    body: Any = None
+    media: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path.
+
+    `scope` None: open to all. `errors` are the statuses of its problems, beside those that any call may have.
+    """
+
+    summary: str
+    group: str
+    scope: Scope | None
+    answers: Mapping[int, Answer]
+    errors: tuple[int, ...] = ()
+    body: Any = None
+    body_media: str = "application/json"
+    query: type[BaseModel] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def operation(**more: Any) -> Callable[[Responder], Responder]:
+    """Say of a responder what it takes and gives; the arguments are those of `Operation`."""
+    told = Operation(**more)
+
+    def mark(responder: Responder) -> Responder:
+        responder.operation = told  # type: ignore[attr-defined]
+        return responder
+
+    return mark
+
+
+def operation_of(resource: object, method: str) -> Operation | None:
+    """What was said of a resource's method; None where it has none."""
+    found: Operation | None = getattr(getattr(resource, f"on_{method.lower()}", None), "operation", None)
+    return found
+
+
+def body_of(req: falcon.Request, model: type[Model]) -> Model:
+    """The request's JSON, checked; an empty body counts as `{}`.
+
+    Raises:
+        Problem: it is too large, or no JSON.
+        ValidationError: it is not what `model` takes.
+    """
+    raw = req.bounded_stream.read(BODY_MOST_BYTES + 1)
+    if len(raw) > BODY_MOST_BYTES:
+        raise Problem(413, "too_large", f"the body of this call has at most {BODY_MOST_BYTES} bytes")
+    if not raw.strip():
+        return model.model_validate({})
+    try:
+        return model.model_validate(orjson.loads(raw))
+    except orjson.JSONDecodeError as error:
+        raise Problem(400, "bad_json", f"the body is not JSON: {error}") from None
+
+
+def query_of(req: falcon.Request, model: type[Model]) -> Model:
+    """The request's query, checked. Raises ValidationError, also for a name that is not known."""
+    given = {name: value[-1] if isinstance(value, list) else value for name, value in req.params.items()}
+    return model.model_validate(given, strict=False)

@@ -1,0 +1,157 @@
+"""Submitting jobs: one object, or many in one call."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import falcon
+
+from api.limits import Depth
+from api.models import BatchAnswer, BatchRequest, BatchStatus, ProcessAnswer, ProcessRequest
+from api.operations import Answer, Scope, body_of, operation
+from api.problems import Problem
+from api.told import batch_status
+from engine.errors import NotFound
+from engine.model import Source
+from engine.objects import Objects
+from engine.queue import Queue, Ticket
+
+__all__ = ["Batches", "Process", "ProcessMany", "checked_key"]
+
+HEADS_AT_A_TIME: Final = 16
+PREFIX_MOST: Final = 10_000
+"""Objects that one prefix may name."""
+
+KEY_HEADER: Final = "Makes the call safe to repeat: the same key with the same request gives the same answer"
+
+_IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
+
+
+def checked_key(key: str) -> str:
+    """A key that an object can have. Raises NotFound."""
+    if not key or len(key.encode("utf-8", "surrogatepass")) > 1024 or not key.isprintable():
+        raise NotFound("a file's key has 1 to 1024 bytes of printable UTF-8")
+    return key
+
+
+def _ticket(req: falcon.Request, request: ProcessRequest, what: str) -> Ticket | None:
+    """What makes this request safe to repeat, where the client asks for it."""
+    key = req.get_header("Idempotency-Key")
+    if key is None:
+        return None
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise Problem(
+            422, "invalid_request", "Idempotency-Key: write 1 to 200 printable ASCII characters without spaces"
+        )
+    caller = getattr(req.context, "caller", "")
+    whole = f"{what}\n{request.model_dump_json(by_alias=True)}"
+    return Ticket(
+        f"{caller}:{what.split(maxsplit=1)[0]}:{key}",
+        hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest(),
+    )
+
+
+class Process:
+    """POST /process/{fileKey}."""
+
+    def __init__(self, queue: Queue, objects: Objects, depth: Depth) -> None:
+        self._queue = queue
+        self._objects = objects
+        self._depth = depth
+
+    @operation(
+        summary="Submit a job for an object",
+        group="jobs",
+        scope=Scope.SUBMIT,
+        body=ProcessRequest,
+        headers={"Idempotency-Key": KEY_HEADER},
+        answers={202: Answer("The job was made", ProcessAnswer, headers={"Location": "Where its status is"})},
+        errors=(404, 422, 503),
+    )
+    def on_post(self, req: falcon.Request, resp: falcon.Response, file_key: str) -> None:
+        """202 with the job's id, whatever the size of the object."""
+        request = body_of(req, ProcessRequest)
+        key = checked_key(file_key)
+        ticket = _ticket(req, request, f"one {key}")
+        job = self._queue.redeem(ticket) if ticket is not None else None
+        if job is None:
+            self._depth.check()
+            job = self._queue.submit(self._objects.head(key), request.options(), ticket)
+        resp.status = 202
+        resp.location = f"/status/{job.id}"
+        told: ProcessAnswer = {
+            "message": "Job created successfully",
+            "jobId": job.id,
+            "status": job.state.value,
+        }
+        resp.media = told
+
+
+class ProcessMany:
+    """POST /process."""
+
+    def __init__(self, queue: Queue, objects: Objects, depth: Depth) -> None:
+        self._queue = queue
+        self._objects = objects
+        self._depth = depth
+
+    @operation(
+        summary="Submit a job for each of many objects",
+        group="jobs",
+        scope=Scope.SUBMIT,
+        body=BatchRequest,
+        headers={"Idempotency-Key": KEY_HEADER},
+        answers={202: Answer("The batch was made", BatchAnswer, headers={"Location": "Where its status is"})},
+        errors=(404, 422, 503),
+    )
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """202 with the batch's id; no job is made where one of the objects does not exist."""
+        request = body_of(req, BatchRequest)
+        ticket = _ticket(req, request, "many")
+        self._depth.check()
+        keys = sorted({checked_key(key) for key in request.file_keys or self._keys(request.prefix or "")})
+        if not keys:
+            raise NotFound(f"no object's key begins with {request.prefix!r}")
+        batch = self._queue.submit_batch(self._sources(keys), request.options(), ticket)
+        resp.status = 202
+        resp.location = f"/batches/{batch.id}"
+        told: BatchAnswer = {"message": "Batch created successfully", "batchId": batch.id, "jobs": batch.count}
+        resp.media = told
+
+    def _keys(self, prefix: str) -> Iterator[str]:
+        after: str | None = None
+        count = 0
+        while True:
+            page, after = self._objects.list(prefix, after=after)
+            count += len(page)
+            if count > PREFIX_MOST:
+                raise Problem(
+                    422, "invalid_request", f"prefix: more than {PREFIX_MOST} objects begin with it; name a longer one"
+                )
+            yield from (found.key for found in page if found.size or not found.key.endswith("/"))
+            if after is None:
+                return
+
+    def _sources(self, keys: list[str]) -> list[Source]:
+        with ThreadPoolExecutor(min(HEADS_AT_A_TIME, len(keys)), thread_name_prefix="head") as pool:
+            return list(pool.map(self._objects.head, keys))
+
+
+class Batches:
+    """GET /batches/{batchId}."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    @operation(
+        summary="A batch of jobs, summed",
+        group="jobs",
+        scope=Scope.READ,
+        answers={200: Answer("The batch", BatchStatus)},
+        errors=(404,),
+    )
+    def on_get(self, req: falcon.Request, resp: falcon.Response, batch_id: str) -> None:
+        """200 with the sums over its jobs."""
+        resp.media = batch_status(self._queue.batch(batch_id))

@@ -1,0 +1,99 @@
+"""Jobs, batches and files as clients see them."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from api.models import BatchStatus, JobDetail, JobStatus, RejectBody
+from engine.history import RangeReport
+from engine.model import TERMINAL, Job, JobState
+from engine.queue import Batch
+
+__all__ = ["batch_status", "job_detail", "job_status", "moment"]
+
+
+def job_status(job: Job, errors: Sequence[dict[str, Any]] = ()) -> JobStatus:
+    """A job; `errors` are its first rejects."""
+    progress, tally, size = job.progress, job.progress.tally, job.source.size
+    done = size if job.state is JobState.COMPLETED else min(progress.bytes_done, size)
+    rate = progress.rate
+    if job.state in TERMINAL and job.started_at and job.finished_at:
+        rate = tally.lines / max((job.finished_at - job.started_at).total_seconds(), 0.001)
+    left: float | None = None
+    if job.state in TERMINAL:
+        left = 0.0
+    elif rate > 0 and tally.lines:
+        left = round((size - done) / (rate * tally.bytes / tally.lines), 1)
+    failure = job.failure or (job.stopping.failure if job.stopping else None)
+    return {
+        "jobId": job.id,
+        "fileKey": job.source.key,
+        "status": job.state.value,
+        "stopping": job.stopping is not None,
+        "collection": job.options.collection,
+        "format": (job.plan.format if job.plan else job.options.format).value,
+        "validate": job.options.validate,
+        "priority": job.options.priority,
+        "runAt": moment(job.options.run_at),
+        "batchId": job.batch,
+        "createdAt": moment(job.created_at),
+        "startedAt": moment(job.started_at),
+        "finishedAt": moment(job.finished_at),
+        "error": {"code": failure.code, "message": failure.message} if failure else None,
+        "errors": cast("list[RejectBody]", list(errors)),
+        "alreadyLoadedBy": job.already_loaded_by,
+        "progress": {
+            "bytesTotal": size,
+            "bytesDone": done,
+            "rangesTotal": progress.ranges_total,
+            "rangesDone": progress.ranges_done,
+            "lines": tally.lines,
+            "inserted": tally.inserted,
+            "duplicates": tally.duplicates,
+            "rejected": tally.rejected,
+            "blank": tally.blank,
+            "percent": round(100 * done / size, 1) if size else (100.0 if job.state in TERMINAL else 0.0),
+            "recordsPerSecond": round(rate, 1),
+            "secondsLeft": left,
+        },
+    }
+
+
+def job_detail(job: Job, errors: Sequence[dict[str, Any]], ranges: RangeReport) -> JobDetail:
+    """A job with what became of its ranges and what happened to it."""
+    return {
+        **job_status(job, errors),
+        "ranges": {state.value: count for state, count in ranges.states.items()},
+        "attempts": ranges.attempts,
+        "deaths": ranges.deaths,
+        "workers": list(ranges.holders),
+        "timeline": [{"at": moment(event.at), "what": event.what} for event in job.timeline],
+    }
+
+
+def batch_status(batch: Batch) -> BatchStatus:
+    """A batch: PROCESSING until every job has ended, then FAILED where one did, CANCELLED where one was, or COMPLETED."""
+    states, tally = batch.states, batch.tally
+    ended = sum(states.get(state, 0) for state in TERMINAL)
+    status = JobState.PROCESSING
+    if ended >= batch.count:
+        worst = (JobState.FAILED, JobState.CANCELLED)
+        status = next((state for state in worst if states.get(state)), JobState.COMPLETED)
+    return {
+        "batchId": batch.id,
+        "status": status.value,
+        "createdAt": moment(batch.created_at),
+        "jobs": batch.count,
+        "states": {state.value: states.get(state, 0) for state in JobState},
+        "bytesTotal": batch.size,
+        "lines": tally.lines,
+        "inserted": tally.inserted,
+        "duplicates": tally.duplicates,
+        "rejected": tally.rejected,
+        "blank": tally.blank,
+    }
+
+
+def moment(at: datetime | None) -> str | None:
+    """A time as clients see it: UTC, to the millisecond."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if at else None

@@ -1,0 +1,168 @@
+"""Waiting for a job to move, at little cost: ETags, long polls, and server-sent events.
+
+A client that waits holds a thread, so only so many may wait at a time; the others are told to come again.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Self
+
+import falcon
+import orjson
+
+from api.limits import Slots
+from api.operations import Answer, Scope, operation
+from api.told import job_status
+from engine.errors import HeadraceError
+from engine.model import TERMINAL, Job
+from engine.queue import Queue
+from engine.rejects import Rejects
+
+__all__ = ["PREFER", "Events", "Watch"]
+
+FIRST_ERRORS: Final = 5
+WAIT_MOST_SECONDS: Final = 60
+LOOK_SECONDS: Final = 0.25
+EVENTS_SECONDS: Final = 600.0
+"""How long one stream of events lasts; the client asks for the next one by itself."""
+
+HEARTBEAT_SECONDS: Final = 5.0
+
+PREFER: Final[Mapping[str, str]] = {
+    "Prefer": "wait=N: answer when the job has ended, or is no longer as If-None-Match says, or after N seconds (60 at most)",
+    "If-None-Match": "The ETag of an answer before",
+}
+
+_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])")
+
+Told = Callable[[], tuple[dict[str, Any], bool]]
+
+
+class Watch:
+    """Answers calls that may wait.
+
+    Args:
+        queue, rejects: the jobs.
+        slots: how many may wait at a time.
+    """
+
+    def __init__(self, queue: Queue, rejects: Rejects, slots: Slots) -> None:
+        self._queue = queue
+        self._rejects = rejects
+        self.slots = slots
+
+    def errors(self, job: Job) -> list[dict[str, Any]]:
+        """A job's first rejects. Most jobs have none: then the collection of rejects is not asked."""
+        return self._rejects.page(job.id, FIRST_ERRORS) if job.progress.tally.rejected else []
+
+    def status(self, job_id: str) -> tuple[dict[str, Any], bool]:
+        """A job as clients see it, and whether it has ended."""
+        job = self._queue.get(job_id)
+        return dict(job_status(job, self.errors(job))), job.state in TERMINAL
+
+    def answer(self, req: falcon.Request, resp: falcon.Response, told: Told) -> None:
+        """Answer with what is told: at once, or after the wait that the client prefers."""
+        known = _known(req)
+        body, ended = told()
+        tag = tag_of(body)
+        seconds = _wait(req)
+        if seconds and not ended and (not known or tag in known):
+            self.slots.take()
+            try:
+                end = time.monotonic() + seconds
+                while time.monotonic() < end and not ended and (not known or tag in known):
+                    time.sleep(min(LOOK_SECONDS, max(end - time.monotonic(), 0)))
+                    body, ended = told()
+                    tag = tag_of(body)
+            finally:
+                self.slots.give()
+        if seconds is not None:
+            resp.set_header("Preference-Applied", f"wait={seconds}")
+        resp.cache_control = ["no-cache"]
+        resp.etag = tag
+        if tag in known:
+            resp.status = 304
+        else:
+            resp.media = body
+
+
+def tag_of(body: Mapping[str, Any]) -> str:
+    """The ETag of an answer, without quotes. What is only a guess of the time left does not count."""
+    same = dict(body) | {"progress": {k: v for k, v in body["progress"].items() if k != "secondsLeft"}}
+    return hashlib.sha256(orjson.dumps(same)).hexdigest()[:32]
+
+
+def _known(req: falcon.Request) -> set[str]:
+    try:
+        return {str(tag) for tag in req.if_none_match or ()}
+    except ValueError:
+        return set()
+
+
+def _wait(req: falcon.Request) -> int | None:
+    match = _WAIT.search(req.get_header("Prefer") or "")
+    return min(int(match.group(1)), WAIT_MOST_SECONDS) if match else None
+
+
+class Events:
+    """GET /jobs/{jobId}/events."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    @operation(
+        summary="A job's progress as server-sent events, to its end",
+        group="jobs",
+        scope=Scope.READ,
+        answers={200: Answer("Events `progress`, then one `end`, each with the job as data", str, "text/event-stream")},
+        errors=(404, 429),
+    )
+    def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
+        """200 with a stream."""
+        self._watch.status(job_id)  # 404 before the stream begins
+        self._watch.slots.take()
+        resp.content_type = "text/event-stream"
+        resp.cache_control = ["no-store"]
+        resp.stream = _Stream(self._watch, job_id)
+
+
+class _Stream:
+    """The events of one client; `close` is called by the server when the client has left, or the stream has ended."""
+
+    def __init__(self, watch: Watch, job_id: str) -> None:
+        self._watch = watch
+        self._job_id = job_id
+        self._tag = ""
+        self._open = True
+        self._ended = False
+        self._until = time.monotonic() + EVENTS_SECONDS
+        self._said_at = time.monotonic()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        while not self._ended and time.monotonic() < self._until:
+            try:
+                body, ended = self._watch.status(self._job_id)
+            except HeadraceError as error:
+                self._ended = True
+                return b"event: error\ndata: %b\n\n" % orjson.dumps({"code": error.code, "detail": str(error)})
+            tag = tag_of(body)
+            if ended or tag != self._tag:
+                self._tag, self._ended, self._said_at = tag, ended, time.monotonic()
+                name = b"end" if ended else b"progress"
+                return b"id: %b\nevent: %b\ndata: %b\n\n" % (self._tag.encode(), name, orjson.dumps(body))
+            if time.monotonic() - self._said_at >= HEARTBEAT_SECONDS:
+                # Only a write shows that a client has left.
+                self._said_at = time.monotonic()
+                return b": still here\n\n"
+            time.sleep(LOOK_SECONDS)
+        raise StopIteration
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._watch.slots.give()
