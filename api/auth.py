@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import falcon
 
@@ -82,8 +83,7 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """Middleware: a call that needs a scope gets it from a token, or does not happen.
 
-    Without tokens everything is allowed to callers who name this machine as it names itself: a page in a browser that was
-    led here under another name is refused.
+    Without tokens everything is allowed, but to pages of other sites in a browser on this machine.
     """
 
     def __init__(self, tokens: Sequence[Token]) -> None:
@@ -97,10 +97,9 @@ class Guard:
         if operation is None or operation.scope is None:
             return
         if not self._tokens:
-            if not is_loopback(_host(req)):
-                raise Problem(
-                    403, "untrusted_host", "without tokens only calls to localhost are answered: set API_TOKENS"
-                )
+            if _from_elsewhere(req):
+                detail = "without tokens a page of another site may not call this: set API_TOKENS"
+                raise Problem(403, "untrusted_origin", detail)
             return
         token = self._token(req)
         if token is None:
@@ -127,8 +126,13 @@ class Guard:
         return found
 
 
-def _host(req: falcon.Request) -> str:
+def _from_elsewhere(req: falcon.Request) -> bool:
+    """Whether a browser sent this for a page that did not come from this machine, under whatever name it was led here."""
+    origin, site = req.get_header("Origin"), req.get_header("Sec-Fetch-Site")
+    if origin is None and site is None:
+        return False
     try:
-        return req.host
+        hosts = [req.host] + ([urlsplit(origin).hostname or ""] if origin is not None else [])
     except ValueError:
-        return ""
+        return True
+    return not all(map(is_loopback, hosts))
