@@ -95,8 +95,15 @@ def document_of(line, limit=None):
         raise Bad("invalid_json") from None
     if _nesting(text) > DEPTH:
         raise Bad("invalid_json")
+    # All literals of the line, those too whose key comes again and is overruled: the last one wins.
+    literals = []
+
+    def keep(literal):
+        literals.append(literal)
+        return _checked_later(literal)
+
     try:
-        value = json.loads(text, parse_int=_checked_later, parse_float=_float, parse_constant=_no_constant)
+        value = json.loads(text, parse_int=keep, parse_float=_float, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise Bad("invalid_json") from None
     try:
@@ -105,6 +112,8 @@ def document_of(line, limit=None):
         raise Bad("invalid_json") from None  # a lone surrogate
     if not isinstance(value, dict):
         raise Bad("not_an_object")
+    for literal in literals:
+        _integer(literal)
     return _finished(value)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from bson import ObjectId
 
 from api.told import job_status
+from engine.errors import Transient
 from engine.ledger import Ledger
 from engine.model import TERMINAL, JobOptions
 from engine.objects import Objects, connect
@@ -94,7 +95,15 @@ class Rig:
         self.objects.upload(io.BytesIO(data), job.source.key)
 
     def ended(self, job):
-        return self.queue.get(job.id).state in TERMINAL
+        """Whether a job has ended; a database that is away for a moment is asked again."""
+        end = time.monotonic() + 60
+        while True:
+            try:
+                return self.queue.get(job.id).state in TERMINAL
+            except Transient:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
 
     def wait(self, *jobs, seconds=240):
         """Until these jobs have ended; returns them."""
