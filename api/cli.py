@@ -1,19 +1,51 @@
-"""The `headrace` command: the only place that wires everything together."""
+"""The `headrace` command: the only place that wires everything together.
 
+Exit codes: 0 done; 1 it could not be done; 2 wrong usage; 3 the job FAILED; 4 it was CANCELLED; 130 interrupted.
+"""
+
+import os
 import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
+from urllib.parse import quote
 
 import typer
+from dotenv import dotenv_values
+from pydantic import SecretStr
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
-from api.load import Client, check_file, plainly, watch
+from api.auth import draw
+from api.client import TERMINAL, Client, check_file
+from api.operations import Scope
+from api.show import (
+    Bars,
+    bars,
+    job_lines,
+    jobs_table,
+    plainly,
+    print_json,
+    profile_table,
+    watch,
+    workers_table,
+)
+from api.transfer import Transfer
 from engine.errors import HeadraceError, SettingsError, StartError
 from engine.logs import configure, get_logger
-from engine.settings import Settings, load
+from engine.settings import Settings
+from engine.settings import load as load_settings
 
 __all__ = ["app", "main"]
+
+EXIT_OF: Final = {"COMPLETED": 0, "FAILED": 3, "CANCELLED": 4}
+EXIT_INTERRUPTED: Final = 130
+
+FILES_AT_A_TIME: Final = 4
+TOP_SECONDS: Final = 1.0
 
 app = typer.Typer(
     name="headrace",
@@ -23,9 +55,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Url = Annotated[str | None, typer.Option(help="Of the API; default: API_URL, or this machine and PORT.")]
+JobId = Annotated[str, typer.Argument(help="Id of the job.")]
+
 
 def _settings(*, needs_servers: bool) -> Settings:
-    settings, warnings = load()
+    settings, warnings = load_settings()
     configure(settings.engine_log_level, settings.engine_log_format, settings.secrets())
     for warning in warnings:
         get_logger().warning(warning, action="settings")
@@ -38,6 +74,13 @@ def _settings(*, needs_servers: bool) -> Settings:
         if missing:
             raise SettingsError(f"not set: {', '.join(missing)}; set them, or run `headrace up` for servers of its own")
     return settings
+
+
+def _client(url: str | None) -> Client:
+    settings = _settings(needs_servers=False)
+    token = settings.api_token.get_secret_value() if settings.api_token else None
+    host = "127.0.0.1" if settings.api_host in ("0.0.0.0", "::") else settings.api_host  # noqa: S104 (not bound here)
+    return Client(url or settings.api_url or f"http://{host}:{settings.port}", token)
 
 
 @app.command()
@@ -71,30 +114,317 @@ def api() -> None:
     raise typer.Exit(serve(_settings(needs_servers=True)))
 
 
-@app.command(name="load")
-def load_file(
-    file: Annotated[Path, typer.Argument(help="The file to upload and process.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Watch the job to its end.")] = False,
+@app.command()
+def load(
+    files: Annotated[list[str], typer.Argument(help="Files, s3://bucket/key for objects, - for standard input.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Watch the jobs to their end.")] = False,
     collection: Annotated[str, typer.Option(help="Takes the documents.")] = "records",
     format: Annotated[str, typer.Option(help="auto, ndjson or text.")] = "auto",
     max_errors: Annotated[str, typer.Option(help="A count, or a percentage such as 2%.")] = "1000",
-    url: Annotated[str | None, typer.Option(help="Of the API; default: this machine, PORT.")] = None,
+    priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    validate: Annotated[bool, typer.Option("--validate", help="Read and judge, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Load a second copy of what is loaded.")] = False,
+    skip_loaded: Annotated[bool, typer.Option("--skip-loaded", help="Skip what is loaded already.")] = False,
+    through_api: Annotated[bool, typer.Option("--through-api", help="Upload through the API, not to S3.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Upload a file through the API and process it."""
-    settings = _settings(needs_servers=False)
-    check_file(file)
-    client = Client(url or f"http://{settings.api_host}:{settings.port}")
-    console = Console(highlight=False, stderr=True)
-    key = client.upload(file)
+    """Upload files and process them. Run it again after an interruption, and it goes on where it was."""
     budget: Any = int(max_errors) if max_errors.isdecimal() else max_errors
-    job_id = client.process(key, {"collection": collection, "format": format, "maxErrors": budget})
-    print(job_id)
-    if not wait:
+    options = {"collection": collection, "format": format, "maxErrors": budget, "priority": priority}
+    options |= {"validate": validate, "force": force, "ifLoaded": "skip" if skip_loaded else "load"}
+    for file in files:
+        if file != "-" and not file.startswith("s3://"):
+            check_file(Path(file))
+    loader = _Loader(_client(url), options, wait=wait, through_api=through_api)
+    statuses = loader.run(files)
+    if as_json:
+        print_json(statuses)
+    elif not wait:
+        for status in statuses:
+            print(status["jobId"])
+    for status in statuses:
+        if status.get("error"):
+            plainly(StartError(f"{status['fileKey']}: {status['error']['message']}"))
+    raise typer.Exit(max((EXIT_OF.get(status["status"], 0) for status in statuses), default=0))
+
+
+class _Loader:
+    """Takes files through upload and job, a few at a time, with one bar each."""
+
+    def __init__(self, client: Client, options: dict[str, Any], *, wait: bool, through_api: bool) -> None:
+        self._client = client
+        self._options = options
+        self._wait = wait
+        self._through_api = through_api
+        self._transfer = Transfer(client)
+        self._stopped = False
+        self._jobs: list[str] = []
+
+    def run(self, files: list[str]) -> list[dict[str, Any]]:
+        """Load them; returns the last status of each job."""
+        console = Console(highlight=False, stderr=True)
+        pool = ThreadPoolExecutor(min(FILES_AT_A_TIME, len(files)), thread_name_prefix="file")
+        try:
+            with bars(console) as shown:
+                futures: list[Future[dict[str, Any]]] = [pool.submit(self._one, file, shown) for file in files]
+                return [future.result() for future in futures]
+        except BaseException as error:
+            self._stopped = True
+            self._transfer.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                self._interrupted()
+            raise
+        finally:
+            pool.shutdown(wait=False)
+
+    def _interrupted(self) -> None:
+        told = [f"watch it with `headrace status {job} --wait`" for job in self._jobs]
+        told = told or ["run the same command again, and it goes on where it was"]
+        print(f"headrace: interrupted; the jobs go on without you: {'; '.join(told)}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)  # threads in the midst of a request would keep the process
+
+    def _one(self, file: str, shown: Bars) -> dict[str, Any]:
+        task = shown.add(Path(file).name if file != "-" else "standard input")
+        key = self._key(file, shown, task)
+        job_id = self._client.process(key, self._options)
+        self._jobs.append(job_id)
+        while True:
+            status = self._client.status(job_id)
+            shown.processed(task, status)
+            if not self._wait or self._stopped or status["status"] in TERMINAL:
+                return status
+            time.sleep(0.5)
+
+    def _key(self, file: str, shown: Bars, task: Any) -> str:
+        if file.startswith("s3://"):
+            bucket, _, key = file.removeprefix("s3://").partition("/")
+            there = self._client.ask("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
+            if bucket != there:
+                raise StartError(
+                    f"{file}: this API reads bucket {there} only; put the object there, or ask another API"
+                )
+            return key
+        began, count = time.monotonic(), [0]
+        size = None if file == "-" else Path(file).stat().st_size
+
+        def sent(number: int) -> None:
+            count[0] += number
+            shown.uploaded(task, count[0], size, count[0] / max(time.monotonic() - began, 0.001))
+
+        if file == "-":
+            return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent)
+        if self._through_api:
+            return self._client.upload(Path(file))
+        return self._transfer.file(Path(file), sent)
+
+
+@app.command()
+def jobs(
+    status: Annotated[str | None, typer.Option(help="PENDING, PROCESSING, COMPLETED, FAILED or CANCELLED.")] = None,
+    file: Annotated[str | None, typer.Option(help="Only jobs of this key.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Only jobs of this collection.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    asked = {"status": status.upper() if status else None, "file": file, "collection": collection, "limit": limit}
+    page = _client(url).ask("GET", "/jobs", params={name: value for name, value in asked.items() if value is not None})
+    if as_json:
+        print_json(page)
+    else:
+        Console(highlight=False).print(jobs_table(page["jobs"]))
+
+
+@app.command(name="status")
+def show_status(
+    job_id: JobId,
+    wait: Annotated[bool, typer.Option("--wait", help="Watch it to its end.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a job, and exit as it ended."""
+    client = _client(url)
+    if wait:
+        try:
+            watch(client, job_id, Console(highlight=False, stderr=True))
+        except KeyboardInterrupt:
+            print(f"headrace: the job goes on: `headrace status {job_id} --wait`", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    told = client.ask("GET", f"/jobs/{quote(job_id, safe='')}")
+    if as_json:
+        print_json(told)
+    else:
+        print("\n".join(job_lines(told)))
+    raise typer.Exit(EXIT_OF.get(told["status"], 0))
+
+
+def _act(job_id: str, what: str, url: str | None, as_json: bool) -> None:
+    told = _client(url).ask("POST", f"/jobs/{quote(job_id, safe='')}/{what}")
+    if as_json:
+        print_json(told)
+    else:
+        print("\n".join(job_lines(told)))
+
+
+@app.command()
+def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Cancel a job; what was written stays."""
+    _act(job_id, "cancel", url, as_json)
+
+
+@app.command()
+def retry(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Work again on the ranges of a job that are not done."""
+    _act(job_id, "retry", url, as_json)
+
+
+@app.command()
+def rejects(
+    job_id: JobId,
+    out: Annotated[Path | None, typer.Option(help="Write the raw lines to this file, to mend and load again.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the lines that did not become documents."""
+    client = _client(url)
+    if out is not None:
+        size = 0
+        try:
+            with out.open("wb") as file:
+                for piece in client.rejected(job_id):
+                    size += file.write(piece)
+        except OSError as error:
+            raise StartError(f"{out} cannot be written: {error.strerror}") from None
+        if as_json:
+            print_json({"out": str(out), "bytes": size})
+        else:
+            print(f"{out}: {size:,} bytes")
         return
-    status = watch(client, job_id, console)
-    if status["error"]:
-        plainly(StartError(status["error"]["message"]))
-    raise typer.Exit(0 if status["status"] == "COMPLETED" else 1)
+    page = client.ask("GET", f"/jobs/{quote(job_id, safe='')}/rejects", params={"limit": limit})
+    if as_json:
+        print_json(page)
+        return
+    table = Table("line", "byte", "reason", "detail", "raw")
+    for reject in page["rejects"]:
+        cells = (
+            str(reject["line"] or ""),
+            str(reject["offset"]),
+            reject["reason"],
+            reject["detail"],
+            reject["raw"][:80],
+        )
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    Console(highlight=False).print(table)
+
+
+def _queue(what: str, url: str | None, as_json: bool) -> None:
+    told = _client(url).ask("POST", f"/queue/{what}")
+    if as_json:
+        print_json(told)
+    else:
+        print("paused" if told["paused"] else "running")
+
+
+@app.command()
+def pause(url: Url = None, as_json: AsJson = False) -> None:
+    """Begin no more ranges until the queue is resumed."""
+    _queue("pause", url, as_json)
+
+
+@app.command()
+def resume(url: Url = None, as_json: AsJson = False) -> None:
+    """Go on after a pause."""
+    _queue("resume", url, as_json)
+
+
+@app.command()
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Show it once.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch the workers: their jobs, ranges, rates and memory."""
+    client = _client(url)
+    if as_json:
+        print_json(client.ask("GET", "/workers"))
+        return
+    console = Console(highlight=False)
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(workers_table(client.ask("GET", "/workers")["workers"]), refresh=True)
+                if once or not console.is_terminal:
+                    return
+                time.sleep(TOP_SECONDS)
+    except KeyboardInterrupt:
+        pass
+
+
+@app.command()
+def profile(url: Url = None, as_json: AsJson = False) -> None:
+    """Show where the time of the live workers went, stage by stage."""
+    workers = _client(url).ask("GET", "/workers")["workers"]
+    if as_json:
+        print_json({"workers": workers})
+    else:
+        Console(highlight=False).print(profile_table(workers))
+
+
+@app.command()
+def config(as_json: AsJson = False) -> None:
+    """Show each setting, its value and where it came from; secrets are masked."""
+    settings = _settings(needs_servers=False)
+    environment = {name.upper() for name, value in os.environ.items() if value}
+    in_file = {name.upper() for name, value in dotenv_values(".env").items() if value}
+    rows = []
+    for field in Settings.model_fields:
+        name, value = field.upper(), getattr(settings, field)
+        origin = "environment" if name in environment else ".env" if name in in_file else "default"
+        shown = None if value is None else "***" if isinstance(value, SecretStr) else str(value)
+        rows.append({"name": name, "value": shown, "from": origin})
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("setting", "value", "from")
+    for row in rows:
+        table.add_row(str(row["name"]), row["value"] if row["value"] is not None else "–", str(row["from"]))
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at everything that a load needs; exit 1 where something is wrong."""
+    from api.doctor import examine
+
+    settings = _settings(needs_servers=False)
+    findings = list(examine(settings))
+    if as_json:
+        print_json([{"what": f.what, "state": f.state, "said": f.said} for f in findings])
+    else:
+        for found in findings:
+            print(f"{found.state:<8} {found.what:<10} {found.said}")
+    raise typer.Exit(1 if any(found.state == "wrong" for found in findings) else 0)
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Whose it is; it shows in no log but the name does.")],
+    scope: Annotated[list[Scope], typer.Option(help="What it may do; may be given several times.")],
+    as_json: AsJson = False,
+) -> None:
+    """Draw a token for the API, and the entry of API_TOKENS that accepts it. The token is shown here and nowhere else."""
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
+        raise SettingsError("a token's name has up to 64 letters, digits, dots, dashes and underscores")
+    secret, entry = draw(name, scope)
+    if as_json:
+        print_json({"token": secret, "entry": entry})
+    else:
+        print(f"API_TOKEN={secret}    # for the client\nAPI_TOKENS={entry}    # for the API; more are parted by spaces")
 
 
 def _version(asked: bool) -> None:

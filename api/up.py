@@ -14,7 +14,10 @@ import orjson
 from pymongo import MongoClient
 from rich.console import Console
 
-from api.load import Client, check_file, watch
+from api.auth import draw, tokens_of
+from api.client import Client, check_file
+from api.operations import Scope
+from api.show import watch
 from engine import sample
 from engine.errors import StartError
 from engine.local import LocalServers, die_with_parent, port_is_free
@@ -110,6 +113,12 @@ def _run(settings: Settings, file: Path | None, once: bool, records: int, consol
     servers.start()
     stack.callback(servers.stop)
     environment = {name.upper(): str(value) for name, value in servers.overrides.items()}
+    token = None
+    if tokens_of(settings):
+        # The API asks for one: this command's own, for as long as it runs.
+        token, entry = draw("up", [Scope.READ, Scope.SUBMIT])
+        known = settings.api_tokens.get_secret_value() if settings.api_tokens else ""
+        environment["API_TOKENS"] = f"{known} {entry}"
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     children: list[_Child] = []
@@ -118,7 +127,7 @@ def _run(settings: Settings, file: Path | None, once: bool, records: int, consol
         stack.callback(child.stop, settings.engine_grace_seconds + 5)
         children.append(child)
     url = f"http://{settings.api_host}:{settings.port}"
-    client = Client(url)
+    client = Client(url, token)
     _wait_ready(client, children, servers)
     overrides = servers.overrides
     console.print(f"MongoDB  {overrides.get('mongo_uri', 'as MONGO_URI names it')}")
@@ -138,7 +147,7 @@ def _run(settings: Settings, file: Path | None, once: bool, records: int, consol
     key = client.upload(file)
     job_id = client.process(key, options)
     console.print(f"Processing {key} as job {job_id} …")
-    status = watch(client, job_id, console)
+    status = watch(client, job_id, console, file.name)
     _summary(settings, overrides, status, url, key, console)
     if once:
         return 0 if status["status"] == "COMPLETED" else 1

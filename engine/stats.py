@@ -68,7 +68,7 @@ class Reporter(threading.Thread):
         quick = WriteConcern(1)
         self._workers = store.workers.with_options(write_concern=quick)
         self._totals = store.totals.with_options(write_concern=quick)
-        self._name = name
+        self._holder = name
         self._fixed = {"slot": slot, "pid": os.getpid(), "host": socket.gethostname()}
         self._stats = stats
         self._doing = doing
@@ -94,7 +94,7 @@ class Reporter(threading.Thread):
                 self._told = counts
             self._told_at = now
             if last:
-                self._workers.delete_one({"_id": self._name})
+                self._workers.delete_one({"_id": self._holder})
                 return
             told: Document = self._fixed | {
                 "counts": counts,
@@ -103,7 +103,7 @@ class Reporter(threading.Thread):
                 "doing": self._doing(),
             }
             fields = {name: {"$literal": value} for name, value in told.items()} | {"at": "$$NOW"}
-            self._workers.update_one({"_id": self._name}, [{"$set": fields}], upsert=True)
+            self._workers.update_one({"_id": self._holder}, [{"$set": fields}], upsert=True)
         except PyMongoError:
             pass  # numbers for people: the work goes on without
 

@@ -28,12 +28,12 @@ FLOORS = (
     ("engine.pipeline",),
     ("engine.worker",),
     ("engine.supervisor", "engine.local"),
-    ("api.problems", "api.models", "api.load"),
-    ("api.operations", "api.limits", "api.told"),
+    ("api.problems", "api.models", "api.client"),
+    ("api.operations", "api.limits", "api.told", "api.transfer", "api.show"),
     ("api.auth", "api.openapi", "api.metrics", "api.queue", "api.health", "api.uploads", "api.submit", "api.watch"),
     ("api.jobs", "api.files", "api.direct"),
     ("api.app",),
-    ("api.server", "api.up"),
+    ("api.server", "api.up", "api.doctor"),
     ("api.cli",),
 )
 

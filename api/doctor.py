@@ -1,0 +1,118 @@
+"""`headrace doctor`: look at everything that a load needs, one line each, with what to do where something is amiss."""
+
+import io
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from api.auth import is_loopback, tokens_of
+from engine.errors import HeadraceError
+from engine.objects import Objects, connect
+from engine.settings import Settings
+from engine.store import Store
+
+__all__ = ["Finding", "examine"]
+
+CLOCK_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was looked at, how it is (ok, warning or wrong), and a sentence."""
+
+    what: str
+    state: str
+    said: str
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Look at one thing after the other."""
+    checks: list[tuple[str, Callable[[Settings], Finding]]] = [
+        ("MongoDB", _mongodb),
+        ("S3", _s3),
+        ("processes", _processes),
+        ("spool", _spool),
+        ("API", _api),
+    ]
+    for what, check in checks:
+        try:
+            yield check(settings)
+        except HeadraceError as error:
+            yield Finding(what, "wrong", str(error))
+
+
+def _mongodb(settings: Settings) -> Finding:
+    if settings.mongo_uri is None:
+        return Finding("MongoDB", "warning", "MONGO_URI is not set: `headrace up` starts a server of its own")
+    store = Store(settings, pool=2)
+    try:
+        store.ping()
+        if store.standalone():
+            said = "it is no member of a replica set: make it one (--replSet, then rs.initiate())"
+            return Finding("MongoDB", "warning", said)
+        now = store.control.command("hello")["localTime"]
+        off = abs((datetime.now(UTC) - now).total_seconds())
+        if off > CLOCK_SECONDS:
+            said = f"this machine's clock is {off:.0f} s off that of the database: set both, for example with NTP"
+            return Finding("clock", "warning", said)
+        probe = store.control["doctor"]
+        probe.insert_one({"at": now})
+        probe.drop()
+        return Finding("MongoDB", "ok", "a replica set or router answers, takes writes, and agrees on the time")
+    finally:
+        store.close()
+
+
+def _s3(settings: Settings) -> Finding:
+    if settings.aws_bucket_name is None:
+        return Finding("S3", "warning", "AWS_BUCKET_NAME is not set: `headrace up` starts a server of its own")
+    objects = Objects(connect(settings), settings.aws_bucket_name)
+    objects.check()
+    key = f"headrace-doctor-{uuid.uuid4().hex}"
+    began = time.perf_counter()
+    source = objects.upload(io.BytesIO(b"doctor\n"), key)
+    try:
+        with objects.open(source, 0, 7) as reader:
+            if reader.read(7) != b"doctor\n":
+                return Finding("S3", "wrong", "what was read is not what was written: see the S3 server")
+    finally:
+        objects.delete(key)
+    took = 1000 * (time.perf_counter() - began)
+    return Finding("S3", "ok", f"bucket {settings.aws_bucket_name} takes, gives and deletes ({took:.0f} ms)")
+
+
+def _processes(settings: Settings) -> Finding:
+    cores, workers = len(os.sched_getaffinity(0)), settings.engine_workers
+    if workers > 2 * cores:
+        said = f"ENGINE_WORKERS={workers} on {cores} cores: more than two a core slow each other down"
+        return Finding("processes", "warning", said)
+    return Finding("processes", "ok", f"{workers} workers on {cores} cores")
+
+
+def _spool(settings: Settings) -> Finding:
+    folder = settings.api_spool_dir or tempfile.gettempdir()
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding("spool", "wrong", f"{folder}: {error.strerror}: make it, or set API_SPOOL_DIR to another")
+    if free < settings.api_max_upload_bytes:
+        said = (
+            f"{folder} has {free / 1e9:.1f} GB left and API_MAX_UPLOAD_BYTES is {settings.api_max_upload_bytes / 1e9:.1f} GB: "
+            "free some, or set API_SPOOL_DIR to a larger disk"
+        )
+        return Finding("spool", "warning", said)
+    return Finding("spool", "ok", f"{folder} has {free / 1e9:.1f} GB left")
+
+
+def _api(settings: Settings) -> Finding:
+    tokens = tokens_of(settings)
+    if not tokens and not is_loopback(settings.api_host):
+        said = f"API_HOST={settings.api_host} and no tokens: `headrace api` will not start; draw some with `headrace token`"
+        return Finding("API", "wrong", said)
+    return Finding("API", "ok", f"{settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens")

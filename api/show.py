@@ -1,0 +1,165 @@
+"""What commands print: bars, tables, and sentences. Everything else a script reads comes as JSON."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from api.client import TERMINAL, Client
+from engine.errors import HeadraceError
+from engine.logs import mask
+from engine.stats import STAGES
+
+__all__ = [
+    "Bars",
+    "bars",
+    "job_lines",
+    "jobs_table",
+    "plainly",
+    "print_json",
+    "profile_table",
+    "watch",
+    "workers_table",
+]
+
+POLL_SECONDS: Final = 0.5
+LINE_SECONDS: Final = 1.0
+
+
+def plainly(error: HeadraceError) -> None:
+    """Tell an error to a person, on standard error."""
+    print(f"headrace: {mask(str(error))}", file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on standard output."""
+    print(orjson.dumps(value, default=str).decode())
+
+
+class Bars:
+    """One bar for each file, through its upload and its job. On a terminal they move; elsewhere they are lines."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress = progress
+        self._console = console
+        self._said: dict[TaskID, float] = {}
+
+    def add(self, name: str) -> TaskID:
+        """A bar for a file."""
+        return self._progress.add_task(name, total=100, state="", told="")
+
+    def uploaded(self, task: TaskID, sent: int, size: int | None, rate: float) -> None:
+        """So many bytes were sent."""
+        share = 100 * sent / size if size else None
+        told = f"{sent / 1e6:,.0f} MB  {rate / 1e6:,.0f} MB/s"
+        self._show(task, "uploading", share, told, last=size is not None and sent >= size)
+
+    def processed(self, task: TaskID, status: dict[str, Any]) -> None:
+        """The job is so far."""
+        told, state = status["progress"], status["status"]
+        rate = told["recordsPerSecond"]
+        speed = rate * told["bytesDone"] / told["lines"] / 1e6 if told["lines"] else 0.0
+        text = f"{told['lines']:,} lines  {rate:,.0f} records/s  {speed:,.0f} MB/s"
+        if told["rejected"]:
+            text += f"  {told['rejected']:,} rejected"
+        self._show(task, state, told["percent"], text, last=state in TERMINAL)
+
+    def _show(self, task: TaskID, state: str, share: float | None, told: str, *, last: bool) -> None:
+        self._progress.update(task, state=state, completed=share or 0, told=told)
+        now = time.monotonic()
+        if not self._console.is_terminal and (last or now - self._said.get(task, 0) >= LINE_SECONDS):
+            self._said[task] = now
+            name = self._progress.tasks[task].description
+            percent = f"{share:>5.1f} %" if share is not None else "      "
+            self._console.print(f"{name}  {state:<10} {percent}  {told}", markup=False)
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[Bars]:
+    """Bars on a console, for as long as it takes."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[state]:<10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>5.1f} %  {task.fields[told]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Bars(progress, console)
+
+
+def watch(client: Client, job_id: str, console: Console, name: str = "job") -> dict[str, Any]:
+    """Show a job's progress until it ends; returns its last status."""
+    with bars(console) as shown:
+        task = shown.add(name)
+        while True:
+            status = client.status(job_id)
+            shown.processed(task, status)
+            if status["status"] in TERMINAL:
+                return status
+            time.sleep(POLL_SECONDS)
+
+
+def job_lines(status: dict[str, Any]) -> Iterator[str]:
+    """A job for a person to read."""
+    told = status["progress"]
+    yield f"{status['jobId']}  {status['status']}{' (stopping)' if status['stopping'] else ''}  {status['fileKey']}"
+    yield (
+        f"  {told['percent']} %, {told['lines']:,} lines: {told['inserted']:,} inserted, {told['duplicates']:,} duplicates, "
+        f"{told['rejected']:,} rejected, {told['blank']:,} blank; {told['recordsPerSecond']:,.0f} records/s"
+    )
+    if status["alreadyLoadedBy"]:
+        yield f"  this version was loaded before by job {status['alreadyLoadedBy']}"
+    if status["error"]:
+        yield f"  {status['error']['code']}: {status['error']['message']}"
+    for reject in status["errors"]:
+        where = f"line {reject['line']}" if reject["line"] else f"byte {reject['offset']}"
+        yield f"  rejected at {where}: {reject['reason']}: {reject['detail']}"
+    for event in status.get("timeline", ()):
+        yield f"  {event['at']}  {event['what']}"
+
+
+def jobs_table(jobs: Sequence[dict[str, Any]]) -> Table:
+    """Jobs, one a row."""
+    table = Table("job", "status", "%", "lines", "rejected", "records/s", "created", "file")
+    for job in jobs:
+        told = job["progress"]
+        numbers = (f"{told['lines']:,}", f"{told['rejected']:,}", f"{told['recordsPerSecond']:,.0f}")
+        table.add_row(job["jobId"], job["status"], str(told["percent"]), *numbers, job["createdAt"], job["fileKey"])
+    return table
+
+
+def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
+    """Workers, one a row."""
+    table = Table("host", "worker", "pid", "job", "range", "%", "records/s", "memory MB", "peak MB")
+    for worker in workers:
+        doing = worker["doing"]
+        what = [str(doing.get(name, "")) for name in ("job", "range", "percent")]
+        memory = (f"{worker['memory'] / 1e6:,.0f}", f"{worker['memoryPeak'] / 1e6:,.0f}")
+        table.add_row(worker["host"], str(worker["slot"]), str(worker["pid"]), *what, f"{worker['rate']:,.0f}", *memory)
+    return table
+
+
+def profile_table(workers: Sequence[dict[str, Any]]) -> Table:
+    """Where the workers' time went: for each stage its microseconds per line, and its share of all stages."""
+    table = Table("worker", "lines", *STAGES, title="microseconds per line (share of the threads' time)")
+    for worker in [*workers, _sum(workers)] if len(workers) > 1 else workers:
+        counts = worker["counts"]
+        lines = counts.get("lines", 0)
+        seconds = [counts.get(f"seconds_{stage}", 0.0) for stage in STAGES]
+        whole = sum(seconds) or 1.0
+        cells = [f"{1e6 * s / lines:.2f} ({100 * s / whole:.0f} %)" if lines else "–" for s in seconds]
+        table.add_row(str(worker["slot"]), f"{lines:,.0f}", *cells)
+    return table
+
+
+def _sum(workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = {name for worker in workers for name in worker["counts"]}
+    counts = {name: sum(worker["counts"].get(name, 0) for worker in workers) for name in names}
+    return {"slot": "all", "counts": counts}
