@@ -8,10 +8,10 @@ TESTABLE := $(VENV)/.testable
 RECORDS ?= 200000
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit lint types format chaos bench clean
+.PHONY: help install run test unit lint types format chaos bench bench-quick bench-report clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED) ## make .venv and install Headrace with the servers that it can embed
 
@@ -36,8 +36,15 @@ format: $(TESTABLE) ## let ruff format the code
 chaos: $(TESTABLE) ## loads broken on purpose, for hours (NAMES="kills steps", SHORT=1)
 	@$(BIN)/python -m tests.chaos $(NAMES) $(if $(SHORT),--short)
 
-bench: $(TESTABLE) ## the benchmarks
-	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only
+bench: $(TESTABLE) ## the benchmarks, on real servers (ARGS="--benchmark-json=out.json -k write")
+	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only --timeout=1800 $(ARGS)
+
+bench-quick: $(TESTABLE) ## the benchmarks in small: under two minutes
+	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only --quick --benchmark-max-time=0.2 --benchmark-min-rounds=3 $(ARGS)
+
+bench-report: $(TESTABLE) ## measure everything against the ceiling and write bench/REPORT.md (GIGABYTES=10, QUICK=1)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/python -m bench.report $(if $(GIGABYTES),--gigabytes $(GIGABYTES)) $(if $(QUICK),--quick)
 
 clean: ## remove .venv and what tools left; the data in .headrace stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,14 +6,16 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from api.client import Client
 from engine.ledger import Ledger
-from engine.local import LocalServers
+from engine.local import LocalServers, free_port
 from engine.model import TERMINAL, Job, JobOptions, Source
 from engine.objects import Objects, connect
 from engine.queue import Queue
@@ -36,15 +38,19 @@ class Taken:
     lines: int
 
 
+def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:
+    given = {
+        name.upper(): str(getattr(value, "get_secret_value", lambda value=value: value)())
+        for name, value in settings.model_dump(exclude_defaults=True).items()
+    }
+    return given | {name.upper(): str(value) for name, value in changes.items()} | {"PYTHONPATH": str(ROOT)}
+
+
 class Engine:
     """`headrace engine` as a process; `changes` are settings by name."""
 
     def __init__(self, settings: Settings, log: Path, changes: dict[str, Any]) -> None:
-        environment = {
-            name.upper(): str(getattr(value, "get_secret_value", lambda value=value: value)())
-            for name, value in settings.model_dump(exclude_defaults=True).items()
-        }
-        environment |= {name.upper(): str(value) for name, value in changes.items()} | {"PYTHONPATH": str(ROOT)}
+        environment = _environment(settings, changes)
         self._log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -97,9 +103,11 @@ class Rig:
         self.folder = folder
         self.store = Store(self.settings)
         self.store.prepare()
-        self.queue = Queue(self.store, Ledger(self.store, self.settings.engine_lease_seconds))
+        self.ledger = Ledger(self.store, self.settings.engine_lease_seconds)
+        self.queue = Queue(self.store, self.ledger)
         self.s3 = connect(self.settings)
-        self.objects = Objects(self.s3, self.settings.aws_bucket_name or "")
+        self.bucket = self.settings.aws_bucket_name or ""
+        self.objects = Objects(self.s3, self.bucket)
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +123,27 @@ class Rig:
         self._stack.callback(engine.stop)
         engine.ready(workers)
         return engine
+
+    @contextmanager
+    def api(self) -> Iterator[Client]:
+        """The HTTP API on a free port, and a client of it."""
+        port = free_port()
+        environment = _environment(self.settings, {"port": port, "api_max_upload_bytes": "10GiB"})
+        with (self.folder / "api.log").open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "api.cli", "api"], env=os.environ | environment, stdout=output, stderr=output
+            )
+        try:
+            client = Client(f"http://127.0.0.1:{port}")
+            end = time.monotonic() + 30
+            while not client.ready():
+                if time.monotonic() > end or process.poll() is not None:
+                    raise RuntimeError(f"the API did not start: {(self.folder / 'api.log').read_text()[-500:]}")
+                time.sleep(0.05)
+            yield client
+        finally:
+            process.terminate()
+            process.wait(30)
 
     def upload(self, path: Path) -> Source:
         """Put a file into S3."""

@@ -1,64 +1,71 @@
-"""One core, one stage at a time: split, decode, encode. Figures per batch of lines, on the seeded sample."""
+"""One core, one stage at a time, nothing but memory: split, parse, encode."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bson
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from engine import sample
-from engine.batches import Batch
+from bench.shapes import SHAPES
+from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.lines import Splitter
 from engine.model import Format
 
-RECORDS = 20_000
 TAG = b"\0\0\0\0\0\0"
+BATCHES = [100, 1000, 10_000]
+COUNTS = {"ordinary": 20_000, "tiny": 20_000, "wide": 1000, "large": 500}
+
+Files = Callable[[str, int], Path]
 
 
-@pytest.fixture(scope="module")
-def data() -> bytes:
-    """The sample's bytes."""
-    return b"".join(sample.lines(RECORDS))
-
-
-def _batch(data: bytes, records: int) -> Batch:
-    lines = data.split(b"\n")[:records]
-    return Batch(0, sum(map(len, lines)) + len(lines), 0, lines)
-
-
-def _note(benchmark: BenchmarkFixture, size: int, records: int) -> None:
-    benchmark.extra_info.update({"bytes": size, "records": records})
+def _batches(data: bytes, records: int) -> list[Batch]:
+    splitter, batcher = Splitter(0, len(data), 1 << 25), Batcher(records, 1 << 30)
+    made = [batch for block in splitter.feed(data) for batch in batcher.add(block)]
+    return [*made, *batcher.flush()]
 
 
 @pytest.mark.benchmark(group="split")
 @pytest.mark.parametrize("chunk", [64 * 1024, 1024 * 1024])
-def test_split(benchmark: BenchmarkFixture, data: bytes, chunk: int) -> None:
+def test_split(measure: Any, file: Files, chunk: int) -> None:
     """Chunks of bytes into lines."""
+    count = COUNTS["ordinary"]
+    data = file("ordinary", count).read_bytes()
 
     def split() -> int:
         splitter = Splitter(0, len(data), 1 << 25)
         blocks = (block for at in range(0, len(data), chunk) for block in splitter.feed(data[at : at + chunk]))
         return sum(len(getattr(block, "lines", ())) for block in blocks)
 
-    _note(benchmark, len(data), RECORDS)
-    assert benchmark(split) == RECORDS
+    assert measure(split, size=len(data), records=count, chunk=chunk) == count
 
 
 @pytest.mark.benchmark(group="parse")
-@pytest.mark.parametrize("records", [100, 1000, 10_000])
-def test_decode(benchmark: BenchmarkFixture, data: bytes, records: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "batch"), [*(("ordinary", n) for n in BATCHES), *((s, 1000) for s in SHAPES if s != "ordinary")]
+)
+def test_parse(measure: Any, file: Files, shape: str, batch: int) -> None:
     """Lines into documents with their ids."""
-    batch = _batch(data, records)
-    _note(benchmark, batch.end, records)
-    assert len(benchmark(decode, batch, Format.NDJSON, TAG, "sample").documents) == records
+    data = file(shape, COUNTS[shape]).read_bytes()
+    batches = _batches(data, batch)
+
+    def parse() -> int:
+        return sum(len(decode(b, Format.NDJSON, TAG, "key").documents) for b in batches)
+
+    assert measure(parse, size=len(data), records=COUNTS[shape], batch=batch, shape=shape) == COUNTS[shape]
 
 
 @pytest.mark.benchmark(group="encode")
-@pytest.mark.parametrize("records", [100, 1000, 10_000])
-def test_encode(benchmark: BenchmarkFixture, data: bytes, records: int) -> None:
-    """Documents into BSON."""
-    batch = _batch(data, records)
-    documents: list[dict[str, Any]] = decode(batch, Format.NDJSON, TAG, "sample").documents
-    _note(benchmark, batch.end, records)
-    assert benchmark(bson.encode, {"documents": documents})
+@pytest.mark.parametrize(
+    ("shape", "batch"), [*(("ordinary", n) for n in BATCHES), *((s, 1000) for s in SHAPES if s != "ordinary")]
+)
+def test_encode(measure: Any, file: Files, shape: str, batch: int) -> None:
+    """Documents into BSON, a command's worth at a time."""
+    data = file(shape, COUNTS[shape]).read_bytes()
+    decoded = [decode(b, Format.NDJSON, TAG, "key").documents for b in _batches(data, batch)]
+
+    def encode() -> int:
+        return sum(len(bson.encode({"documents": documents})) for documents in decoded)
+
+    assert measure(encode, size=len(data), records=COUNTS[shape], batch=batch, shape=shape)

@@ -30,7 +30,7 @@ from engine.errors import HeadraceError, StartError
 from engine.objects import Objects, connect
 from engine.settings import DEFAULT_DATABASE, Settings
 
-__all__ = ["BUCKET", "LocalServers", "die_with_parent", "free_port", "port_is_free"]
+__all__ = ["BUCKET", "LocalServers", "die_with_parent", "free_port", "mongod_path", "port_is_free"]
 
 BUCKET: Final = "headrace"
 REPLICA_SET: Final = "headrace"
@@ -213,7 +213,7 @@ class LocalServers:
         return next((server.name for server in self._servers if server.process.poll() is not None), None)
 
     def _start_mongod(self) -> Callable[[], None]:
-        binary = _mongod()
+        binary = mongod_path()
         data = self._folder / "mongod"
         data.mkdir(exist_ok=True)
         port = self._remembered("mongod.port", MONGOD_PORT)
@@ -323,7 +323,8 @@ def _stores(objects: Objects) -> bool:
     return True
 
 
-def _mongod() -> str:
+def mongod_path() -> str:
+    """Where a mongod is: on the PATH, or in the extra `local`. Raises StartError."""
     if found := shutil.which("mongod"):
         return found
     spec = importlib.util.find_spec("fiftyone")

@@ -28,9 +28,10 @@ REPORT_SECONDS: Final = 2.0
 LIVE_SECONDS: Final = 15.0
 """A worker that has told nothing for so long is not shown."""
 
-STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall")
+STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "queue")
 """Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding and sending
-commands; waiting for the database; and the reader's wait for room among the batches under way."""
+batches; waiting for the database to take them; the reader's wait for room among the batches under way; and waiting for the
+database over jobs and ranges."""
 
 
 class Stats:

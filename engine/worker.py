@@ -157,11 +157,14 @@ class _Worker:
             try:
                 self._expire()
                 self._prune()
+                waited = self._store.waited()
                 found = self._join()
                 if found is None:
                     self._wait()
                 else:
                     self._run(pipeline, found)
+                    # This thread writes no documents: what it waited for was the queue.
+                    self._stats.add(seconds_queue=self._store.waited() - waited)
                     self._collect()
                 self._last_error = ""
             except HeadraceError as error:

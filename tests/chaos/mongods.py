@@ -8,7 +8,7 @@ import time
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from engine.local import _mongod, die_with_parent, free_port
+from engine.local import die_with_parent, free_port, mongod_path
 
 SET = "chaos"
 
@@ -50,7 +50,17 @@ class Mongods:
     def start(self, port):
         data = self.folder / f"mongod-{port}"
         data.mkdir(parents=True, exist_ok=True)
-        command = [_mongod(), "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1", "--replSet", SET]
+        command = [
+            mongod_path(),
+            "--dbpath",
+            str(data),
+            "--port",
+            str(port),
+            "--bind_ip",
+            "127.0.0.1",
+            "--replSet",
+            SET,
+        ]
         command += ["--wiredTigerCacheSizeGB", "0.5", "--nounixsocket", "--setParameter", "enableTestCommands=1"]
         with (self.folder / f"mongod-{port}.log").open("ab") as log:
             self.running[port] = subprocess.Popen(

@@ -9,6 +9,7 @@ import signal
 import time
 from contextlib import ExitStack
 
+from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 from engine.model import RangeState
@@ -305,7 +306,8 @@ def slow(settings, folder, short):
         with Rig(settings, folder) as rig:
             path = made(rig, 30_000)
             engine = rig.engine(engine_range_bytes="1MiB", **patience)
-            admin = rig.store.client.admin
+            # A client without deadlines: a fail point is turned off only when nobody is within it.
+            admin = MongoClient(rig.settings.mongo_uri.get_secret_value(), appname="chaos").admin
             data = {
                 "failCommands": commands,
                 "appName": "headrace",
@@ -322,6 +324,7 @@ def slow(settings, folder, short):
             for action in ("kill", "lost", "expire", "postpone"):
                 if engine.actions(action):
                     report.problems.append(f"slow {commands} led to: {engine.actions(action)[0]['event']}")
+            admin.client.close()
             rig.verify(report, path, job)
     folder.mkdir(parents=True, exist_ok=True)
     with Mongods(folder) as mongods, Rig(_on(mongods, settings), folder) as rig:
