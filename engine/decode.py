@@ -23,6 +23,9 @@ BOM: Final = b"\xef\xbb\xbf"
 # The smallest integer outside int64 has 19 digits. All digits made '0', a run of 19 is one `find` away.
 _ZEROS: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
 _RUN: Final = b"0" * 19
+_MOST: Final = b"%d" % (2**63 - 1)
+_MOST_BELOW: Final = b"%d" % 2**63
+_MINUS: Final = ord("-")
 
 # Strings are matched first, so that digits within them are passed over; then numbers, whole, to see if they are integers.
 _TOKEN: Final = re.compile(
@@ -103,7 +106,7 @@ def _ndjson(batch: Batch, tag: bytes) -> Decoded:
         documents = list(map(orjson.loads, lines))
     except orjson.JSONDecodeError:
         return _one_by_one(batch, tag)
-    if set(map(type, documents)) != {dict} or _RUN in b"\n".join(lines).translate(_ZEROS):
+    if set(map(type, documents)) != {dict} or _has_wide_digits(b"\n".join(lines)):
         return _one_by_one(batch, tag)
     own_ids = [index for index, document in enumerate(documents) if "_id" in document]
     for document, identity in zip(documents, _identities(batch, tag), strict=True):
@@ -163,9 +166,25 @@ _KINDS: Final = {
 }
 
 
+def _has_wide_digits(data: bytes) -> bool:
+    """Whether any run of digits may be an integer that int64 cannot hold; a look at all bytes, and at few of them twice."""
+    zeros = data.translate(_ZEROS)
+    at = zeros.find(_RUN)
+    while at >= 0:
+        before = zeros[at - 1] if at else 0
+        # Behind a point stands a fraction, and behind a digit the rest of one.
+        if before not in b".0" and (
+            zeros.startswith(b"0", at + len(_RUN))
+            or data[at : at + len(_RUN)] > (_MOST_BELOW if before == _MINUS else _MOST)
+        ):
+            return True
+        at = zeros.find(_RUN, at + 1)
+    return False
+
+
 def _beyond_int64(line: bytes) -> str | None:
     """The first integer literal of a valid JSON text that int64 cannot hold, shortened; None where there is none."""
-    if _RUN not in line.translate(_ZEROS):
+    if not _has_wide_digits(line):
         return None
     for match in _TOKEN.finditer(line):
         digits, rest = match.group(1), match.group(2)

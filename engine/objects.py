@@ -61,6 +61,8 @@ def connect(settings: Settings) -> S3Client:
             read_timeout=settings.socket_timeout_seconds,
             retries={"mode": "standard", "total_max_attempts": 2},
             max_pool_connections=32,
+            # The default for signed URLs is an older one that AWS refuses in newer regions.
+            signature_version="s3v4",
             s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
             tcp_keepalive=True,
             # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.

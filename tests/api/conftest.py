@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from bson import ObjectId
 
 from engine.local import free_port
 from engine.objects import Objects, connect
@@ -42,6 +43,7 @@ def live(servers, tmp_path_factory):
                 api=api,
                 engine=engine,
                 folder=folder,
+                oid=ObjectId,
             )
         assert api.stop() == 0
         assert engine.stop() == 0

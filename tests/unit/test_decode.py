@@ -139,3 +139,36 @@ def test_every_object_comes_through_unchanged_or_is_rejected_for_its_integers(va
 def test_each_line_of_any_bytes_ends_as_one_thing(lines, format):
     decoded = run(*lines, format=Format(format))
     assert len(decoded.documents) + len(decoded.rejects) + decoded.blank == len(lines)
+
+
+EDGES = [
+    2**63 - 1,
+    2**63,
+    -(2**63),
+    -(2**63) - 1,
+    2**64 - 1,
+    2**64,
+    10**18,
+    10**19,
+    -(10**19),
+    1_700_000_000_000_000_000,
+]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(EDGES),
+            st.integers(),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.text("0123456789.-"),
+        ),
+        max_size=6,
+    )
+)
+def test_a_document_is_refused_exactly_when_an_integer_of_it_does_not_fit(values):
+    line = json.dumps({"a": values}).encode()
+    fits = all(-(2**63) <= value < 2**63 for value in values if type(value) is int)
+    decoded = run(b'{"n":1}', line, b'{"n":2}')
+    assert [str(r.reason) for r in decoded.rejects] == ([] if fits else ["int_range"])
+    assert len(decoded.documents) == (3 if fits else 2)

@@ -1,0 +1,132 @@
+"""Uploads whose bytes do not pass through the API, and the files that are there."""
+
+import hashlib
+import io
+import threading
+import uuid
+
+import httpx
+import pytest
+
+MIB = 2**20
+
+
+def begin(live, **body):
+    answer = live.http.post("/uploads", json={"fileName": "big file.ndjson"} | body)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def put(state, number, data):
+    url = next(part["url"] for part in state["urls"] if part["partNumber"] == number)
+    answer = httpx.put(url, content=data, headers=state["headers"])
+    assert answer.status_code == 200, answer.text
+
+
+def parts(live):
+    return live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
+
+
+def test_parts_go_to_s3_and_become_the_object(live, finish):
+    data = b"".join(b'{"n":%07d}\n' % n for n in range(900_000))
+    state = begin(live, size=len(data), partBytes=5 * MIB)
+    assert (state["partBytes"], state["parts"]) == (5 * MIB, -(-len(data) // (5 * MIB)))
+    for number in range(1, state["parts"] + 1):
+        put(state, number, data[(number - 1) * 5 * MIB : number * 5 * MIB])
+    done = live.http.post(f"/uploads/{state['uploadId']}/complete")
+    assert (done.status_code, done.json()["size"]) == (201, len(data))
+    assert live.s3.get_object(Bucket=live.bucket, Key=done.json()["fileKey"])["Body"].read() == data
+    assert live.http.get(f"/uploads/{state['uploadId']}").status_code == 404
+    job = live.http.post(f"/process/{done.json()['fileKey']}", json={"collection": "direct"}).json()
+    assert finish(job["jobId"])["progress"]["inserted"] == 900_000
+
+
+def test_an_upload_tells_what_is_there_and_where_to_send_the_rest(live):
+    state = begin(live, size=12 * MIB, partBytes=5 * MIB)
+    put(state, 2, b"b" * 5 * MIB)
+    told = live.http.get(f"/uploads/{state['uploadId']}", params={"first": 3, "count": 10}).json()
+    digest = hashlib.md5(b"b" * 5 * MIB).hexdigest()
+    assert told["stored"] == [{"partNumber": 2, "size": 5 * MIB, "etag": digest}]
+    assert [part["partNumber"] for part in told["urls"]] == [3]
+    early = live.http.post(f"/uploads/{state['uploadId']}/complete")
+    assert (early.status_code, "missing: 1, 3" in early.json()["detail"]) == (409, True)
+    put(state, 1, b"a" * 5 * MIB)
+    put(told, 3, b"c" * MIB)
+    short = live.http.post(f"/uploads/{state['uploadId']}/complete")
+    assert (short.status_code, "announced" in short.json()["detail"]) == (409, True)
+    put(told, 3, b"c" * 2 * MIB)
+    assert live.http.post(f"/uploads/{state['uploadId']}/complete").json()["size"] == 12 * MIB
+
+
+@pytest.mark.parametrize("end", ["abort", "delete"])
+def test_an_upload_that_is_given_up_leaves_nothing(live, end):
+    before = len(parts(live))
+    state = begin(live, size=MIB)
+    put(state, 1, b"x" * MIB)
+    path = f"/uploads/{state['uploadId']}"
+    answer = live.http.post(f"{path}/abort") if end == "abort" else live.http.delete(path)
+    assert answer.status_code == 204
+    assert len(parts(live)) == before
+    assert live.http.post(f"{path}/complete").status_code == 404
+
+
+def test_unfinished_uploads_are_swept_after_a_day(live):
+    from engine.direct import DirectUploads
+
+    old, young = begin(live, size=MIB), begin(live, size=MIB)
+    day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
+    live.store.uploads.update_one({"_id": old["uploadId"]}, day)
+    assert DirectUploads(live.store, live.s3, live.bucket, 8 * MIB).sweep() == 1
+    assert live.http.get(f"/uploads/{old['uploadId']}").status_code == 404
+    assert live.http.delete(f"/uploads/{young['uploadId']}").status_code == 204
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"fileName": 5}, {"fileName": ""}, {"fileName": "a", "size": -1}, {"fileName": "a", "partBytes": 1}, {"x": 1}],
+)
+def test_a_wrong_upload_is_named(live, body):
+    assert live.http.post("/uploads", json=body).status_code == 422
+
+
+def test_files_are_listed_looked_at_and_deleted(live, finish):
+    prefix = f"files-{uuid.uuid4().hex}/"
+    keys = [live.objects.upload(io.BytesIO(b"{}\n"), f"{prefix}{n}/ü x.ndjson").key for n in range(5)]
+    first = live.http.get("/files", params={"prefix": prefix, "limit": 3}).json()
+    rest = live.http.get("/files", params={"prefix": prefix, "limit": 3, "cursor": first["next"]}).json()
+    assert [file["fileKey"] for file in first["files"] + rest["files"]] == keys
+    assert (first["bucket"], rest["next"]) == (live.bucket, None)
+    job_id = live.http.post(f"/process/{keys[0]}", json={"collection": "files"}).json()["jobId"]
+    finish(job_id)
+    told = live.http.get(f"/files/{keys[0]}").json()
+    assert (told["fileKey"], told["size"], [job["jobId"] for job in told["jobs"]]) == (keys[0], 3, [job_id])
+    assert live.http.delete(f"/files/{keys[0]}").status_code == 204
+    assert live.http.get(f"/files/{keys[0]}").status_code == 404
+    assert live.http.delete(f"/files/{keys[0]}").status_code == 404
+
+
+def test_a_file_that_an_open_job_needs_is_not_deleted(live):
+    key = live.objects.upload(io.BytesIO(b"{}\n"), f"needed-{uuid.uuid4().hex}").key
+    job_id = live.http.post(f"/process/{key}", json={"runAt": "2099-01-01T00:00:00Z"}).json()["jobId"]
+    answer = live.http.delete(f"/files/{key}")
+    assert (answer.status_code, job_id in answer.json()["detail"]) == (409, True)
+    live.http.post(f"/jobs/{job_id}/cancel")
+    assert live.http.delete(f"/files/{key}").status_code == 204
+
+
+def test_more_uploads_than_allowed_are_told_to_come_again(live):
+    answers = []
+
+    def send():
+        with httpx.Client(base_url=live.http.base_url, timeout=120) as http:
+            answers.append(http.post("/upload", files={"file": ("a", b"x" * 30 * MIB)}))
+
+    threads = [threading.Thread(target=send) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} <= {201, 503}
+    assert sum(answer.status_code == 201 for answer in answers) >= 4
+    assert all(answer.headers["Retry-After"] for answer in answers if answer.status_code == 503)
+    assert live.http.post("/upload", files={"file": ("a", b"x")}).status_code == 201

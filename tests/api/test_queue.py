@@ -1,0 +1,233 @@
+"""Jobs as a queue: lists, details, batches, repeats that make nothing twice, schedules, deadlines, pauses, dry runs."""
+
+import io
+import threading
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+
+from tests.running import until
+
+
+def put(live, data=b'{"n":1}\n', key=None):
+    return live.objects.upload(io.BytesIO(data), key or f"q/{uuid.uuid4().hex}.ndjson").key
+
+
+def process(live, key, headers=None, **body):
+    return live.http.post(f"/process/{key}", json=body, headers=headers)
+
+
+def test_jobs_are_listed_newest_first_by_pages_and_filters(live, finish):
+    name = uuid.uuid4().hex
+    key = put(live)
+    ids = [process(live, key, collection=name).json()["jobId"] for _ in range(5)]
+    for job_id in ids:
+        finish(job_id)
+    page = live.http.get("/jobs", params={"collection": name, "limit": 3}).json()
+    assert [job["jobId"] for job in page["jobs"]] == ids[:1:-1]
+    rest = live.http.get("/jobs", params={"collection": name, "limit": 3, "cursor": page["next"]}).json()
+    assert ([job["jobId"] for job in rest["jobs"]], rest["next"]) == (ids[1::-1], None)
+    assert len(live.http.get("/jobs", params={"file": key}).json()["jobs"]) == 5
+    assert live.http.get("/jobs", params={"file": key, "status": "FAILED"}).json()["jobs"] == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"status": "DONE"},
+        {"limit": 0},
+        {"limit": "x"},
+        {"limit": 10**9},
+        {"cursor": "x"},
+        {"colour": "red"},
+        {"file": ""},
+    ],
+)
+def test_a_wrong_filter_is_named(live, query):
+    answer = live.http.get("/jobs", params=query)
+    assert answer.status_code == 422
+    assert next(iter(query)) in answer.json()["detail"]
+
+
+def test_a_job_tells_its_ranges_and_what_happened(live, finish):
+    job_id = process(live, put(live, b'{"n":1}\nbad\n')).json()["jobId"]
+    finish(job_id)
+    told = live.http.get(f"/jobs/{job_id}").json()
+    assert told["ranges"] == {"DONE": 1}
+    assert (told["attempts"], told["deaths"], told["workers"]) == (0, 0, [])
+    assert [event["what"] for event in told["timeline"]] == ["submitted", "planned: 1 ranges", "COMPLETED"]
+    status = live.http.get(f"/status/{job_id}").json()
+    assert {name: told[name] for name in status} == status
+
+
+def test_a_batch_sums_its_jobs(live):
+    prefix = f"batch-{uuid.uuid4().hex}/"
+    keys = [put(live, b'{"n":1}\n{"n":2}\nbad\n', f"{prefix}{n}.ndjson") for n in range(7)]
+    answer = live.http.post("/process", json={"prefix": prefix, "collection": "batch"})
+    assert (answer.status_code, answer.json()["jobs"]) == (202, 7)
+    place = answer.headers["Location"]
+    told = until(
+        lambda: (t := live.http.get(place).json())["status"] != "PROCESSING" and t, what="the end of the batch"
+    )
+    assert (told["status"], told["states"]["COMPLETED"]) == ("COMPLETED", 7)
+    assert (told["lines"], told["inserted"], told["rejected"]) == (21, 14, 7)
+    page = live.http.get("/jobs", params={"batch": told["batchId"]}).json()
+    assert sorted(job["fileKey"] for job in page["jobs"]) == sorted(keys)
+    some = live.http.post("/process", json={"fileKeys": keys[:3], "collection": "batch"}).json()
+    assert some["jobs"] == 3
+
+
+def test_a_batch_with_an_object_that_is_not_there_makes_no_job(live):
+    before = live.store.jobs.count_documents({})
+    answer = live.http.post("/process", json={"fileKeys": [put(live), "nowhere"]})
+    assert (answer.status_code, "nowhere" in answer.json()["detail"]) == (404, True)
+    assert live.http.post("/process", json={"prefix": f"{uuid.uuid4().hex}/"}).status_code == 404
+    assert live.store.jobs.count_documents({}) == before
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"prefix": "a", "fileKeys": ["b"]}, {"fileKeys": []}, {"prefix": 5}, {"fileKeys": [5]}]
+)
+def test_a_batch_names_either_a_prefix_or_keys(live, body):
+    assert live.http.post("/process", json=body).status_code == 422
+
+
+def test_a_thousand_repeats_at_once_with_one_key_make_one_job(live):
+    key, name = put(live), {"Idempotency-Key": uuid.uuid4().hex}
+    ids, failed = set(), []
+
+    def send():
+        with httpx.Client(base_url=live.http.base_url, timeout=120) as http:
+            for _ in range(50):
+                answer = http.post(f"/process/{key}", json={"collection": "once"}, headers=name)
+                if answer.status_code == 202:
+                    ids.add(answer.json()["jobId"])
+                else:
+                    failed.append(answer.text)
+
+    threads = [threading.Thread(target=send) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(ids), failed) == (1, [])
+    assert live.store.jobs.count_documents({"source.key": key}) == 1
+
+
+def test_the_same_idempotency_key_with_another_request_is_refused(live):
+    key, name = put(live), {"Idempotency-Key": uuid.uuid4().hex}
+    first = process(live, key, name, collection="one").json()
+    assert process(live, key, name, collection="one").json()["jobId"] == first["jobId"]
+    for answer in (process(live, key, name, collection="two"), process(live, put(live), name, collection="one")):
+        assert (answer.status_code, answer.json()["type"]) == (422, "urn:headrace:problem:idempotency_key_reused")
+    assert process(live, key, {"Idempotency-Key": "with space"}).status_code == 422
+
+
+def test_a_batch_is_safe_to_repeat(live):
+    keys = [put(live) for _ in range(5)]
+    name = {"Idempotency-Key": uuid.uuid4().hex}
+    body = {"fileKeys": keys, "collection": "repeat"}
+    ids = {live.http.post("/process", json=body, headers=name).json()["batchId"] for _ in range(4)}
+    assert len(ids) == 1
+    assert live.store.jobs.count_documents({"source.key": {"$in": keys}}) == 5
+    assert live.http.post("/process", json=body | {"priority": 1}, headers=name).status_code == 422
+
+
+def test_a_job_does_not_run_before_its_time(live, finish):
+    at = datetime.now(UTC) + timedelta(seconds=2.5)
+    job_id = process(live, put(live), runAt=at.isoformat()).json()["jobId"]
+    time.sleep(1)
+    assert live.http.get(f"/status/{job_id}").json()["status"] == "PENDING"
+    told = finish(job_id)
+    assert told["status"] == "COMPLETED"
+    assert datetime.fromisoformat(told["startedAt"]) >= at - timedelta(milliseconds=5)
+
+
+@pytest.mark.parametrize("at", ["tomorrow", 5, "2026-11-24T09:00:00", "0001-01-01T00:00:00Z", {"$gt": 1}, ""])
+def test_a_time_that_is_none_is_named(live, at):
+    answer = process(live, put(live), runAt=at)
+    assert (answer.status_code, "runAt" in answer.json()["detail"]) == (422, True)
+
+
+def test_a_job_that_runs_too_long_fails_and_goes_on_when_retried(live, finish):
+    live.http.post("/queue/pause")
+    try:
+        job_id = process(live, put(live), timeoutSeconds=1).json()["jobId"]
+    finally:
+        live.http.post("/queue/resume")
+    assert finish(job_id)["status"] == "COMPLETED"  # waiting is not running
+    live.store.jobs.update_one(
+        {"_id": live.oid(job_id)},
+        [{"$set": {"state": "PROCESSING", "open": True, "deadline": {"$subtract": ["$$NOW", 1000]}}}],
+    )
+    told = until(
+        lambda: (t := live.http.get(f"/status/{job_id}").json())["status"] == "FAILED" and t, what="the timeout"
+    )
+    assert told["error"]["code"] == "timeout"
+    assert "timeoutSeconds=1" in told["error"]["message"]
+    assert live.http.post(f"/jobs/{job_id}/retry").status_code == 202
+    assert finish(job_id)["status"] == "COMPLETED"
+
+
+def test_a_paused_queue_begins_nothing_and_goes_on_when_resumed(live, finish):
+    assert live.http.post("/queue/pause").json()["paused"] is True
+    try:
+        time.sleep(0.7)  # a look at the queue stays good for half a second
+        job_id = process(live, put(live)).json()["jobId"]
+        time.sleep(1)
+        assert live.http.get(f"/status/{job_id}").json()["status"] == "PENDING"
+        queue = live.http.get("/queue").json()
+        assert (queue["paused"], queue["jobs"]["PENDING"] >= 1) == (True, True)
+    finally:
+        assert live.http.post("/queue/resume").json()["paused"] is False
+    assert finish(job_id)["status"] == "COMPLETED"
+
+
+def test_a_dry_run_tells_what_a_load_would_and_writes_nothing(live, finish):
+    deep = b'{"a":' * 190 + b"1" + b"}" * 190
+    lines = [b'{"n":%d}' % n for n in range(50)]
+    lines += [b"{", b"[1]", b'{"a":9223372036854775808}', b'{"a\\u0000":1}', b'{"_id":[1]}', b'{"_id":{"$x":1}}', deep]
+    lines += [b'{"a":"%s"}' % (b"x" * (16 * 2**20 + 5)), b" ", b'{"_id":1,"v":2}']
+    name = f"dry{uuid.uuid4().hex[:8]}"
+    live.data[name].insert_one({"_id": 1, "v": 1})
+    key = put(live, b"\n".join(lines))
+    dry = finish(process(live, key, collection=name, validate=True).json()["jobId"])
+    assert (dry["status"], dry["validate"]) == ("COMPLETED", True)
+    assert live.data[name].count_documents({}) == 1
+    assert live.store.sources.count_documents({"source.key": key}) == 0
+    real = finish(process(live, key, collection=name).json()["jobId"])
+    same = ("lines", "inserted", "duplicates", "rejected", "blank")
+    assert {n: dry["progress"][n] for n in same} == {n: real["progress"][n] for n in same}
+    found = [live.http.get(f"/jobs/{j['jobId']}/rejects").json()["rejects"] for j in (dry, real)]
+    assert [(r["offset"], r["reason"]) for r in found[0]] == [(r["offset"], r["reason"]) for r in found[1]]
+    assert real["alreadyLoadedBy"] is None
+    again = finish(process(live, key, collection=name, validate=True).json()["jobId"])
+    assert (again["progress"]["duplicates"], again["alreadyLoadedBy"]) == (50, real["jobId"])
+
+
+def test_the_workers_tell_what_they_do(live):
+    workers = until(lambda: live.http.get("/workers").json()["workers"], what="a word of the workers")
+    assert len(workers) == 2
+    assert all(worker["memory"] > 10**6 and worker["pid"] > 1 for worker in workers)
+
+
+def test_the_metrics_are_those_of_the_whole_fleet(live, finish):
+    finish(process(live, put(live, b'{"n":1}\nbad\n' * 100), collection="metrics").json()["jobId"])
+
+    def figure(name):
+        text = live.http.get("/metrics").text
+        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    before = figure("headrace_records_total")
+    finish(process(live, put(live, b'{"n":1}\n' * 1000), collection="metrics").json()["jobId"])
+    until(lambda: figure("headrace_records_total") >= before + 1000, what="the sum over all workers")
+    assert figure("headrace_rejects_total") >= 100
+    assert figure('headrace_jobs{state="COMPLETED"}') >= 2
+    assert figure("headrace_workers") == 2
+    assert figure('headrace_stage_seconds_total{stage="decode"}') > 0
+    assert 'headrace_http_request_seconds_count{method="POST",route="/process/{file_key:path}",status="202"}' in (
+        live.http.get("/metrics").text
+    )

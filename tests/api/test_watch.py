@@ -1,0 +1,102 @@
+"""Waiting costs little: ETags, long polls, streams of events, and a bound that keeps uploads possible."""
+
+import io
+import threading
+import time
+import uuid
+
+import httpx
+import orjson
+import pytest
+
+
+@pytest.fixture
+def waiting(live):
+    """A job that does not begin while the test lasts: its time has not come."""
+    key = live.objects.upload(io.BytesIO(b"{}\n"), f"w/{uuid.uuid4().hex}.ndjson").key
+    job_id = live.http.post(f"/process/{key}", json={"runAt": "2099-01-01T00:00:00Z"}).json()["jobId"]
+    yield job_id
+    live.http.post(f"/jobs/{job_id}/cancel")
+
+
+@pytest.mark.parametrize("path", ["/status/{}", "/jobs/{}"])
+def test_what_has_not_changed_is_not_sent_again(live, waiting, path):
+    first = live.http.get(path.format(waiting))
+    again = live.http.get(path.format(waiting), headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    live.http.post(f"/jobs/{waiting}/cancel")
+    changed = live.http.get(path.format(waiting), headers={"If-None-Match": first.headers["ETag"]})
+    assert (changed.status_code, changed.json()["status"]) == (200, "CANCELLED")
+
+
+def test_a_long_poll_answers_when_the_job_moves(live, waiting):
+    tag = live.http.get(f"/status/{waiting}").headers["ETag"]
+    threading.Timer(1, lambda: live.http.post(f"/jobs/{waiting}/cancel")).start()
+    answer = live.http.get(f"/status/{waiting}", headers={"Prefer": "wait=20", "If-None-Match": tag})
+    assert (answer.status_code, answer.json()["status"]) == (200, "CANCELLED")
+    assert answer.headers["Preference-Applied"] == "wait=20"
+
+
+def test_a_long_poll_ends_when_its_time_is_over(live, waiting):
+    began = time.monotonic()
+    answer = live.http.get(f"/status/{waiting}", headers={"Prefer": "respond-async, wait=1"})
+    assert (answer.status_code, answer.json()["status"]) == (200, "PENDING")
+    assert time.monotonic() - began >= 0.9
+
+
+def test_events_tell_the_progress_to_its_end(live):
+    data = b"".join(b'{"n":%d}\n' % n for n in range(150_000))
+    key = live.objects.upload(io.BytesIO(data), f"w/{uuid.uuid4().hex}.ndjson").key
+    job_id = live.http.post(f"/process/{key}", json={"collection": "events"}).json()["jobId"]
+    events = []
+    with live.http.stream("GET", f"/jobs/{job_id}/events") as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                events.append([line.removeprefix("event: ")])
+            elif line.startswith("data: "):
+                events[-1].append(orjson.loads(line.removeprefix("data: ")))
+    assert events[-1][0] == "end"
+    assert events[-1][1]["status"] == "COMPLETED"
+    assert {name for name, _ in events[:-1]} <= {"progress"}
+    lines = [body["progress"]["lines"] for _, body in events]
+    assert lines == sorted(lines)
+
+
+def test_a_crowd_of_watchers_is_bounded_and_an_upload_goes_through(live, waiting):
+    statuses, lock = [], threading.Lock()
+    begun = threading.Barrier(101)
+
+    def follow(number):
+        with httpx.Client(base_url=live.http.base_url, timeout=60) as http:
+            begun.wait()
+            if number % 2:
+                with http.stream("GET", f"/jobs/{waiting}/events") as answer:
+                    with lock:
+                        statuses.append((answer.status_code, answer.headers.get("Retry-After")))
+                    if answer.status_code == 200:
+                        time.sleep(3)
+            else:
+                answer = http.get(f"/status/{waiting}", headers={"Prefer": "wait=3"})
+                with lock:
+                    statuses.append((answer.status_code, answer.headers.get("Retry-After")))
+
+    threads = [threading.Thread(target=follow, args=(number,)) for number in range(100)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    time.sleep(0.5)
+    stored = live.http.post("/upload", files={"file": ("a.ndjson", b'{"n":1}\n' * 1000)})
+    assert stored.status_code == 201
+    assert live.http.get("/healthz").status_code == 200
+    for thread in threads:
+        thread.join()
+    busy = [retry for status, retry in statuses if status == 429]
+    assert {status for status, _ in statuses} == {200, 429}
+    assert len(busy) >= 84
+    assert all(busy)
+    # What watched has left: there is room again, after a heartbeat at the latest.
+    end = time.monotonic() + 20
+    while live.http.get(f"/status/{waiting}", headers={"Prefer": "wait=1"}).status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.5)
