@@ -56,6 +56,12 @@ class Upload:
         """How many parts it may have."""
         return PARTS_MOST if self.size is None else max(1, -(-self.size // self.part_bytes))
 
+    def size_of(self, number: int) -> int | None:
+        """The bytes that a part must have, where the size of the file is known."""
+        if self.size is None:
+            return None
+        return self.part_bytes if number < self.parts else self.size - (self.parts - 1) * self.part_bytes
+
 
 class DirectUploads:
     """Uploads under way in one bucket."""
@@ -108,9 +114,11 @@ class DirectUploads:
         ]
 
     def parts(self, upload_id: str) -> list[Part]:
-        """The parts that S3 has, by number; of one that was sent twice, the last. Raises NotFound."""
+        """The parts that S3 has, by number. Of one that was sent twice, which some servers list twice, the one that has
+        the size it must have, and else the last. Raises NotFound."""
         found = self._find(upload_id)
-        parts: dict[int, Part] = {}
+        upload = _upload(found)
+        parts: dict[int, tuple[tuple[bool, datetime], Part]] = {}
         marker = 0
         with s3_translated(f"listing the parts of {found['key']}"):
             try:
@@ -119,7 +127,10 @@ class DirectUploads:
                         Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
                     )
                     for part in page.get("Parts", ()):
-                        parts[part["PartNumber"]] = Part(part["PartNumber"], part["Size"], part["ETag"])
+                        number, size = part["PartNumber"], part["Size"]
+                        rank = (size == upload.size_of(number), part["LastModified"])
+                        if number not in parts or rank >= parts[number][0]:
+                            parts[number] = (rank, Part(number, size, part["ETag"]))
                     following = int(page.get("NextPartNumberMarker") or 0)
                     if not page.get("IsTruncated") or following <= marker:
                         break
@@ -128,7 +139,7 @@ class DirectUploads:
                 if error.response["Error"]["Code"] == "NoSuchUpload":
                     raise _gone(upload_id) from None
                 raise
-        return [parts[number] for number in sorted(parts)]
+        return [parts[number][1] for number in sorted(parts)]
 
     def complete(self, upload_id: str) -> Source:
         """Make the object of the parts that are there.
