@@ -1,6 +1,5 @@
 """Jobs over HTTP: status, lists, details, cancel, retry, rejects."""
 
-import base64
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +7,6 @@ import falcon
 
 from api.models import JobDetail, JobPage, JobsQuery, JobStatus, RejectPage, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
-from api.problems import Problem
 from api.told import job_detail, job_status
 from api.watch import PREFER, Watch
 from engine.history import History
@@ -145,7 +143,11 @@ class RejectLines:
         group="jobs",
         scope=Scope.READ,
         query=RejectsQuery,
-        answers={200: Answer("A page of rejects; with format=ndjson all raw lines", RejectPage)},
+        answers={
+            200: Answer(
+                "A page of rejects; with format=ndjson all raw lines", RejectPage, other_media="application/x-ndjson"
+            )
+        },
         errors=(404, 422),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
@@ -158,31 +160,15 @@ class RejectLines:
             resp.downloadable_as = f"{job.id}-rejects.ndjson"
             resp.stream = self._lines(job.id)
             return
-        page: list[Any] = self._rejects.page(job.id, query.limit, _offset(query.cursor))
+        page: list[Any] = self._rejects.page(job.id, query.limit, int(query.cursor) if query.cursor else None)
         more = len(page) == query.limit
         told: RejectPage = {
             "jobId": job.id,
             "rejects": page,
-            "next": _cursor(page[-1]["offset"]) if more else None,
+            "next": str(page[-1]["offset"]) if more else None,
         }
         resp.media = told
 
     def _lines(self, job_id: str) -> Iterator[bytes]:
         for _, line in self._rejects.lines(job_id):
             yield line + b"\n"
-
-
-def _cursor(offset: int) -> str:
-    return base64.urlsafe_b64encode(str(offset).encode()).decode().rstrip("=")
-
-
-def _offset(cursor: str | None) -> int | None:
-    if cursor is None:
-        return None
-    try:
-        offset = int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-        if 0 <= offset < 2**63:
-            return offset
-    except ValueError:
-        pass
-    raise Problem(422, "invalid_request", "cursor: take it from `next` of the page before")

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, NotRequired
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 from pydantic.alias_generators import to_camel
 from typing_extensions import TypedDict
 
@@ -43,8 +43,24 @@ JOB_ID: Final = r"^[0-9a-f]{24}$"
 _COUNT_MOST: Final = 2**53 - 1
 
 
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 5.0 is the integer 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _from_to(least: int, most: int) -> Any:
+    return Annotated[int, Field(strict=True, ge=least, le=most), BeforeValidator(_whole)]
+
+
+_Priority = _from_to(-1000, 1000)
+_Seconds = _from_to(1, 365 * 86_400)
+_Size = _from_to(0, 5 * 1024**4)
+_PartSize = _from_to(5 * 1024**2, 5 * 1024**3)
+
+
 def _budget(value: object) -> object:
     """A count, or a percentage such as "2%"."""
+    value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError('write a count such as 1000, or a percentage such as "2%"')
     if isinstance(value, int):
@@ -104,7 +120,7 @@ class ProcessRequest(_Request):
         BeforeValidator(_budget),
         Field(description="Rejects allowed: a count, or a percentage", json_schema_extra=_BUDGET_SCHEMA),
     ] = 1000
-    priority: Annotated[StrictInt, Field(ge=-1000, le=1000, description="Higher goes first")] = 0
+    priority: Annotated[_Priority, Field(description="Higher goes first")] = 0
     force: Annotated[StrictBool, Field(description="Load a second copy, with ids of its own")] = False
     if_loaded: Annotated[
         Literal["load", "skip"], Field(description="skip: complete at once what has been loaded before")
@@ -118,9 +134,7 @@ class ProcessRequest(_Request):
         BeforeValidator(_moment),
         Field(description="Not before this time", json_schema_extra=_MOMENT_SCHEMA),
     ] = None
-    timeout_seconds: Annotated[
-        StrictInt | None, Field(ge=1, le=31_536_000, description="Fail when it runs for longer")
-    ] = None
+    timeout_seconds: Annotated[_Seconds | None, Field(description="Fail when it runs for longer")] = None
 
     def options(self) -> JobOptions:
         """As the engine takes them."""
@@ -140,6 +154,15 @@ class ProcessRequest(_Request):
 class BatchRequest(ProcessRequest):
     """Many objects in one call: those whose keys begin with `prefix`, or those of `fileKeys`; and how to load each."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": kind}, other: {"type": "null"}}}
+                for name, kind, other in (("prefix", "string", "fileKeys"), ("fileKeys", "array", "prefix"))
+            ]
+        }
+    )
+
     prefix: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
     file_keys: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1024)]] | None, Field(min_length=1, max_length=KEYS_MOST)
@@ -156,8 +179,8 @@ class UploadBegin(_Request):
     """A file whose parts the client will send to S3 itself."""
 
     file_name: Annotated[str, Field(min_length=1, max_length=1024)]
-    size: Annotated[StrictInt | None, Field(ge=0, le=5 * 1024**4, description="Bytes, where they are known")] = None
-    part_bytes: Annotated[StrictInt | None, Field(ge=5 * 1024**2, le=5 * 1024**3)] = None
+    size: Annotated[_Size | None, Field(description="Bytes, where they are known")] = None
+    part_bytes: _PartSize | None = None
 
 
 class FileForm(BaseModel):
@@ -189,7 +212,7 @@ class RejectsQuery(_Query):
 
     format: Literal["json", "ndjson"] = "json"
     limit: Limit = PAGE
-    cursor: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = None
+    cursor: Annotated[str, Field(pattern=r"^[0-9]{1,18}$")] | None = None
 
 
 class FilesQuery(_Query):

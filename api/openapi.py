@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import falcon
 import orjson
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from api.models import ProblemBody
 from api.operations import Answer, Operation, operation, operation_of
@@ -35,6 +35,12 @@ _PROBLEMS: Final = {
     429: "Too many wait already: come again later",
     500: "Something unexpected happened",
     503: "It cannot be done now: come again later",
+}
+
+_HEADERS: Final[dict[str, dict[str, Any]]] = {
+    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,200}$", "minLength": 1, "maxLength": 200},
+    "If-None-Match": {"type": "string"},
+    "Prefer": {"type": "string"},
 }
 
 _ASSETS: Final = {
@@ -122,7 +128,7 @@ def _operation(
     if told.body is not None:
         problems |= {400, 413, 422}
         content = {told.body_media: {"schema": names[id(told.body)]}}
-        made["requestBody"] = {"content": content, "required": told.body_media != "application/json"}
+        made["requestBody"] = {"content": content, "required": not _takes_nothing(told.body)}
     if told.query is not None:
         problems.add(422)
     if told.scope is not None:
@@ -144,7 +150,7 @@ def _operation(
         if "{" + name + "}" in path
     ]
     given += [
-        {"name": name, "in": "header", "required": False, "description": what, "schema": {"type": "string"}}
+        {"name": name, "in": "header", "required": False, "description": what, "schema": _HEADERS[name]}
         for name, what in told.headers.items()
     ]
     if told.query is not None:
@@ -156,6 +162,15 @@ def _operation(
     if given:
         made["parameters"] = given
     return made
+
+
+def _takes_nothing(body: Any) -> bool:
+    """Whether `{}` is a body as well as any."""
+    try:
+        TypeAdapter(body).validate_python({})
+    except ValidationError:
+        return False
+    return True
 
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +187,8 @@ def _answer(answer: Answer, names: Mapping[int, dict[str, Any]]) -> dict[str, An
     made["headers"] = {name: {"description": what, "schema": {"type": "string"}} for name, what in headers.items()}
     if answer.body is not None:
         made["content"] = {answer.media: {"schema": names[id(answer.body)]}}
+        if answer.other_media is not None:
+            made["content"][answer.other_media] = {"schema": {"type": "string", "format": "binary"}}
     return made
 
 

@@ -29,12 +29,16 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer of a call: what it means, its body's type, its media type, and headers of its own with their meaning."""
+    """One answer of a call: what it means, its body's type, its media type, and headers of its own with their meaning.
+
+    `other_media` is a second media type that it may have instead, as plain bytes.
+    """
 
     what: str
     body: Any = None
     media: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    other_media: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

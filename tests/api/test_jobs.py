@@ -104,7 +104,7 @@ def test_an_object_that_does_not_exist_is_not_found(live, key):
         ({"maxErrors": True}, "maxErrors"),
         ({"maxErrors": None}, "maxErrors"),
         ({"priority": "high"}, "priority"),
-        ({"priority": 1.0}, "priority"),
+        ({"priority": 1.5}, "priority"),
         ({"priority": 2**70}, "priority"),
         ({"force": 1}, "force"),
         ({"force": "true"}, "force"),

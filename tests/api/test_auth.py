@@ -1,0 +1,222 @@
+"""Tokens see what they should and nothing else; secrets are found nowhere."""
+
+import contextlib
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import uuid
+
+import httpx
+import pytest
+
+from api.auth import draw
+from api.operations import Scope
+from engine.local import free_port
+from tests.running import ROOT, Running, until
+
+SCOPED = {
+    "reader": [Scope.READ],
+    "sender": [Scope.SUBMIT],
+    "admin": [Scope.ADMIN],
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(live, tmp_path_factory):
+    """An API with tokens, beside the one without, over the same servers: a client for each token, and for none."""
+    folder, port = tmp_path_factory.mktemp("guarded"), free_port()
+    drawn = {name: draw(name, scopes) for name, scopes in SCOPED.items()}
+    file = folder / "tokens"
+    file.write_text(f"# those of people\n{drawn['admin'][1]}\n")
+    entries = f"{drawn['reader'][1]}, {drawn['sender'][1]}"
+    api = Running("api", live.settings, folder / "api.log", port=port, api_tokens=entries, api_tokens_file=file)
+    with contextlib.ExitStack() as stack:
+        stack.callback(api.end)
+
+        def client(token):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            return stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60))
+
+        clients = {name: client(token) for name, (token, _) in drawn.items()} | {"nobody": client(None)}
+        clients["stranger"] = client("hr_" + "x" * 43)
+        until(lambda: _up(clients["nobody"]), what="the API's first answer")
+        clients["log"] = api.log
+        clients["secrets"] = [token for token, _ in drawn.values()]
+        yield clients
+
+
+def _up(http):
+    with contextlib.suppress(httpx.HTTPError):
+        return http.get("/healthz").status_code == 200
+    return False
+
+
+CALLS = [
+    ("GET", "/jobs", "read"),
+    ("GET", "/jobs/6b04fa6b779ece9e9d7d9cbc", "read"),
+    ("GET", "/status/6b04fa6b779ece9e9d7d9cbc", "read"),
+    ("GET", "/jobs/6b04fa6b779ece9e9d7d9cbc/events", "read"),
+    ("GET", "/jobs/6b04fa6b779ece9e9d7d9cbc/rejects", "read"),
+    ("GET", "/batches/6b04fa6b779ece9e9d7d9cbc", "read"),
+    ("GET", "/files", "read"),
+    ("GET", "/files/nothing", "read"),
+    ("GET", "/workers", "read"),
+    ("GET", "/queue", "read"),
+    ("GET", "/metrics", "read"),
+    ("POST", "/upload", "submit"),
+    ("POST", "/uploads", "submit"),
+    ("GET", "/uploads/x", "submit"),
+    ("DELETE", "/uploads/x", "submit"),
+    ("POST", "/uploads/x/complete", "submit"),
+    ("POST", "/uploads/x/abort", "submit"),
+    ("POST", "/process", "submit"),
+    ("POST", "/process/nothing", "submit"),
+    ("POST", "/jobs/6b04fa6b779ece9e9d7d9cbc/cancel", "submit"),
+    ("POST", "/jobs/6b04fa6b779ece9e9d7d9cbc/retry", "submit"),
+    ("DELETE", "/files/nothing", "admin"),
+    ("POST", "/queue/pause", "admin"),
+    ("POST", "/queue/resume", "admin"),
+]
+MAY = {
+    "reader": {"read"},
+    "sender": {"submit"},
+    "admin": {"read", "submit", "admin"},
+    "nobody": set(),
+    "stranger": set(),
+}
+
+
+@pytest.mark.parametrize("who", MAY)
+@pytest.mark.parametrize(("method", "path", "scope"), CALLS)
+def test_a_call_needs_its_scope(guarded, who, method, path, scope):
+    answer = guarded[who].request(method, path)
+    if scope in MAY[who]:
+        assert answer.status_code not in (401, 403)
+    else:
+        assert answer.status_code == (401 if who in ("nobody", "stranger") else 403)
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.status_code == 403 or answer.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+def test_every_call_of_the_description_is_guarded_as_it_says(guarded):
+    described = guarded["nobody"].get("/openapi.json").json()
+    found = {
+        (method.upper(), path): operation.get("security", [{}])[0].get("bearer", [None])[0]
+        for path, methods in described["paths"].items()
+        for method, operation in methods.items()
+    }
+    shapes = {
+        (m, p.replace("6b04fa6b779ece9e9d7d9cbc", "*").replace("nothing", "*").replace("/x", "/*")): s
+        for m, p, s in CALLS
+    }
+    starred = {}
+    for (method, path), scope in found.items():
+        plain = "/".join("*" if part.startswith("{") else part for part in path.split("/"))
+        starred[method, plain] = scope
+    assert {call: scope for call, scope in starred.items() if scope} == shapes
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/openapi.json", "/docs", "/docs/swagger-ui.css"])
+def test_health_and_documentation_are_open(guarded, path):
+    assert guarded["nobody"].get(path).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["Bearer", "Basic abc", "bearer \xff", "Bearer a b", "x" * 5000])
+def test_a_header_that_is_no_token_is_refused(guarded, header):
+    answer = guarded["nobody"].get("/jobs", headers={"Authorization": header.encode("latin-1")})
+    assert answer.status_code in (400, 401)
+
+
+def test_the_hash_is_no_token(guarded):
+    digest = hashlib.sha256(guarded["secrets"][0].encode()).hexdigest()
+    assert guarded["nobody"].get("/jobs", headers={"Authorization": f"Bearer {digest}"}).status_code == 401
+
+
+def test_one_token_does_not_see_the_repeats_of_another(guarded, live):
+    key = live.objects.upload(io.BytesIO(b"{}\n"), f"t/{uuid.uuid4().hex}").key
+    same = {"Idempotency-Key": "same"}
+    ids = {guarded[who].post(f"/process/{key}", headers=same).json()["jobId"] for who in ("sender", "admin")}
+    assert len(ids) == 2
+
+
+def test_tokens_are_found_nowhere(guarded, live):
+    log = guarded["log"].read_text()
+    assert not any(secret in log for secret in guarded["secrets"])
+    everything = json.dumps(
+        [list(live.store.control[name].find()) for name in ("jobs", "workers", "uploads")], default=str
+    )
+    assert not any(secret in everything for secret in guarded["secrets"])
+
+
+def _api(settings, tmp_path, **changes):
+    given = {"mongo_uri": settings.mongo_uri.get_secret_value(), "aws_bucket_name": "b", "aws_region": "r"}
+    environment = {name.upper(): str(value) for name, value in (given | changes).items()}
+    command = [sys.executable, "-m", "api.cli", "api"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+
+
+def test_without_tokens_no_other_address_is_listened_on(settings, tmp_path):
+    done = _api(settings, tmp_path, api_host="0.0.0.0", pythonpath=ROOT)
+    assert done.returncode == 1
+    assert "API_TOKENS" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("entry", ["secret-of-mine", "a:read:xyz", f"a:root:{'0' * 64}", f"a::{'0' * 64}"])
+def test_a_wrong_entry_stops_the_start_and_is_not_shown(settings, tmp_path, entry):
+    done = _api(settings, tmp_path, api_tokens=entry, pythonpath=ROOT)
+    assert (done.returncode, entry in done.stderr) == (1, False)
+    assert "headrace token" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example", "Sec-Fetch-Site": "same-origin"}, 403),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Host": "anything.example"}, 200),
+    ],
+)
+def test_without_tokens_pages_of_other_sites_are_refused(live, headers, status):
+    assert live.http.get("/jobs", headers=headers).status_code == status
+
+
+def test_secrets_planted_in_the_settings_are_found_nowhere(settings, tmp_path):
+    """A database and an S3 that do not exist, under passwords that must not come out: in no log, error or answer."""
+    planted = "pl4nted-secret"
+    port = free_port()
+    changes = {
+        "port": port,
+        "mongo_uri": f"mongodb://user:{planted}-mongo@127.0.0.1:9/records",
+        "aws_secret_access_key": f"{planted}-key",
+        "aws_session_token": f"{planted}-session",
+        "aws_endpoint_url": "http://127.0.0.1:9",
+        "api_token": f"{planted}-token",
+    }
+    told = []
+    for command in ("api", "engine"):
+        running = Running(command, settings, tmp_path / f"{command}.log", **changes)
+        if command == "engine":
+            until(lambda running=running: running.actions("wait"), 20, "a word of the engine")
+        else:
+            running.process.wait(40)
+        running.end()
+        told.append(running.log.read_text())
+    environment = {name.upper(): str(value) for name, value in changes.items()}
+    for command in (["doctor"], ["config"], ["config", "--json"], ["jobs"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "api.cli", *command],
+            env=environment | {"AWS_ACCESS_KEY_ID": "k", "AWS_BUCKET_NAME": "b", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+        )
+        told.append(done.stdout + done.stderr)
+        assert "Traceback" not in done.stderr
+    assert all(text.strip() for text in told)
+    assert not any(planted in text for text in told)
