@@ -48,14 +48,10 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _from_to(least: int, most: int) -> Any:
-    return Annotated[int, Field(strict=True, ge=least, le=most), BeforeValidator(_whole)]
-
-
-_Priority = _from_to(-1000, 1000)
-_Seconds = _from_to(1, 365 * 86_400)
-_Size = _from_to(0, 5 * 1024**4)
-_PartSize = _from_to(5 * 1024**2, 5 * 1024**3)
+_Priority = Annotated[int, Field(strict=True, ge=-1000, le=1000), BeforeValidator(_whole)]
+_Seconds = Annotated[int, Field(strict=True, ge=1, le=31_536_000), BeforeValidator(_whole)]
+_Size = Annotated[int, Field(strict=True, ge=0, le=5 * 1024**4), BeforeValidator(_whole)]
+_PartSize = Annotated[int, Field(strict=True, ge=5 * 1024**2, le=5 * 1024**3), BeforeValidator(_whole)]
 
 
 def _budget(value: object) -> object:
