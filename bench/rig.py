@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from api.client import Client
 from engine.ledger import Ledger
-from engine.local import LocalServers, free_port
+from engine.local import LocalServers, die_with_parent, free_port
 from engine.model import TERMINAL, Job, JobOptions, Source
 from engine.objects import Objects, connect
 from engine.queue import Queue
@@ -54,7 +54,11 @@ class Engine:
         self._log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", "engine"], env=os.environ | environment, stdout=output, stderr=output
+                [sys.executable, "-m", "api.cli", "engine"],
+                env=os.environ | environment,
+                stdout=output,
+                stderr=output,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
             )
 
     def workers(self) -> list[int]:
@@ -131,7 +135,11 @@ class Rig:
         environment = _environment(self.settings, {"port": port, "api_max_upload_bytes": "10GiB"})
         with (self.folder / "api.log").open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", "api"], env=os.environ | environment, stdout=output, stderr=output
+                [sys.executable, "-m", "api.cli", "api"],
+                env=os.environ | environment,
+                stdout=output,
+                stderr=output,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
             )
         try:
             client = Client(f"http://127.0.0.1:{port}")

@@ -1,0 +1,196 @@
+"""The command line against a real API: each command, its JSON, its exit code, and a load that goes on where it was."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from tests.running import ROOT, title, until
+
+
+@pytest.fixture
+def run(live, tmp_path):
+    """Run a command; returns the finished process."""
+
+    def go(*arguments, code=0, stdin=None, **changes):
+        environment = {
+            "API_URL": f"http://127.0.0.1:{live.port}",
+            "XDG_STATE_HOME": str(tmp_path),
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "api.cli", *map(str, arguments)],
+            env={**os.environ, **environment, **changes},
+            input=stdin,
+            capture_output=True,
+            timeout=120,
+            cwd=tmp_path,
+        )
+        done.out, done.err = done.stdout.decode(), done.stderr.decode()
+        assert done.returncode == code, f"exit code {done.returncode}: {done.out}{done.err}"
+        assert "Traceback" not in done.err
+        return done
+
+    return go
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "some file.ndjson"
+    path.write_bytes(b"".join(b'{"n":%d}\n' % n for n in range(5000)) + b"bad\n")
+    return path
+
+
+def test_load_and_wait_shows_the_way_and_ends_as_the_job_did(run, file, live):
+    done = run("load", file, "--wait", "--collection", "cli")
+    assert "COMPLETED" in done.err
+    [status] = json.loads(run("load", file, "--wait", "--json", "--collection", "cli").out)
+    assert (status["status"], status["progress"]["inserted"], status["progress"]["rejected"]) == ("COMPLETED", 5000, 1)
+    failed = run("load", file, "--wait", "--max-errors", "0", "--collection", "cli", code=3)
+    assert "maxErrors" in failed.err
+
+
+def test_several_files_objects_and_standard_input_load_at_once(run, file, live, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("a line\n")
+    key = live.objects.upload(io.BytesIO(b'{"a":1}\n'), f"cli/{uuid.uuid4().hex}.ndjson").key
+    here = f"s3://{live.bucket}/{key}"
+    done = run(
+        "load", file, other, here, "-", "--wait", "--json", "--collection", "several", stdin=b'{"from":"stdin"}\n'
+    )
+    statuses = json.loads(done.out)
+    assert [status["progress"]["inserted"] for status in statuses] == [5000, 1, 1, 1]
+    assert statuses[2]["fileKey"] == key
+    assert "reads bucket" in run("load", "s3://elsewhere/key", code=1).err
+
+
+def test_a_load_without_waiting_prints_the_id_that_the_other_commands_take(run, file, live):
+    job_id = run("load", file, "--collection", "cli").out.strip()
+    assert json.loads(run("status", job_id, "--wait", "--json").out)["status"] == "COMPLETED"
+    assert "COMPLETED" in run("status", job_id).out
+    assert job_id in run("jobs", "--limit", "5", COLUMNS="200").out
+    assert json.loads(run("jobs", "--json", "--status", "completed", "--collection", "cli").out)["jobs"]
+    [reject] = json.loads(run("rejects", job_id, "--json").out)["rejects"]
+    assert (reject["line"], reject["raw"]) == (5001, "bad")
+    out = file.parent / "bad.ndjson"
+    run("rejects", job_id, "--out", out)
+    assert out.read_bytes() == b"bad\n"
+    assert "nothing to cancel" in run("cancel", job_id, code=1).err
+    assert "nothing to retry" in run("retry", job_id, code=1).err
+
+
+def test_the_exit_code_tells_a_cancelled_job(run, file, live):
+    run("pause")
+    try:
+        assert json.loads(run("pause", "--json").out)["paused"] is True
+        time.sleep(0.7)
+        job_id = run("load", file).out.strip()
+        assert json.loads(run("cancel", job_id, "--json").out)["status"] == "CANCELLED"
+        run("status", job_id, code=4)
+        assert json.loads(run("retry", job_id, "--json").out)["status"] == "PENDING"
+    finally:
+        assert run("resume").out.strip() == "running"
+    run("status", job_id, "--wait")
+
+
+def test_a_dry_run_writes_nothing(run, file, live):
+    [status] = json.loads(run("load", file, "--wait", "--json", "--validate", "--collection", "clidry").out)
+    assert (status["validate"], status["progress"]["inserted"]) == (True, 5000)
+    assert live.data["clidry"].count_documents({}) == 0
+
+
+def test_top_and_profile_show_the_workers(run, live):
+    until(lambda: live.http.get("/workers").json()["workers"], what="a word of the workers")
+    assert len(json.loads(run("top", "--json").out)["workers"]) == 2
+    assert "memory" in run("top", "--once", COLUMNS="160").out
+    assert "decode" in run("profile", COLUMNS="200").out
+    assert json.loads(run("profile", "--json").out)["workers"][0]["counts"]
+
+
+def test_config_tells_where_each_value_came_from_and_no_secret(run, tmp_path):
+    (tmp_path / ".env").write_text("ENGINE_WORKERS=3\n")
+    rows = {row["name"]: row for row in json.loads(run("config", "--json", MONGO_URI="mongodb://u:geheim@h/x").out)}
+    assert rows["ENGINE_WORKERS"] == {"name": "ENGINE_WORKERS", "value": "3", "from": ".env"}
+    assert rows["MONGO_URI"] == {"name": "MONGO_URI", "value": "***", "from": "environment"}
+    assert rows["PORT"]["from"] == "default"
+    assert "ENGINE_WORKERS" in run("config", COLUMNS="200").out
+
+
+def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
+    settings = live.settings
+    right = {
+        "MONGO_URI": settings.mongo_uri.get_secret_value(),
+        "AWS_ENDPOINT_URL": settings.aws_endpoint_url,
+        "AWS_BUCKET_NAME": settings.aws_bucket_name,
+        "AWS_ACCESS_KEY_ID": settings.aws_access_key_id,
+        "AWS_SECRET_ACCESS_KEY": settings.aws_secret_access_key.get_secret_value(),
+    }
+    found = {f["what"]: f["state"] for f in json.loads(run("doctor", "--json", **right).out)}
+    assert (found["MongoDB"], found["S3"]) == ("ok", "ok")
+    wrong = run("doctor", code=1, **right | {"AWS_BUCKET_NAME": "nowhere", "ENGINE_WORKERS": "500"})
+    assert "there is no bucket nowhere" in wrong.out
+    assert "ENGINE_WORKERS=500" in wrong.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["status", "nothing"], "there is no job"),
+        (["status", "6b04fa6b779ece9e9d7d9cbc"], "there is no job"),
+        (["rejects", "x/../y"], "there is no job"),
+        (["load", "no-such-file"], "cannot be read"),
+        (["load", "."], "is a folder"),
+        (["load", "s3://"], "reads bucket"),
+        (["jobs", "--status", "done"], "status"),
+        (["token", "a b", "--scope", "read"], "name"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_a_sentence(run, arguments, said):
+    assert said in run(*arguments, code=1).err
+
+
+def test_an_api_that_is_not_there_is_told(run):
+    assert "does not answer" in run("jobs", code=1, API_URL="http://127.0.0.1:9").err
+
+
+def test_an_unknown_option_is_usage(run):
+    run("jobs", "--colour", code=2)
+
+
+def test_a_token_that_is_drawn_is_accepted(run):
+    told = json.loads(run("token", "ci", "--scope", "read", "--scope", "submit", "--json").out)
+    assert told["entry"] == f"ci:read+submit:{hashlib.sha256(told['token'].encode()).hexdigest()}"
+
+
+def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path):
+    path = tmp_path / "large.ndjson"
+    line = b'{"text":"%s"}\n' % (b"x" * 1000)
+    path.write_bytes(line * 60_000)
+    environment = {"API_URL": f"http://127.0.0.1:{live.port}", "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "api.cli", "load", str(path), "--collection", "resumed", "--wait"]
+    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, cwd=tmp_path)
+    [note] = until(lambda: list(tmp_path.glob("headrace/uploads/*")), what="the note of the upload")
+    upload = json.loads(note.read_bytes())["uploadId"]
+    until(lambda: live.http.get(f"/uploads/{upload}").json().get("stored"), what="the first part")
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    before = {part["partNumber"] for part in live.http.get(f"/uploads/{upload}").json()["stored"]}
+    assert before
+    [status] = json.loads(run("load", path, "--collection", "resumed", "--wait", "--json").out)
+    assert status["progress"]["inserted"] == 60_000
+    assert live.http.get(f"/uploads/{upload}").status_code == 404  # the same upload, completed
+    assert not list(tmp_path.glob("headrace/uploads/*"))
+    assert live.objects.head(status["fileKey"]).size == path.stat().st_size
+
+
+def test_workers_show_in_the_process_list_what_they_do(live):
+    assert all(title(pid).startswith("headrace: worker") for pid in live.engine.workers())
