@@ -187,7 +187,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
     sources = [rig.upload(path) for _ in range(files)]
     rates, shares = [], []
     for _ in range(rounds):
-        batch = rig.queue.submit_batch(sources, JobOptions(collection=f"s{uuid.uuid4().hex[:8]}", force=True))
+        batch = rig.queue.submit_batch(sources, JobOptions(collection=f"s{uuid.uuid4().hex[:8]}"))
         before = totals(rig.store)
         began = time.time()
         engine = rig.engine()

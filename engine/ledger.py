@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bson import ObjectId
-from pymongo import ReturnDocument
+from pymongo import ReturnDocument, WriteConcern
+from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
 from engine.errors import LeaseLost
@@ -60,6 +61,7 @@ class Ledger:
 
     def __init__(self, store: Store, lease_seconds: float) -> None:
         self._ranges = store.ranges
+        self._quick = store.ranges.with_options(write_concern=WriteConcern(1))
         self._lease_ms = int(lease_seconds * 1000)
 
     def open(self, job_id: str, ranges: Sequence[ByteRange]) -> None:
@@ -125,10 +127,14 @@ class Ledger:
             "renewing a lease",
         )
 
-    def close(self, lease: Lease, tally: Tally) -> None:
-        """Every line of the range is acknowledged: it is DONE. Raises LeaseLost."""
+    def close(self, lease: Lease, tally: Tally, *, settled_next: bool = False) -> None:
+        """Every line of the range is acknowledged: it is DONE. Raises LeaseLost.
+
+        `settled_next`: the caller's next write ends the job, waits for a majority, and comes after this one in the oplog,
+        so that this one need not wait.
+        """
         done = {"state": RangeState.DONE, "tally": {"$literal": tally.document()}, "confirmed": "$end", "failure": None}
-        self._speak(lease, done | _LET_GO, "closing a range")
+        self._speak(lease, done | _LET_GO, "closing a range", self._quick if settled_next else self._ranges)
 
     def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Let go of a range, READY for anyone at `confirmed`, without spending an attempt. Raises LeaseLost."""
@@ -240,11 +246,11 @@ class Ledger:
     def _until(self) -> Document:
         return {"$add": ["$$NOW", self._lease_ms]}
 
-    def _speak(self, lease: Lease, changes: Document, doing: str) -> None:
+    def _speak(self, lease: Lease, changes: Document, doing: str, ranges: Collection[Document] | None = None) -> None:
         key = {"job": job_key(lease.job_id), "index": lease.range.index}
         held = {"_id": key, "state": RangeState.LEASED, "token": lease.token}
         with translated(doing):
-            result = self._ranges.update_one(held, [{"$set": changes}])
+            result = (self._ranges if ranges is None else ranges).update_one(held, [{"$set": changes}])
         if not result.matched_count:
             raise LeaseLost(
                 f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now"

@@ -234,7 +234,8 @@ class Pipeline:
             self.keeper.drop()
         if ended is Ended.DONE:
             reach(Step.CLOSE)
-            _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
+            alone = run.job.plan is not None and run.job.plan.range_count == 1
+            _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1], settled_next=alone))
             reach(Step.CLOSED)
         else:
             _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))

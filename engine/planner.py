@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bson import Binary, ObjectId
-from pymongo import ReturnDocument
+from pymongo import ReturnDocument, WriteConcern
 from pymongo.errors import DuplicateKeyError
 
 from engine.decode import BOM
@@ -114,7 +114,8 @@ class Planner:
     def __init__(
         self, store: Store, queue: Queue, ledger: Ledger, objects: Objects, range_bytes: int, workers: int
     ) -> None:
-        self._sources = store.sources
+        # No majority is waited for: the write that fixes the plan or leases its range waits, and comes after in the oplog.
+        self._sources = store.sources.with_options(write_concern=WriteConcern(1))
         self._queue = queue
         self._ledger = ledger
         self._objects = objects
@@ -193,21 +194,18 @@ class Planner:
         second = int(job.created_at.timestamp())
         draws = 0
         while True:
-            found = self._sources.find_one(of)
-            if found is not None:
-                return found
             draws += 1
             tag = (second + draws // TAG_DRAWS).to_bytes(4, "big") + secrets.token_bytes(2)
             load = {"collection": job.options.collection, "firstJob": job_key(job.id)}
             new: Document = {"tag": Binary(tag), "forJob": owner, "loads": [load]}
             try:
-                made = self._sources.find_one_and_update(
+                found = self._sources.find_one_and_update(
                     of, {"$setOnInsert": new}, upsert=True, return_document=ReturnDocument.AFTER
                 )
             except DuplicateKeyError:
                 continue  # the tag is taken: draw again; or another worker registered the source: find it
-            assert made is not None  # an upsert returns what it made
-            return made
+            assert found is not None  # an upsert returns what it found or made
+            return found
 
 
 def _identity(job: Job, format: Format) -> Document:

@@ -261,6 +261,9 @@ class Queue:
     def fix_plan(self, job: Job, plan: Plan, already_loaded_by: str | None) -> tuple[Job, bool]:
         """Fix the plan of a job, PENDING → PROCESSING.
 
+        The plan of a single range does not wait for a majority: the write that leases the range does, and comes after it in
+        the oplog.
+
         Returns the job with the plan that holds, whoever made it, and whether it is this one.
         """
         changes = _planned(plan, JobState.PROCESSING, already_loaded_by) | _happened(
@@ -269,7 +272,8 @@ class Queue:
         if job.options.timeout_seconds is not None:
             changes["deadline"] = _from_now(job.options.timeout_seconds)
         with translated("planning a job"):
-            found = self._jobs.find_one_and_update(
+            jobs = self._jobs if plan.range_count > 1 else self._jobs.with_options(write_concern=WriteConcern(1))
+            found = jobs.find_one_and_update(
                 {"_id": job_key(job.id), "state": JobState.PENDING},
                 [{"$set": changes}],
                 return_document=ReturnDocument.AFTER,

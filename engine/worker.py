@@ -278,7 +278,11 @@ class _Worker:
             job, lease, head = prepared.job, prepared.lease, prepared.head
             if job.state in TERMINAL:
                 return None
-        lease = lease or self._ledger.lease(job.id, self._post.name)
+        if lease is not None:
+            # Planned and leased in one go: a stamp that came meanwhile is seen by the write that ends the job.
+            reach(Step.LEASED)
+            return Run(job, lease, self._stop, self._beat.touch, head)
+        lease = self._ledger.lease(job.id, self._post.name)
         if lease is None:
             if not self._ledger.busy(job.id):
                 self._queue.settle(job.id)
