@@ -450,6 +450,16 @@ def main() -> None:
     except HeadraceError as error:
         plainly(error)
         sys.exit(1)
+    except BrokenPipeError:
+        # Who read what is printed has enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 (a person is shown a sentence, whatever it is)
+        get_logger().debug("the command failed", action="command", exc_info=error)
+        plainly(
+            StartError(f"something unexpected happened ({type(error).__name__}): ENGINE_LOG_LEVEL=debug shows where")
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

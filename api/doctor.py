@@ -15,7 +15,7 @@ from api.auth import is_loopback, tokens_of
 from engine.errors import HeadraceError
 from engine.objects import Objects, connect
 from engine.settings import Settings
-from engine.store import Store
+from engine.store import Store, translated
 
 __all__ = ["Finding", "examine"]
 
@@ -56,14 +56,16 @@ def _mongodb(settings: Settings) -> Finding:
         if store.standalone():
             said = "it is no member of a replica set: make it one (--replSet, then rs.initiate())"
             return Finding("MongoDB", "warning", said)
-        now = store.control.command("hello")["localTime"]
+        with translated("asking MongoDB for the time"):
+            now = store.control.command("hello")["localTime"].replace(tzinfo=UTC)
         off = abs((datetime.now(UTC) - now).total_seconds())
         if off > CLOCK_SECONDS:
             said = f"this machine's clock is {off:.0f} s off that of the database: set both, for example with NTP"
             return Finding("clock", "warning", said)
         probe = store.control["doctor"]
-        probe.insert_one({"at": now})
-        probe.drop()
+        with translated("writing to MongoDB"):
+            probe.insert_one({"at": now})
+            probe.drop()
         return Finding("MongoDB", "ok", "a replica set or router answers, takes writes, and agrees on the time")
     finally:
         store.close()

@@ -144,7 +144,6 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
     [
         (["status", "nothing"], "there is no job"),
         (["status", "6b04fa6b779ece9e9d7d9cbc"], "there is no job"),
-        (["rejects", "x/../y"], "there is no job"),
         (["load", "no-such-file"], "cannot be read"),
         (["load", "."], "is a folder"),
         (["load", "s3://"], "reads bucket"),
