@@ -174,7 +174,14 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path):
     path.write_bytes(line * 60_000)
     environment = {"API_URL": f"http://127.0.0.1:{live.port}", "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "api.cli", "load", str(path), "--collection", "resumed", "--wait"]
-    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, cwd=tmp_path)
+    process = subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        # Whoever runs the tests in the background ignores INT, and so would a child of theirs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     [note] = until(lambda: list(tmp_path.glob("headrace/uploads/*")), what="the note of the upload")
     upload = json.loads(note.read_bytes())["uploadId"]
     until(lambda: live.http.get(f"/uploads/{upload}").json().get("stored"), what="the first part")
