@@ -6,7 +6,8 @@ from typing import Final
 import falcon
 from ulid import ULID
 
-from api.models import DirectUpload, PartsQuery, UploadAnswer, UploadBegin
+from api.answers import DirectUpload, UploadAnswer
+from api.models import PartsQuery, UploadBegin
 from api.operations import Answer, Scope, body_of, operation, query_of
 from api.uploads import key_for
 from engine.direct import DirectUploads, Part, Upload

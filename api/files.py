@@ -2,7 +2,8 @@
 
 import falcon
 
-from api.models import FileDetail, FilePage, FilesQuery
+from api.answers import FileDetail, FilePage
+from api.models import FilesQuery
 from api.operations import Answer, Scope, operation, query_of
 from api.submit import checked_key
 from api.told import job_status, moment

@@ -2,7 +2,7 @@
 
 import falcon
 
-from api.models import Health as Told
+from api.answers import Health as Told
 from api.operations import Answer, operation
 from engine.errors import HeadraceError
 from engine.objects import Objects

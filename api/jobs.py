@@ -5,7 +5,8 @@ from typing import Any
 
 import falcon
 
-from api.models import JobDetail, JobPage, JobsQuery, JobStatus, RejectPage, RejectsQuery
+from api.answers import JobDetail, JobPage, JobStatus, RejectPage
+from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
 from api.told import job_detail, job_status
 from api.watch import PREFER, Watch

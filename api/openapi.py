@@ -10,7 +10,7 @@ import falcon
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from api.models import ProblemBody
+from api.answers import ProblemBody
 from api.operations import Answer, Operation, operation, operation_of
 from api.problems import Problem
 

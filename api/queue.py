@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import falcon
 
-from api.models import QueueState, WorkerBody, WorkerPage
+from api.answers import QueueState, WorkerBody, WorkerPage
 from api.operations import Answer, Scope, operation
 from engine.history import History
 from engine.queue import Queue

@@ -8,15 +8,17 @@ from typing import Final
 
 import falcon
 
+from api.answers import BatchAnswer, BatchStatus, ProcessAnswer
 from api.limits import Depth
-from api.models import BatchAnswer, BatchRequest, BatchStatus, ProcessAnswer, ProcessRequest
+from api.models import BatchRequest, ProcessRequest
 from api.operations import Answer, Scope, body_of, operation
 from api.problems import Problem
 from api.told import batch_status
 from engine.errors import NotFound
+from engine.jobs import Ticket
 from engine.model import Source
 from engine.objects import Objects
-from engine.queue import Queue, Ticket
+from engine.queue import Queue
 
 __all__ = ["Batches", "Process", "ProcessMany", "checked_key"]
 

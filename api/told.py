@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from api.models import BatchStatus, JobDetail, JobStatus, RejectBody
+from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody
 from engine.history import RangeReport
 from engine.model import TERMINAL, Job, JobState
 from engine.queue import Batch

@@ -8,8 +8,9 @@ import falcon
 from falcon.media.multipart import BodyPart, MultipartForm, MultipartParseError
 from ulid import ULID
 
+from api.answers import UploadAnswer
 from api.limits import Slots
-from api.models import FileForm, UploadAnswer
+from api.models import FileForm
 from api.operations import Answer, Scope, operation
 from api.problems import Problem
 from engine.model import Source

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from engine.jobs import job_of
 from engine.model import Job, JobState, RangeState
-from engine.queue import job_of
 from engine.store import OPEN_JOBS, Document, Store, job_key, ranges_of, translated
 
 __all__ = ["Backlog", "History", "RangeReport"]

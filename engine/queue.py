@@ -15,17 +15,25 @@ from pymongo.collection import Collection
 from pymongo.errors import BulkWriteError, DuplicateKeyError, WriteConcernError
 
 from engine.errors import Conflict, KeyReused, NotFound, Refused
+from engine.jobs import (
+    Ticket,
+    failure_document,
+    from_now,
+    happened,
+    job_of,
+    new_job,
+    planned,
+    progress_document,
+    ticket_document,
+)
 from engine.ledger import ATTEMPTS, Ledger
 from engine.model import (
     TERMINAL,
-    Event,
     Failure,
-    Format,
     Job,
     JobOptions,
     JobState,
     Plan,
-    Progress,
     Source,
     Stop,
     Tally,
@@ -44,7 +52,7 @@ from engine.store import (
     translated,
 )
 
-__all__ = ["Batch", "Queue", "Stamps", "Ticket", "job_of", "over_budget"]
+__all__ = ["Batch", "Queue", "Stamps", "over_budget"]
 
 PAGE_JOBS: Final = 16
 """Open jobs that a worker looks at together."""
@@ -54,9 +62,6 @@ ROLL_UP_MS: Final = 900
 
 BUDGET_LINES: Final = 10_000
 """An error budget in percent is judged from this many lines on, and at the end."""
-
-TIMELINE_MOST: Final = 100
-"""Events that a job remembers."""
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
@@ -71,14 +76,6 @@ class Stamps:
 
     stopping: bool
     stale: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """What makes a request safe to repeat: the client's key, and a digest of the whole request."""
-
-    key: str
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +116,7 @@ class Queue:
                 # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
                 created = self._jobs.find_one_and_update(
                     {"_id": ObjectId()},
-                    [{"$set": _new(source, options, {"ticket": _ticket(ticket)} if ticket else {})}],
+                    [{"$set": new_job(source, options, {"ticket": ticket_document(ticket)} if ticket else {})}],
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
@@ -154,7 +151,7 @@ class Queue:
         self._check_collection(options.collection)
         fields: Document = {"createdAt": "$$NOW", "count": len(sources)}
         if ticket is not None:
-            fields["ticket"] = {"$literal": _ticket(ticket)}
+            fields["ticket"] = {"$literal": ticket_document(ticket)}
         with translated("submitting a batch of jobs"):
             try:
                 key = ObjectId()
@@ -170,7 +167,7 @@ class Queue:
                 key = found["_id"]
             there = {job["source"]["key"] for job in self._jobs.find({"batch": key}, {"source.key": 1})}
             writes = [
-                UpdateOne({"_id": ObjectId()}, [{"$set": _new(source, options, {"batch": key})}], upsert=True)
+                UpdateOne({"_id": ObjectId()}, [{"$set": new_job(source, options, {"batch": key})}], upsert=True)
                 for source in sources
                 if source.key not in there
             ]
@@ -266,11 +263,11 @@ class Queue:
 
         Returns the job with the plan that holds, whoever made it, and whether it is this one.
         """
-        changes = _planned(plan, JobState.PROCESSING, already_loaded_by) | _happened(
+        changes = planned(plan, JobState.PROCESSING, already_loaded_by) | happened(
             f"planned: {plan.range_count} ranges"
         )
         if job.options.timeout_seconds is not None:
-            changes["deadline"] = _from_now(job.options.timeout_seconds)
+            changes["deadline"] = from_now(job.options.timeout_seconds)
         with translated("planning a job"):
             jobs = self._jobs if plan.range_count > 1 else self._jobs.with_options(write_concern=WriteConcern(1))
             found = jobs.find_one_and_update(
@@ -330,7 +327,7 @@ class Queue:
         blend = {"$avg": ["$progress.rate", {"$max": [lately, 0]}]}
         since_start = {"$divide": [{"$subtract": ["$$NOW", "$startedAt"]}, 1000]}
         first = {"$divide": [summary.tally.lines, {"$max": [since_start, 0.001]}]}
-        progress = _progress(summary.tally, job.plan.range_count, summary.done) | {
+        progress = progress_document(summary.tally, job.plan.range_count, summary.done) | {
             "rate": {"$cond": [known, blend, first]},
             "at": "$$NOW",
         }
@@ -341,11 +338,11 @@ class Queue:
 
     def stop(self, job_id: str, stop: Stop) -> None:
         """Stamp a job so that the holders of its ranges let go; the first stamp holds. Terminal jobs stay as they are."""
-        stamp: Document = {"to": stop.to, "failure": _failure_document(stop.failure)}
+        stamp: Document = {"to": stop.to, "failure": failure_document(stop.failure)}
         with translated("stopping a job"):
             self._jobs.update_one(
                 {"_id": job_key(job_id), "open": True, "stopping": None},
-                [{"$set": {"stopping": {"$literal": stamp}} | _happened(f"told to stop: {stop.to}")}],
+                [{"$set": {"stopping": {"$literal": stamp}} | happened(f"told to stop: {stop.to}")}],
             )
         self.settle(job_id)
 
@@ -368,7 +365,7 @@ class Queue:
             found = self._jobs.find_one_and_update(
                 {"_id": job_key(job_id), "state": JobState.PENDING},
                 [
-                    {"$set": {"attempts": {"$add": ["$attempts", 1]}} | _happened(f"put off: {failure.message}")},
+                    {"$set": {"attempts": {"$add": ["$attempts", 1]}} | happened(f"put off: {failure.message}")},
                     {"$set": {"notBefore": {"$add": ["$$NOW", {"$multiply": [{"$pow": ["$attempts", 4]}, 1000]}]}}},
                 ],
                 return_document=ReturnDocument.AFTER,
@@ -414,8 +411,8 @@ class Queue:
 
     def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
         """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
-        changes = _planned(plan, JobState.COMPLETED, already_loaded_by)
-        times = {"finishedAt": "$$NOW", "open": "$$REMOVE"} | _happened(JobState.COMPLETED)
+        changes = planned(plan, JobState.COMPLETED, already_loaded_by)
+        times = {"finishedAt": "$$NOW", "open": "$$REMOVE"} | happened(JobState.COMPLETED)
         self._move(job_id, JobState.PENDING, changes | times)
 
     def cancel(self, job_id: str) -> Job:
@@ -451,8 +448,8 @@ class Queue:
         gone = ("stopping", "failure", "finishedAt", "notBefore")
         changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1}
         if job.options.timeout_seconds is not None and job.plan is not None:
-            changes["deadline"] = _from_now(job.options.timeout_seconds)
-        changes |= _happened("retried")
+            changes["deadline"] = from_now(job.options.timeout_seconds)
+        changes |= happened("retried")
         self._move(job_id, job.state, changes | dict.fromkeys(gone, "$$REMOVE"), {"round": job.round, "pruned": None})
         self.wake()
         return self.get(job_id)
@@ -483,11 +480,11 @@ class Queue:
             "stopping": "$$REMOVE",
             "deadline": "$$REMOVE",
             "finishedAt": "$$NOW",
-            "failure": {"$literal": _failure_document(stop.failure)},
-        } | _happened(stop.to)
+            "failure": {"$literal": failure_document(stop.failure)},
+        } | happened(stop.to)
         if numbers is not None and job.plan is not None:
             tally, done = numbers
-            changes["progress"] = _progress(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
+            changes["progress"] = progress_document(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
         # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         # A retry since begins another round, of which what was summed here says nothing.
@@ -531,56 +528,6 @@ class Queue:
             raise Refused(f"collection {name[:120]!r} cannot take documents: {refusal}; name another one")
 
 
-def _new(source: Source, options: JobOptions, more: Document) -> Document:
-    """The fields of a new job, as a stage of a pipeline sets them."""
-    document: Document = {
-        "source": {
-            "bucket": source.bucket,
-            "key": source.key,
-            "etag": source.etag,
-            "version": source.version,
-            "size": source.size,
-        },
-        "options": {
-            "collection": options.collection,
-            "format": options.format,
-            "maxErrors": options.max_errors,
-            "priority": options.priority,
-            "force": options.force,
-            "ifLoaded": options.if_loaded,
-            "validate": options.validate,
-            "timeoutSeconds": options.timeout_seconds,
-            "runAt": options.run_at,
-        },
-        "state": JobState.PENDING,
-        "open": True,
-        "attempts": 0,
-        "round": 0,
-    } | more
-    if options.run_at is not None:
-        document["notBefore"] = options.run_at
-    return (
-        {"createdAt": "$$NOW"}
-        | {name: {"$literal": value} for name, value in document.items()}
-        | _happened("submitted")
-    )
-
-
-def _ticket(ticket: Ticket) -> Document:
-    return {"key": ticket.key, "digest": ticket.digest}
-
-
-def _happened(what: str) -> Document:
-    """Sets the timeline of a job, with this event at its end."""
-    event = {"at": "$$NOW", "what": {"$literal": what}}
-    known = {"$ifNull": ["$timeline", []]}
-    return {"timeline": {"$slice": [{"$concatArrays": [known, [event]]}, -TIMELINE_MOST]}}
-
-
-def _from_now(seconds: int) -> Document:
-    return {"$add": ["$$NOW", seconds * 1000]}
-
-
 def over_budget(max_errors: int | str, tally: Tally, *, final: bool) -> bool:
     """Whether rejects exceed the budget: a count, or a percentage such as "2%" of the lines read.
 
@@ -598,75 +545,4 @@ def _budget_spent(job: Job, tally: Tally) -> Failure:
         "too_many_errors",
         f"{tally.rejected} of {tally.lines} lines were rejected and maxErrors allows {job.options.max_errors}: "
         f"see the rejects, mend the file or raise maxErrors; what was written stays",
-    )
-
-
-def _planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Document:
-    fixed: Document = {
-        "format": plan.format,
-        "tag": Binary(plan.tag),
-        "rangeBytes": plan.range_bytes,
-        "rangeCount": plan.range_count,
-        "sole": plan.sole,
-    }
-    return {
-        "state": state,
-        "plan": {"$literal": fixed},
-        "alreadyLoadedBy": {"$literal": already_loaded_by},
-        "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
-    }
-
-
-def _progress(tally: Tally, total: int, done: int) -> Document:
-    return {"tally": {"$literal": tally.document()}, "rangesTotal": total, "rangesDone": done}
-
-
-def _failure_document(failure: Failure | None) -> Document | None:
-    return None if failure is None else {"code": failure.code, "message": failure.message}
-
-
-def _failure(document: Document | None) -> Failure | None:
-    return None if document is None else Failure(document["code"], document["message"])
-
-
-def job_of(found: Document) -> Job:
-    """The job that a document of `jobs` holds."""
-    source, options = found["source"], found["options"]
-    plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
-    tally = Tally.from_document(progress.get("tally", {}))
-    loaded_by = found.get("alreadyLoadedBy")
-    return Job(
-        id=str(found["_id"]),
-        source=Source(source["bucket"], source["key"], source["etag"], source["version"], source["size"]),
-        options=JobOptions(
-            options["collection"],
-            Format(options["format"]),
-            options["maxErrors"],
-            options["priority"],
-            options["force"],
-            options["ifLoaded"],
-            options.get("validate", False),
-            options.get("timeoutSeconds"),
-            options.get("runAt"),
-        ),
-        state=JobState(found["state"]),
-        created_at=found["createdAt"],
-        started_at=found.get("startedAt"),
-        finished_at=found.get("finishedAt"),
-        plan=plan
-        and Plan(Format(plan["format"]), bytes(plan["tag"]), plan["rangeBytes"], plan["rangeCount"], plan["sole"]),
-        stopping=stopping and Stop(JobState(stopping["to"]), _failure(stopping["failure"])),
-        failure=_failure(found.get("failure")),
-        progress=Progress(
-            tally,
-            tally.bytes,
-            progress.get("rangesTotal", plan["rangeCount"] if plan else 0),
-            progress.get("rangesDone", 0),
-            progress.get("rate", 0.0),
-            progress.get("at"),
-        ),
-        already_loaded_by=str(loaded_by) if loaded_by else None,
-        round=found["round"],
-        batch=str(found["batch"]) if "batch" in found else None,
-        timeline=tuple(Event(event["at"], event["what"]) for event in found.get("timeline", ())),
     )

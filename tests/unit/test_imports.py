@@ -21,6 +21,7 @@ FLOORS = (
     ("engine.batches",),
     ("engine.decode",),
     ("engine.store", "engine.objects"),
+    ("engine.jobs",),
     ("engine.direct",),
     ("engine.ledger", "engine.stats"),
     ("engine.queue", "engine.rejects", "engine.sink"),
@@ -28,12 +29,12 @@ FLOORS = (
     ("engine.pipeline",),
     ("engine.worker",),
     ("engine.supervisor", "engine.local"),
-    ("api.problems", "api.models", "api.client"),
+    ("api.problems", "api.answers", "api.models", "api.client"),
     ("api.operations", "api.limits", "api.told", "api.transfer", "api.show"),
     ("api.auth", "api.openapi", "api.metrics", "api.queue", "api.health", "api.uploads", "api.submit", "api.watch"),
     ("api.jobs", "api.files", "api.direct"),
     ("api.app",),
-    ("api.server", "api.up", "api.doctor"),
+    ("api.server", "api.up", "api.doctor", "api.loader"),
     ("api.cli",),
 )
 

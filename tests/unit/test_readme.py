@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engine.model import Reason
 from engine.settings import Settings
+from tests.chaos.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,7 +40,16 @@ def test_the_example_of_an_environment_names_settings_that_exist():
 
 
 def test_every_reason_of_a_reject_is_told():
-    assert set(re.findall(r"^\| `([a-z_0-9]+)` \|", README, re.MULTILINE)) == {str(reason) for reason in Reason}
+    section = README.split("## What a bad line becomes")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `([a-z_0-9]+)` \|", section, re.MULTILINE)) == {str(reason) for reason in Reason}
+
+
+def test_every_way_of_breaking_a_load_is_told():
+    section = README.split("## How it is proven")[1].split("\n## ")[0]
+    told = {
+        name for row in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert told == {*SCENARIOS, "fuzz"}
 
 
 def test_the_make_targets_that_are_named_exist():

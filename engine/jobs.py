@@ -1,0 +1,170 @@
+"""How a job is kept in MongoDB: from nouns to the fields of its document, and back. No I/O."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from bson import Binary
+
+from engine.model import (
+    Event,
+    Failure,
+    Format,
+    Job,
+    JobOptions,
+    JobState,
+    Plan,
+    Progress,
+    Source,
+    Stop,
+    Tally,
+)
+from engine.store import Document
+
+__all__ = [
+    "Ticket",
+    "failure_document",
+    "failure_of",
+    "from_now",
+    "happened",
+    "job_of",
+    "new_job",
+    "planned",
+    "progress_document",
+    "ticket_document",
+]
+
+TIMELINE_MOST: Final = 100
+"""Events that a job remembers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What makes a request safe to repeat: the client's key, and a digest of the whole request."""
+
+    key: str
+    digest: str
+
+
+def new_job(source: Source, options: JobOptions, more: Document) -> Document:
+    """The fields of a new job, as a stage of a pipeline sets them."""
+    document: Document = {
+        "source": {
+            "bucket": source.bucket,
+            "key": source.key,
+            "etag": source.etag,
+            "version": source.version,
+            "size": source.size,
+        },
+        "options": {
+            "collection": options.collection,
+            "format": options.format,
+            "maxErrors": options.max_errors,
+            "priority": options.priority,
+            "force": options.force,
+            "ifLoaded": options.if_loaded,
+            "validate": options.validate,
+            "timeoutSeconds": options.timeout_seconds,
+            "runAt": options.run_at,
+        },
+        "state": JobState.PENDING,
+        "open": True,
+        "attempts": 0,
+        "round": 0,
+    } | more
+    if options.run_at is not None:
+        document["notBefore"] = options.run_at
+    return (
+        {"createdAt": "$$NOW"} | {name: {"$literal": value} for name, value in document.items()} | happened("submitted")
+    )
+
+
+def ticket_document(ticket: Ticket) -> Document:
+    """A ticket as it is kept in the job that it made."""
+    return {"key": ticket.key, "digest": ticket.digest}
+
+
+def happened(what: str) -> Document:
+    """Sets the timeline of a job, with this event at its end."""
+    event = {"at": "$$NOW", "what": {"$literal": what}}
+    known = {"$ifNull": ["$timeline", []]}
+    return {"timeline": {"$slice": [{"$concatArrays": [known, [event]]}, -TIMELINE_MOST]}}
+
+
+def from_now(seconds: int) -> Document:
+    """A time so many seconds after the server's."""
+    return {"$add": ["$$NOW", seconds * 1000]}
+
+
+def planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Document:
+    """Sets the plan of a job, and the state that it goes to."""
+    fixed: Document = {
+        "format": plan.format,
+        "tag": Binary(plan.tag),
+        "rangeBytes": plan.range_bytes,
+        "rangeCount": plan.range_count,
+        "sole": plan.sole,
+    }
+    return {
+        "state": state,
+        "plan": {"$literal": fixed},
+        "alreadyLoadedBy": {"$literal": already_loaded_by},
+        "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
+    }
+
+
+def progress_document(tally: Tally, total: int, done: int) -> Document:
+    """A job's numbers as they are kept in it."""
+    return {"tally": {"$literal": tally.document()}, "rangesTotal": total, "rangesDone": done}
+
+
+def failure_document(failure: Failure | None) -> Document | None:
+    """A failure as it is kept, and None as None."""
+    return None if failure is None else {"code": failure.code, "message": failure.message}
+
+
+def failure_of(document: Document | None) -> Failure | None:
+    """The other way round."""
+    return None if document is None else Failure(document["code"], document["message"])
+
+
+def job_of(found: Document) -> Job:
+    """The job that a document of `jobs` holds."""
+    source, options = found["source"], found["options"]
+    plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
+    tally = Tally.from_document(progress.get("tally", {}))
+    loaded_by = found.get("alreadyLoadedBy")
+    return Job(
+        id=str(found["_id"]),
+        source=Source(source["bucket"], source["key"], source["etag"], source["version"], source["size"]),
+        options=JobOptions(
+            options["collection"],
+            Format(options["format"]),
+            options["maxErrors"],
+            options["priority"],
+            options["force"],
+            options["ifLoaded"],
+            options.get("validate", False),
+            options.get("timeoutSeconds"),
+            options.get("runAt"),
+        ),
+        state=JobState(found["state"]),
+        created_at=found["createdAt"],
+        started_at=found.get("startedAt"),
+        finished_at=found.get("finishedAt"),
+        plan=plan
+        and Plan(Format(plan["format"]), bytes(plan["tag"]), plan["rangeBytes"], plan["rangeCount"], plan["sole"]),
+        stopping=stopping and Stop(JobState(stopping["to"]), failure_of(stopping["failure"])),
+        failure=failure_of(found.get("failure")),
+        progress=Progress(
+            tally,
+            tally.bytes,
+            progress.get("rangesTotal", plan["rangeCount"] if plan else 0),
+            progress.get("rangesDone", 0),
+            progress.get("rate", 0.0),
+            progress.get("at"),
+        ),
+        already_loaded_by=str(loaded_by) if loaded_by else None,
+        round=found["round"],
+        batch=str(found["batch"]) if "batch" in found else None,
+        timeline=tuple(Event(event["at"], event["what"]) for event in found.get("timeline", ())),
+    )
