@@ -33,7 +33,7 @@ types: $(TESTABLE) ## mypy --strict
 format: $(TESTABLE) ## let ruff format the code
 	@$(BIN)/ruff format engine api bench tests
 
-chaos: $(TESTABLE) ## loads broken on purpose, for hours (NAMES="kills steps", SHORT=1)
+chaos: $(TESTABLE) ## loads broken on purpose, for about an hour (NAMES="kills steps", SHORT=1)
 	@$(BIN)/python -m tests.chaos $(NAMES) $(if $(SHORT),--short)
 
 bench: $(TESTABLE) ## the benchmarks, on real servers (ARGS="--benchmark-json=out.json -k write")
