@@ -36,11 +36,12 @@ class Report:
 
     def add(self, what: str, target: str, reached: str, met: bool | None) -> None:
         self.rows.append((what, target, reached, met))
-        print(f"{_mark(met):<13} {what}: {reached} (target {target})", flush=True)
+        print(f"{_mark(target, met):<13} {what}: {reached} (target {target})", flush=True)
 
 
-def _mark(met: bool | None) -> str:
-    return "not measured" if met is None else "met" if met else "MISSED"
+def _mark(target: str, met: bool | None) -> str:
+    """Whether a target is met; nothing where there is none."""
+    return "" if target == "–" else "not measured" if met is None else "met" if met else "MISSED"
 
 
 def run(rig: Rig, files: Path, quick: bool, gigabytes: int) -> Report:
@@ -128,7 +129,7 @@ def write(report: Report, command: str, seconds: float, place: Path) -> None:
         "",
         "| what | target | reached | |",
         "|---|---|---|---|",
-        *(f"| {what} | {target} | {reached} | {_mark(met)} |" for what, target, reached, met in report.rows),
+        *(f"| {what} | {target} | {reached} | {_mark(target, met)} |" for what, target, reached, met in report.rows),
         "",
         f"**What stops it: {bottleneck(found)}**",
         "",
