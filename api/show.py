@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from api.client import TERMINAL, Client
 from engine.errors import HeadraceError
@@ -127,7 +127,17 @@ def job_lines(status: dict[str, Any]) -> Iterator[str]:
 
 def jobs_table(jobs: Sequence[dict[str, Any]]) -> Table:
     """Jobs, one a row."""
-    table = Table("job", "status", "%", "lines", "rejected", "records/s", "created", "file")
+    # The id is what people copy: the other columns give way first.
+    table = Table(
+        Column("job", no_wrap=True, min_width=24),
+        Column("status", no_wrap=True, min_width=10),
+        "%",
+        "lines",
+        "rejected",
+        "records/s",
+        "created",
+        "file",
+    )
     for job in jobs:
         told = job["progress"]
         numbers = (f"{told['lines']:,}", f"{told['rejected']:,}", f"{told['recordsPerSecond']:,.0f}")
