@@ -26,8 +26,10 @@ class Mongods:
             self.start(port)
         members = [{"_id": i, "host": f"127.0.0.1:{port}"} for i, port in enumerate(self.ports)]
         fast = {"electionTimeoutMillis": 1000, "heartbeatIntervalMillis": 300}
+        for port in self.ports:
+            with self.direct(port) as client:
+                self._until(lambda client=client: client.admin.command("ping"))
         with self.direct(self.ports[0]) as client:
-            self._until(lambda: client.admin.command("ping"))
             client.admin.command("replSetInitiate", {"_id": SET, "members": members, "settings": fast})
         self._until(self.primary)
         return self
