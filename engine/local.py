@@ -17,7 +17,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,10 @@ STOP_SECONDS: Final = 8.0
 
 MONGOD_PORT: Final = 27317
 S3_PORT: Final = 8833
+
+LOW_PORT: Final = 20_000
+NEIGHBOUR: Final = 10_000
+"""SeaweedFS listens on each of its ports, and this much further up: drawn ports lie below all of these."""
 """Where the embedded servers listen if nothing else does; another free port elsewhere."""
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -251,7 +255,7 @@ class LocalServers:
         config = self._folder / "s3.json"
         _write_private(config, json.dumps({"identities": [identity]}))
         # Every port is drawn: SeaweedFS derives its others from these by adding 10000.
-        ports = {name: _low_free_port() for name in ("master.port", "volume.port", "filer.port", "admin.port")}
+        ports = _with_neighbours(("master.port", "volume.port", "filer.port", "admin.port"), port)
         command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"]
         command += [f"-{name}={number}" for name, number in ports.items()]
         command += [f"-s3.config={config}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
@@ -349,13 +353,26 @@ def _find(name: str, package: str) -> str:
     )
 
 
-def _low_free_port() -> int:
-    """A free port whose neighbour ten thousand further up is free as well."""
-    for _ in range(200):
-        port = 20_000 + secrets.randbelow(12_000)
-        if port_is_free(port) and port_is_free(port + 10_000):
-            return port
-    raise StartError("no free ports were found between 20000 and 42000 for the S3 server: free some")
+def _with_neighbours(names: Sequence[str], beside: int) -> dict[str, int]:
+    """A free port for each name whose neighbour ten thousand further up is free as well, and no port twice.
+
+    `beside` and its neighbour are left out.
+    """
+    taken = {beside, beside + NEIGHBOUR}
+    ports: dict[str, int] = {}
+    for name in names:
+        for _ in range(200):
+            port = LOW_PORT + secrets.randbelow(NEIGHBOUR)
+            pair = {port, port + NEIGHBOUR}
+            if not pair & taken and all(map(port_is_free, pair)):
+                ports[name] = port
+                taken |= pair
+                break
+        else:
+            raise StartError(
+                f"no free ports were found between {LOW_PORT} and {LOW_PORT + 2 * NEIGHBOUR} for the S3 server: free some"
+            )
+    return ports
 
 
 def _write_private(file: Path, text: str) -> None:
