@@ -423,6 +423,9 @@ class Queue:
             Conflict: it has COMPLETED or FAILED.
         """
         job = self.get(job_id)
+        if job.state is JobState.PENDING and job.stopping is None:
+            # Nothing of it is leased, so that one write ends it: nobody sees it between the stamp and the end.
+            job = self._end(job, Stop(JobState.CANCELLED), None)
         if job.state in TERMINAL and job.state is not JobState.CANCELLED:
             raise Conflict(f"job {job_id} is {job.state} already: there is nothing to cancel")
         if job.state is not JobState.CANCELLED:
