@@ -33,7 +33,7 @@ def test_write(measure: Any, rig: Rig, file: Files, quick: bool, batch: int) -> 
         tag = uuid.uuid4().bytes[:6]
         name = f"w{uuid.uuid4().hex[:8]}"
         sink = Sink(rig.store, name, Plan(Format.NDJSON, tag, len(data), 1, True), 10)
-        inserted = sum(sink.write(b, decode(b, Format.NDJSON, tag, "key"))[0].inserted for b in batches)
+        inserted = sum(sink.write(decode(b, Format.NDJSON, tag, "key"))[0].inserted for b in batches)
         rig.store.data.drop_collection(name)
         return inserted
 

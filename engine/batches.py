@@ -7,29 +7,53 @@ a reply in which every document is an error that quotes it, within what the serv
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.lines import Block, Oversized
+import numpy as np
+
+from engine.lines import Block, Ends, Oversized
 
 __all__ = ["Batch", "Batcher"]
 
+NO_ENDS = np.empty(0, np.intp)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Lines of one range that follow each other.
 
     `offset` is that of the first line's first byte, `end` the one after the last terminator; `ordinal` is the first
-    line's 0-based number within the range. An oversized line travels alone, with `lines` empty.
+    line's 0-based number within the range. `data` holds the lines with their newlines, and `ends` the position in it
+    of each of these; of a last line without one, the position after its last byte. An oversized line travels alone,
+    with `data` and `ends` empty.
     """
 
     offset: int
     end: int
     ordinal: int
-    lines: list[bytes]
+    data: bytes
+    ends: Ends
     oversized: Oversized | None = None
+
+    @property
+    def count(self) -> int:
+        """Lines in it."""
+        return 1 if self.oversized is not None else len(self.ends)
 
     @property
     def terminated(self) -> bool:
         """Whether the last line ends in a newline."""
-        return self.end == self.offset + sum(map(len, self.lines)) + len(self.lines)
+        return self.oversized is not None or int(self.ends[-1]) < len(self.data)
+
+    def start(self, position: int) -> int:
+        """Where line `position` begins in `data`."""
+        return int(self.ends[position - 1]) + 1 if position else 0
+
+    def line(self, position: int) -> bytes:
+        """Line `position` without its newline; a carriage return before that is still there."""
+        return self.data[self.start(position) : int(self.ends[position])]
+
+    def lines(self) -> list[bytes]:
+        """All of them."""
+        return self.data.split(b"\n")[: self.count]
 
 
 class Batcher:
@@ -37,11 +61,11 @@ class Batcher:
 
     Args:
         max_lines: lines in a batch.
-        max_bytes: bytes of lines in a batch; a single longer line makes a batch of its own.
+        max_bytes: bytes of lines in a batch, newlines included; a single longer line makes a batch of its own.
         ordinal: the number, within the range, of the first line to come.
     """
 
-    __slots__ = ("_bytes", "_lines", "_max_bytes", "_offset", "_ordinal", "max_lines")
+    __slots__ = ("_bytes", "_ends", "_lines", "_max_bytes", "_offset", "_ordinal", "_pieces", "max_lines")
 
     def __init__(self, max_lines: int, max_bytes: int, ordinal: int = 0) -> None:
         self.max_lines = max_lines
@@ -49,47 +73,44 @@ class Batcher:
         self._max_bytes = max_bytes
         self._ordinal = ordinal
         self._offset = 0
-        self._lines: list[bytes] = []
-        self._bytes = 0  # of the lines that wait, with their newlines
+        self._pieces: list[bytes] = []  # what waits
+        self._ends: list[Ends] = []  # of its lines, counted from the first byte of the first piece
+        self._lines = 0
+        self._bytes = 0
 
     def add(self, block: Block | Oversized) -> Iterator[Batch]:
         """Take what the splitter handed out; yields the batches that it fills. Exhaust the iterator."""
         if isinstance(block, Oversized):
             yield from self.flush()
-            yield Batch(block.offset, block.end, self._ordinal, [], block)
+            yield Batch(block.offset, block.end, self._ordinal, b"", NO_ENDS, block)
             self._ordinal += 1
             return
+        at, start = 0, block.start
+        while at < len(block.ends):
+            room = start + self._max_bytes - self._bytes  # the position that the last newline must lie before
+            fit = int(np.searchsorted(block.ends, room)) - at
+            take = min(self.max_lines - self._lines, fit)
+            if take <= 0 and not self._lines:
+                take = 1  # longer than a batch may be: it travels alone
+            if take > 0:
+                if not self._lines:
+                    self._offset = block.offset + start - block.start
+                stop = min(int(block.ends[at + take - 1]) + 1, len(block.data))
+                self._pieces.append(block.data[start:stop])
+                self._ends.append(block.ends[at : at + take] + (self._bytes - start))
+                self._lines += take
+                self._bytes += stop - start
+                at, start = at + take, stop
+            if at < len(block.ends) or self._lines >= self.max_lines:
+                yield from self.flush()
+
+    def flush(self) -> Iterator[Batch]:
+        """What is left, as a batch."""
         if not self._lines:
-            self._offset = block.offset
-        self._lines += block.lines
-        self._bytes += block.end - block.offset
-        if not block.terminated:
-            yield from self.flush(terminated=False)
-        while len(self._lines) >= self.max_lines or self._bytes >= self._max_bytes:
-            yield self._cut()
-
-    def flush(self, *, terminated: bool = True) -> Iterator[Batch]:
-        """What is left, as batches. `terminated` false: the very last line has no newline."""
-        while self._lines:
-            batch = self._cut()
-            if not self._lines and not terminated:
-                batch = Batch(batch.offset, batch.end - 1, batch.ordinal, batch.lines)
-            yield batch
-
-    def _cut(self) -> Batch:
-        lines = self._lines[: self.max_lines]
-        size = sum(map(len, lines)) + len(lines)
-        if size > self._max_bytes and len(lines) > 1:
-            size = taken = 0
-            for line in lines:
-                if taken and size + len(line) + 1 > self._max_bytes:
-                    break
-                size += len(line) + 1
-                taken += 1
-            del lines[taken:]
-        del self._lines[: len(lines)]
-        self._bytes -= size
-        batch = Batch(self._offset, self._offset + size, self._ordinal, lines)
-        self._offset = batch.end
-        self._ordinal += len(lines)
-        return batch
+            return
+        end = self._offset + self._bytes
+        ends = self._ends[0] if len(self._ends) == 1 else np.concatenate(self._ends)
+        batch = Batch(self._offset, end, self._ordinal, b"".join(self._pieces), ends)
+        self._ordinal += self._lines
+        self._pieces, self._ends, self._lines, self._bytes = [], [], 0, 0
+        yield batch

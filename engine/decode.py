@@ -4,21 +4,32 @@ What becomes of a line depends on its bytes and its offset alone, so that a repl
 """
 
 import re
+import secrets
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Final
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Final
 
+import numpy as np
 import orjson
 
 from engine.batches import Batch
 from engine.lines import HEAD_BYTES
 from engine.model import Format, Reason, Reject
 
-__all__ = ["Decoded", "Identity", "decode", "reject"]
+__all__ = ["Documents", "Identity", "decode", "reject"]
 
 BOM: Final = b"\xef\xbb\xbf"
+BLANK: Final = " \t\n\r\x0b\x0c"
+
+PIECE_BYTES: Final = 64 * 1024
+"""About how much of a batch is parsed at a time: what comes of it is encoded, and gone, while it is still in the processor's
+cache. Of a whole batch at once, every object would be fetched from memory three times over."""
+
+# Between the lines of a piece, so that one call parses them all. No file knows it: it is drawn anew by every process.
+_MARK: Final = secrets.randbits(62) | 1 << 61
+_SEPARATOR: Final = b",%d," % _MARK
 
 # The smallest integer outside int64 has 19 digits. All digits made '0', a run of 19 is one `find` away.
 _ZEROS: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
@@ -31,11 +42,12 @@ _MINUS: Final = ord("-")
 _TOKEN: Final = re.compile(
     rb'"(?:[^"\\]++|\\.)*+"|(-?\d{19,}+)((?:\.\d+)?(?:[eE][+-]?\d+)?)|\d++(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL
 )
-_PLUS_NEWLINE: Final = (1).__add__
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 # Longer than any int64; int() of a literal of thousands of digits is refused by Python itself.
 _INT64_DIGITS: Final = 40
+
+Dict = dict[str, Any]
 
 
 class Identity:
@@ -51,38 +63,134 @@ class Identity:
         self.binary = binary
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What became of a batch.
+class Documents:
+    """The documents of a batch. Each pass over them parses the lines anew, a piece at a time, as they are asked for.
 
-    `documents[i]` came from line `positions[i]` of the batch; those in `own_ids` (indexes into `documents`) brought
-    their own `_id`. `blank` counts lines of white space only.
+    At the end of a pass, document `i` came from line `positions[i]` of the batch; those in `own_ids` (indexes of
+    documents) brought their own `_id`; `rejects` holds the lines that became none, and `blank` counts those of white space
+    only. `seconds` is what parsing has taken so far, over all passes.
+
+    It is true when there is any document; what is parsed to know that is not parsed again by the pass that follows.
     """
 
-    documents: list[dict[str, object]]
-    positions: Sequence[int]
-    own_ids: list[int]
-    rejects: list[Reject]
-    blank: int
+    def __init__(self, batch: Batch, format: Format, tag: bytes, file_key: str) -> None:
+        self.batch = batch
+        self._format = format
+        self._tag = tag
+        self._file_key = file_key
+        self._begun: Iterator[list[Dict]] | None = None
+        self.positions: list[int] = []
+        self.own_ids: list[int] = []
+        self.rejects: list[Reject] = []
+        self.blank = 0
+        self.seconds = 0.0
 
+    def __bool__(self) -> bool:
+        if self._begun is None:
+            pieces = self._pieces()
+            if (first := next(filter(None, pieces), None)) is not None:
+                self._begun = chain([first], pieces)
+        return self._begun is not None
 
-def reject(batch: Batch, position: int, reason: Reason, detail: str, code: int | None = None) -> Reject:
-    """The reject of line `position` of `batch`."""
-    if batch.oversized is not None:
-        line, length, offset = batch.oversized.head, batch.oversized.length, batch.offset
-    else:
-        line = batch.lines[position]
-        offset = batch.offset + sum(map(len, batch.lines[:position])) + position
-        length = len(line)
+    def __iter__(self) -> Iterator[Dict]:
+        begun, self._begun = self._begun, None
+        return chain.from_iterable(self._pieces() if begun is None else begun)
+
+    def _pieces(self) -> Iterator[list[Dict]]:
+        self.positions, self.own_ids, self.rejects, self.blank = [], [], [], 0
+        batch = self.batch
+        if batch.oversized is not None:
+            detail = f"the line has {batch.oversized.length} bytes, more than ENGINE_MAX_LINE_BYTES allows"
+            self.rejects.append(reject(batch, 0, Reason.TOO_LARGE, detail))
+            return
+        began = time.perf_counter()
+        identities = _identities(batch, self._tag)
+        decode_piece = self._text if self._format is Format.TEXT else self._ndjson
+        wide = self._format is Format.NDJSON and _may_have_wide_digits(batch.data)
+        cuts = np.searchsorted(batch.ends, np.arange(PIECE_BYTES, len(batch.data), PIECE_BYTES))
+        first = 0
+        for last in [*np.unique(cuts[cuts > 0]).tolist(), batch.count]:
+            documents = decode_piece(first, last, identities[first:last], wide)
+            self.seconds += time.perf_counter() - began
+            yield documents
+            began = time.perf_counter()
+            first = last
+
+    def _ndjson(self, first: int, last: int, identities: Iterable[bytes], wide: bool) -> list[Dict]:
+        """The documents of lines `first` to `last` (exclusive)."""
+        text = self.batch.data[self.batch.start(first) : int(self.batch.ends[last - 1])]
+        if wide:
+            wide = _has_wide_digits(text)
+        if wide or (documents := _together(text, last - first)) is None:
+            return self._one_by_one(first, text.split(b"\n"), identities, wide)
+        made = len(self.positions)
+        for index, (document, identity) in enumerate(zip(documents, map(Identity, identities), strict=True), made):
+            if "_id" in document:
+                self.own_ids.append(index)
+            else:
+                document["_id"] = identity
+        self.positions += range(first, last)
+        return documents
+
+    def _one_by_one(self, first: int, lines: list[bytes], identities: Iterable[bytes], wide: bool) -> list[Dict]:
+        """As `_ndjson`, where some line is bad or blank or holds a long run of digits."""
+        documents: list[Dict] = []
+        for position, (line, identity) in enumerate(zip(lines, identities, strict=True), first):
+            body = line.removeprefix(BOM) if self.batch.offset == position == 0 else line
+            try:
+                document = orjson.loads(body)
+            except orjson.JSONDecodeError as error:
+                if not body.strip():
+                    self.blank += 1
+                else:
+                    self._refuse(position, Reason.INVALID_JSON, str(error))
+                continue
+            if type(document) is not dict:
+                self._refuse(position, Reason.NOT_AN_OBJECT, f"the line is {_KINDS[type(document)]}, not an object")
+            elif wide and (literal := _beyond_int64(body)):
+                self._refuse(position, Reason.INT_RANGE, f"the integer {literal} does not fit into 64 bits")
+            else:
+                if "_id" in document:
+                    self.own_ids.append(len(self.positions))
+                else:
+                    document["_id"] = Identity(identity)
+                self.positions.append(position)
+                documents.append(document)
+        return documents
+
+    def _text(self, first: int, last: int, identities: Iterable[bytes], _: bool) -> list[Dict]:
+        """The documents of lines `first` to `last` (exclusive): `content` and `originalFile`."""
+        documents: list[Dict] = []
+        batch = self.batch
+        text = batch.data[batch.start(first) : int(batch.ends[last - 1])]
+        if batch.offset == first == 0:
+            text = text.removeprefix(BOM)
         # Without a newline after it, a carriage return is a part of the line.
-        if line.endswith(b"\r") and (position < len(batch.lines) - 1 or batch.terminated):
-            length -= 1
-    head = line[: min(length, HEAD_BYTES)]
-    return Reject(offset, length, batch.ordinal + position, reason, detail, head, code)
+        bare = None if batch.terminated else batch.count - 1
+        for position, (line, identity) in enumerate(zip(_decoded(text), identities, strict=True), first):
+            try:
+                content = line if isinstance(line, str) else line.decode()
+            except UnicodeDecodeError as error:
+                at = error.start
+                self._refuse(
+                    position, Reason.INVALID_UTF8, f"byte {at} of the line, 0x{error.object[at]:02x}: {error.reason}"
+                )
+                continue
+            if content.endswith("\r") and position != bare:
+                content = content[:-1]
+            if not content.strip(BLANK):
+                self.blank += 1
+            else:
+                documents.append({"_id": Identity(identity), "content": content, "originalFile": self._file_key})
+                self.positions.append(position)
+        return documents
+
+    def _refuse(self, position: int, reason: Reason, detail: str) -> None:
+        self.rejects.append(reject(self.batch, position, reason, detail))
 
 
-def decode(batch: Batch, format: Format, tag: bytes, file_key: str) -> Decoded:
-    """Decode the lines of a batch.
+def decode(batch: Batch, format: Format, tag: bytes, file_key: str) -> Documents:
+    """The documents of a batch.
 
     Args:
         batch: the lines.
@@ -90,70 +198,58 @@ def decode(batch: Batch, format: Format, tag: bytes, file_key: str) -> Decoded:
         tag: the six bytes that begin each generated `_id`; the line's offset, 6 bytes big-endian, follows.
         file_key: stored with each line of text as `originalFile`.
     """
+    return Documents(batch, format, tag, file_key)
+
+
+def reject(batch: Batch, position: int, reason: Reason, detail: str, code: int | None = None) -> Reject:
+    """The reject of line `position` of `batch`."""
     if batch.oversized is not None:
-        detail = f"the line has {batch.oversized.length} bytes, more than ENGINE_MAX_LINE_BYTES allows"
-        return Decoded([], [], [], [reject(batch, 0, Reason.TOO_LARGE, detail)], 0)
-    if format is Format.TEXT:
-        return _text(batch, tag, file_key)
-    return _ndjson(batch, tag)
+        line, length, offset = batch.oversized.head, batch.oversized.length, batch.offset
+    else:
+        line = batch.line(position)
+        offset = batch.offset + batch.start(position)
+        length = len(line)
+        # Without a newline after it, a carriage return is a part of the line.
+        if line.endswith(b"\r") and (position < batch.count - 1 or batch.terminated):
+            length -= 1
+    head = line[: min(length, HEAD_BYTES)]
+    return Reject(offset, length, batch.ordinal + position, reason, detail, head, code)
 
 
-def _ndjson(batch: Batch, tag: bytes) -> Decoded:
-    lines = batch.lines
+def _together(text: bytes, count: int) -> list[Dict] | None:
+    """The objects of `count` lines, parsed as one array with a mark between each two; None unless every line is an object.
+
+    Lines that are no JSON by themselves, but are with their neighbours, do not pass: where one of them takes in the mark
+    behind it, too few marks are left between the objects, and no line can hold one that makes up for it.
+    """
     try:
-        # What most batches are: documents all. Each step is one call over the whole batch, since a line of Python for
-        # each record costs as much as parsing it.
-        documents = list(map(orjson.loads, lines))
+        found = orjson.loads(b"[%b]" % text.replace(b"\n", _SEPARATOR))
     except orjson.JSONDecodeError:
-        return _one_by_one(batch, tag)
-    if set(map(type, documents)) != {dict} or _has_wide_digits(b"\n".join(lines)):
-        return _one_by_one(batch, tag)
-    own_ids = [index for index, document in enumerate(documents) if "_id" in document]
-    for document, identity in zip(documents, _identities(batch, tag), strict=True):
-        document.setdefault("_id", identity)
-    return Decoded(documents, range(len(documents)), own_ids, [], 0)
+        return None
+    documents: list[Dict] = found[::2]
+    if len(found) != 2 * count - 1 or found[1::2].count(_MARK) != count - 1 or set(map(type, documents)) != {dict}:
+        return None
+    return documents
 
 
-def _identities(batch: Batch, tag: bytes) -> list[Identity]:
-    """The identity of each line of the batch."""
-    count = len(batch.lines)
-    offsets = accumulate(map(_PLUS_NEWLINE, map(len, batch.lines)), initial=batch.offset)
-    packed = struct.pack(f">{count + 1}Q", *offsets)
-    return [Identity(tag + packed[at : at + 6]) for at in range(2, 8 * count, 8)]
+def _decoded(text: bytes) -> Sequence[str | bytes]:
+    """The lines of a text, each as it was where not all of them are UTF-8."""
+    try:
+        return text.decode().split("\n")
+    except UnicodeDecodeError:
+        return text.split(b"\n")
 
 
-def _one_by_one(batch: Batch, tag: bytes) -> Decoded:
-    """As `_ndjson`, for a batch in which some line is bad, blank, or holds a long run of digits."""
-    documents: list[dict[str, object]] = []
-    positions: list[int] = []
-    own_ids: list[int] = []
-    rejects: list[Reject] = []
-    blank = 0
-    identities = _identities(batch, tag)
-    for position, line in enumerate(batch.lines):
-        body = line.removeprefix(BOM) if batch.offset == position == 0 else line
-        try:
-            document = orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            if not body.strip():
-                blank += 1
-            else:
-                rejects.append(reject(batch, position, Reason.INVALID_JSON, str(error)))
-            continue
-        if type(document) is not dict:
-            detail = f"the line is {_KINDS[type(document)]}, not an object"
-            rejects.append(reject(batch, position, Reason.NOT_AN_OBJECT, detail))
-        elif literal := _beyond_int64(body):
-            detail = f"the integer {literal} does not fit into 64 bits"
-            rejects.append(reject(batch, position, Reason.INT_RANGE, detail))
-        else:
-            if "_id" in document:
-                own_ids.append(len(documents))
-            else:
-                document["_id"] = identities[position]
-            documents.append(document)
-            positions.append(position)
-    return Decoded(documents, positions, own_ids, rejects, blank)
+def _identities(batch: Batch, tag: bytes) -> tuple[bytes, ...]:
+    """The twelve bytes of each line's `_id`."""
+    count = batch.count
+    offsets = np.empty(count, ">u8")
+    offsets[0] = batch.offset
+    offsets[1:] = batch.ends[:-1] + (batch.offset + 1)
+    binary = np.empty((count, 12), np.uint8)
+    binary[:, :6] = np.frombuffer(tag, np.uint8)
+    binary[:, 6:] = offsets.view(np.uint8).reshape(count, 8)[:, 2:]
+    return struct.unpack("12s" * count, binary.tobytes())
 
 
 _KINDS: Final = {
@@ -164,6 +260,15 @@ _KINDS: Final = {
     bool: "true or false",
     type(None): "null",
 }
+
+
+def _may_have_wide_digits(data: bytes) -> bool:
+    """Whether there may be a run of 19 digits: False is sure. It takes a sixth of the time of a look at every byte.
+
+    Such a run covers four whole words of four bytes, and all that is asked of these is that each byte be one of 0123456789:;<=>?.
+    """
+    words = np.frombuffer(data, "<u4", len(data) // 4) & np.uint32(0xF0F0F0F0) == np.uint32(0x30303030)
+    return bool((words[:-3] & words[1:-2] & words[2:-1] & words[3:]).any())
 
 
 def _has_wide_digits(data: bytes) -> bool:
@@ -196,31 +301,3 @@ def _beyond_int64(line: bytes) -> str | None:
             literal = digits.decode("ascii")
             return literal if len(literal) <= _INT64_DIGITS else literal[:_INT64_DIGITS] + "…"
     return None
-
-
-def _text(batch: Batch, tag: bytes, file_key: str) -> Decoded:
-    documents: list[dict[str, object]] = []
-    positions: list[int] = []
-    rejects: list[Reject] = []
-    blank = 0
-    offset = batch.offset
-    last = len(batch.lines) - 1
-    terminated = batch.terminated
-    for position, line in enumerate(batch.lines):
-        body = line[:-1] if line.endswith(b"\r") and (position < last or terminated) else line
-        if offset == 0 and body.startswith(BOM):
-            body = body[len(BOM) :]
-        if not body.strip():
-            blank += 1
-        else:
-            try:
-                content = body.decode("utf-8")
-            except UnicodeDecodeError as error:
-                detail = f"byte {error.start} of the line, 0x{body[error.start]:02x}: {error.reason}"
-                rejects.append(reject(batch, position, Reason.INVALID_UTF8, detail))
-            else:
-                _id = Identity(tag + offset.to_bytes(6, "big"))
-                documents.append({"_id": _id, "content": content, "originalFile": file_key})
-                positions.append(position)
-        offset += len(line) + 1
-    return Decoded(documents, positions, [], rejects, blank)

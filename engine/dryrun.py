@@ -4,7 +4,6 @@ What only an insert can tell is not told: the collection's validator, its unique
 twice within the file.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import bson
@@ -23,23 +22,24 @@ DEPTH_MOST = 180
 class DryRun(Sink):
     """Judges the batches of a job where a Sink writes them."""
 
-    def _insert(self, work: Work, indexes: Sequence[int]) -> None:
-        documents = work.decoded.documents
-        good = [index for index in indexes if not self._refused(work, index)]
-        asked = good if not self._sole else [index for index in good if index in set(work.decoded.own_ids)]
+    def _insert(self, work: Work) -> None:
+        made = work.made()
+        good = [index for index in range(len(made)) if not self._refused(work, index, made[index])]
+        own_ids = set(work.documents.own_ids)
+        asked = [index for index in good if not self._sole or index in own_ids]
         there: set[bytes] = set()
         if asked:
             with translated("looking for documents that are there already"):
-                found = self._raw.find({"_id": {"$in": [documents[index]["_id"] for index in asked]}}, {"_id": 1})
+                found = self._raw.find({"_id": {"$in": [made[index]["_id"] for index in asked]}}, {"_id": 1})
                 there = {_identity(document["_id"]) for document in found}
-        known = [index for index in asked if _identity(documents[index]["_id"]) in there]
+        known = [index for index in asked if _identity(made[index]["_id"]) in there]
         work.inserted += len(good) - len(known)
         if known:
             error = {"keyPattern": {"_id": 1}, "errmsg": "another document has this _id"}
             self._duplicates(work, [(index, error) for index in known])
 
-    def _refused(self, work: Work, index: int) -> bool:
-        document, line = work.decoded.documents[index], work.batch.lines[work.decoded.positions[index]]
+    def _refused(self, work: Work, index: int, document: Document) -> bool:
+        line = work.documents.batch.line(work.documents.positions[index])
         try:
             size = len(encode(document))
         except (BSONError, OverflowError, RecursionError, UnicodeEncodeError) as error:

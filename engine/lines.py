@@ -6,30 +6,38 @@ dropped, and reading goes on past `end` until the last owned line is whole. For 
 ranges together yield exactly the lines of the object, each once.
 
 This is a machine without I/O: it is fed chunks of any size, in order, and never asks for one. It holds no more than
-one unfinished line, and of a line over the limit no more than a head.
+one unfinished line, and of a line over the limit no more than a head. Lines stay where they came in their chunk, and
+only their ends are told: a `bytes` for each of them would cost as much as all the rest of it.
 """
 
 from dataclasses import dataclass
 
-__all__ = ["HEAD_BYTES", "Block", "Oversized", "Splitter"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["HEAD_BYTES", "Block", "Ends", "Oversized", "Splitter"]
 
 HEAD_BYTES = 64 * 1024
 """How much of an oversized line is kept, for its reject."""
 
+NEWLINE = ord("\n")
 
-@dataclass(frozen=True, slots=True)
+Ends = NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """Lines that follow each other.
 
-    `offset` is that of the first line's first byte, `end` the one after the last terminator. The lines carry no
-    newline, but a carriage return before it is still there. Each is followed by one newline byte, except the last one
-    when `terminated` is false (the object ends there).
+    `data` holds them from position `start` on, and `ends` the position in it of each line's newline; of a last line that
+    the object ends in without one, the position after its last byte. A carriage return before a newline is still
+    there. `offset` is that of the first line's first byte in the object.
     """
 
     offset: int
-    end: int
-    lines: list[bytes]
-    terminated: bool = True
+    data: bytes
+    start: int
+    ends: Ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ class Splitter:
             return []
         base = self.position
         self.position += len(data)
+        start = 0
         if self._dropping:
             newline = data.find(b"\n")
             if newline < 0:
@@ -82,64 +91,57 @@ class Splitter:
                 self.done = self.position >= self._end - 1
                 return []
             self._dropping = False
-            self._line = base = base + newline + 1
+            start = newline + 1
+            self._line = base + start
             if self._line >= self._end:
                 self.done = True
                 return []
-            data = data[newline + 1 :]
-        return self._split(data, base)
+        return self._split(data, start, base)
 
-    def _split(self, data: bytes, base: int) -> list[Block | Oversized]:
+    def _split(self, data: bytes, start: int, base: int) -> list[Block | Oversized]:
+        """The lines that end in `data` from position `start` on; `base` is the offset of its position 0."""
         # The last owned line is the one that holds byte end - 1: it ends at the first newline from there on.
-        newline = data.find(b"\n", max(self._end - 1 - base, 0)) if self._end - 1 < base + len(data) else -1
-        if newline >= 0:
-            self.done = True
-            data = data[: newline + 1]
-        if b"\n" not in data:
-            self._keep(data)
-            return []
-        lines = data.split(b"\n")
-        tail = lines.pop()
+        last = self._end - 1 - base
+        newline = data.find(b"\n", max(last, start)) if last < len(data) else -1
+        self.done = newline >= 0
+        stop = (newline if self.done else data.rfind(b"\n", start)) + 1
         out: list[Block | Oversized] = []
-        if self._carried:
-            self._keep(lines[0])
-            first = self._take(terminated=True)
-            if isinstance(first, Oversized):
-                out.append(first)
-                del lines[0]
-                self._line = first.end
-            else:
-                lines[0] = first
-        if lines:
-            out.extend(self._blocks(lines, base + len(data) - len(tail)))
-        if tail:
-            self._keep(tail)
+        if stop > start:
+            ends = np.flatnonzero(np.frombuffer(data, np.uint8, stop - start, start) == NEWLINE)
+            if start:
+                ends += start
+            if self._carried:
+                first = int(ends[0])
+                self._keep(data[start:first])
+                out.append(self._take(terminated=True))
+                start, ends = first + 1, ends[1:]
+                self._line = base + start
+            if len(ends):
+                out += self._blocks(data, start, ends)
+                self._line = base + stop
+        if not self.done and max(stop, start) < len(data):
+            self._keep(data[max(stop, start) :])
         return out
 
-    def _blocks(self, lines: list[bytes], end: int) -> list[Block | Oversized]:
-        """Terminated lines from `self._line` to `end` as one block, or more where oversized ones stand between them."""
+    def _blocks(self, data: bytes, start: int, ends: Ends) -> list[Block | Oversized]:
+        """Terminated lines, the first of them at `self._line`, as one block; or more where oversized ones stand between."""
         # No line is longer than all of them together, which mostly saves a look at each.
-        if end - self._line <= self._max or max(map(len, lines)) <= self._max:
-            block = Block(self._line, end, lines)
-            self._line = end
-            return [block]
+        if int(ends[-1]) - start <= self._max:
+            return [Block(self._line, data, start, ends)]
         out: list[Block | Oversized] = []
-        run: list[bytes] = []
-        at = self._line
-        for line in lines:
-            length = len(line) - line.endswith(b"\r")
-            after = self._line + len(line) + 1
+        base = self._line - start
+        done = 0  # lines that are told
+        for index in np.flatnonzero(np.diff(ends, prepend=start - 1) - 1 > self._max).tolist():
+            begin, end = int(ends[index - 1]) + 1 if index else start, int(ends[index])
+            length = end - begin - (data[end - 1 : end] == b"\r")
             if length <= self._max:
-                run.append(line)
-            else:
-                if run:
-                    out.append(Block(at, self._line, run))
-                    run = []
-                out.append(Oversized(self._line, length, line[: min(length, HEAD_BYTES)], after))
-                at = after
-            self._line = after
-        if run:
-            out.append(Block(at, end, run))
+                continue
+            if index > done:
+                out.append(Block(base + start, data, start, ends[done:index]))
+            out.append(Oversized(base + begin, length, data[begin : begin + min(length, HEAD_BYTES)], base + end + 1))
+            done, start = index + 1, end + 1
+        if done < len(ends):
+            out.append(Block(base + start, data, start, ends[done:]))
         return out
 
     def _keep(self, piece: bytes) -> None:
@@ -152,25 +154,18 @@ class Splitter:
         if piece:
             self._last = piece[-1:]
 
-    def _take(self, *, terminated: bool) -> bytes | Oversized:
+    def _take(self, *, terminated: bool) -> Block | Oversized:
         """The line under way, now whole."""
         line, carried = b"".join(self._carry), self._carried
         length = carried - (terminated and self._last == b"\r")
         self._carry, self._carried, self._last = [], 0, b""
-        if length <= self._max:
-            return line
-        return Oversized(self._line, length, line[: min(length, HEAD_BYTES)], self._line + carried + terminated)
+        if length > self._max:
+            return Oversized(self._line, length, line[: min(length, HEAD_BYTES)], self._line + carried + terminated)
+        return Block(self._line, line + b"\n" if terminated else line, 0, np.array([len(line)], np.intp))
 
     def finish(self) -> list[Block | Oversized]:
         """The object ends here: returns its last line where that has no newline. `done` is true afterwards."""
         if self.done:
             return []
         self.done = True
-        if self._dropping or not self._carried:
-            return []
-        last = self._take(terminated=False)
-        return (
-            [last]
-            if isinstance(last, Oversized)
-            else [Block(self._line, self._line + len(last), [last], terminated=False)]
-        )
+        return [] if self._dropping or not self._carried else [self._take(terminated=False)]

@@ -257,7 +257,7 @@ class Pipeline:
                 for batch in batches:
                     if run.stop.is_set() or run.cancelled.is_set():
                         break
-                    size = sum(map(len, batch.lines))
+                    size = len(batch.data)
                     self._make_room(run, flying, most, most * settings.engine_batch_bytes - size)
                     closed = run.opened(batch)
                     future = self._writers.submit(self._write, run, sink, job.plan.format, batch, closed)
@@ -343,15 +343,15 @@ class Pipeline:
         """One batch, in a writer thread: decode, write, write its rejects, confirm."""
         job, plan = run.job, run.job.plan
         assert plan is not None
-        began = time.perf_counter()
-        decoded = decode(batch, format, plan.tag, job.source.key)
-        parsed, waited = time.perf_counter(), self._store.waited()
-        reach(Step.PARSED)
+        began, waited = time.perf_counter(), self._store.waited()
+        documents = decode(batch, format, plan.tag, job.source.key)
+        if documents:
+            reach(Step.PARSED)
         for tries in range(1, TRIES + 1):
             self._guard(run)
             try:
                 run.move()
-                tally, rejects = sink.write(batch, decoded)
+                tally, rejects = sink.write(documents)
                 reach(Step.WRITTEN)
                 if rejects:
                     self._guard(run)
@@ -372,8 +372,8 @@ class Pipeline:
             rejected=tally.rejected,
             bytes=tally.bytes,
             batches=1,
-            seconds_decode=parsed - began,
-            seconds_encode=time.perf_counter() - parsed - waited,
+            seconds_decode=documents.seconds,
+            seconds_encode=time.perf_counter() - began - documents.seconds - waited,
             seconds_wait=waited,
         )
 

@@ -5,7 +5,7 @@ returned has been acknowledged at `w: majority`. Anything wrong with the connect
 """
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -16,8 +16,7 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 
-from engine.batches import Batch
-from engine.decode import Decoded, reject
+from engine.decode import Documents, reject
 from engine.errors import Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, Document, Store, translate, translated
@@ -37,6 +36,8 @@ _BAD_VALUE: Final = 2
 # With these the server answers for the whole command what is the fault of one document in it.
 _OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, _TOO_DEEP, 22}) | _TOO_LARGE | _BAD_ID
 
+_REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
+
 Dict = dict[str, Any]
 
 
@@ -44,14 +45,18 @@ Dict = dict[str, Any]
 class Work:
     """A batch on its way in: what became of its documents so far."""
 
-    batch: Batch
-    decoded: Decoded
+    documents: Documents
     inserted: int
     replayed: int
     rejects: list[Reject]
 
+    def made(self) -> list[Document]:
+        """The documents, made anew; for the few batches in which one of them has to be looked at."""
+        return list(self.documents)
+
     def refuse(self, index: int, reason: Reason, detail: str, code: int | None = None) -> None:
-        self.rejects.append(reject(self.batch, self.decoded.positions[index], reason, detail, code))
+        """Document `index` is a reject."""
+        self.rejects.append(reject(self.documents.batch, self.documents.positions[index], reason, detail, code))
 
 
 class Sink:
@@ -72,52 +77,72 @@ class Sink:
         self._sole = plan.sole
         self._concern = {"w": "majority", "wtimeout": int(write_timeout_seconds * 1000)}
 
-    def write(self, batch: Batch, decoded: Decoded) -> tuple[Tally, list[Reject]]:
+    def write(self, documents: Documents) -> tuple[Tally, list[Reject]]:
         """Write the documents of a batch; returns its tally and all its rejects, which are not written yet.
 
         Raises:
             Transient: nothing or only a part is acknowledged; write the batch again.
             Final: the server will never take this, whatever the documents are.
         """
-        work = Work(batch, decoded, 0, 0, list(decoded.rejects))
-        if decoded.documents:
-            self._insert(work, range(len(decoded.documents)))
+        work = Work(documents, 0, 0, [])
+        if documents:
+            self._insert(work)
+        work.rejects += documents.rejects
+        work.rejects.sort(key=lambda r: r.offset)
+        batch = documents.batch
         tally = Tally(
-            lines=len(batch.lines) or 1,
+            lines=batch.count,
             inserted=work.inserted + (work.replayed if self._sole else 0),
             duplicates=0 if self._sole else work.replayed,
             rejected=len(work.rejects),
-            blank=decoded.blank,
+            blank=documents.blank,
             bytes=batch.end - batch.offset,
         )
-        work.rejects.sort(key=lambda r: r.offset)
         return tally, work.rejects
 
-    def _insert(self, work: Work, indexes: Sequence[int]) -> None:
-        documents = work.decoded.documents
-        every = len(indexes) == len(documents)
+    def _insert(self, work: Work) -> None:
+        """Insert all documents of a batch in one command."""
         try:
-            # The command itself, since insert_many looks at each document in Python, which costs more than encoding it.
-            reply = self._data.command(
+            reply = self._command(work.documents)
+        except _REFUSALS as error:
+            made = work.made()
+            self._triage(work, made, range(len(made)), error)
+        else:
+            self._account(work, range(len(work.documents.positions)), reply)
+
+    def _insert_some(self, work: Work, made: list[Document], indexes: Sequence[int]) -> None:
+        """Insert some documents of a batch, and find which of them are at fault when they are refused."""
+        try:
+            reply = self._command([made[index] for index in indexes])
+        except _REFUSALS as error:
+            self._triage(work, made, indexes, error)
+        else:
+            self._account(work, indexes, reply)
+
+    def _command(self, documents: Iterable[Document]) -> Dict:
+        """The reply to an insert. Raises one of `_REFUSALS` where a document may be at fault, and what `write` tells."""
+        try:
+            # The command itself, since insert_many looks at each document in Python, which costs more than encoding it. And
+            # the documents as an iterable, which the driver walks through while it encodes: no more than a few of them are
+            # ever there at a time.
+            return self._data.command(
                 {
                     "insert": self._collection,
                     "ordered": False,
                     "writeConcern": self._concern,
-                    "documents": documents if every else [documents[i] for i in indexes],
+                    "documents": documents,
                 }
             )
-        except (DocumentTooLarge, BSONError, OverflowError, RecursionError, UnicodeEncodeError) as error:
-            self._triage(work, indexes, error)
+        except DocumentTooLarge:
+            raise
         except OperationFailure as error:
-            if error.code not in _OF_ONE_DOCUMENT:
-                _let_go(error)
-                raise translate(error, f"writing to collection {self._collection}") from error
-            self._triage(work, indexes, error)
+            if error.code in _OF_ONE_DOCUMENT:
+                raise
+            _let_go(error)
+            raise translate(error, f"writing to collection {self._collection}") from error
         except PyMongoError as error:
             _let_go(error)
             raise translate(error, f"writing to collection {self._collection}") from error
-        else:
-            self._account(work, indexes, reply)
 
     def _account(self, work: Work, indexes: Sequence[int], reply: Dict) -> None:
         failed = reply.get("writeErrors", ())
@@ -136,12 +161,15 @@ class Sink:
             else:
                 reason, detail = _verdict(error["code"], str(error.get("errmsg", "")), error.get("errInfo"))
                 work.refuse(index, reason, detail, error["code"])
-        work.inserted += len(indexes) - len(failed)
+        inserted = len(indexes) - len(failed)
+        if reply["n"] != inserted:
+            raise Transient(f"MongoDB tells of {reply['n']} documents where {inserted} were sent: it is tried again")
+        work.inserted += inserted
         if duplicates:
             self._duplicates(work, duplicates)
 
     def _duplicates(self, work: Work, duplicates: list[tuple[int, Dict]]) -> None:
-        own = set(work.decoded.own_ids)
+        own = set(work.documents.own_ids)
         unclear: list[tuple[int, Dict]] = []
         for index, error in duplicates:
             # A generated `_id` is that of this very line: it is there already, whoever changed it since.
@@ -151,22 +179,21 @@ class Sink:
                 unclear.append((index, error))
         if not unclear:
             return
-        documents = work.decoded.documents
-        ids = [documents[index]["_id"] for index, _ in unclear]
+        made = work.made()
+        ids = [made[index]["_id"] for index, _ in unclear]
         with translated("reading documents back"):
             stored = {_key(found["_id"]): bytes(found.raw) for found in self._raw.find({"_id": {"$in": ids}})}
         for index, error in unclear:
-            document = documents[index]
+            document = made[index]
             there = stored.get(_key(document["_id"]))
             if there is not None and (index not in own or there == encode(document)):
                 work.replayed += 1
             else:
                 work.refuse(index, Reason.DUPLICATE_KEY, str(error.get("errmsg", ""))[:1000], DUPLICATE_KEY)
 
-    def _triage(self, work: Work, indexes: Sequence[int], error: Exception) -> None:
+    def _triage(self, work: Work, made: list[Document], indexes: Sequence[int], error: Exception) -> None:
         """Find which documents of a refused command are at fault, and write the others."""
         _let_go(error)
-        documents = work.decoded.documents
         if len(indexes) == 1:
             code = error.code if isinstance(error, OperationFailure) else None
             reason, detail = unencodable(error) if code is None else _verdict(code, str(error), None)
@@ -176,7 +203,7 @@ class Sink:
         sizes: list[int] = []
         for index in indexes:
             try:
-                size = len(encode(documents[index]))
+                size = len(encode(made[index]))
             except (BSONError, OverflowError, RecursionError, UnicodeEncodeError) as fault:
                 work.refuse(index, *unencodable(fault))
                 continue
@@ -192,7 +219,7 @@ class Sink:
             half = len(good) // 2
             parts = [good[:half], good[half:]]
         for part in parts:
-            self._insert(work, part)
+            self._insert_some(work, made, part)
 
 
 def _let_go(error: BaseException | None) -> None:

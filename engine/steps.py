@@ -17,7 +17,7 @@ class Step(StrEnum):
     OPENED = "opened"  # the ranges are written down; the job does not say so
     LEASED = "leased"
     READ = "read"  # a chunk has come
-    PARSED = "parsed"  # a batch is decoded
+    PARSED = "parsed"  # documents of a batch are made; none is sent
     WRITTEN = "written"  # a batch is acknowledged; its rejects are not written
     REJECTED = "rejected"  # the rejects are written; the batch is not closed
     CONFIRM = "confirm"  # about to renew and confirm

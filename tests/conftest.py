@@ -9,8 +9,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from engine.batches import Batch
 from engine.beat import Beat
 from engine.ledger import Ledger
 from engine.local import LocalServers, free_port
@@ -47,6 +49,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
         options = ("--setParameter", "enableTestCommands=1")
         with LocalServers(Settings(), folder, options) as started:
             yield started
+
+
+def batch_of(*lines: bytes, offset: int = 0, terminated: bool = True) -> Batch:
+    """These lines as one batch, of which the first begins at `offset`."""
+    data = b"".join(line + b"\n" for line in lines)
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+    data = data if terminated else data[:-1]
+    return Batch(offset, offset + len(data), 0, data, ends)
 
 
 def own_settings(servers: LocalServers) -> Settings:

@@ -58,7 +58,7 @@ def poison(marker):
     real = pipeline.decode
 
     def decode(batch, *more):
-        if any(marker in line for line in batch.lines):
+        if marker in batch.data:
             crash()
         return real(batch, *more)
 

@@ -119,14 +119,12 @@ def read(data, start, end, draw, found):
     batches += batcher.flush()
     for batch in batches:
         decoded = decode(batch, Format.NDJSON, TAG, "key")
-        offsets, at = [], batch.offset
-        for line in batch.lines:
-            offsets.append(at)
-            at += len(line) + 1
+        documents = list(decoded)
+        offsets = [batch.offset + batch.start(position) for position in range(batch.count)]
         outcome = dict.fromkeys(offsets, "blank")
         for reject in decoded.rejects:
             outcome[reject.offset] = str(reject.reason)
-        for position, document in zip(decoded.positions, decoded.documents, strict=True):
+        for position, document in zip(decoded.positions, documents, strict=True):
             outcome[offsets[position]] = document
         if sum(value == "blank" for value in outcome.values()) != decoded.blank:
             raise AssertionError("the blank lines are counted wrong")

@@ -6,10 +6,10 @@ import weakref
 import orjson
 import pytest
 
-from engine.batches import Batch
 from engine.decode import decode
 from engine.model import Format, Plan
-from engine.sink import Sink
+from engine.sink import Sink, Work
+from tests.conftest import batch_of
 
 TAG = b"\0" * 6
 
@@ -31,23 +31,29 @@ class Watched(list):
     ],
     ids=["just too large", "too large", "bad key", "too deep", "far too deep", "bad id", "duplicate"],
 )
-def test_a_batch_with_a_refused_document_leaves_no_cycle(store, line):
+def test_a_batch_with_a_refused_document_leaves_no_cycle(store, monkeypatch, line):
     sink = Sink(store, "records", Plan(Format.NDJSON, TAG, 1, 1, True), 10)
+    watched = []
+    real = Work.made
+
+    def made(work):
+        documents = Watched(real(work))
+        watched.append(weakref.ref(documents))
+        return documents
+
+    monkeypatch.setattr(Work, "made", made)
     gc.collect()
     gc.disable()
     try:
         for turn in range(3):
-            lines = [b'{"_id":1,"turn":%d}' % turn, line, b'{"b":1}']
-            batch = Batch(turn * 10**8, turn * 10**8 + sum(map(len, lines)) + 3, 0, lines)
-            decoded = decode(batch, Format.NDJSON, TAG, "key")
-            documents = Watched(decoded.documents)
-            object.__setattr__(decoded, "documents", documents)
-            watched = weakref.ref(documents)
-            tally, rejects = sink.write(batch, decoded)
+            batch = batch_of(b'{"_id":1,"turn":%d}' % turn, line, b'{"b":1}', offset=turn * 10**8)
+            documents = decode(batch, Format.NDJSON, TAG, "key")
+            watched.append(weakref.ref(documents))
+            tally, rejects = sink.write(documents)
             assert tally.lines == 3
             assert rejects
-            del documents, decoded, batch, rejects
-            assert watched() is None
+            del documents, batch, rejects
+            assert [reference() for reference in watched] == [None] * len(watched)
     finally:
         gc.enable()
     assert orjson.loads(b"1") == 1

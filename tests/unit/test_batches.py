@@ -22,8 +22,9 @@ def test_batches_hold_the_lines_of_the_file_each_once_at_its_offset(lines, termi
     at = ordinal = 0
     for batch in batches:
         assert (batch.offset, batch.ordinal) == (at, ordinal)
-        assert 1 <= len(batch.lines) <= most
-        assert len(batch.lines) == 1 or sum(map(len, batch.lines)) <= room
-        assert data[batch.offset : batch.end] == b"\n".join(batch.lines) + (b"\n" if batch.terminated else b"")
-        at, ordinal = batch.end, ordinal + len(batch.lines)
+        assert 1 <= batch.count <= most
+        assert batch.count == 1 or len(batch.data) <= room
+        assert data[batch.offset : batch.end] == batch.data == b"\n".join(batch.lines()) + b"\n" * batch.terminated
+        assert batch.lines() == [batch.line(position) for position in range(batch.count)]
+        at, ordinal = batch.end, ordinal + batch.count
     assert at == len(data)

@@ -1,6 +1,7 @@
 """One line becomes one document or one reject, never an exception, never a changed number."""
 
 import json
+from types import SimpleNamespace
 
 import bson
 import pytest
@@ -8,16 +9,16 @@ from bson import ObjectId
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batches import Batch
 from engine.decode import decode
 from engine.model import Format
+from tests.conftest import batch_of
 
 TAG = b"tagtag"
 
 
 def run(*lines: bytes, format: Format = Format.NDJSON, offset: int = 0, terminated: bool = True):
-    size = sum(map(len, lines)) + len(lines)
-    return decode(Batch(offset, offset + size - (not terminated), 0, list(lines)), format, TAG, "key")
+    decoded = decode(batch_of(*lines, offset=offset, terminated=terminated), format, TAG, "key")
+    return SimpleNamespace(documents=list(decoded), **vars(decoded))
 
 
 @pytest.mark.parametrize(
@@ -172,3 +173,76 @@ def test_a_document_is_refused_exactly_when_an_integer_of_it_does_not_fit(values
     decoded = run(b'{"n":1}', line, b'{"n":2}')
     assert [str(r.reason) for r in decoded.rejects] == ([] if fits else ["int_range"])
     assert len(decoded.documents) == (3 if fits else 2)
+
+
+FRAGMENTS = [
+    b'{"a":1}', b'{"a":[1', b"2]}", b'{"a":1', b'"b":2}', b'{"a":1},{"b":2}', b"{", b"}", b"[", b"]", b",", b"", b" ",
+    b"1", b'{"_id":5}', b'{"a":"', b'"}', b'{"a":1}\r', b'{"a":1}\xef\xbb\xbf', b"\xef\xbb\xbf{}", b'{"a":"\\',
+    b'{"n":18446744073709551616}', b'{"n":9223372036854775807}', b'{"t":"0123456789:;<=>?0123456789:;<=>?"}', b"{}",
+    b'{"a":1},4611686018427387904,{"b":2}', b"\xff", b"{" * 1100, b'{"long":"' + b"x" * 90 + b'"}',
+]  # fmt: skip
+
+# Lines of which each is bad, and which together are as many objects as there are lines, when they are read as one text.
+CONSPIRACIES = [
+    [b'{"a":1', b'"b":2}', b'{"a":1},{"b":2}'],
+    [b'{"c":3},{"d":4}', b'{"a":[1', b"2]}"],
+    [b'{"a":[1', b"2", b'3]},{"b":1},{"c":2}'],
+    [b'{"a":[{}', b'{}]},{"b":1}'],
+    [b'{"a":[1', b"2]}", b'{"b":1},5,{"c":2}'],  # and one that guesses at what is put between the lines
+]
+LINE = st.sampled_from(FRAGMENTS) | st.binary(max_size=8).map(lambda b: b.replace(b"\n", b""))
+
+
+@pytest.mark.parametrize("lines", CONSPIRACIES)
+def test_lines_that_are_objects_only_together_are_rejects_each(lines):
+    decoded = run(b'{"n":1}', *lines, b'{"n":2}')
+    assert [document["n"] for document in decoded.documents] == [1, 2]
+    assert [r.ordinal for r in decoded.rejects] == list(range(1, 1 + len(lines)))
+
+
+@given(
+    st.lists(LINE, min_size=1),
+    st.sampled_from([1, 40, 10**6]),
+    st.sampled_from(["ndjson", "text"]),
+    st.booleans(),
+)
+def test_what_becomes_of_a_line_does_not_depend_on_its_neighbours(lines, piece, format, terminated):
+    terminated = terminated or not lines[-1]  # an empty last line is none
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.decode.PIECE_BYTES", piece)
+        together = run(*lines, format=Format(format), offset=7, terminated=terminated)
+    at, documents, positions, own_ids, rejects, blank = 7, [], [], [], [], 0
+    for position, line in enumerate(lines):
+        last = position == len(lines) - 1
+        alone = run(line, format=Format(format), offset=at, terminated=terminated or not last)
+        own_ids += [len(documents)] * len(alone.own_ids)
+        documents += alone.documents
+        positions += [position] * len(alone.documents)
+        rejects += [(position, r.reason, r.offset, r.length, r.head) for r in alone.rejects]
+        blank += alone.blank
+        at += len(line) + 1
+    assert [encoded(d) for d in together.documents] == [encoded(d) for d in documents]
+    assert (list(together.positions), together.own_ids, together.blank) == (positions, own_ids, blank)
+    assert [(r.ordinal, r.reason, r.offset, r.length, r.head) for r in together.rejects] == rejects
+
+
+def encoded(document):
+    try:
+        return bson.encode(document)
+    except bson.errors.InvalidDocument as error:
+        return str(error)
+
+
+def test_each_pass_over_the_documents_gives_them_again():
+    documents = decode(batch_of(b'{"a":1}', b"bad", b"", b'{"a":2}'), Format.NDJSON, TAG, "key")
+    for _ in range(3):
+        assert documents
+        assert [document["a"] for document in documents] == [1, 2]
+        assert (documents.positions, len(documents.rejects), documents.blank) == ([0, 3], 1, 1)
+
+
+def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():
+    documents = decode(batch_of(b"bad", b"", b"[]"), Format.NDJSON, TAG, "key")
+    assert not documents
+    assert [str(r.reason) for r in documents.rejects] == ["invalid_json", "not_an_object"]
+    assert documents.blank == 1

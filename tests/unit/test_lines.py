@@ -37,10 +37,10 @@ def lines(blocks: list[Block | Oversized]) -> list[tuple[int, bytes]]:
     found = []
     for block in blocks:
         assert isinstance(block, Block)
-        offset = block.offset
-        for line in block.lines:
-            found.append((offset, line))
-            offset += len(line) + 1
+        start = block.start
+        for end in block.ends.tolist():
+            found.append((block.offset + start - block.start, block.data[start:end]))
+            start = end + 1
     return found
 
 
@@ -75,12 +75,12 @@ def test_batches_hold_the_same_lines_and_meet_end_to_end(data, max_lines, max_by
     for block in read(data, 0, len(data), sizes):
         batches += batcher.add(block)
     batches += batcher.flush()
-    assert [line for batch in batches for line in batch.lines] == [line for _, line in whole(data)]
+    assert [line for batch in batches for line in batch.lines()] == [line for _, line in whole(data)]
     assert [batch.offset for batch in batches] == [0, *(batch.end for batch in batches[:-1])]
     assert batches[-1].end == len(data)
-    assert all(len(batch.lines) <= max_lines for batch in batches)
-    assert all(sum(map(len, batch.lines)) <= max_bytes or len(batch.lines) == 1 for batch in batches)
-    assert [batch.ordinal for batch in batches] == [sum(len(b.lines) for b in batches[:i]) for i in range(len(batches))]
+    assert all(batch.count <= max_lines for batch in batches)
+    assert all(len(batch.data) <= max_bytes or batch.count == 1 for batch in batches)
+    assert [batch.ordinal for batch in batches] == [sum(b.count for b in batches[:i]) for i in range(len(batches))]
 
 
 def test_a_line_longer_than_several_ranges_belongs_to_the_first_of_them():
