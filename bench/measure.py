@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC
@@ -23,7 +23,7 @@ import bson
 import orjson
 
 from bench import ceiling, shapes
-from bench.rig import ROOT, TICKS, Rig, Taken
+from bench.rig import ROOT, Rig, Taken, cpu_of
 from engine.model import JobOptions
 from engine.stats import STAGES, totals
 
@@ -85,32 +85,55 @@ def base_cpu(path: Path) -> tuple[float, float]:
         gc.enable()
 
 
-def _ceiling(rig: Rig, work: list[bytes], connections: int) -> float:
-    name = f"c{uuid.uuid4().hex[:8]}"
-    seconds = ceiling.send(*rig.primary(), rig.store.data.name, name, work, connections)
-    rig.store.data.drop_collection(name)
-    return seconds
+class Ceiling:
+    """What the database takes of the records of a file, by the best number of connections, which is found once."""
 
+    def __init__(self, rig: Rig, path: Path) -> None:
+        self._rig = rig
+        self._work = ceiling.batches(_lines(path))
+        self.database: list[float] = []
+        walls = {connections: self._send(connections) for connections in CONNECTIONS * 2}  # the second pass counts
+        self.connections = min(walls, key=lambda connections: walls[connections])
+        self.database.clear()
 
-def _best_ceiling(rig: Rig, work: list[bytes]) -> tuple[float, int]:
-    return min((_ceiling(rig, work, connections), connections) for connections in CONNECTIONS)
+    def seconds(self) -> float:
+        """Wall seconds of one pass; the CPU seconds of the database are added to `database`."""
+        return self._send(self.connections)
+
+    def _send(self, connections: int) -> float:
+        name = f"c{uuid.uuid4().hex[:8]}"
+        before = self._rig.servers_cpu()["mongod"]
+        seconds = ceiling.send(*self._rig.primary(), self._rig.store.data.name, name, self._work, connections)
+        self.database.append(self._rig.servers_cpu()["mongod"] - before)
+        self._rig.store.data.drop_collection(name)
+        return seconds
+
+    def beside(self, load: Callable[[], Taken]) -> tuple[float, Taken]:
+        """The ceiling before and after a load, averaged, since the speed of a machine drifts; and the load."""
+        before = self.seconds()
+        taken = load()
+        return (before + self.seconds()) / 2, taken
 
 
 def ladder(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
     """The same file by the ceiling, by Headrace, and by the import tool; and where a worker's time goes."""
     source = rig.upload(path)
-    work = ceiling.batches(_lines(path))
+    ceilings = Ceiling(rig, path)
     rows: dict[str, list[float]] = {}
     tool = os.environ.get("MONGOIMPORT")
     stages: dict[str, float] = {}
     records = peak = 0
-    for _ in range(rounds):
-        base, base_off = base_cpu(path)
-        top, _ = _best_ceiling(rig, work)
-        before = totals(rig.store)
+
+    def load() -> Taken:
         engine = rig.engine()
         taken = rig.load(source, engine)
         engine.stop()  # it tells its last figures on leaving
+        return taken
+
+    for _ in range(rounds):
+        base, base_off = base_cpu(path)
+        before = totals(rig.store)
+        top, taken = ceilings.beside(load)
         after = totals(rig.store)
         stages = {s: stages.get(s, 0) + after.get(f"seconds_{s}", 0) - before.get(f"seconds_{s}", 0) for s in STAGES}
         records += taken.lines
@@ -122,6 +145,9 @@ def ladder(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
             "base cpu": base,
             "base cpu, collector off": base_off,
             "worker cpu": taken.cpu,
+            "database cpu": taken.servers["mongod"],
+            "database cpu, ceiling": statistics.mean(ceilings.database[-2:]),
+            "s3 cpu": taken.servers["weed"],
             "cpu ratio": taken.cpu / base,
             "cpu ratio, collector off": taken.cpu / base_off,
         }
@@ -133,6 +159,7 @@ def ladder(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
     return {name: Spread(tuple(values)) for name, values in rows.items()} | {
         "stages": {stage: 1e6 * seconds / records for stage, seconds in stages.items()},
         "peak": peak,
+        "connections": ceilings.connections,
     }
 
 
@@ -155,13 +182,13 @@ def _lines(path: Path) -> list[bytes]:
 def shape(rig: Rig, path: Path, rounds: int) -> Spread:
     """Headrace's wall over the ceiling's."""
     source = rig.upload(path)
-    work = ceiling.batches(_lines(path))
+    ceilings = Ceiling(rig, path)
     ratios = []
+    engine = rig.engine()
     for _ in range(rounds):
-        top, _ = _best_ceiling(rig, work)
-        engine = rig.engine()
-        ratios.append(rig.load(source, engine).wall / top)
-        engine.stop()
+        top, taken = ceilings.beside(lambda: rig.load(source, engine))
+        ratios.append(taken.wall / top)
+    engine.stop()
     return Spread(tuple(ratios))
 
 
@@ -229,8 +256,7 @@ def idle(rig: Rig, seconds: float) -> float:
     time.sleep(3)
 
     def spent() -> float:
-        fields = Path(f"/proc/{engine.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return engine.cpu() + (int(fields[11]) + int(fields[12])) / TICKS
+        return engine.cpu() + cpu_of(engine.process.pid)
 
     before = spent()
     time.sleep(seconds)

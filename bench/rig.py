@@ -22,7 +22,7 @@ from engine.queue import Queue
 from engine.settings import Settings
 from engine.store import Store
 
-__all__ = ["Engine", "Rig", "Taken"]
+__all__ = ["Engine", "Rig", "Taken", "cpu_of"]
 
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
@@ -30,12 +30,14 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a load took: seconds from submission to COMPLETED by the database's clock, CPU seconds and peak MB of workers."""
+    """What a load took: seconds from submission to COMPLETED by the database's clock, CPU seconds and peak MB of workers, and
+    CPU seconds of the servers by name."""
 
     wall: float
     cpu: float
     peak_mb: int
     lines: int
+    servers: dict[str, float]
 
 
 def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:
@@ -44,6 +46,12 @@ def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:
         for name, value in settings.model_dump(exclude_defaults=True).items()
     }
     return given | {name.upper(): str(value) for name, value in changes.items()} | {"PYTHONPATH": str(ROOT)}
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds of a process until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 class Engine:
@@ -76,8 +84,7 @@ class Engine:
 
     def cpu(self) -> float:
         """CPU seconds of the workers until now."""
-        fields = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in self.workers()]
-        return sum(int(f[11]) + int(f[12]) for f in fields) / TICKS
+        return sum(map(cpu_of, self.workers()))
 
     def peak_mb(self) -> int:
         """The highest resident memory that any worker has had."""
@@ -161,17 +168,19 @@ class Rig:
     def load(self, source: Source, *engines: Engine) -> Taken:
         """Load an object into a collection that is dropped afterwards."""
         name = f"c{uuid.uuid4().hex[:8]}"
-        before = sum(engine.cpu() for engine in engines)
+        before, servers = sum(engine.cpu() for engine in engines), self.servers_cpu()
         job = self.wait(self.queue.submit(source, JobOptions(collection=name, force=True)))
-        taken = self.taken(job, sum(engine.cpu() for engine in engines) - before, engines)
-        self.store.data.drop_collection(name)
-        return taken
-
-    def taken(self, job: Job, cpu: float, engines: tuple[Engine, ...]) -> Taken:
-        """What a job that has ended took."""
-        assert job.finished_at is not None
+        cpu = sum(engine.cpu() for engine in engines) - before
+        taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}
         peak = max((engine.peak_mb() for engine in engines), default=0)
-        return Taken((job.finished_at - job.created_at).total_seconds(), cpu, peak, job.progress.tally.lines)
+        self.store.data.drop_collection(name)
+        assert job.finished_at is not None
+        wall = (job.finished_at - job.created_at).total_seconds()
+        return Taken(wall, cpu, peak, job.progress.tally.lines, taken_by)
+
+    def servers_cpu(self) -> dict[str, float]:
+        """CPU seconds of the database and the S3 server until now, by name."""
+        return {name: cpu_of(pid) for name, pid in self._servers.pids.items()}
 
     def wait(self, job: Job) -> Job:
         """Until the job has COMPLETED."""

@@ -77,7 +77,7 @@ class Ledger:
         token = uuid.uuid4().hex
         new = _new(job_key(job_id), range)
         key = new.pop("_id")
-        held: Document = {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self._until()}
+        held: Document = {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self.until()}
         fields = {name: {"$literal": value} for name, value in new.items()}
         with translated("leasing a range"):
             try:
@@ -93,7 +93,7 @@ class Ledger:
         with translated("leasing a range"):
             found = self._ranges.find_one_and_update(
                 {"job": job_key(job_id), "state": RangeState.READY, "$expr": {"$lte": ["$notBefore", "$$NOW"]}},
-                [{"$set": {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self._until()}}],
+                [{"$set": {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self.until()}}],
                 return_document=ReturnDocument.BEFORE,
                 hint=LEASABLE,
             )
@@ -116,7 +116,7 @@ class Ledger:
         self._speak(
             lease,
             {
-                "until": self._until(),
+                "until": self.until(),
                 "confirmed": confirmed,
                 "tally": {"$literal": tally.document()},
                 "resumed": True,
@@ -243,7 +243,8 @@ class Ledger:
                 lines += found["tally"]["lines"]
         return before
 
-    def _until(self) -> Document:
+    def until(self) -> Document:
+        """When a lease that begins now runs out, as an expression of the server's."""
         return {"$add": ["$$NOW", self._lease_ms]}
 
     def _speak(self, lease: Lease, changes: Document, doing: str, ranges: Collection[Document] | None = None) -> None:

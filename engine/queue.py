@@ -255,6 +255,27 @@ class Queue:
             if page:
                 yield page
 
+    def claim(self, job_id: str, holder: str) -> bool:
+        """Whether `holder` is to plan this job: nobody else begins to within a lease's time.
+
+        It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
+        majority.
+        """
+        free = {"$lte": ["$planner.until", "$$NOW"]}  # a missing time is less than any
+        with translated("claiming a job"):
+            found = self._jobs.with_options(write_concern=WriteConcern(1)).update_one(
+                {"_id": job_key(job_id), "state": JobState.PENDING, "$expr": free},
+                [{"$set": {"planner": {"holder": holder, "until": self._ledger.until()}}}],
+            )
+        return found.matched_count == 1
+
+    def disclaim(self, holders: Sequence[str]) -> None:
+        """Let others plan at once what these, who are dead, were about to plan."""
+        if holders:
+            mine = {"open": True, "planner.holder": {"$in": list(holders)}}
+            with translated("freeing the jobs of a dead worker"):
+                self._jobs.update_many(mine, {"$unset": {"planner": ""}}, hint=OPEN_JOBS)
+
     def fix_plan(self, job: Job, plan: Plan, already_loaded_by: str | None) -> tuple[Job, bool]:
         """Fix the plan of a job, PENDING → PROCESSING.
 
@@ -266,6 +287,7 @@ class Queue:
         changes = planned(plan, JobState.PROCESSING, already_loaded_by) | happened(
             f"planned: {plan.range_count} ranges"
         )
+        changes["planner"] = "$$REMOVE"
         if job.options.timeout_seconds is not None:
             changes["deadline"] = from_now(job.options.timeout_seconds)
         with translated("planning a job"):
@@ -365,7 +387,10 @@ class Queue:
             found = self._jobs.find_one_and_update(
                 {"_id": job_key(job_id), "state": JobState.PENDING},
                 [
-                    {"$set": {"attempts": {"$add": ["$attempts", 1]}} | happened(f"put off: {failure.message}")},
+                    {
+                        "$set": {"attempts": {"$add": ["$attempts", 1]}, "planner": "$$REMOVE"}
+                        | happened(f"put off: {failure.message}")
+                    },
                     {"$set": {"notBefore": {"$add": ["$$NOW", {"$multiply": [{"$pow": ["$attempts", 4]}, 1000]}]}}},
                 ],
                 return_document=ReturnDocument.AFTER,
@@ -412,7 +437,7 @@ class Queue:
     def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
         """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
         changes = planned(plan, JobState.COMPLETED, already_loaded_by)
-        times = {"finishedAt": "$$NOW", "open": "$$REMOVE"} | happened(JobState.COMPLETED)
+        times = {"finishedAt": "$$NOW", "open": "$$REMOVE", "planner": "$$REMOVE"} | happened(JobState.COMPLETED)
         self._move(job_id, JobState.PENDING, changes | times)
 
     def cancel(self, job_id: str) -> Job:
@@ -482,6 +507,7 @@ class Queue:
             "open": "$$REMOVE",
             "stopping": "$$REMOVE",
             "deadline": "$$REMOVE",
+            "planner": "$$REMOVE",
             "finishedAt": "$$NOW",
             "failure": {"$literal": failure_document(stop.failure)},
         } | happened(stop.to)

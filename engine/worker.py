@@ -206,6 +206,7 @@ class _Worker:
             try:
                 self._store.prepare()
                 freed = self._ledger.release(self._post.predecessors)
+                self._queue.disclaim(self._post.predecessors)
                 if self._post.slot == 0 and self._store.standalone():
                     log.warning(
                         "this mongod is no member of a replica set, so that it forgets acknowledged writes when it is lost: "
@@ -288,6 +289,8 @@ class _Worker:
             return None
         lease, head = None, b""
         if job.state is JobState.PENDING:
+            if not self._queue.claim(job.id, self._post.name):
+                return None
             try:
                 prepared = self._planner.prepare(job, self._post.name)
             except FinalError as error:
