@@ -47,7 +47,7 @@ bench-report: $(TESTABLE) ## measure everything against the ceiling and write be
 	@$(BIN)/python -m bench.report $(if $(GIGABYTES),--gigabytes $(GIGABYTES)) $(if $(QUICK),--quick)
 
 clean: ## remove .venv and what tools left; the data in .headrace stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -54,7 +54,7 @@ def create_app(
     app.resp_options.media_handlers["application/json"] = json
     install(app)
     depth = Depth(queue, settings.api_max_open_jobs)
-    watch = Watch(queue, rejects, Slots(settings.api_max_watchers, 429, "waiting requests"))
+    watch = Watch(queue, Slots(settings.api_max_watchers, 429, "waiting requests"))
     api = OpenApi()
     job, key = {"jobId": "Of the job"}, {"fileKey": "Of the object; it may hold slashes"}
     upload = {"uploadId": "Of the upload"}

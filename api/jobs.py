@@ -64,7 +64,7 @@ class Detail:
 
         def told() -> tuple[dict[str, Any], bool]:
             job = self._queue.get(job_id)
-            detail = job_detail(job, self._watch.errors(job), self._history.ranges(job_id))
+            detail = job_detail(job, self._history.ranges(job_id))
             return dict(detail), job.state in TERMINAL
 
         self._watch.answer(req, resp, told)

@@ -1,8 +1,7 @@
 """Jobs, batches and files as clients see them."""
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import cast
 
 from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody
 from engine.history import RangeReport
@@ -12,8 +11,8 @@ from engine.queue import Batch
 __all__ = ["batch_status", "job_detail", "job_status", "moment"]
 
 
-def job_status(job: Job, errors: Sequence[dict[str, Any]] = ()) -> JobStatus:
-    """A job; `errors` are its first rejects."""
+def job_status(job: Job) -> JobStatus:
+    """A job."""
     progress, tally, size = job.progress, job.progress.tally, job.source.size
     done = size if job.state is JobState.COMPLETED else min(progress.bytes_done, size)
     rate = progress.rate
@@ -40,7 +39,7 @@ def job_status(job: Job, errors: Sequence[dict[str, Any]] = ()) -> JobStatus:
         "startedAt": moment(job.started_at),
         "finishedAt": moment(job.finished_at),
         "error": {"code": failure.code, "message": failure.message} if failure else None,
-        "errors": cast("list[RejectBody]", list(errors)),
+        "errors": cast("list[RejectBody]", list(job.errors)),
         "alreadyLoadedBy": job.already_loaded_by,
         "progress": {
             "bytesTotal": size,
@@ -59,12 +58,12 @@ def job_status(job: Job, errors: Sequence[dict[str, Any]] = ()) -> JobStatus:
     }
 
 
-def job_detail(job: Job, errors: Sequence[dict[str, Any]], ranges: RangeReport) -> JobDetail:
+def job_detail(job: Job, ranges: RangeReport) -> JobDetail:
     """A job with what became of its ranges and what happened to it."""
     return {
-        **job_status(job, errors),
+        **job_status(job),
         "ranges": {state.value: count for state, count in ranges.states.items()},
-        "attempts": ranges.attempts,
+        "attempts": ranges.failures,
         "deaths": ranges.deaths,
         "workers": list(ranges.holders),
         "timeline": [{"at": moment(event.at), "what": event.what} for event in job.timeline],

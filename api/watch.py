@@ -16,13 +16,11 @@ from api.limits import Slots
 from api.operations import Answer, Scope, operation
 from api.told import job_status
 from engine.errors import HeadraceError
-from engine.model import TERMINAL, Job
+from engine.model import TERMINAL
 from engine.queue import Queue
-from engine.rejects import Rejects
 
 __all__ = ["PREFER", "Events", "Watch"]
 
-FIRST_ERRORS: Final = 5
 WAIT_MOST_SECONDS: Final = 60
 LOOK_SECONDS: Final = 0.25
 EVENTS_SECONDS: Final = 600.0
@@ -44,23 +42,18 @@ class Watch:
     """Answers calls that may wait.
 
     Args:
-        queue, rejects: the jobs.
+        queue: the jobs.
         slots: how many may wait at a time.
     """
 
-    def __init__(self, queue: Queue, rejects: Rejects, slots: Slots) -> None:
+    def __init__(self, queue: Queue, slots: Slots) -> None:
         self._queue = queue
-        self._rejects = rejects
         self.slots = slots
-
-    def errors(self, job: Job) -> list[dict[str, Any]]:
-        """A job's first rejects. Most jobs have none: then the collection of rejects is not asked."""
-        return self._rejects.page(job.id, FIRST_ERRORS) if job.progress.tally.rejected else []
 
     def status(self, job_id: str) -> tuple[dict[str, Any], bool]:
         """A job as clients see it, and whether it has ended."""
         job = self._queue.get(job_id)
-        return dict(job_status(job, self.errors(job))), job.state in TERMINAL
+        return dict(job_status(job)), job.state in TERMINAL
 
     def answer(self, req: falcon.Request, resp: falcon.Response, told: Told) -> None:
         """Answer with what is told: at once, or after the wait that the client prefers."""

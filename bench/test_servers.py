@@ -32,7 +32,7 @@ def test_write(measure: Any, rig: Rig, file: Files, quick: bool, batch: int) -> 
     def write() -> int:
         tag = uuid.uuid4().bytes[:6]
         name = f"w{uuid.uuid4().hex[:8]}"
-        sink = Sink(rig.store, name, Plan(Format.NDJSON, tag, len(data), 1, True), 10)
+        sink = Sink(rig.store, name, Plan(Format.NDJSON, tag, len(data), 1, True, 1 << 25), 10)
         inserted = sum(sink.write(decode(b, Format.NDJSON, tag, "key"))[0].inserted for b in batches)
         rig.store.data.drop_collection(name)
         return inserted

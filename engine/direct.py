@@ -5,15 +5,17 @@ The state of an upload is S3's; `uploads` in the control database only keeps wha
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
-from mypy_boto3_s3 import S3Client
 
 from engine.errors import Conflict, NotFound, Refused
 from engine.model import Source
 from engine.objects import PART_TYPE, PARTS_MOST, Objects, s3_translated
 from engine.store import Document, Store, translated
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
 
 __all__ = ["URLS_MOST", "DirectUploads", "Part", "Upload"]
 
@@ -66,7 +68,7 @@ class Upload:
 class DirectUploads:
     """Uploads under way in one bucket."""
 
-    def __init__(self, store: Store, client: S3Client, bucket: str, part_bytes: int) -> None:
+    def __init__(self, store: Store, client: "S3Client", bucket: str, part_bytes: int) -> None:
         self._uploads = store.uploads
         self._client = client
         self._bucket = bucket

@@ -19,6 +19,7 @@ __all__ = [
     "SettingsError",
     "StartError",
     "Transient",
+    "Unexpected",
     "WrongClock",
 ]
 
@@ -37,6 +38,12 @@ class Transient(HeadraceError):
     """It may work when tried again: the network, a primary stepping down, a server that is busy."""
 
     code = "unavailable"
+
+
+class Unexpected(Transient):
+    """A fault of Headrace itself or of a library. It costs an attempt and no worker; the log has the traceback."""
+
+    code = "unexpected"
 
 
 class WrongClock(Transient):

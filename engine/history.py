@@ -15,10 +15,10 @@ HOLDERS_MOST: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class RangeReport:
-    """A job's ranges: how many are in each state, the troubles they have had, and who holds some now."""
+    """A job's ranges: how many are in each state, the troubles they have had so far, and who has worked on them lately."""
 
     states: dict[RangeState, int]
-    attempts: int
+    failures: int
     deaths: int
     holders: tuple[str, ...]
 
@@ -70,25 +70,24 @@ class History:
 
     def ranges(self, job_id: str) -> RangeReport:
         """What became of a job's ranges so far."""
-        total = {"$add": ["$deaths", {"$ifNull": ["$vanished", 0]}]}
         stages: list[Document] = [
             {"$match": ranges_of(job_key(job_id))},
             {
                 "$group": {
                     "_id": "$state",
                     "count": {"$sum": 1},
-                    "attempts": {"$sum": "$attempts"},
-                    "deaths": {"$sum": total},
-                    "holders": {"$addToSet": "$holder"},
+                    "failures": {"$sum": "$allFailures"},
+                    "deaths": {"$sum": "$allDeaths"},
+                    "holders": {"$addToSet": "$holders"},
                 }
             },
         ]
         with translated("summing the ranges of a job"):
             groups = list(self._ranges.aggregate(stages))
-        holders = sorted({holder for group in groups for holder in group["holders"]})
+        holders = sorted({holder for group in groups for names in group["holders"] for holder in names})
         return RangeReport(
             {RangeState(group["_id"]): group["count"] for group in groups},
-            sum(group["attempts"] for group in groups),
+            sum(group["failures"] for group in groups),
             sum(group["deaths"] for group in groups),
             tuple(holders[:HOLDERS_MOST]),
         )

@@ -45,9 +45,10 @@ class Ticket:
     digest: str
 
 
-def new_job(source: Source, options: JobOptions, more: Document) -> Document:
+def new_job(source: Source, options: JobOptions, database: str, more: Document) -> Document:
     """The fields of a new job, as a stage of a pipeline sets them."""
     document: Document = {
+        "database": database,
         "source": {
             "bucket": source.bucket,
             "key": source.key,
@@ -103,6 +104,7 @@ def planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Docum
         "rangeBytes": plan.range_bytes,
         "rangeCount": plan.range_count,
         "sole": plan.sole,
+        "maxLineBytes": plan.max_line_bytes,
     }
     return {
         "state": state,
@@ -127,6 +129,17 @@ def failure_of(document: Document | None) -> Failure | None:
     return None if document is None else Failure(document["code"], document["message"])
 
 
+def _plan_of(found: Document) -> Plan:
+    return Plan(
+        Format(found["format"]),
+        bytes(found["tag"]),
+        found["rangeBytes"],
+        found["rangeCount"],
+        found["sole"],
+        found["maxLineBytes"],
+    )
+
+
 def job_of(found: Document) -> Job:
     """The job that a document of `jobs` holds."""
     source, options = found["source"], found["options"]
@@ -135,6 +148,7 @@ def job_of(found: Document) -> Job:
     loaded_by = found.get("alreadyLoadedBy")
     return Job(
         id=str(found["_id"]),
+        database=found["database"],
         source=Source(source["bucket"], source["key"], source["etag"], source["version"], source["size"]),
         options=JobOptions(
             options["collection"],
@@ -151,8 +165,7 @@ def job_of(found: Document) -> Job:
         created_at=found["createdAt"],
         started_at=found.get("startedAt"),
         finished_at=found.get("finishedAt"),
-        plan=plan
-        and Plan(Format(plan["format"]), bytes(plan["tag"]), plan["rangeBytes"], plan["rangeCount"], plan["sole"]),
+        plan=plan and _plan_of(plan),
         stopping=stopping and Stop(JobState(stopping["to"]), failure_of(stopping["failure"])),
         failure=failure_of(found.get("failure")),
         progress=Progress(
@@ -164,7 +177,9 @@ def job_of(found: Document) -> Job:
             progress.get("at"),
         ),
         already_loaded_by=str(loaded_by) if loaded_by else None,
+        attempts=found["attempts"],
         round=found["round"],
         batch=str(found["batch"]) if "batch" in found else None,
+        errors=tuple(found.get("errors", ())),
         timeline=tuple(Event(event["at"], event["what"]) for event in found.get("timeline", ())),
     )

@@ -6,20 +6,20 @@ no match means that the lease was lost. All times are the server's (`$$NOW`), so
 
 import random
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 from bson import ObjectId
-from pymongo import ReturnDocument, WriteConcern
-from pymongo.collection import Collection
+from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from engine.errors import LeaseLost
-from engine.model import ByteRange, Failure, Lease, RangeState, Tally
+from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
 from engine.store import LEASABLE, LEASES, Document, Store, insert_new, job_key, ranges_of, translated
 
-__all__ = ["ATTEMPTS", "DEATHS", "Ledger", "Summary"]
+__all__ = ["ATTEMPTS", "DEATHS", "UNSPENT_WAIT", "Ledger", "Summary", "wait_ms"]
 
 ATTEMPTS: Final = 5
 """Transient failures in a row, without a byte of progress between them, before a range is given up."""
@@ -28,11 +28,17 @@ DEATHS: Final = 3
 """Holders that may die in a row at one `confirmed` before a range is given up."""
 
 VANISHED: Final = 10
-"""Holders that may vanish in a row at one `confirmed`, without anybody there to say that they died, before a range is given
-up: more, since what takes a whole host away is seldom a line."""
+"""Holders that may die or vanish in a row at one `confirmed` before a range is given up: more than die, since what takes a
+whole host away, with all who could tell of a death, is seldom a line."""
 
-EXPIRY_GRACE_SECONDS: Final = 5
+UNSPENT_WAIT: Final = 2
+"""After a failure that is not the range's (the clock of a host is wrong) it waits as after so many that are."""
+
+EXPIRY_GRACE_SECONDS: Final = 4
 """A lease is taken away this long after it ran out: after a stall of the database its live holder comes first."""
+
+HOLDERS_MOST: Final = 10
+"""Holders that a range remembers."""
 
 OPEN_BATCH: Final = 10_000
 """Ranges in one insert."""
@@ -61,14 +67,13 @@ class Ledger:
 
     def __init__(self, store: Store, lease_seconds: float) -> None:
         self._ranges = store.ranges
-        self._quick = store.ranges.with_options(write_concern=WriteConcern(1))
         self._lease_ms = int(lease_seconds * 1000)
 
-    def open(self, job_id: str, ranges: Sequence[ByteRange]) -> None:
+    def open(self, job_id: str, ranges: Iterable[ByteRange]) -> None:
         """Put the ranges of a job down as READY. Those that are there already stay as they are."""
         job = job_key(job_id)
-        for first in range(0, len(ranges), OPEN_BATCH):
-            documents = [_new(job, r) for r in ranges[first : first + OPEN_BATCH]]
+        rest = iter(ranges)
+        while documents := [_new(job, r) for r in islice(rest, OPEN_BATCH)]:
             with translated("writing down the ranges of a job"):
                 insert_new(self._ranges, documents)
 
@@ -77,7 +82,7 @@ class Ledger:
         token = uuid.uuid4().hex
         new = _new(job_key(job_id), range)
         key = new.pop("_id")
-        held: Document = {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self.until()}
+        held = self._held(token, holder)
         fields = {name: {"$literal": value} for name, value in new.items()}
         with translated("leasing a range"):
             try:
@@ -85,7 +90,7 @@ class Ledger:
                 self._ranges.update_one({"_id": key, "state": None}, [{"$set": fields | held}], upsert=True)
             except DuplicateKeyError:
                 return None
-        return Lease(job_id, range, token, range.start, Tally())
+        return Lease(job_id, range, token, 1, range.start, Tally())
 
     def lease(self, job_id: str, holder: str) -> Lease | None:
         """Lease any READY range of a job whose time has come; None where there is none."""
@@ -93,7 +98,7 @@ class Ledger:
         with translated("leasing a range"):
             found = self._ranges.find_one_and_update(
                 {"job": job_key(job_id), "state": RangeState.READY, "$expr": {"$lte": ["$notBefore", "$$NOW"]}},
-                [{"$set": {"state": RangeState.LEASED, "token": token, "holder": holder, "until": self.until()}}],
+                [{"$set": self._held(token, holder)}],
                 return_document=ReturnDocument.BEFORE,
                 hint=LEASABLE,
             )
@@ -103,6 +108,7 @@ class Ledger:
             job_id,
             ByteRange(found["_id"]["index"], found["start"], found["end"]),
             token,
+            found["leases"] + 1,
             found["confirmed"],
             Tally.from_document(found["tally"]),
             found["attempts"],
@@ -112,67 +118,48 @@ class Ledger:
 
     def renew(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Prolong a lease and record how far it came. Raises LeaseLost."""
-        moved = {"$gt": [confirmed, "$confirmed"]}
-        self._speak(
-            lease,
-            {
-                "until": self.until(),
-                "confirmed": confirmed,
-                "tally": {"$literal": tally.document()},
-                "resumed": True,
-                "deaths": {"$cond": [moved, 0, "$deaths"]},
-                "vanished": {"$cond": [moved, 0, "$vanished"]},
-                "attempts": {"$cond": [moved, 0, "$attempts"]},
-            },
-            "renewing a lease",
-        )
+        self._speak(lease, _come_to(confirmed, tally) | {"until": self.until()}, "renewing a lease")
 
-    def close(self, lease: Lease, tally: Tally, *, settled_next: bool = False) -> None:
-        """Every line of the range is acknowledged: it is DONE. Raises LeaseLost.
-
-        `settled_next`: the caller's next write ends the job, waits for a majority, and comes after this one in the oplog,
-        so that this one need not wait.
-        """
+    def close(self, lease: Lease, tally: Tally) -> None:
+        """Every line of the range is acknowledged: it is DONE. Raises LeaseLost."""
         done = {"state": RangeState.DONE, "tally": {"$literal": tally.document()}, "confirmed": "$end", "failure": None}
-        self._speak(lease, done | _LET_GO, "closing a range", self._quick if settled_next else self._ranges)
+        self._speak(lease, done | _LET_GO, "closing a range")
 
     def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Let go of a range, READY for anyone at `confirmed`, without spending an attempt. Raises LeaseLost."""
-        changes = {"state": RangeState.READY, "confirmed": confirmed, "tally": {"$literal": tally.document()}}
-        self._speak(lease, changes | _LET_GO | {"resumed": True}, "giving a range back")
+        self._speak(lease, _come_to(confirmed, tally) | _LET_GO | {"state": RangeState.READY}, "giving a range back")
 
-    def postpone(self, lease: Lease, confirmed: int, tally: Tally, failure: Failure) -> None:
+    def postpone(self, lease: Lease, confirmed: int, tally: Tally, failure: Failure, *, spend: bool = True) -> None:
         """Let go after a transient failure: READY again n⁴ seconds later (±10 %), or FAILED when no attempt is left.
+
+        With `spend` false it costs no attempt, and is READY again after a fixed time.
 
         Raises LeaseLost.
         """
-        attempts = 1 if confirmed > lease.confirmed else lease.attempts + 1
-        changes: Document = {
-            "confirmed": confirmed,
-            "tally": {"$literal": tally.document()},
+        attempts = (0 if confirmed > lease.confirmed else lease.attempts) + spend
+        changes: Document = _come_to(confirmed, tally) | {
             "attempts": attempts,
-            "resumed": True,
+            "allFailures": {"$add": ["$allFailures", 1]},
             "failure": {"$literal": {"code": failure.code, "message": failure.message}},
         }
         if attempts > ATTEMPTS:
             changes["state"] = RangeState.FAILED
         else:
             changes["state"] = RangeState.READY
-            wait_ms = int(attempts**4 * 1000 * random.uniform(0.9, 1.1))  # noqa: S311 (jitter, not a secret)
-            changes["notBefore"] = {"$add": ["$$NOW", wait_ms]}
+            changes["notBefore"] = {"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]}
         self._speak(lease, changes | _LET_GO, "putting a range off")
 
-    def release(self, holders: Iterable[str]) -> int:
-        """Free the ranges of holders that are known to be dead; returns how many there were."""
+    def release(self, holders: Iterable[str]) -> list[Freed]:
+        """Free the ranges of holders that are known to be dead."""
         names = list(holders)
         if not names:
-            return 0
-        return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths", DEATHS)
+            return []
+        return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths")
 
-    def expire(self) -> int:
-        """Free the ranges whose leases ran out; returns how many there were."""
+    def expire(self) -> list[Freed]:
+        """Free the ranges whose leases ran out."""
         deadline = {"$subtract": ["$$NOW", EXPIRY_GRACE_SECONDS * 1000]}
-        return self._release({"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}}, "vanished", VANISHED)
+        return self._release({"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}}, "vanished")
 
     def leased(self, job_ids: Iterable[str]) -> dict[str, int]:
         """How many ranges of each of these jobs are leased; jobs without are left out."""
@@ -231,36 +218,61 @@ class Ledger:
         with translated("deleting the ranges of a job"):
             self._ranges.delete_many(ranges_of(job_key(job_id)))
 
-    def first_lines(self, job_id: str) -> dict[int, int]:
-        """For each range before which all are DONE: how many lines stand before it in the file."""
-        before: dict[int, int] = {}
-        lines = 0
+    def first_lines(self, job_id: str, indexes: Iterable[int]) -> dict[int, int]:
+        """For each of these ranges before which all are DONE: how many lines stand before it in the file."""
+        wanted = sorted(indexes)
+        key = {"job": job_key(job_id), "index": wanted[-1]}
+        before = {"documents": ["unbounded", -1]}
+        unsure = {"$cond": [{"$eq": ["$state", RangeState.DONE]}, 0, 1]}
+        sums = {
+            "lines": {"$sum": "$tally.lines", "window": before},
+            "unsure": {"$sum": unsure, "window": before},
+        }
+        stages: list[Document] = [
+            {"$match": {"_id": {"$gte": key | {"index": 0}, "$lte": key}}},
+            {"$setWindowFields": {"sortBy": {"_id.index": 1}, "output": sums}},
+            {"$match": {"_id.index": {"$in": wanted}, "unsure": {"$in": [0, None]}}},
+            {"$project": {"lines": {"$ifNull": ["$lines", 0]}}},
+        ]
         with translated("counting the lines of ranges"):
-            for found in self._ranges.find(ranges_of(job_key(job_id)), {"tally.lines": 1, "state": 1}).sort("_id", 1):
-                before[found["_id"]["index"]] = lines
-                if found["state"] != RangeState.DONE:
-                    break
-                lines += found["tally"]["lines"]
-        return before
+            return {found["_id"]["index"]: found["lines"] for found in self._ranges.aggregate(stages)}
 
     def until(self) -> Document:
         """When a lease that begins now runs out, as an expression of the server's."""
         return {"$add": ["$$NOW", self._lease_ms]}
 
-    def _speak(self, lease: Lease, changes: Document, doing: str, ranges: Collection[Document] | None = None) -> None:
+    def _held(self, token: str, holder: str) -> Document:
+        earlier = {"$filter": {"input": {"$ifNull": ["$holders", []]}, "cond": {"$ne": ["$$this", holder]}}}
+        return {
+            "state": RangeState.LEASED,
+            "token": token,
+            "holder": holder,
+            "until": self.until(),
+            "leases": {"$add": [{"$ifNull": ["$leases", 0]}, 1]},
+            "holders": {"$slice": [{"$concatArrays": [earlier, [holder]]}, -HOLDERS_MOST]},
+        }
+
+    def _speak(self, lease: Lease, changes: Document, doing: str) -> None:
         key = {"job": job_key(lease.job_id), "index": lease.range.index}
         held = {"_id": key, "state": RangeState.LEASED, "token": lease.token}
         with translated(doing):
-            result = (self._ranges if ranges is None else ranges).update_one(held, [{"$set": changes}])
+            result = self._ranges.update_one(held, [{"$set": changes}])
         if not result.matched_count:
             raise LeaseLost(
                 f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now"
             )
 
-    def _release(self, query: Document, counter: str, most: int) -> int:
-        deaths = {"$add": [f"${counter}", 1]}
+    def _release(self, query: Document, counter: str) -> list[Freed]:
+        """Free ranges, and count a death or a vanishing of their holders; give those up that have seen too many."""
+        with translated("looking for leases to free"):
+            found = list(self._ranges.find(query, {"holder": 1}, hint=LEASES))
+        if not found:
+            return []
+        count: Document = {name: {"$add": [f"${name}", int(name == counter)]} for name in ("deaths", "vanished")}
+        in_all = {"$add": list(count.values())}
         message: list[Any] = [
-            f"{most} workers in a row died at byte ",
+            {"$toString": in_all},
+            " workers in a row died at byte ",
             {"$toString": "$confirmed"},
             " of the range from byte ",
             {"$toString": "$start"},
@@ -269,15 +281,16 @@ class Ledger:
             ": look at the lines there, then retry the job",
         ]
         poison = {"code": "workers_died", "message": {"$concat": message}}
-        spent = {"$gte": [deaths, most]}
-        changes = {
-            counter: deaths,
+        spent = {"$or": [{"$gte": [count["deaths"], DEATHS]}, {"$gte": [in_all, VANISHED]}]}
+        changes = count | {
+            "allDeaths": {"$add": ["$allDeaths", 1]},
             "state": {"$cond": [spent, RangeState.FAILED, RangeState.READY]},
             "failure": {"$cond": [spent, poison, "$failure"]},
             "resumed": True,
         }
         with translated("releasing leases"):
-            return self._ranges.update_many(query, [{"$set": changes | _LET_GO}], hint=LEASES).modified_count
+            self._ranges.update_many(query, [{"$set": changes | _LET_GO}], hint=LEASES)
+        return [Freed(str(f["_id"]["job"]), f["_id"]["index"], f["holder"]) for f in found]
 
 
 def _new(job: ObjectId, range: ByteRange) -> Document:
@@ -292,8 +305,25 @@ def _new(job: ObjectId, range: ByteRange) -> Document:
         "attempts": 0,
         "deaths": 0,
         "vanished": 0,
+        "leases": 0,
         "resumed": False,
+        # What is told to people, and never begins anew.
+        "allDeaths": 0,
+        "allFailures": 0,
+        "holders": [],
     }
+
+
+def _come_to(confirmed: int, tally: Tally) -> Document:
+    """Sets how far a range has come; what was counted in a row begins anew when it has moved."""
+    moved = {"$gt": [confirmed, "$confirmed"]}
+    in_a_row = {name: {"$cond": [moved, 0, f"${name}"]} for name in ("deaths", "vanished", "attempts")}
+    return in_a_row | {"confirmed": confirmed, "tally": {"$literal": tally.document()}, "resumed": True}
+
+
+def wait_ms(attempts: int) -> int:
+    """How long to wait after so many failures in a row: n⁴ seconds, ±10 % so that not all come back at once."""
+    return int(attempts**4 * 1000 * random.uniform(0.9, 1.1))  # noqa: S311 (jitter, not a secret)
 
 
 _LET_GO: Final[Document] = {"token": "$$REMOVE", "holder": "$$REMOVE", "until": "$$REMOVE"}

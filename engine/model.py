@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 __all__ = [
     "JOB_MOVES",
@@ -18,6 +18,7 @@ __all__ = [
     "Event",
     "Failure",
     "Format",
+    "Freed",
     "Job",
     "JobOptions",
     "JobState",
@@ -154,19 +155,30 @@ class Tally:
 class Lease:
     """The right to work on one range. Only the holder of `token` may renew, confirm, close or fail it.
 
-    `confirmed` is the offset below which every line is acknowledged, `tally` the counts up to there; work starts at
-    `confirmed`. `deaths` counts holders in a row that died or vanished at this `confirmed`; `attempts` the transient failures
-    spent. `resumed` tells that somebody has worked on this range before.
+    `number` counts the leases of this range, from 1: a later one is always higher. `confirmed` is the offset below which
+    every line is acknowledged, `tally` the counts up to there; work starts at `confirmed`. `deaths` counts holders in a row
+    that died or vanished at this `confirmed`; `attempts` the transient failures spent. `resumed` tells that somebody has
+    worked on this range before.
     """
 
     job_id: str
     range: ByteRange
     token: str
+    number: int
     confirmed: int
     tally: Tally
     attempts: int = 0
     deaths: int = 0
     resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """A range that was taken from its holder, who died or did not renew its lease."""
+
+    job_id: str
+    index: int
+    holder: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +203,8 @@ class Plan:
     """What the first to join a job fixed, once, for all.
 
     `tag` is the six bytes that begin each generated `_id`. `sole` tells that no earlier job has worked on this source
-    in this collection, so that a duplicate of a generated `_id` can only be our own replay.
+    in this collection, so that a duplicate of a generated `_id` can only be our own replay. A line of more than
+    `max_line_bytes` is a reject, whatever the settings of the engine that meets it.
     """
 
     format: Format
@@ -199,6 +212,7 @@ class Plan:
     range_bytes: int
     range_count: int
     sole: bool
+    max_line_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +273,16 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One load of one source into one collection. `id` is 24 hexadecimal digits; `round` counts its retries.
+    """One load of one source into one collection. `id` is 24 hexadecimal digits; `attempts` counts the failures to plan it,
+    and `round` its retries.
 
-    `batch` is that of the call that made it together with others. `timeline` holds its latest hundred events.
+    `database` is where the collection is: only engines whose `MONGO_URI` names it work on the job. `batch` is that of the
+    call that made it together with others. `timeline` holds its latest hundred events, and `errors` its first five rejects as
+    clients see them, with raw lines cut short; they are as old as `progress`.
     """
 
     id: str
+    database: str
     source: Source
     options: JobOptions
     state: JobState
@@ -276,6 +294,8 @@ class Job:
     failure: Failure | None = None
     progress: Progress = field(default_factory=Progress)
     already_loaded_by: str | None = None
+    attempts: int = 0
     round: int = 0
     batch: str | None = None
     timeline: tuple[Event, ...] = ()
+    errors: tuple[Mapping[str, Any], ...] = ()

@@ -11,17 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-from mypy_boto3_s3 import S3Client
 from urllib3.exceptions import HTTPError
 
 from engine.errors import AccessDenied, HeadraceError, NotFound, ObjectChanged, ObjectGone, Transient, WrongClock
 from engine.model import Source
 from engine.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
 
 __all__ = ["PARTS_MOST", "PART_TYPE", "Listed", "Objects", "RangeReader", "Stream", "connect", "s3_translated"]
 
@@ -43,7 +45,7 @@ class Stream(Protocol):
         ...
 
 
-def connect(settings: Settings) -> S3Client:
+def connect(settings: Settings) -> "S3Client":
     """An S3 client whose deadlines are shorter than a lease. It does not retry for long: its callers do."""
 
     def plain(value: Any) -> str | None:
@@ -152,7 +154,7 @@ class Objects:
         parallel: parts under way at a time.
     """
 
-    def __init__(self, client: S3Client, bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
+    def __init__(self, client: "S3Client", bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
         self._client = client
         self.bucket = bucket
         self._part_bytes = part_bytes

@@ -8,16 +8,16 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from enum import Enum, auto
 from typing import Final
 
 from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
-from engine.errors import HeadraceError, LeaseLost, Transient
+from engine.errors import HeadraceError, LeaseLost, Transient, Unexpected, WrongClock
 from engine.ledger import Ledger
 from engine.lines import Splitter
 from engine.logs import get_logger
@@ -32,15 +32,15 @@ from engine.steps import Step, reach
 from engine.store import Store
 from engine.watermark import Watermark
 
-__all__ = ["KEEPER", "Ended", "Keeper", "Pipeline", "Run"]
+__all__ = ["KEEPER", "Ended", "Keeper", "Pipeline", "Run", "expected"]
 
 log = get_logger()
 
 KEEPER: Final = "keeper"
 """Name of the thread that renews."""
 
-TICK_SECONDS: Final = 1.0
-"""How often a lease is renewed and its progress recorded."""
+TICK_SECONDS: Final = 0.7
+"""How often a lease is renewed and its progress recorded: so often that the numbers of a job move every second."""
 
 TRIES: Final = 6
 """How often a read or write is tried, without progress between, before its range goes back."""
@@ -139,7 +139,7 @@ class Keeper(threading.Thread):
     def run(self) -> None:
         """The thread's loop."""
         while True:
-            time.sleep(TICK_SECONDS / 4)
+            time.sleep(TICK_SECONDS / 7)
             with self._busy:
                 run = self._run
                 # The clock is the worker's and not the run's: ranges of less than a second must move the numbers, too.
@@ -154,7 +154,9 @@ class Keeper(threading.Thread):
         try:
             self.renew(run)
             stamps = self._queue.look(run.job.id)
-            if stamps.stopping:
+            if stamps.overdue and not stamps.stopping:
+                self._queue.stop_overdue()
+            if stamps.stopping or stamps.overdue:
                 run.cancelled.set()
             elif stamps.stale:
                 self._queue.roll_up(run.job.id)
@@ -216,15 +218,16 @@ class Pipeline:
         """
         self.keeper.hold(run)
         try:
-            if run.lease.resumed:
-                self._rejects.forget(run.lease)
-            ended = self._work(run)
+            with expected(f"working on range {run.lease.range.index}"):
+                if run.lease.resumed:
+                    self._rejects.forget(run.lease)
+                ended = self._work(run)
         except LeaseLost:
             raise
         except Transient as error:
             self.keeper.drop()
-            failure = error.failure()
-            _insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure))
+            failure, spend = error.failure(), not isinstance(error, WrongClock)
+            _insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure, spend=spend))
             raise
         except HeadraceError:
             self.keeper.drop()
@@ -234,8 +237,7 @@ class Pipeline:
             self.keeper.drop()
         if ended is Ended.DONE:
             reach(Step.CLOSE)
-            alone = run.job.plan is not None and run.job.plan.range_count == 1
-            _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1], settled_next=alone))
+            _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
             reach(Step.CLOSED)
         else:
             _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
@@ -244,7 +246,7 @@ class Pipeline:
     def _work(self, run: Run) -> Ended:
         settings, lease, job = self._settings, run.lease, run.job
         assert job.plan is not None
-        splitter = Splitter(lease.confirmed, lease.range.end, settings.engine_max_line_bytes)
+        splitter = Splitter(lease.confirmed, lease.range.end, job.plan.max_line_bytes)
         size = min(CAUTIOUS_LINES, settings.engine_batch_records) if run.cautious else settings.engine_batch_records
         batcher = Batcher(size, settings.engine_batch_bytes, lease.tally.lines)
         kind = DryRun if job.options.validate else Sink
@@ -355,7 +357,7 @@ class Pipeline:
                 reach(Step.WRITTEN)
                 if rejects:
                     self._guard(run)
-                    self._rejects.write(job, run.lease.range.index, rejects)
+                    self._rejects.write(job, run.lease, rejects)
                     reach(Step.REJECTED)
                 break
             except Transient:
@@ -388,8 +390,26 @@ class Pipeline:
             raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
 
 
+@contextmanager
+def expected(doing: str) -> Iterator[None]:
+    """Within it, any error that is not the project's own is logged, and comes out as Unexpected."""
+    try:
+        yield
+    except HeadraceError:
+        raise
+    except Exception as error:
+        log.exception("unexpected error", action="crash", doing=doing)
+        raise Unexpected(
+            f"{type(error).__name__} while {doing}: the engine's log tells where; it is tried again a few times"
+        ) from error
+
+
 def _insist(run: Run, speak: Callable[[], None]) -> None:
-    """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out."""
+    """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out.
+
+    LeaseLost after a try without an answer may mean that it is told already, or that somebody else holds the range by now:
+    whatever follows from a range that is done is left to those who see it.
+    """
     for tries in range(1, TRIES + 1):
         try:
             speak()
@@ -397,11 +417,6 @@ def _insist(run: Run, speak: Callable[[], None]) -> None:
             if tries == TRIES:
                 raise
             _back_off(run, tries)
-        except LeaseLost:
-            # Of a try whose answer was lost, perhaps: then it is told already.
-            if tries == 1:
-                raise
-            return
         else:
             return
 

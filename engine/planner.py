@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bson import Binary, ObjectId
-from pymongo import ReturnDocument, WriteConcern
+from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from engine.decode import BOM
@@ -18,6 +18,7 @@ from engine.model import Format, Job, Lease, Plan
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.ranges import count, cut
+from engine.settings import Settings
 from engine.steps import Step, reach
 from engine.store import Document, Store, job_key, translated
 
@@ -34,6 +35,9 @@ RANGES_PER_WORKER: Final = 4
 
 SMALL_RANGE_BYTES: Final = 8 * 1024 * 1024
 """A range is not made smaller than this only to have more of them: each costs a request and a few writes."""
+
+RANGES_MOST: Final = 100_000
+"""Ranges of one object, whatever the settings: each is a document, and they are summed once a second."""
 
 TAG_DRAWS: Final = 64
 """Random tags tried for one second before the next second is taken."""
@@ -107,20 +111,18 @@ class Planner:
 
     Args:
         store, queue, ledger, objects: where things are.
-        range_bytes: the most that one range of a new plan holds.
-        workers: of this engine; an object is cut so that each of them gets several ranges, unless these were tiny.
+        settings: `engine_range_bytes` is the most that one range of a new plan holds; an object is cut so that each of
+            `engine_workers` gets several ranges, unless these were tiny.
     """
 
-    def __init__(
-        self, store: Store, queue: Queue, ledger: Ledger, objects: Objects, range_bytes: int, workers: int
-    ) -> None:
-        # No majority is waited for: the write that fixes the plan or leases its range waits, and comes after in the oplog.
-        self._sources = store.sources.with_options(write_concern=WriteConcern(1))
+    def __init__(self, store: Store, queue: Queue, ledger: Ledger, objects: Objects, settings: Settings) -> None:
+        self._sources = store.sources
         self._queue = queue
         self._ledger = ledger
         self._objects = objects
-        self._range_bytes = range_bytes
-        self._shares = RANGES_PER_WORKER * workers
+        self._range_bytes = settings.engine_range_bytes
+        self._max_line_bytes = settings.engine_max_line_bytes
+        self._shares = RANGES_PER_WORKER * settings.engine_workers
 
     def prepare(self, job: Job, holder: str) -> Prepared:
         """Plan a PENDING job, and lease its range at once where it has but one; whoever is quicker plans it.
@@ -135,9 +137,9 @@ class Planner:
         format = decide(job.options.format, job.source.key, head)
         source = self._known(job, format) if job.options.validate else self._register(job, format)
         share = max(-(-job.source.size // self._shares), SMALL_RANGE_BYTES)
-        range_bytes = min(self._range_bytes, share)
+        range_bytes = max(min(self._range_bytes, share), -(-job.source.size // RANGES_MOST))
         ranges = count(job.source.size, range_bytes)
-        plan = Plan(format, source.tag, range_bytes, ranges, source.sole)
+        plan = Plan(format, source.tag, range_bytes, ranges, source.sole, self._max_line_bytes)
         reach(Step.PLAN)
         skip = job.options.if_loaded == "skip" and not job.options.validate
         if ranges == 0 or (source.completed_by and skip):
@@ -153,18 +155,23 @@ class Planner:
 
     def _register(self, job: Job, format: Format) -> _Registered:
         """Hold the job's source to one tag, and learn who has loaded it into this collection before."""
-        name = job.options.collection
-        load = {"collection": name, "firstJob": job_key(job.id)}
         with translated("registering a source"):
             found = self._forced(job, format) if job.options.force else self._found_or_made(job, format, 0, None)
-            if all(entry["collection"] != name for entry in found["loads"]):
-                unknown = {"_id": found["_id"], "loads.collection": {"$ne": name}}
-                self._sources.update_one(unknown, {"$push": {"loads": load}})
+            if _entry(found, job) is None:
+                unknown = {"_id": found["_id"], "loads": {"$not": {"$elemMatch": _place(job)}}}
+                self._sources.update_one(unknown, {"$push": {"loads": _load(job)}})
                 found = self._sources.find_one({"_id": found["_id"]}) or found
-        entry = next(entry for entry in found["loads"] if entry["collection"] == name)
-        by = entry.get("completedBy")
-        sole = entry["firstJob"] == job_key(job.id)
-        return _Registered(bytes(found["tag"]), sole, str(by) if by and by != job_key(job.id) else None)
+        entry = _entry(found, job)
+        assert entry is not None  # it was there, or has just been pushed
+        if entry["firstJob"] == job_key(job.id):
+            return _Registered(bytes(found["tag"]), True, None)
+        return _Registered(bytes(found["tag"]), False, self._loaded_by(job, found))
+
+    def _loaded_by(self, job: Job, source: Document) -> str | None:
+        """The latest job that has loaded this source into the same collection, its history kept or pruned."""
+        entry = _entry(source, job) or {}
+        pruned = entry.get("completedBy")
+        return self._queue.loaded_by(job, bytes(source["tag"])) or (str(pruned) if pruned else None)
 
     def _known(self, job: Job, format: Format) -> _Registered:
         """What is known of the source of a job that writes nothing, which leaves no trace of itself."""
@@ -172,11 +179,9 @@ class Planner:
             found = self._sources.find_one(_identity(job, format) | {"generation": 0})
         if found is None or job.options.force:
             return _Registered(UNREGISTERED, True, None)
-        for entry in found["loads"]:
-            if entry["collection"] == job.options.collection:
-                by = entry.get("completedBy")
-                return _Registered(bytes(found["tag"]), False, str(by) if by else None)
-        return _Registered(UNREGISTERED, True, None)
+        if _entry(found, job) is None:
+            return _Registered(UNREGISTERED, True, None)
+        return _Registered(bytes(found["tag"]), False, self._loaded_by(job, found))
 
     def _forced(self, job: Job, format: Format) -> Document:
         """A generation of its own for this job, the same one whenever it is asked."""
@@ -196,8 +201,7 @@ class Planner:
         while True:
             draws += 1
             tag = (second + draws // TAG_DRAWS).to_bytes(4, "big") + secrets.token_bytes(2)
-            load = {"collection": job.options.collection, "firstJob": job_key(job.id)}
-            new: Document = {"tag": Binary(tag), "forJob": owner, "loads": [load]}
+            new: Document = {"tag": Binary(tag), "forJob": owner, "loads": [_load(job)]}
             try:
                 found = self._sources.find_one_and_update(
                     of, {"$setOnInsert": new}, upsert=True, return_document=ReturnDocument.AFTER
@@ -206,6 +210,20 @@ class Planner:
                 continue  # the tag is taken: draw again; or another worker registered the source: find it
             assert found is not None  # an upsert returns what it found or made
             return found
+
+
+def _place(job: Job) -> Document:
+    return {"collection": job.options.collection, "database": job.database}
+
+
+def _load(job: Job) -> Document:
+    return _place(job) | {"firstJob": job_key(job.id)}
+
+
+def _entry(source: Document, job: Job) -> Document | None:
+    """What a source tells of the collection that a job loads into."""
+    place = _place(job).items()
+    return next((entry for entry in source["loads"] if place <= entry.items()), None)
 
 
 def _identity(job: Job, format: Format) -> Document:

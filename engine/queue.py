@@ -26,7 +26,7 @@ from engine.jobs import (
     progress_document,
     ticket_document,
 )
-from engine.ledger import ATTEMPTS, Ledger
+from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, Ledger, wait_ms
 from engine.model import (
     TERMINAL,
     Failure,
@@ -39,8 +39,10 @@ from engine.model import (
     Tally,
 )
 from engine.ranges import cut
+from engine.rejects import Rejects
 from engine.steps import Step, reach
 from engine.store import (
+    BY_FILE,
     DEADLINES,
     DUPLICATE_KEY,
     ENDED_JOBS,
@@ -57,7 +59,7 @@ __all__ = ["Batch", "Queue", "Stamps", "over_budget"]
 PAGE_JOBS: Final = 16
 """Open jobs that a worker looks at together."""
 
-ROLL_UP_MS: Final = 900
+ROLL_UP_MS: Final = 600
 """A job's numbers are summed anew when they are older than this, by whichever worker notices."""
 
 BUDGET_LINES: Final = 10_000
@@ -65,6 +67,9 @@ BUDGET_LINES: Final = 10_000
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
+
+# Jobs that have read their object to its end, and written what it holds.
+_LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": False, "unread": None}
 
 PRUNE_JOBS: Final = 100
 """Jobs that one call prunes at most."""
@@ -75,6 +80,7 @@ class Stamps:
     """What the holder of a range needs to know of its job, once a second."""
 
     stopping: bool
+    overdue: bool
     stale: bool
 
 
@@ -102,6 +108,8 @@ class Queue:
         self._store = store
         self._jobs: Collection[Document] = store.jobs
         self._ledger = ledger
+        self._rejects = Rejects(store, ledger)
+        self._database = store.data.name
 
     def submit(self, source: Source, options: JobOptions, ticket: Ticket | None = None) -> Job:
         """Put a job on the queue, PENDING; with a ticket that was handed in before, the job of then.
@@ -116,7 +124,7 @@ class Queue:
                 # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
                 created = self._jobs.find_one_and_update(
                     {"_id": ObjectId()},
-                    [{"$set": new_job(source, options, {"ticket": ticket_document(ticket)} if ticket else {})}],
+                    [{"$set": self._new(source, options, {"ticket": ticket_document(ticket)} if ticket else {})}],
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
@@ -167,7 +175,7 @@ class Queue:
                 key = found["_id"]
             there = {job["source"]["key"] for job in self._jobs.find({"batch": key}, {"source.key": 1})}
             writes = [
-                UpdateOne({"_id": ObjectId()}, [{"$set": new_job(source, options, {"batch": key})}], upsert=True)
+                UpdateOne({"_id": ObjectId()}, [{"$set": self._new(source, options, {"batch": key})}], upsert=True)
                 for source in sources
                 if source.key not in there
             ]
@@ -239,9 +247,14 @@ class Queue:
             raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
         return job_of(found)
 
-    def open_jobs(self) -> Iterator[list[Job]]:
-        """Jobs that may have work, highest priority first, then oldest first, by pages."""
-        query = {"open": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+    def open_jobs(self, *, stopping: bool = False) -> Iterator[list[Job]]:
+        """Jobs that may have work for this database, highest priority first, then oldest first, by pages.
+
+        With `stopping`, only those that are being stopped.
+        """
+        query: Document = {"open": True, "database": self._database, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+        if stopping:
+            query["stopping"] = {"$ne": None}
         with translated("looking for jobs"):
             order = [("options.priority", -1), ("_id", 1)]
             cursor = self._jobs.find(query, batch_size=PAGE_JOBS).sort(order).hint(OPEN_JOBS)
@@ -255,32 +268,39 @@ class Queue:
             if page:
                 yield page
 
-    def claim(self, job_id: str, holder: str) -> bool:
+    def claim(self, job: Job, holder: str) -> bool:
         """Whether `holder` is to plan this job: nobody else begins to within a lease's time.
 
         It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
-        majority.
+        majority. A job whose planners have died three times in a row is stopped.
         """
         free = {"$lte": ["$planner.until", "$$NOW"]}  # a missing time is less than any
+        count = {"$add": [{"$ifNull": ["$planner.count", 0]}, 1]}
+        claim = {"holder": holder, "until": self._ledger.until(), "count": count}
         with translated("claiming a job"):
-            found = self._jobs.with_options(write_concern=WriteConcern(1)).update_one(
-                {"_id": job_key(job_id), "state": JobState.PENDING, "$expr": free},
-                [{"$set": {"planner": {"holder": holder, "until": self._ledger.until()}}}],
+            found = self._jobs.with_options(write_concern=WriteConcern(1)).find_one_and_update(
+                {"_id": job_key(job.id), "state": JobState.PENDING, "$expr": free},
+                [{"$set": {"planner": claim}}],
+                projection={"planner.count": 1},
+                return_document=ReturnDocument.AFTER,
             )
-        return found.matched_count == 1
+        if found is not None and found["planner"]["count"] > DEATHS:
+            message = (
+                f"{DEATHS} workers in a row died while they planned the job: look at the object, then retry the job"
+            )
+            self.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
+            return False
+        return found is not None
 
     def disclaim(self, holders: Sequence[str]) -> None:
         """Let others plan at once what these, who are dead, were about to plan."""
         if holders:
             mine = {"open": True, "planner.holder": {"$in": list(holders)}}
             with translated("freeing the jobs of a dead worker"):
-                self._jobs.update_many(mine, {"$unset": {"planner": ""}}, hint=OPEN_JOBS)
+                self._jobs.update_many(mine, {"$unset": {"planner.until": "", "planner.holder": ""}}, hint=OPEN_JOBS)
 
     def fix_plan(self, job: Job, plan: Plan, already_loaded_by: str | None) -> tuple[Job, bool]:
         """Fix the plan of a job, PENDING → PROCESSING.
-
-        The plan of a single range does not wait for a majority: the write that leases the range does, and comes after it in
-        the oplog.
 
         Returns the job with the plan that holds, whoever made it, and whether it is this one.
         """
@@ -291,8 +311,7 @@ class Queue:
         if job.options.timeout_seconds is not None:
             changes["deadline"] = from_now(job.options.timeout_seconds)
         with translated("planning a job"):
-            jobs = self._jobs if plan.range_count > 1 else self._jobs.with_options(write_concern=WriteConcern(1))
-            found = jobs.find_one_and_update(
+            found = self._jobs.find_one_and_update(
                 {"_id": job_key(job.id), "state": JobState.PENDING},
                 [{"$set": changes}],
                 return_document=ReturnDocument.AFTER,
@@ -304,11 +323,11 @@ class Queue:
         assert job.plan is not None
         of = job.plan.range_count
         reach(Step.PLANNED)
-        self._ledger.open(job.id, [cut(job.source.size, of, index) for index in range(of)])
+        self._ledger.open(job.id, (cut(job.source.size, of, index) for index in range(of)))
         reach(Step.OPENED)
 
     def look(self, job_id: str) -> Stamps:
-        """What a holder must know: is the job being stopped, are its numbers old? One read."""
+        """What a holder must know: is the job being stopped, has it run for too long, are its numbers old? One read."""
         epoch = datetime(1970, 1, 1)  # noqa: DTZ001 (BSON dates are UTC)
         stages: list[Document] = [
             {"$match": {"_id": job_key(job_id)}},
@@ -316,6 +335,7 @@ class Queue:
                 "$project": {
                     "stopping": 1,
                     "state": 1,
+                    "overdue": {"$lt": [{"$ifNull": ["$deadline", "$$NOW"]}, "$$NOW"]},
                     "stale": {"$lt": [{"$ifNull": ["$rolledAt", epoch]}, {"$subtract": ["$$NOW", ROLL_UP_MS]}]},
                 }
             },
@@ -323,8 +343,9 @@ class Queue:
         with translated("reading the stamps of a job"):
             found = next(iter(self._jobs.aggregate(stages)), None)
         if found is None:
-            return Stamps(stopping=True, stale=False)
-        return Stamps(bool(found.get("stopping")) or found["state"] != JobState.PROCESSING, found["stale"])
+            return Stamps(stopping=True, overdue=False, stale=False)
+        stopping = bool(found.get("stopping")) or found["state"] != JobState.PROCESSING
+        return Stamps(stopping, found["overdue"], found["stale"])
 
     def roll_up(self, job_id: str) -> None:
         """Sum the job's ranges into its progress, unless another worker has just done so; judge its error budget."""
@@ -353,50 +374,56 @@ class Queue:
             "rate": {"$cond": [known, blend, first]},
             "at": "$$NOW",
         }
+        # Whoever was elected since has a later sum.
+        still = {"_id": key, "state": JobState.PROCESSING, "round": job.round, "rolledAt": found["rolledAt"]}
+        changes = {"progress": progress, "errors": self._first_errors(job_id, summary.tally)}
         with translated("summing a job"):
-            self._jobs.update_one({"_id": key, "state": JobState.PROCESSING}, [{"$set": {"progress": progress}}])
+            self._jobs.update_one(still, [{"$set": changes}])
         if over_budget(job.options.max_errors, summary.tally, final=False):
-            self.stop(job_id, Stop(JobState.FAILED, _budget_spent(job, summary.tally)))
+            self.stop(job, Stop(JobState.FAILED, _budget_spent(job, summary.tally)))
 
-    def stop(self, job_id: str, stop: Stop) -> None:
-        """Stamp a job so that the holders of its ranges let go; the first stamp holds. Terminal jobs stay as they are."""
+    def stop(self, job: Job, stop: Stop) -> None:
+        """Stamp a job so that the holders of its ranges let go; the first stamp holds. Terminal jobs stay as they are, and
+        so does one that has been retried since `job` was read."""
         stamp: Document = {"to": stop.to, "failure": failure_document(stop.failure)}
         with translated("stopping a job"):
             self._jobs.update_one(
-                {"_id": job_key(job_id), "open": True, "stopping": None},
+                {"_id": job_key(job.id), "open": True, "stopping": None, "round": job.round},
                 [{"$set": {"stopping": {"$literal": stamp}} | happened(f"told to stop: {stop.to}")}],
             )
-        self.settle(job_id)
+        self.settle(job.id)
 
     def stop_overdue(self) -> int:
         """Stop the jobs that have run for longer than they may; returns how many there were."""
         late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
         with translated("looking for overdue jobs"):
-            found = list(self._jobs.find(late, {"options.timeoutSeconds": 1}).hint(DEADLINES).limit(PAGE_JOBS))
+            found = [job_of(job) for job in self._jobs.find(late).hint(DEADLINES).limit(PAGE_JOBS)]
         for job in found:
-            seconds = job["options"]["timeoutSeconds"]
             message = (
-                f"the job ran for more than timeoutSeconds={seconds}: raise it, or retry the job to go on from here"
+                f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: raise it, or retry the job to go on "
+                "from here"
             )
-            self.stop(str(job["_id"]), Stop(JobState.FAILED, Failure("timeout", message)))
+            self.stop(job, Stop(JobState.FAILED, Failure("timeout", message)))
         return len(found)
 
-    def postpone(self, job_id: str, failure: Failure) -> None:
-        """A job that could not be planned waits n⁴ seconds; after the last attempt it fails."""
+    def postpone(self, job: Job, failure: Failure, *, spend: bool = True) -> None:
+        """A job that could not be planned waits n⁴ seconds (±10 %); after the last attempt it fails.
+
+        With `spend` false it costs no attempt, and waits for a fixed time.
+        """
+        attempts = job.attempts + spend
+        changes: Document = {
+            "attempts": attempts,
+            "planner": "$$REMOVE",
+            "notBefore": {"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]},
+        }
         with translated("putting a job off"):
-            found = self._jobs.find_one_and_update(
-                {"_id": job_key(job_id), "state": JobState.PENDING},
-                [
-                    {
-                        "$set": {"attempts": {"$add": ["$attempts", 1]}, "planner": "$$REMOVE"}
-                        | happened(f"put off: {failure.message}")
-                    },
-                    {"$set": {"notBefore": {"$add": ["$$NOW", {"$multiply": [{"$pow": ["$attempts", 4]}, 1000]}]}}},
-                ],
-                return_document=ReturnDocument.AFTER,
+            self._jobs.update_one(
+                {"_id": job_key(job.id), "state": JobState.PENDING, "round": job.round},
+                [{"$set": changes | happened(f"put off: {failure.message}")}],
             )
-        if found is not None and found["attempts"] > ATTEMPTS:
-            self.stop(job_id, Stop(JobState.FAILED, failure))
+        if attempts > ATTEMPTS:
+            self.stop(job, Stop(JobState.FAILED, failure))
 
     def settle(self, job_id: str) -> Job:
         """Bring a job to its end where nothing holds it back any more; returns the job. Safe to repeat by anyone."""
@@ -407,11 +434,13 @@ class Queue:
             assert job.stopping is not None
             return self._end(job, job.stopping, None)
         summary = self._ledger.sum(job_id)
+        if summary.ranges < job.plan.range_count:
+            # Whoever planned the job died over it, or is about to lease its only range: afterwards it is there for all to see.
+            self.open_ranges(job)
+            summary = self._ledger.sum(job_id)
         complete = summary.done == job.plan.range_count
         if job.stopping is not None and not (complete and job.stopping.to is JobState.CANCELLED):
             return job if summary.leased else self._end(job, job.stopping, (summary.tally, summary.done))
-        if summary.ranges < job.plan.range_count:
-            self.open_ranges(job)  # whoever planned the job died over it
         if summary.done + summary.failed < job.plan.range_count:
             return job
         if not summary.failed:
@@ -428,16 +457,14 @@ class Queue:
         end = Stop(JobState.COMPLETED)
         if over_budget(job.options.max_errors, tally, final=True):
             end = Stop(JobState.FAILED, _budget_spent(job, tally))
-        elif not job.options.validate:
-            # Before the job says so, and not after: a death in between is made good by the next to settle.
-            self._mark_loaded(job)
-            reach(Step.LOADED)
         return self._end(job, end, (tally, job.plan.range_count))
 
     def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
         """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
         changes = planned(plan, JobState.COMPLETED, already_loaded_by)
-        times = {"finishedAt": "$$NOW", "open": "$$REMOVE", "planner": "$$REMOVE"} | happened(JobState.COMPLETED)
+        times = {"unread": True, "finishedAt": "$$NOW", "open": "$$REMOVE", "planner": "$$REMOVE"} | happened(
+            JobState.COMPLETED
+        )
         self._move(job_id, JobState.PENDING, changes | times)
 
     def cancel(self, job_id: str) -> Job:
@@ -454,7 +481,7 @@ class Queue:
         if job.state in TERMINAL and job.state is not JobState.CANCELLED:
             raise Conflict(f"job {job_id} is {job.state} already: there is nothing to cancel")
         if job.state is not JobState.CANCELLED:
-            self.stop(job_id, Stop(JobState.CANCELLED))
+            self.stop(job, Stop(JobState.CANCELLED))
         return self.get(job_id)
 
     def retry(self, job_id: str) -> Job:
@@ -485,17 +512,19 @@ class Queue:
     def prune(self, days: float) -> int:
         """Delete some of the jobs that ended so long ago, with their ranges and rejects; returns how many.
 
-        What guards against loading a file twice (`sources`) stays. Safe to repeat, and to be killed within.
+        What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
+        killed within.
         """
         old = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
-        ended = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$ne": None}}
-        query = ended | {"$expr": {"$or": ["$pruned", {"$lt": ["$finishedAt", old]}]}}
+        ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$ne": None}}
+        ended["$expr"] = {"$or": ["$pruned", {"$lt": ["$finishedAt", old]}]}
         count = 0
         with translated("pruning old jobs"):
-            for found in list(self._jobs.find(query, {"_id": 1}).hint(ENDED_JOBS).limit(PRUNE_JOBS)):
+            for found in list(self._jobs.find(ended).hint(ENDED_JOBS).limit(PRUNE_JOBS)):
                 key = found["_id"]
                 # From here on it cannot be retried: a job whose ranges are half gone must not come back.
                 if self._jobs.update_one({"_id": key} | ended, {"$set": {"pruned": True}}).matched_count:
+                    self._keep_loaded(found)
                     self._ledger.delete(str(key))
                     self._store.rejects.delete_many({"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}})
                     count += self._jobs.delete_one({"_id": key, "pruned": True}).deleted_count
@@ -514,6 +543,7 @@ class Queue:
         if numbers is not None and job.plan is not None:
             tally, done = numbers
             changes["progress"] = progress_document(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
+            changes["errors"] = self._first_errors(job.id, tally)
         # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         # A retry since begins another round, of which what was summed here says nothing.
@@ -532,18 +562,43 @@ class Queue:
         with translated("changing the state of a job"):
             return self._jobs.update_one(query, [{"$set": changes}]).modified_count == 1
 
-    def _mark_loaded(self, job: Job) -> None:
-        assert job.plan is not None
-        query = {"tag": Binary(job.plan.tag), "loads.collection": job.options.collection}
-        with translated("recording a completed load"):
-            # No majority is waited for here: the write that ends the job waits, and comes after this one in the oplog.
-            sources = self._store.sources.with_options(write_concern=WriteConcern(1))
-            sources.update_one(query, {"$set": {"loads.$.completedBy": job_key(job.id)}})
+    def loaded_by(self, job: Job, tag: bytes) -> str | None:
+        """The latest job that has loaded the source of this tag into the same collection, of those that are still kept."""
+        query = _LOADED | {
+            "source.key": job.source.key,
+            "plan.tag": Binary(tag),
+            "options.collection": job.options.collection,
+            "database": job.database,
+        }
+        with translated("looking for earlier loads"):
+            found = self._jobs.find_one(query, {"_id": 1}, sort=[("_id", -1)], hint=BY_FILE)
+        return None if found is None else str(found["_id"])
+
+    def _keep_loaded(self, found: Document) -> None:
+        """Write into its source that a job, which is about to be deleted, has loaded it."""
+        if self._jobs.count_documents({"_id": found["_id"]} | _LOADED, limit=1):
+            here = {"collection": found["options"]["collection"], "database": found["database"]}
+            query = {"tag": found["plan"]["tag"], "loads": {"$elemMatch": here}}
+            self._store.sources.update_one(query, {"$max": {"loads.$.completedBy": found["_id"]}})
+
+    def _first_errors(self, job_id: str, tally: Tally) -> Document:
+        """What sets the rejects that a status shows, so that to look at it reads no more than the job."""
+        return {"$literal": self._rejects.first(job_id) if tally.rejected else []}
+
+    def note(self, job_id: str, what: str) -> None:
+        """Write an event into a job's timeline."""
+        with translated("writing down what happened to a job"):
+            self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
+
+    def _new(self, source: Source, options: JobOptions, more: Document) -> Document:
+        return new_job(source, options, self._database, more)
 
     def _check_collection(self, name: str) -> None:
         refusal = None
-        if not name or name.startswith((".", "system.")) or name.endswith(".") or "$" in name or "\0" in name:
+        if not all(name.split(".")) or name.startswith("system.") or not _is_utf8(name):
             refusal = "its name is not one that a collection of documents can have"
+        elif "$" in name or "\0" in name:
+            refusal = "its name has a character that MongoDB keeps for itself"
         elif len(f"{self._store.data.name}.{name}".encode()) > 255:
             refusal = "its name is longer than MongoDB takes"
         else:
@@ -555,6 +610,14 @@ class Queue:
                 refusal = "it is capped"
         if refusal:
             raise Refused(f"collection {name[:120]!r} cannot take documents: {refusal}; name another one")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return False
+    return True
 
 
 def over_budget(max_errors: int | str, tally: Tally, *, final: bool) -> bool:

@@ -1,6 +1,7 @@
 """Rejects in MongoDB: the lines that did not become documents, with where they are and why.
 
-A reject's `_id` is `{job, offset}`, so writing it again changes nothing.
+A reject's `_id` is `{job, offset}`, so writing it again changes nothing. Each carries the number of the lease under which it was
+written: a holder takes away what earlier ones left beyond `confirmed`, and never what a later one wrote.
 """
 
 import base64
@@ -15,6 +16,12 @@ from engine.store import Document, Store, insert_new, job_key, translated
 
 __all__ = ["Rejects"]
 
+FIRST_REJECTS: Final = 5
+"""Rejects that a job's status shows."""
+
+FIRST_RAW: Final = 1000
+"""Characters of a raw line that a job's status shows; a multiple of four, since these may be base64."""
+
 _LAST: Final = Int64(2**63 - 1)
 
 
@@ -25,20 +32,24 @@ class Rejects:
         self._rejects = store.rejects
         self._ledger = ledger
 
-    def write(self, job: Job, range_index: int, rejects: Sequence[Reject]) -> None:
-        """Write rejects down; those that are there already stay. Acknowledged by a majority when it returns."""
-        documents = [_document(job, range_index, reject) for reject in rejects]
+    def write(self, job: Job, lease: Lease, rejects: Sequence[Reject]) -> None:
+        """Write rejects down, in the place of what an earlier holder said of the same lines. Acknowledged by a majority when
+        it returns."""
+        documents = [_document(job, lease, reject) for reject in rejects]
         with translated("writing rejects"):
-            insert_new(self._rejects, documents)
+            for there in insert_new(self._rejects, documents):
+                earlier = {"_id": there["_id"], "lease": {"$lt": lease.number}}
+                self._rejects.replace_one(earlier, there)
 
     def forget(self, lease: Lease) -> None:
-        """Delete what an earlier holder of this range wrote beyond `confirmed`: those lines are judged anew."""
+        """Delete what earlier holders of this range wrote beyond `confirmed`: those lines are judged anew."""
         job = job_key(lease.job_id)
         query = {
             "_id": {
                 "$gte": {"job": job, "offset": Int64(lease.confirmed)},
                 "$lt": {"job": job, "offset": Int64(lease.range.end)},
-            }
+            },
+            "lease": {"$lt": lease.number},
         }
         with translated("forgetting unconfirmed rejects"):
             self._rejects.delete_many(query)
@@ -62,8 +73,12 @@ class Rejects:
             found = list(self._rejects.find(query).sort("_id", 1).limit(limit))
         if not found:
             return []
-        before = self._ledger.first_lines(job_id)
+        before = self._ledger.first_lines(job_id, {reject["range"] for reject in found})
         return [_told(reject, before) for reject in found]
+
+    def first(self, job_id: str) -> list[Document]:
+        """The first few rejects of a job as they are told to a client, with raw lines cut short."""
+        return [_cut_short(told) for told in self.page(job_id, FIRST_REJECTS)]
 
     def lines(self, job_id: str) -> Iterator[tuple[int, bytes]]:
         """Every reject of a job as (offset, what is kept of the raw line), in the order of the file."""
@@ -75,13 +90,14 @@ class Rejects:
                 yield found["_id"]["offset"], base64.b64decode(raw) if "encoding" in found else raw.encode()
 
 
-def _document(job: Job, range_index: int, reject: Reject) -> Document:
+def _document(job: Job, lease: Lease, reject: Reject) -> Document:
     document: Document = {
         # Always 64 bits wide, so that offsets compare as they should whatever their size.
         "_id": {"job": job_key(job.id), "offset": Int64(reject.offset)},
         "fileKey": job.source.key,
         "etag": job.source.etag,
-        "range": range_index,
+        "range": lease.range.index,
+        "lease": lease.number,
         "ordinal": reject.ordinal,
         "length": reject.length,
         "reason": reject.reason,
@@ -110,6 +126,12 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _cut_short(told: Document) -> Document:
+    if len(told["raw"]) <= FIRST_RAW:
+        return told
+    return told | {"raw": told["raw"][:FIRST_RAW], "rawLength": told["length"]}
 
 
 def _told(found: Document, before: dict[int, int]) -> Document:

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
     engine_watchdog_seconds: float = _setting(60.0, "A worker silent for so long is replaced", "seconds", ge=1)
     engine_grace_seconds: float = _setting(20.0, "How long a soft stop may take", "seconds", ge=0)
-    engine_poll_seconds: float = _setting(2.0, "Timer behind the wake-ups of idle workers", "seconds", ge=0.05, le=15)
+    engine_poll_seconds: float = _setting(2.0, "Timer behind the wake-ups of idle workers", "seconds", ge=0.05, le=4)
     engine_keep_jobs_days: float = _setting(30.0, "How long ended jobs and their rejects are kept", "days", gt=0)
     engine_data_dir: Path = _setting(Path(".headrace"), "Data and logs of the embedded servers", "folder")
     engine_log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least level that is logged")

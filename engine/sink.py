@@ -19,7 +19,7 @@ from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 from engine.decode import Documents, reject
 from engine.errors import Transient
 from engine.model import Plan, Reason, Reject, Tally
-from engine.store import DUPLICATE_KEY, Document, Store, translate, translated
+from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, translate, translated
 
 __all__ = ["MAX_DOCUMENT_BYTES", "Sink", "Work", "encode", "unencodable"]
 
@@ -72,7 +72,7 @@ class Sink:
     def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float) -> None:
         self._data = store.data
         self._collection = collection
-        raw = cast("Database[RawBSONDocument]", store.client.get_database(store.data.name, DEFAULT_RAW_BSON_OPTIONS))
+        raw = cast("Database[RawBSONDocument]", store.data.with_options(DEFAULT_RAW_BSON_OPTIONS))
         self._raw: Collection[RawBSONDocument] = raw[collection]
         self._sole = plan.sole
         self._concern = {"w": "majority", "wtimeout": int(write_timeout_seconds * 1000)}
@@ -156,7 +156,7 @@ class Sink:
             index = indexes[error["index"]]
             if error["code"] == DUPLICATE_KEY:
                 duplicates.append((index, error))
-            elif error["code"] in _PASSING:
+            elif error["code"] in TRANSIENT_CODES:
                 raise Transient(f"MongoDB could not store a document (code {error['code']}): it is tried again")
             else:
                 reason, detail = _verdict(error["code"], str(error.get("errmsg", "")), error.get("errInfo"))
@@ -228,10 +228,6 @@ def _let_go(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__context__
-
-
-# Not the document's fault: interrupted, not primary, out of disk and the like.
-_PASSING: Final = frozenset({91, 112, 189, 10107, 11600, 11602, 13435, 14031, 24, 50, 262})
 
 
 def _part(indexes: list[int], sizes: list[int]) -> list[list[int]]:

@@ -25,7 +25,6 @@ class Step(StrEnum):
     CLOSE = "close"  # all batches are acknowledged; the range is not DONE
     CLOSED = "closed"
     FINISH = "finish"  # every range is DONE; the job does not say so
-    LOADED = "loaded"  # the source says that it is loaded; the job does not
     FINISHED = "finished"
 
 

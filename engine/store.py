@@ -13,7 +13,7 @@ from typing import Any, Final
 from bson import ObjectId
 from bson.codec_options import CodecOptions
 from bson.errors import InvalidId
-from pymongo import ASCENDING, DESCENDING, IndexModel, MongoClient, WriteConcern
+from pymongo import ASCENDING, DESCENDING, IndexModel, MongoClient, ReadPreference, WriteConcern
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import (
@@ -29,12 +29,14 @@ from pymongo.errors import (
     WTimeoutError,
 )
 from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
+from pymongo.read_concern import ReadConcern
 
 from engine.errors import AccessDenied, HeadraceError, NotFound, Refused, StartError, Transient
 from engine.errors import Final as FinalError
 from engine.settings import Settings
 
 __all__ = [
+    "BY_FILE",
     "DEADLINES",
     "DUPLICATE_KEY",
     "ENDED_JOBS",
@@ -42,6 +44,7 @@ __all__ = [
     "LEASES",
     "OPEN_JOBS",
     "SCHEMA_VERSION",
+    "TRANSIENT_CODES",
     "Document",
     "Store",
     "insert_new",
@@ -64,16 +67,18 @@ WORKERS_SECONDS: Final = 600
 """What a worker told of itself is forgotten after this."""
 
 OPEN_JOBS: Final = "open_jobs"
+BY_FILE: Final = "by_file"
 DEADLINES: Final = "deadlines"
 ENDED_JOBS: Final = "ended_jobs"
 LEASABLE: Final = "leasable"
 LEASES: Final = "leases"
 
-# Codes that a server answers with while it starts, stops, elects, or is in trouble that passes.
-_TRANSIENT_CODES: Final = frozenset(
+TRANSIENT_CODES: Final = frozenset(
     {6, 7, 24, 43, 50, 63, 64, 79, 89, 91, 112, 133, 136, 150, 189, 202, 237, 262, 290, 317, 358, 384}
-    | {9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436, 14031}
+    | {9001, 10058, 10107, 11600, 11601, 11602, 13388, 13435, 13436, 14031}
 )
+"""With these a server answers, for a command or for one document, while it starts, stops, elects, or is in passing trouble."""
+
 DUPLICATE_KEY: Final = 11000
 _DENIED_CODES: Final = frozenset({8000, 13, 18, 33})
 
@@ -143,10 +148,13 @@ class Store:
                 f"MONGO_URI cannot be used ({type(error).__name__}): write it as mongodb://host:port/name"
             ) from None
         codec: CodecOptions[Document] = CodecOptions(tz_aware=True)
-        self.data: Database[Document] = self.client.get_database(settings.data_db(), codec, write_concern=concern)
-        self.control: Database[Document] = self.client.get_database(
-            settings.engine_control_db, codec, write_concern=concern
-        )
+
+        def database(name: str) -> Database[Document]:
+            # Whatever MONGO_URI asks for: a member that lags knows nothing of the write that a decision here depends on.
+            return self.client.get_database(name, codec, ReadPreference.PRIMARY, concern, ReadConcern("local"))
+
+        self.data: Database[Document] = database(settings.data_db())
+        self.control: Database[Document] = database(settings.engine_control_db)
         self.jobs: Collection[Document] = self.control["jobs"]
         self.ranges: Collection[Document] = self.control["ranges"]
         self.sources: Collection[Document] = self.control["sources"]
@@ -204,7 +212,7 @@ class Store:
                         unique=True,
                         partialFilterExpression={"batch": {"$type": "objectId"}},
                     ),
-                    IndexModel([("source.key", ASCENDING), ("_id", DESCENDING)], name="by_file"),
+                    IndexModel([("source.key", ASCENDING), ("_id", DESCENDING)], name=BY_FILE),
                     IndexModel([("options.collection", ASCENDING), ("_id", DESCENDING)], name="by_collection"),
                     IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
                 ]
@@ -304,7 +312,7 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
         return Transient(f"the connection to MongoDB failed while {doing} ({said}): it is tried again")
     if isinstance(error, OperationFailure):
         labels = error.details.get("errorLabels", []) if error.details else []
-        if error.code in _TRANSIENT_CODES or "RetryableWriteError" in labels:
+        if error.code in TRANSIENT_CODES or "RetryableWriteError" in labels:
             return Transient(f"MongoDB could not answer while {doing} (code {error.code}): it is tried again")
         if error.code in _DENIED_CODES:
             return AccessDenied(
@@ -317,8 +325,8 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     return Transient(f"MongoDB failed while {doing} ({said}): it is tried again")
 
 
-def insert_new(collection: Collection[Document], documents: list[Document]) -> None:
-    """Insert documents whose `_id` is not there yet; the others stay as they are. Acknowledged when it returns.
+def insert_new(collection: Collection[Document], documents: list[Document]) -> list[Document]:
+    """Insert documents whose `_id` is not there yet; the others stay as they are, and are returned. Acknowledged when it returns.
 
     Raises:
         PyMongoError: within `translated`, it comes out as the project's own.
@@ -331,6 +339,8 @@ def insert_new(collection: Collection[Document], documents: list[Document]) -> N
         for fault in error.details["writeErrors"]:
             if fault["code"] != DUPLICATE_KEY:
                 raise OperationFailure(fault["errmsg"], fault["code"], fault) from None
+        return [documents[fault["index"]] for fault in error.details["writeErrors"]]
+    return []
 
 
 @contextmanager

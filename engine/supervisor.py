@@ -218,7 +218,7 @@ class Supervisor:
         booted, age = child.beat.booted(), time.monotonic() - child.born
         child.beat.close()
         if slot is None and self._slots:
-            # Its place is gone (TTOU, HUP): any other worker to come may free what it held.
+            # Its place is gone (TTOU): any other worker to come may free what it held.
             self._slots[0].dead += names
         if slot is not None:
             slot.pid = None
@@ -241,12 +241,8 @@ class Supervisor:
         ready = all(slot.pid in self._children and self._children[slot.pid].beat.booted() for slot in self._slots)
         if not ready:
             return
-        pid = self._replacing.popleft()
-        slot = next((slot for slot in self._slots if slot.pid == pid), None)
-        if slot is not None:
-            # The place is filled anew at once; the old one finishes its batches meanwhile.
-            slot.pid = None
-            self._tell(pid, signal.SIGTERM)
+        # Its place is filled when it has gone, by a successor that frees at once what it held if it does not go softly.
+        self._tell(self._replacing.popleft(), signal.SIGTERM)
 
     def _top_up(self) -> None:
         if self._stopping:

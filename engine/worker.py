@@ -11,7 +11,9 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final
 
 from pymongo import CursorType
@@ -21,13 +23,13 @@ from setproctitle import setproctitle
 
 from engine.beat import Beat
 from engine.direct import DirectUploads
-from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient
+from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient, WrongClock
 from engine.errors import Final as FinalError
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.model import TERMINAL, Job, JobState, Stop
+from engine.model import TERMINAL, Freed, Job, JobState, Stop
 from engine.objects import Objects, connect
-from engine.pipeline import KEEPER, Ended, Pipeline, Run
+from engine.pipeline import KEEPER, Ended, Pipeline, Run, expected
 from engine.planner import Planner
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -53,7 +55,7 @@ LOOK_SECONDS: Final = 0.5
 PRUNE_SECONDS: Final = 3600.0
 """How often, about, a worker looks for jobs whose history has been kept long enough."""
 
-EXPIRE_SECONDS: Final = 2.0
+EXPIRE_SECONDS: Final = 1.0
 """How often, about, a worker looks for leases that ran out."""
 
 M_TRIM_THRESHOLD: Final = -1
@@ -147,8 +149,7 @@ class _Worker:
             self._queue,
             self._ledger,
             self._objects,
-            settings.engine_range_bytes,
-            settings.engine_workers,
+            settings,
         )
         self._expired_at = 0.0
         self._prune_at = 0.0
@@ -207,6 +208,7 @@ class _Worker:
                 self._store.prepare()
                 freed = self._ledger.release(self._post.predecessors)
                 self._queue.disclaim(self._post.predecessors)
+                self._note(freed, "died")
                 if self._post.slot == 0 and self._store.standalone():
                     log.warning(
                         "this mongod is no member of a replica set, so that it forgets acknowledged writes when it is lost: "
@@ -221,7 +223,7 @@ class _Worker:
                 continue
             self._beat.mark_released()
             self._beat.mark_booted()
-            log.info("worker is ready", action="boot", worker=self._post.name, released=freed)
+            log.info("worker is ready", action="boot", worker=self._post.name, released=len(freed))
             setproctitle(f"headrace: worker {self._post.slot} idle")
             return True
         return False
@@ -237,10 +239,19 @@ class _Worker:
         # Apart, so that the workers of a fleet do not all ask at once.
         self._expired_at = time.monotonic() + random.uniform(0, EXPIRE_SECONDS / 2)  # noqa: S311
         if freed := self._ledger.expire():
-            self._stats.add(leases_expired=freed)
-            log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=freed)
+            self._stats.add(leases_expired=len(freed))
+            log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=len(freed))
+            self._note(freed, "did not renew its lease")
+            self._queue.wake()
         if stopped := self._queue.stop_overdue():
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._post.name, jobs=stopped)
+
+    def _note(self, freed: Sequence[Freed], why: str) -> None:
+        """Tell the timelines of the jobs whose ranges were freed."""
+        for job_id, ranges in groupby(sorted(freed, key=lambda f: f.job_id), key=lambda f: f.job_id):
+            first, *others = ranges
+            more = f" and {len(others)} more" if others else ""
+            self._queue.note(job_id, f"range {first.index}{more} freed: {first.holder} {why}")
 
     def _collect(self) -> None:
         if time.monotonic() >= self._collect_at:
@@ -267,6 +278,9 @@ class _Worker:
         self._looked_at = time.monotonic()
         self._seen.clear()
         if self._queue.paused():
+            for page in self._queue.open_jobs(stopping=True):
+                for job in page:
+                    self._queue.settle(job.id)
             return None
         for page in self._queue.open_jobs():
             leased = self._ledger.leased(job.id for job in page)
@@ -289,17 +303,18 @@ class _Worker:
             return None
         lease, head = None, b""
         if job.state is JobState.PENDING:
-            if not self._queue.claim(job.id, self._post.name):
+            if not self._queue.claim(job, self._post.name):
                 return None
             try:
-                prepared = self._planner.prepare(job, self._post.name)
+                with expected("planning a job"):
+                    prepared = self._planner.prepare(job, self._post.name)
             except FinalError as error:
                 log.error(str(error), action="plan", job=job.id, worker=self._post.name)
-                self._queue.stop(job.id, Stop(JobState.FAILED, error.failure()))
+                self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
                 return None
             except Transient as error:
                 log.warning(str(error), action="plan", job=job.id, worker=self._post.name)
-                self._queue.postpone(job.id, error.failure())
+                self._queue.postpone(job, error.failure(), spend=not isinstance(error, WrongClock))
                 return None
             job, lease, head = prepared.job, prepared.lease, prepared.head
             if job.state in TERMINAL:
@@ -334,9 +349,10 @@ class _Worker:
             log.warning(str(error), action="lost", **context)
         except Transient as error:
             log.warning(str(error), action="postpone", **context)
+            self._queue.note(job.id, f"range {index} put off: {error}")
         except FinalError as error:
             log.error(str(error), action="fail", **context)
-            self._queue.stop(job.id, Stop(JobState.FAILED, error.failure()))
+            self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
         else:
             log.debug("range ended", action=ended.name.lower(), **context)
             if ended is Ended.DONE and job.plan is not None and job.plan.range_count == 1:

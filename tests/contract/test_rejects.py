@@ -7,13 +7,13 @@ import mongomock
 import pytest
 from bson import ObjectId
 
-from engine.model import Job, JobOptions, JobState, Reason, Reject, Source
+from engine.model import ByteRange, Job, JobOptions, JobState, Lease, Reason, Reject, Source, Tally
 from engine.rejects import Rejects
 
 
 @pytest.fixture(params=["mongod", "mongomock"])
 def rejects(request):
-    ledger = SimpleNamespace(first_lines=lambda job_id: {0: 0, 1: 500})
+    ledger = SimpleNamespace(first_lines=lambda job_id, indexes: {0: 0, 1: 500})
     if request.param == "mongod":
         return Rejects(request.getfixturevalue("store"), ledger)
     return Rejects(SimpleNamespace(rejects=mongomock.MongoClient().db.rejects), ledger)
@@ -22,7 +22,11 @@ def rejects(request):
 @pytest.fixture
 def job():
     source = Source("bucket", "some/key", '"tag"', "", 1000)
-    return Job(str(ObjectId()), source, JobOptions(), JobState.PROCESSING, datetime.now(UTC))
+    return Job(str(ObjectId()), "db", source, JobOptions(), JobState.PROCESSING, datetime.now(UTC))
+
+
+def lease(job, index=0, number=1, confirmed=0):
+    return Lease(job.id, ByteRange(index, 0, 2**41), "token", number, confirmed, Tally(), resumed=True)
 
 
 def made(offset, ordinal=0, head=b"bad", length=None, reason=Reason.INVALID_JSON):
@@ -31,8 +35,8 @@ def made(offset, ordinal=0, head=b"bad", length=None, reason=Reason.INVALID_JSON
 
 def test_rejects_are_paged_in_the_order_of_the_file_each_once(rejects, job):
     offsets = [5, 2**40, 0, 300, 2**31 + 1]
-    rejects.write(job, 0, [made(offset) for offset in offsets])
-    rejects.write(job, 0, [made(5), made(7)])  # a replay writes some of them again
+    rejects.write(job, lease(job), [made(offset) for offset in offsets])
+    rejects.write(job, lease(job), [made(5), made(7)])  # a replay writes some of them again
     found, after = [], None
     while page := rejects.page(job.id, 2, after):
         found += page
@@ -41,24 +45,47 @@ def test_rejects_are_paged_in_the_order_of_the_file_each_once(rejects, job):
 
 
 def test_another_jobs_rejects_are_not_shown(rejects, job):
-    rejects.write(job, 0, [made(1)])
+    rejects.write(job, lease(job), [made(1)])
     assert rejects.page(str(ObjectId()), 10) == []
 
 
 def test_the_line_number_counts_the_ranges_before_and_is_unknown_while_they_run(rejects, job):
-    rejects.write(job, 0, [made(0, 3)])
-    rejects.write(job, 1, [made(100, 3)])
-    rejects.write(job, 2, [made(200, 3)])
+    rejects.write(job, lease(job), [made(0, 3)])
+    rejects.write(job, lease(job, 1), [made(100, 3)])
+    rejects.write(job, lease(job, 2), [made(200, 3)])
     assert [reject["line"] for reject in rejects.page(job.id, 9)] == [4, 504, None]
 
 
 @pytest.mark.parametrize("raw", [b"plain", "ünïcode ☃".encode(), b"\xff\xfe\x00", b"", "€".encode()[:2]])
 def test_the_raw_bytes_come_back_as_they_were(rejects, job, raw):
-    rejects.write(job, 0, [made(0, head=raw)])
+    rejects.write(job, lease(job), [made(0, head=raw)])
     assert [line for _, line in rejects.lines(job.id)] == [raw]
 
 
 def test_a_raw_line_that_was_cut_within_a_character_stays_text_and_tells_its_length(rejects, job):
-    rejects.write(job, 0, [made(0, head=("x" * 9 + "€").encode()[:11], length=5000)])
+    rejects.write(job, lease(job), [made(0, head=("x" * 9 + "€").encode()[:11], length=5000)])
     [told] = rejects.page(job.id, 9)
     assert (told["raw"], told["rawLength"], "encoding" in told) == ("x" * 9, 5000, False)
+
+
+def test_a_holder_takes_away_what_earlier_ones_left_beyond_the_mark_and_nothing_of_later_ones(rejects, job):
+    rejects.write(job, lease(job, number=1), [made(5), made(50)])
+    rejects.write(job, lease(job, number=3), [made(60)])
+    rejects.forget(lease(job, number=2, confirmed=10))  # a zombie, which wakes when the third holder is at work
+    assert [told["offset"] for told in rejects.page(job.id, 9)] == [5, 60]
+    rejects.forget(lease(job, number=4, confirmed=10))
+    assert [told["offset"] for told in rejects.page(job.id, 9)] == [5]
+
+
+def test_what_a_later_holder_says_of_a_line_stands_and_a_zombie_does_not_take_it_back(rejects, job):
+    rejects.write(job, lease(job, number=1), [made(5, head=b"first")])
+    rejects.write(job, lease(job, number=3), [made(5, head=b"third"), made(6)])
+    rejects.write(job, lease(job, number=2), [made(5, head=b"second")])
+    assert [told["raw"] for told in rejects.page(job.id, 9)] == ["third", "bad"]
+
+
+def test_the_first_rejects_are_few_and_their_raw_lines_short(rejects, job):
+    rejects.write(job, lease(job), [made(offset, head=b"x" * 1500) for offset in range(0, 90, 10)])
+    told = rejects.first(job.id)
+    assert [reject["offset"] for reject in told] == [0, 10, 20, 30, 40]
+    assert {(len(reject["raw"]), reject["rawLength"]) for reject in told} == {(1000, 1500)}

@@ -32,7 +32,7 @@ class Watched(list):
     ids=["just too large", "too large", "bad key", "too deep", "far too deep", "bad id", "duplicate"],
 )
 def test_a_batch_with_a_refused_document_leaves_no_cycle(store, monkeypatch, line):
-    sink = Sink(store, "records", Plan(Format.NDJSON, TAG, 1, 1, True), 10)
+    sink = Sink(store, "records", Plan(Format.NDJSON, TAG, 1, 1, True, 2**25), 10)
     watched = []
     real = Work.made
 

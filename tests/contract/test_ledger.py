@@ -1,0 +1,155 @@
+"""Only the holder of the token may speak for a range, and what is counted in a row begins anew with every byte of progress."""
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from bson import ObjectId
+
+from engine.errors import LeaseLost
+from engine.ledger import ATTEMPTS, DEATHS, VANISHED, Ledger
+from engine.model import ByteRange, Failure, Freed, Tally
+
+WHY = Failure("unavailable", "it was busy")
+
+
+@pytest.fixture
+def job():
+    return str(ObjectId())
+
+
+@pytest.fixture
+def opened(ledger, job):
+    """A job of one range, which nobody holds."""
+    ledger.open(job, [ByteRange(0, 0, 1000)])
+    return job
+
+
+def stored(store, job):
+    return store.ranges.find_one({"_id": {"job": ObjectId(job), "index": 0}})
+
+
+def run_out(store, job):
+    """The lease of the job's range ran out a minute ago."""
+    store.ranges.update_one({"job": ObjectId(job)}, {"$set": {"until": datetime.now(UTC) - timedelta(minutes=1)}})
+
+
+SPEAK = {
+    "renew": lambda ledger, lease: ledger.renew(lease, 500, Tally(lines=5)),
+    "close": lambda ledger, lease: ledger.close(lease, Tally(lines=9)),
+    "give back": lambda ledger, lease: ledger.give_back(lease, 500, Tally(lines=5)),
+    "postpone": lambda ledger, lease: ledger.postpone(lease, 500, Tally(lines=5), WHY),
+}
+
+
+@pytest.mark.parametrize("what", SPEAK)
+def test_a_token_of_the_past_changes_nothing_while_another_holds_the_range(store, ledger, opened, what):
+    stale = ledger.lease(opened, "zombie")
+    run_out(store, opened)
+    assert ledger.expire() == [Freed(opened, 0, "zombie")]
+    assert ledger.lease(opened, "other").number == stale.number + 1
+    before = stored(store, opened)
+    with pytest.raises(LeaseLost):
+        SPEAK[what](ledger, stale)
+    assert stored(store, opened) == before
+
+
+@pytest.mark.parametrize("what", SPEAK)
+def test_nobody_speaks_for_a_range_that_is_done(store, ledger, opened, what):
+    lease = ledger.lease(opened, "holder")
+    ledger.close(lease, Tally(lines=9))
+    before = stored(store, opened)
+    with pytest.raises(LeaseLost):
+        SPEAK[what](ledger, lease)
+    assert stored(store, opened) == before
+
+
+def test_a_range_has_one_holder_at_a_time_and_the_next_begins_where_it_stopped(ledger, opened):
+    lease = ledger.lease(opened, "first")
+    assert (lease.confirmed, lease.number, lease.resumed) == (0, 1, False)
+    assert ledger.lease(opened, "second") is None
+    ledger.give_back(lease, 400, Tally(lines=4, inserted=4, bytes=400))
+    lease = ledger.lease(opened, "second")
+    assert (lease.confirmed, lease.tally.lines, lease.number, lease.resumed) == (400, 4, 2, True)
+
+
+def test_a_range_is_put_down_leased_once(ledger, job):
+    first = ledger.open_leased(job, ByteRange(0, 0, 1000), "first")
+    assert first is not None
+    assert ledger.open_leased(job, ByteRange(0, 0, 1000), "second") is None
+    ledger.renew(first, 10, Tally())
+    assert ledger.lease(job, "second") is None
+
+
+def test_a_lease_that_is_renewed_does_not_run_out(store, settings, opened):
+    ledger = Ledger(store, 1)
+    lease = ledger.lease(opened, "holder")
+    until = stored(store, opened)["until"]
+    time.sleep(0.05)
+    ledger.renew(lease, 10, Tally())
+    assert stored(store, opened)["until"] > until
+    assert ledger.expire() == []
+
+
+@pytest.mark.parametrize("letting_go", ["renew", "give back", "postpone"])
+def test_deaths_in_a_row_end_with_progress_however_it_is_told(store, ledger, opened, letting_go):
+    for _ in range(DEATHS - 1):
+        ledger.lease(opened, "dead")
+        ledger.release(["dead"])
+    lease = ledger.lease(opened, "alive")
+    assert lease.deaths == DEATHS - 1
+    SPEAK[letting_go](ledger, lease)
+    if letting_go == "renew":
+        ledger.give_back(lease, 500, Tally(lines=5))
+    store.ranges.update_many({}, {"$unset": {"notBefore": ""}})
+    ledger.lease(opened, "dead")
+    ledger.release(["dead"])
+    found = stored(store, opened)
+    assert (found["state"], found["deaths"], found["allDeaths"]) == ("READY", 1, DEATHS)
+
+
+def test_the_third_death_at_one_byte_fails_the_range_and_says_where(store, ledger, opened):
+    lease = ledger.lease(opened, "first")
+    ledger.give_back(lease, 400, Tally(lines=4))
+    for number in range(DEATHS):
+        assert ledger.lease(opened, f"dead {number}") is not None
+        ledger.release([f"dead {number}"])
+    found = stored(store, opened)
+    assert found["state"] == "FAILED"
+    assert "3 workers in a row died at byte 400 of the range from byte 0 to 1000" in found["failure"]["message"]
+
+
+def test_holders_that_vanish_are_given_more_patience_and_deaths_count_with_them(store, ledger, opened):
+    for number in range(VANISHED):
+        assert ledger.lease(opened, "gone") is not None
+        if number == 3:
+            ledger.release(["gone"])
+        else:
+            run_out(store, opened)
+            ledger.expire()
+    assert stored(store, opened)["state"] == "FAILED"
+
+
+def test_attempts_are_spent_in_a_row_only_and_a_wrong_clock_spends_none(store, ledger, opened):
+    def put_off(confirmed, **more):
+        store.ranges.update_many({}, {"$unset": {"notBefore": ""}})
+        ledger.postpone(ledger.lease(opened, "holder"), confirmed, Tally(), WHY, **more)
+        return stored(store, opened)
+
+    for number in range(1, ATTEMPTS + 1):
+        assert put_off(0)["attempts"] == number
+    assert put_off(0, spend=False)["attempts"] == ATTEMPTS
+    assert put_off(10)["attempts"] == 1
+    for _ in range(ATTEMPTS - 1):
+        assert put_off(10)["state"] == "READY"
+    assert put_off(10)["state"] == "FAILED"
+
+
+def test_line_numbers_are_known_where_all_before_is_done(ledger, job):
+    ledger.open(job, [ByteRange(index, index * 10, index * 10 + 10) for index in range(4)])
+    for index in (0, 1, 3):
+        lease = ledger.lease(job, "holder")
+        while lease.range.index != index:
+            lease = ledger.lease(job, "holder")
+        ledger.close(lease, Tally(lines=index + 1))
+    assert ledger.first_lines(job, [0, 1, 2, 3]) == {0: 0, 1: 1, 2: 3}

@@ -1,0 +1,166 @@
+"""What holds of jobs whoever is quicker: plans, claims, stops, ends, retries and the memory of what was loaded."""
+
+import io
+import uuid
+
+import pytest
+from bson import ObjectId
+from pymongo import WriteConcern
+
+from engine.errors import Refused
+from engine.ledger import DEATHS
+from engine.model import ByteRange, Failure, Format, JobOptions, JobState, Plan, Stop, Tally
+from engine.planner import Planner
+from engine.queue import Queue
+from engine.store import Store
+
+
+@pytest.fixture
+def source(objects):
+    return objects.upload(io.BytesIO(b'{"n":1}\n' * 100), f"{uuid.uuid4().hex}.ndjson")
+
+
+@pytest.fixture
+def planner(store, queue, ledger, objects, settings):
+    return Planner(store, queue, ledger, objects, settings)
+
+
+def plan(ranges, tag=b"tagtag"):
+    return Plan(Format.NDJSON, tag, 100, ranges, True, 2**25)
+
+
+def test_the_first_plan_holds(queue, source):
+    job = queue.submit(source, JobOptions())
+    first, ours = queue.fix_plan(job, plan(2), None)
+    second, theirs = queue.fix_plan(job, plan(5), None)
+    assert (ours, theirs) == (True, False)
+    assert second.plan == first.plan == plan(2)
+
+
+def test_one_worker_at_a_time_is_about_to_plan_a_job_and_a_dead_one_makes_room(queue, source):
+    job = queue.submit(source, JobOptions())
+    assert [queue.claim(job, "first"), queue.claim(job, "second")] == [True, False]
+    queue.disclaim(["first"])
+    assert queue.claim(job, "second")
+
+
+def test_a_job_over_whose_plan_workers_die_is_stopped(queue, source):
+    job = queue.submit(source, JobOptions())
+    for number in range(DEATHS):
+        assert queue.claim(job, f"dead {number}")
+        queue.disclaim([f"dead {number}"])
+    assert not queue.claim(job, "next")
+    job = queue.get(job.id)
+    assert (job.state, job.failure.code) == (JobState.FAILED, "workers_died")
+
+
+def test_a_cancel_between_plan_and_lease_ends_with_nothing_leased(queue, ledger, source):
+    job, _ = queue.fix_plan(queue.submit(source, JobOptions()), plan(1), None)
+    assert queue.cancel(job.id).state is JobState.CANCELLED
+    assert ledger.open_leased(job.id, ByteRange(0, 0, source.size), "planner") is None
+    assert ledger.sum(job.id).leased == 0
+
+
+def test_a_job_ends_only_when_no_range_of_it_is_leased(queue, ledger, source):
+    job, _ = queue.fix_plan(queue.submit(source, JobOptions()), plan(2), None)
+    queue.open_ranges(job)
+    lease = ledger.lease(job.id, "holder")
+    assert queue.cancel(job.id).state is JobState.PROCESSING
+    ledger.give_back(lease, 10, Tally(lines=1, inserted=1, bytes=10))
+    ended = queue.settle(job.id)
+    assert (ended.state, ended.progress.tally.lines) == (JobState.CANCELLED, 1)
+
+
+def test_a_stop_of_an_earlier_round_does_not_reach_a_job_that_was_retried(queue, source):
+    old = queue.submit(source, JobOptions())
+    queue.cancel(old.id)
+    new = queue.retry(old.id)
+    queue.stop(old, Stop(JobState.FAILED, Failure("late", "from before the retry")))
+    assert queue.get(new.id) == new
+
+
+def test_only_engines_of_a_jobs_database_work_on_it(store, settings, queue, ledger, source):
+    job = queue.submit(source, JobOptions())
+    elsewhere = settings.mongo_uri.get_secret_value().replace(f"/{settings.data_db()}?", "/elsewhere?")
+    other = Store(settings.model_validate(settings.model_dump() | {"mongo_uri": elsewhere}))
+    assert [job.id for page in queue.open_jobs() for job in page] == [job.id]
+    assert list(Queue(other, ledger).open_jobs()) == []
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a..b", ".a", "a.", "a$b", "system.x", "a\0b", "x" * 300, "$cmd", "é" * 130, "a\ud800"]
+)
+def test_a_collection_name_that_mongodb_does_not_take_is_refused_at_once(store, queue, source, name):
+    with pytest.raises(Refused, match="name another"):
+        queue.submit(source, JobOptions(name))
+
+
+def loaded(planner, queue, ledger, source, **options):
+    """A job that has been worked off, without its documents."""
+    prepared = planner.prepare(queue.submit(source, JobOptions(**options)), "holder")
+    if prepared.lease is None:
+        return prepared.job
+    ledger.close(prepared.lease, Tally(lines=1, inserted=1))
+    return queue.finish(prepared.job, Tally(lines=1, inserted=1))
+
+
+def test_a_second_load_is_told_of_the_first_before_and_after_its_history_is_pruned(
+    store, queue, planner, ledger, source
+):
+    first = loaded(planner, queue, ledger, source)
+    assert first.state is JobState.COMPLETED
+    second = loaded(planner, queue, ledger, source)
+    assert (second.already_loaded_by, second.plan.sole, second.plan.tag) == (first.id, False, first.plan.tag)
+    skipped = loaded(planner, queue, ledger, source, if_loaded="skip")
+    assert (skipped.state, skipped.already_loaded_by) == (JobState.COMPLETED, second.id)
+    store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    assert queue.prune(30) == 3
+    again = loaded(planner, queue, ledger, source, if_loaded="skip")
+    assert (again.already_loaded_by, again.plan.tag) == (second.id, first.plan.tag)
+    assert loaded(planner, queue, ledger, source, collection="other", if_loaded="skip").already_loaded_by is None
+
+
+def test_a_load_that_did_not_complete_is_not_taken_for_one(queue, planner, ledger, source):
+    prepared = planner.prepare(queue.submit(source, JobOptions()), "holder")
+    ledger.give_back(prepared.lease, 0, Tally())
+    queue.cancel(prepared.job.id)
+    second = loaded(planner, queue, ledger, source, if_loaded="skip")
+    assert (second.already_loaded_by, second.plan.sole, second.progress.tally.lines) == (None, False, 1)
+
+
+def test_a_job_that_was_retried_since_is_not_pruned(store, queue, source):
+    job = queue.submit(source, JobOptions())
+    queue.cancel(job.id)
+    store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    real = store.jobs.update_one
+
+    class Late:
+        """Between the look for old jobs and the first write, somebody retries this one and it ends again."""
+
+        def __getattr__(self, name):
+            return getattr(store.jobs, name)
+
+        def update_one(self, *given, **more):
+            queue.retry(job.id)
+            queue.cancel(job.id)
+            return real(*given, **more)
+
+    late = Queue(store, queue._ledger)
+    late._jobs = Late()
+    assert late.prune(30) == 0
+    assert queue.get(job.id).state is JobState.CANCELLED
+
+
+def test_what_a_load_depends_on_is_acknowledged_by_a_majority(store):
+    for collection in (store.jobs, store.ranges, store.sources, store.rejects, store.data["records"]):
+        assert collection.write_concern.document["w"] == "majority"
+    assert store.data.write_concern != WriteConcern(1)
+
+
+def test_many_ranges_are_written_down_without_holding_them_all(queue, ledger, source):
+    job, _ = queue.fix_plan(queue.submit(source, JobOptions()), plan(25_000), None)
+    queue.open_ranges(job)
+    queue.open_ranges(job)
+    assert ledger.sum(job.id).ready == 25_000
+    assert ObjectId.is_valid(job.id)
