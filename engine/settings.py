@@ -50,9 +50,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _setting(default: Any, description: str, unit: str = "", **limits: Any) -> Any:
+def _writers(found: dict[str, Any]) -> int:
+    """Enough writes under way to bridge the database's waits for its journal, and no more than 128 of one engine."""
+    return max(2, min(8, 128 // int(found["engine_workers"])))
+
+
+def _setting(default: Any, description: str, unit: str = "", told: str = "", **limits: Any) -> Any:
+    """A setting; `told` is a default in words where it is worked out."""
     extra: dict[str, Any] = {"unit": unit}
     if callable(default):
+        extra["told"] = told
         return Field(default_factory=default, description=description, json_schema_extra=extra, **limits)
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
@@ -73,7 +80,7 @@ class Settings(BaseSettings):
     aws_bucket_name: str | None = _setting(None, "Bucket that holds the files")
     aws_endpoint_url: str | None = _setting(None, "Address of an S3 server other than that of AWS")
 
-    engine_workers: int = _setting(_cores, "Worker processes", "processes", ge=1, le=1024)
+    engine_workers: int = _setting(_cores, "Worker processes", "processes", "the number of cores", ge=1, le=1024)
     engine_control_db: str = _setting("headrace_control", "Database of the jobs, ranges and rejects", min_length=1)
     engine_range_bytes: Bytes = _setting(64 * MIB, "The most that one range of an object holds", "bytes", ge=64 * KIB)
     engine_read_bytes: Bytes = _setting(MIB, "How much is read from S3 at a time", "bytes", ge=4 * KIB, le=64 * MIB)
@@ -82,7 +89,9 @@ class Settings(BaseSettings):
     engine_batch_bytes: Bytes = _setting(
         2 * MIB, "Bytes of lines in one bulk write; one longer line travels alone", "bytes", ge=64 * KIB, le=4 * MIB
     )
-    engine_writers: int = _setting(4, "Bulk writes that one worker has under way", "writes", ge=1, le=64)
+    engine_writers: int = _setting(
+        _writers, "Bulk writes that one worker has under way", "writes", "8; fewer with over 16 workers", ge=1, le=64
+    )
     engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
     engine_watchdog_seconds: float = _setting(60.0, "A worker silent for so long is replaced", "seconds", ge=1)
     engine_grace_seconds: float = _setting(20.0, "How long a soft stop may take", "seconds", ge=0)
@@ -214,6 +223,8 @@ def load(**overrides: Any) -> tuple[Settings, list[str]]:
 def _sentences(error: ValidationError) -> list[str]:
     sentences: list[str] = []
     for fault in error.errors(include_url=False):
+        if fault["type"] == "default_factory_not_called":
+            continue  # it depends on a setting that is wrong itself
         message = fault["msg"].removeprefix("Value error, ")
         if not fault["loc"]:
             sentences += message.split("\n")
