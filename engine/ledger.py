@@ -6,18 +6,17 @@ no match means that the lease was lost. All times are the server's (`$$NOW`), so
 
 import random
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
 from bson import ObjectId
-from pymongo import ReturnDocument
-from pymongo.errors import DuplicateKeyError
+from pymongo import InsertOne, ReturnDocument, UpdateOne
 
 from engine.errors import LeaseLost
 from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
-from engine.store import LEASABLE, LEASES, Document, Store, insert_new, job_key, ranges_of, translated
+from engine.store import LEASABLE, LEASES, Document, Store, job_key, ranges_of, translated, write_all
 
 __all__ = ["ATTEMPTS", "DEATHS", "UNSPENT_WAIT", "Ledger", "Summary", "wait_ms"]
 
@@ -75,22 +74,24 @@ class Ledger:
         rest = iter(ranges)
         while documents := [_new(job, r) for r in islice(rest, OPEN_BATCH)]:
             with translated("writing down the ranges of a job"):
-                insert_new(self._ranges, documents)
+                write_all(self._ranges, [InsertOne(document) for document in documents])
 
-    def open_leased(self, job_id: str, range: ByteRange, holder: str) -> Lease | None:
-        """Put a range down as LEASED by `holder`, in one write; None where it is there already."""
-        token = uuid.uuid4().hex
-        new = _new(job_key(job_id), range)
-        key = new.pop("_id")
-        held = self._held(token, holder)
-        fields = {name: {"$literal": value} for name, value in new.items()}
-        with translated("leasing a range"):
-            try:
-                # A state that no range has: the update matches none, and an upsert of one that is there is refused.
-                self._ranges.update_one({"_id": key, "state": None}, [{"$set": fields | held}], upsert=True)
-            except DuplicateKeyError:
-                return None
-        return Lease(job_id, range, token, 1, range.start, Tally())
+    def open_leased(self, ranges: Mapping[str, ByteRange], holder: str) -> dict[str, Lease]:
+        """Put the only ranges of these jobs down as LEASED by `holder`, all with one command. Those that are there already
+        are left out."""
+        leases = {id: Lease(id, range, uuid.uuid4().hex, 1, range.start, Tally()) for id, range in ranges.items()}
+        writes = []
+        for lease in leases.values():
+            new = _new(job_key(lease.job_id), lease.range)
+            key = new.pop("_id")
+            fields = {name: {"$literal": value} for name, value in new.items()} | self._held(lease.token, holder)
+            # A state that no range has: the update matches none, and an upsert of one that is there is refused.
+            writes.append(UpdateOne({"_id": key, "state": None}, [{"$set": fields}], upsert=True))
+        if not writes:
+            return {}
+        with translated("leasing ranges"):
+            made = {entry["index"] for entry in write_all(self._ranges, writes)["upserted"]}
+        return {id: lease for index, (id, lease) in enumerate(leases.items()) if index in made}
 
     def lease(self, job_id: str, holder: str) -> Lease | None:
         """Lease any READY range of a job whose time has come; None where there is none."""
@@ -122,8 +123,13 @@ class Ledger:
 
     def close(self, lease: Lease, tally: Tally) -> None:
         """Every line of the range is acknowledged: it is DONE. Raises LeaseLost."""
-        done = {"state": RangeState.DONE, "tally": {"$literal": tally.document()}, "confirmed": "$end", "failure": None}
-        self._speak(lease, done | _LET_GO, "closing a range")
+        self._speak(lease, _done(tally) | _LET_GO, "closing a range")
+
+    def close_all(self, leases: Sequence[tuple[Lease, Tally]]) -> bool:
+        """Close ranges, all with one command; False where not all of them were held any more."""
+        writes = [UpdateOne(_held_by(lease), [{"$set": _done(tally) | _LET_GO}]) for lease, tally in leases]
+        with translated("closing ranges"):
+            return bool(write_all(self._ranges, writes)["nMatched"] == len(leases))
 
     def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Let go of a range, READY for anyone at `confirmed`, without spending an attempt. Raises LeaseLost."""
@@ -253,10 +259,8 @@ class Ledger:
         }
 
     def _speak(self, lease: Lease, changes: Document, doing: str) -> None:
-        key = {"job": job_key(lease.job_id), "index": lease.range.index}
-        held = {"_id": key, "state": RangeState.LEASED, "token": lease.token}
         with translated(doing):
-            result = self._ranges.update_one(held, [{"$set": changes}])
+            result = self._ranges.update_one(_held_by(lease), [{"$set": changes}])
         if not result.matched_count:
             raise LeaseLost(
                 f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now"
@@ -312,6 +316,16 @@ def _new(job: ObjectId, range: ByteRange) -> Document:
         "allFailures": 0,
         "holders": [],
     }
+
+
+def _held_by(lease: Lease) -> Document:
+    """Matches the range of a lease as long as it is held under it."""
+    key = {"job": job_key(lease.job_id), "index": lease.range.index}
+    return {"_id": key, "state": RangeState.LEASED, "token": lease.token}
+
+
+def _done(tally: Tally) -> Document:
+    return {"state": RangeState.DONE, "tally": {"$literal": tally.document()}, "confirmed": "$end", "failure": None}
 
 
 def _come_to(confirmed: int, tally: Tally) -> Document:

@@ -8,11 +8,12 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from enum import Enum, auto
-from typing import Final
+from itertools import count
+from typing import Final, TypeVar
 
 from engine.batches import Batch, Batcher
 from engine.decode import decode
@@ -35,6 +36,8 @@ from engine.watermark import Watermark
 __all__ = ["KEEPER", "Ended", "Keeper", "Pipeline", "Run", "expected"]
 
 log = get_logger()
+
+T = TypeVar("T")
 
 KEEPER: Final = "keeper"
 """Name of the thread that renews."""
@@ -111,9 +114,9 @@ class Run:
 
 
 class Keeper(threading.Thread):
-    """Renews the lease of the run at hand, once a second, and learns whether the job is being stopped.
+    """Renews the leases of the runs at hand, once a second, and learns whether their jobs are being stopped.
 
-    It renews only while the run moves: a run that hangs loses its lease.
+    It renews only while a run moves: one that hangs loses its lease.
     """
 
     def __init__(self, ledger: Ledger, queue: Queue, lease_seconds: float, tell: Callable[[Run | None], None]) -> None:
@@ -122,17 +125,17 @@ class Keeper(threading.Thread):
         self._queue = queue
         self._lease_seconds = lease_seconds
         self._tell = tell
-        self._run: Run | None = None
+        self._runs: tuple[Run, ...] = ()
         self._ticked_at = time.monotonic()
         self._busy = threading.Lock()
 
-    def hold(self, run: Run) -> None:
-        """Keep this run's lease from now on."""
-        self._run = run
+    def hold(self, *runs: Run) -> None:
+        """Keep the leases of these runs from now on."""
+        self._runs = runs
 
     def drop(self) -> None:
-        """Let go; when it returns, no tick of the run is under way."""
-        self._run = None
+        """Let go; when it returns, no tick of a run is under way."""
+        self._runs = ()
         with self._busy:
             pass
 
@@ -141,15 +144,15 @@ class Keeper(threading.Thread):
         while True:
             time.sleep(TICK_SECONDS / 7)
             with self._busy:
-                run = self._run
                 # The clock is the worker's and not the run's: ranges of less than a second must move the numbers, too.
-                if run is not None and time.monotonic() - self._ticked_at >= TICK_SECONDS:
-                    self.tick(run)
+                if self._runs and time.monotonic() - self._ticked_at >= TICK_SECONDS:
+                    self._ticked_at = time.monotonic()
+                    for run in self._runs:
+                        self.tick(run)
 
     def tick(self, run: Run) -> None:
         """Renew, record progress, look at the job's stamps. Errors that pass are left to the next tick."""
-        self._ticked_at = time.monotonic()
-        if self._ticked_at - run.moved_at >= self._lease_seconds:
+        if time.monotonic() - run.moved_at >= self._lease_seconds:
             return
         try:
             self.renew(run)
@@ -222,16 +225,9 @@ class Pipeline:
                 if run.lease.resumed:
                     self._rejects.forget(run.lease)
                 ended = self._work(run)
-        except LeaseLost:
-            raise
-        except Transient as error:
+        except HeadraceError as error:
             self.keeper.drop()
-            failure, spend = error.failure(), not isinstance(error, WrongClock)
-            _insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure, spend=spend))
-            raise
-        except HeadraceError:
-            self.keeper.drop()
-            _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
+            self._let_go(run, error)
             raise
         finally:
             self.keeper.drop()
@@ -240,17 +236,77 @@ class Pipeline:
             _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
             reach(Step.CLOSED)
         else:
-            _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
+            self._let_go(run)
         return ended
 
-    def _work(self, run: Run) -> Ended:
-        settings, lease, job = self._settings, run.lease, run.job
+    def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
+        """Work on leases of small objects, whose bytes are all there, side by side.
+
+        Returns how each ended, and whether all those that are DONE were closed: with False, some lease was lost meanwhile.
+        """
+        self.keeper.hold(*runs)
+        futures = [self._writers.submit(self._work_alone, run) for run in runs]
+        wait(futures)
+        self.keeper.drop()
+        outcomes = [(run, future.result()) for run, future in zip(runs, futures, strict=True)]
+        done = [run for run, outcome in outcomes if outcome is Ended.DONE]
+        closed = True
+        if done:
+            reach(Step.CLOSE)
+            closed = _insist(done[0], lambda: self._ledger.close_all([(run.lease, run.mark()[1]) for run in done]))
+            reach(Step.CLOSED)
+        told: list[tuple[Run, Ended | HeadraceError]] = []
+        for run, outcome in outcomes:
+            try:
+                if outcome is not Ended.DONE:
+                    self._let_go(run, outcome if isinstance(outcome, HeadraceError) else None)
+            except HeadraceError as error:
+                told.append((run, error))
+            else:
+                told.append((run, outcome))
+        return told, closed
+
+    def _let_go(self, run: Run, error: HeadraceError | None = None) -> None:
+        """Tell the ledger that a lease ended before its range did, and because of what."""
+        if isinstance(error, LeaseLost):
+            return
+        if isinstance(error, Transient):
+            failure, spend = error.failure(), not isinstance(error, WrongClock)
+            _insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure, spend=spend))
+        else:
+            _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
+
+    def _work_alone(self, run: Run) -> Ended | HeadraceError:
+        """Work on the lease of a small object in this thread, batch by batch."""
+        assert run.job.plan is not None
+        try:
+            with expected(f"working on range {run.lease.range.index}"):
+                sink, splitter, batcher = self._begin(run, self._settings.engine_batch_records)
+                with closing(self._batches(run, splitter, batcher)) as batches:
+                    for batch in batches:
+                        if run.stop.is_set() or run.cancelled.is_set():
+                            return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
+                        self._write(run, sink, run.job.plan.format, batch, run.opened(batch))
+        except HeadraceError as error:
+            return error
+        return Ended.DONE if splitter.done else Ended.STOPPED
+
+    def _begin(self, run: Run, lines: int) -> tuple[Sink, Splitter, Batcher]:
+        """What the batches of a run, of so many lines each, go through."""
+        lease, job = run.lease, run.job
         assert job.plan is not None
-        splitter = Splitter(lease.confirmed, lease.range.end, job.plan.max_line_bytes)
-        size = min(CAUTIOUS_LINES, settings.engine_batch_records) if run.cautious else settings.engine_batch_records
-        batcher = Batcher(size, settings.engine_batch_bytes, lease.tally.lines)
         kind = DryRun if job.options.validate else Sink
-        sink = kind(self._store, job.options.collection, job.plan, settings.write_timeout_seconds)
+        return (
+            kind(self._store, job.options.collection, job.plan, self._settings.write_timeout_seconds),
+            Splitter(lease.confirmed, lease.range.end, job.plan.max_line_bytes),
+            Batcher(lines, self._settings.engine_batch_bytes, lease.tally.lines),
+        )
+
+    def _work(self, run: Run) -> Ended:
+        settings, job = self._settings, run.job
+        assert job.plan is not None
+        lines = min(CAUTIOUS_LINES, settings.engine_batch_records) if run.cautious else settings.engine_batch_records
+        sink, splitter, batcher = self._begin(run, lines)
         flying: _Flying = deque()
         most = 1 if run.cautious else settings.engine_writers + 1
         exhausted = False
@@ -404,21 +460,20 @@ def expected(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _insist(run: Run, speak: Callable[[], None]) -> None:
+def _insist(run: Run, speak: Callable[[], T]) -> T:
     """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out.
 
     LeaseLost after a try without an answer may mean that it is told already, or that somebody else holds the range by now:
     whatever follows from a range that is done is left to those who see it.
     """
-    for tries in range(1, TRIES + 1):
+    for tries in count(1):
         try:
-            speak()
+            return speak()
         except Transient:
             if tries == TRIES:
                 raise
             _back_off(run, tries)
-        else:
-            return
+    raise AssertionError  # the loop has no end of its own
 
 
 def _back_off(run: Run, tries: int) -> None:

@@ -4,28 +4,36 @@ Anyone may plan a job at any time and as often as they like: the first compare-a
 """
 
 import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 from bson import Binary, ObjectId
-from pymongo import ReturnDocument
+from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import DuplicateKeyError
 
 from engine.decode import BOM
-from engine.errors import Refused
+from engine.errors import HeadraceError, Refused
 from engine.ledger import Ledger
-from engine.model import Format, Job, Lease, Plan
+from engine.model import ByteRange, Format, Job, Lease, Plan
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.ranges import count, cut
 from engine.settings import Settings
 from engine.steps import Step, reach
-from engine.store import Document, Store, job_key, translated
+from engine.store import Document, Store, job_key, translated, write_all
 
-__all__ = ["Planner", "Prepared", "decide"]
+__all__ = ["SMALL_BYTES", "Planner", "Prepared", "decide"]
 
 SNIFF_BYTES: Final = 64 * 1024
 """How much of an object is looked at before it is loaded."""
+
+SMALL_BYTES: Final = 256 * 1024
+"""An object that is no larger is read at once, when it is looked at."""
+
+READERS: Final = 4
+"""Objects that are looked at side by side."""
 
 UNREGISTERED: Final = bytes(6)
 """The tag of a source that nobody has loaded; no document carries it."""
@@ -99,11 +107,22 @@ class _Registered:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job that was planned, perhaps a lease on its only range, and what was read of the object's beginning."""
+    """A job that was planned, perhaps a lease on its only range, and what was read of the object's beginning; or the error
+    because of which it could not be planned."""
 
     job: Job
     lease: Lease | None = None
     head: bytes = b""
+    error: HeadraceError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A job whose object has been looked at."""
+
+    job: Job
+    head: bytes
+    format: Format
 
 
 class Planner:
@@ -123,38 +142,106 @@ class Planner:
         self._range_bytes = settings.engine_range_bytes
         self._max_line_bytes = settings.engine_max_line_bytes
         self._shares = RANGES_PER_WORKER * settings.engine_workers
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="planner")
 
-    def prepare(self, job: Job, holder: str) -> Prepared:
-        """Plan a PENDING job, and lease its range at once where it has but one; whoever is quicker plans it.
+    def close(self) -> None:
+        """Let the threads end."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def prepare(self, jobs: Sequence[Job], holder: str) -> list[Prepared]:
+        """Plan PENDING jobs, and lease the ranges of those that have but one; whoever is quicker plans a job.
+
+        Each step is one command for all of them, and their objects are looked at side by side: what a small job waits for is
+        the database's journal and S3's first byte.
 
         Raises:
-            Final, Transient: of S3 and MongoDB. Refused where the object is not what a load can take.
+            Transient, Final: of MongoDB; some of the jobs may be planned. What is wrong with one job or its object is told in
+                what is returned of it.
         """
-        head = b""
-        if job.source.size:
-            with self._objects.open(job.source, 0, min(SNIFF_BYTES, job.source.size)) as reader:
-                head = reader.read(SNIFF_BYTES)
-        format = decide(job.options.format, job.source.key, head)
-        source = self._known(job, format) if job.options.validate else self._register(job, format)
-        share = max(-(-job.source.size // self._shares), SMALL_RANGE_BYTES)
-        range_bytes = max(min(self._range_bytes, share), -(-job.source.size // RANGES_MOST))
-        ranges = count(job.source.size, range_bytes)
-        plan = Plan(format, source.tag, range_bytes, ranges, source.sole, self._max_line_bytes)
+        done: list[Prepared] = []
+        drafts: list[_Draft] = []
+        for job, looked in zip(jobs, self._readers.map(self._look, jobs), strict=True):
+            if isinstance(looked, _Draft):
+                drafts.append(looked)
+            else:
+                done.append(Prepared(job, error=looked))
+        plans: list[tuple[Job, Plan, str | None]] = []
+        for draft, source in zip(drafts, self._register(drafts), strict=True):
+            job, plan = draft.job, self._plan(draft, source)
+            skip = job.options.if_loaded == "skip" and not job.options.validate
+            if plan.range_count == 0 or (source.completed_by and skip):
+                self._queue.complete_unread(job.id, plan, source.completed_by)
+                done.append(Prepared(self._queue.get(job.id)))
+            else:
+                plans.append((job, plan, source.completed_by))
         reach(Step.PLAN)
-        skip = job.options.if_loaded == "skip" and not job.options.validate
-        if ranges == 0 or (source.completed_by and skip):
-            self._queue.complete_unread(job.id, plan, source.completed_by)
-            return Prepared(self._queue.get(job.id))
-        job, ours = self._queue.fix_plan(job, plan, source.completed_by)
-        if not ours:
-            return Prepared(job)
-        if ranges > 1:
-            self._queue.open_ranges(job)
-            return Prepared(job, None, head)
-        return Prepared(job, self._ledger.open_leased(job.id, cut(job.source.size, 1, 0), holder), head)
+        planned = {job.id: job for job in self._queue.fix_plans(plans)}
+        heads = {draft.job.id: draft.head for draft in drafts}
+        single: dict[str, ByteRange] = {}
+        for before, plan, _ in plans:
+            job = planned.get(before.id, before)
+            if job.plan is None or job.plan.range_count != 1 or job.stopping is not None:
+                if job.plan == plan:
+                    self._queue.open_ranges(job)
+                done.append(Prepared(job, None, heads[job.id]))
+            else:
+                single[job.id] = cut(job.source.size, 1, 0)
+        if single:
+            reach(Step.PLANNED)
+            leases = self._ledger.open_leased(single, holder)
+            done += [Prepared(planned[id], leases.get(id), heads[id]) for id in single]
+        return done
 
-    def _register(self, job: Job, format: Format) -> _Registered:
-        """Hold the job's source to one tag, and learn who has loaded it into this collection before."""
+    def _look(self, job: Job) -> "_Draft | HeadraceError":
+        """The beginning of a job's object, all of it where that is small, and the format that it has."""
+        try:
+            head = b""
+            if size := job.source.size:
+                size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)
+                with self._objects.open(job.source, 0, size) as reader:
+                    head = reader.read(size)
+            return _Draft(job, head, decide(job.options.format, job.source.key, head))
+        except HeadraceError as error:
+            return error
+
+    def _plan(self, draft: _Draft, source: _Registered) -> Plan:
+        size = draft.job.source.size
+        share = max(-(-size // self._shares), SMALL_RANGE_BYTES)
+        range_bytes = max(min(self._range_bytes, share), -(-size // RANGES_MOST))
+        return Plan(draft.format, source.tag, range_bytes, count(size, range_bytes), source.sole, self._max_line_bytes)
+
+    def _register(self, drafts: Sequence[_Draft]) -> list[_Registered]:
+        """Hold the source of each job to one tag, and learn who has loaded it into this collection before."""
+        new = {
+            draft.job.id: _new(draft.job)
+            for draft in drafts
+            if not (draft.job.options.force or draft.job.options.validate)
+        }
+        ours: set[str] = set()
+        if new:
+            writes = [
+                UpdateOne(
+                    _identity(draft.job, draft.format) | {"generation": 0},
+                    {"$setOnInsert": new[draft.job.id]},
+                    upsert=True,
+                )
+                for draft in drafts
+                if draft.job.id in new
+            ]
+            with translated("registering sources"):
+                made = {entry["index"] for entry in write_all(self._sources, writes)["upserted"]}
+            ours = {id for index, id in enumerate(new) if index in made}
+        return [
+            _Registered(bytes(new[draft.job.id]["tag"]), True, None)
+            if draft.job.id in ours
+            else self._known(draft.job, draft.format)
+            if draft.job.options.validate
+            else self._registered(draft.job, draft.format)
+            for draft in drafts
+        ]
+
+    def _registered(self, job: Job, format: Format) -> _Registered:
+        """As `_register`, for one job whose source may be there already."""
         with translated("registering a source"):
             found = self._forced(job, format) if job.options.force else self._found_or_made(job, format, 0, None)
             if _entry(found, job) is None:
@@ -196,20 +283,27 @@ class Planner:
 
     def _found_or_made(self, job: Job, format: Format, generation: int, owner: ObjectId | None) -> Document:
         of = _identity(job, format) | {"generation": generation}
-        second = int(job.created_at.timestamp())
         draws = 0
         while True:
             draws += 1
-            tag = (second + draws // TAG_DRAWS).to_bytes(4, "big") + secrets.token_bytes(2)
-            new: Document = {"tag": Binary(tag), "forJob": owner, "loads": [_load(job)]}
             try:
                 found = self._sources.find_one_and_update(
-                    of, {"$setOnInsert": new}, upsert=True, return_document=ReturnDocument.AFTER
+                    of,
+                    {"$setOnInsert": _new(job, owner, draws // TAG_DRAWS)},
+                    upsert=True,
+                    return_document=ReturnDocument.AFTER,
                 )
             except DuplicateKeyError:
                 continue  # the tag is taken: draw again; or another worker registered the source: find it
             assert found is not None  # an upsert returns what it found or made
             return found
+
+
+def _new(job: Job, owner: ObjectId | None = None, later: int = 0) -> Document:
+    """A source that is not known yet, with a tag drawn for it in the second of its registration, or some later."""
+    second = int(job.created_at.timestamp()) + later
+    tag = second.to_bytes(4, "big") + secrets.token_bytes(2)
+    return {"tag": Binary(tag), "forJob": owner, "loads": [_load(job)]}
 
 
 def _place(job: Job) -> Document:

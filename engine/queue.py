@@ -5,14 +5,14 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
 from bson import Binary, ObjectId
 from pymongo import ReturnDocument, UpdateOne, WriteConcern
 from pymongo.collection import Collection
-from pymongo.errors import BulkWriteError, DuplicateKeyError, WriteConcernError
+from pymongo.errors import DuplicateKeyError
 
 from engine.errors import Conflict, KeyReused, NotFound, Refused
 from engine.jobs import (
@@ -44,7 +44,6 @@ from engine.steps import Step, reach
 from engine.store import (
     BY_FILE,
     DEADLINES,
-    DUPLICATE_KEY,
     ENDED_JOBS,
     OPEN_JOBS,
     Document,
@@ -52,6 +51,7 @@ from engine.store import (
     job_key,
     object_key,
     translated,
+    write_all,
 )
 
 __all__ = ["Batch", "Queue", "Stamps", "over_budget"]
@@ -180,14 +180,8 @@ class Queue:
                 if source.key not in there
             ]
             if writes:
-                try:
-                    self._jobs.bulk_write(writes, ordered=False)
-                except BulkWriteError as error:
-                    # The same request, at the same time: the other one wrote these.
-                    if concerns := error.details.get("writeConcernErrors"):
-                        raise WriteConcernError("a majority did not confirm", concerns[0].get("code")) from None
-                    if any(fault["code"] != DUPLICATE_KEY for fault in error.details["writeErrors"]):
-                        raise
+                # Those that are there by now are of the same request, sent twice at a time.
+                write_all(self._jobs, writes)
         self.wake()
         return self.batch(str(key))
 
@@ -268,29 +262,27 @@ class Queue:
             if page:
                 yield page
 
-    def claim(self, job: Job, holder: str) -> bool:
-        """Whether `holder` is to plan this job: nobody else begins to within a lease's time.
+    def claim(self, jobs: Sequence[Job], holder: str) -> list[Job]:
+        """Those of these jobs that `holder` is to plan: nobody else begins to within a lease's time.
 
         It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
         majority. A job whose planners have died three times in a row is stopped.
         """
+        ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING}
         free = {"$lte": ["$planner.until", "$$NOW"]}  # a missing time is less than any
         count = {"$add": [{"$ifNull": ["$planner.count", 0]}, 1]}
         claim = {"holder": holder, "until": self._ledger.until(), "count": count}
-        with translated("claiming a job"):
-            found = self._jobs.with_options(write_concern=WriteConcern(1)).find_one_and_update(
-                {"_id": job_key(job.id), "state": JobState.PENDING, "$expr": free},
-                [{"$set": {"planner": claim}}],
-                projection={"planner.count": 1},
-                return_document=ReturnDocument.AFTER,
-            )
-        if found is not None and found["planner"]["count"] > DEATHS:
+        with translated("claiming jobs"):
+            quick = self._jobs.with_options(write_concern=WriteConcern(1))
+            if not quick.update_many(ids | {"$expr": free}, [{"$set": {"planner": claim}}]).matched_count:
+                return []
+            found = list(self._jobs.find(ids | {"planner.holder": holder}).sort("_id", 1))
+        for deadly in (job_of(job) for job in found if job["planner"]["count"] > DEATHS):
             message = (
                 f"{DEATHS} workers in a row died while they planned the job: look at the object, then retry the job"
             )
-            self.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
-            return False
-        return found is not None
+            self.stop(deadly, Stop(JobState.FAILED, Failure("workers_died", message)))
+        return [job_of(job) for job in found if job["planner"]["count"] <= DEATHS]
 
     def disclaim(self, holders: Sequence[str]) -> None:
         """Let others plan at once what these, who are dead, were about to plan."""
@@ -299,24 +291,25 @@ class Queue:
             with translated("freeing the jobs of a dead worker"):
                 self._jobs.update_many(mine, {"$unset": {"planner.until": "", "planner.holder": ""}}, hint=OPEN_JOBS)
 
-    def fix_plan(self, job: Job, plan: Plan, already_loaded_by: str | None) -> tuple[Job, bool]:
-        """Fix the plan of a job, PENDING → PROCESSING.
+    def fix_plans(self, plans: Sequence[tuple[Job, Plan, str | None]]) -> list[Job]:
+        """Fix plans, PENDING → PROCESSING, all with one command; the third of each is who has loaded the source before.
 
-        Returns the job with the plan that holds, whoever made it, and whether it is this one.
+        Returns the jobs as they are then, in the same order, with the plans that hold, whoever made them.
         """
-        changes = planned(plan, JobState.PROCESSING, already_loaded_by) | happened(
-            f"planned: {plan.range_count} ranges"
-        )
-        changes["planner"] = "$$REMOVE"
-        if job.options.timeout_seconds is not None:
-            changes["deadline"] = from_now(job.options.timeout_seconds)
-        with translated("planning a job"):
-            found = self._jobs.find_one_and_update(
-                {"_id": job_key(job.id), "state": JobState.PENDING},
-                [{"$set": changes}],
-                return_document=ReturnDocument.AFTER,
-            )
-        return (self.get(job.id), False) if found is None else (job_of(found), True)
+        writes = []
+        for job, plan, already_loaded_by in plans:
+            changes = planned(plan, JobState.PROCESSING, already_loaded_by) | {"planner": "$$REMOVE"}
+            if job.options.timeout_seconds is not None:
+                changes["deadline"] = from_now(job.options.timeout_seconds)
+            changes |= happened(f"planned: {plan.range_count} ranges")
+            writes.append(UpdateOne({"_id": job_key(job.id), "state": JobState.PENDING}, [{"$set": changes}]))
+        if not writes:
+            return []
+        with translated("planning jobs"):
+            write_all(self._jobs, writes)
+            found = self._jobs.find({"_id": {"$in": [job_key(job.id) for job, _, _ in plans]}})
+            now = {job.id: job for job in map(job_of, found)}
+        return [now[job.id] for job, _, _ in plans if job.id in now]
 
     def open_ranges(self, job: Job) -> None:
         """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
@@ -454,10 +447,19 @@ class Queue:
         """Every range of the job is DONE and `tally` is their sum: it is COMPLETED, or over its budget and FAILED."""
         assert job.plan is not None
         reach(Step.FINISH)
-        end = Stop(JobState.COMPLETED)
-        if over_budget(job.options.max_errors, tally, final=True):
-            end = Stop(JobState.FAILED, _budget_spent(job, tally))
-        return self._end(job, end, (tally, job.plan.range_count))
+        return self._end(job, _judged(job, tally), (tally, job.plan.range_count))
+
+    def finish_all(self, ended: Sequence[tuple[Job, Tally]]) -> list[Job]:
+        """Finish jobs of one range each, all with one command; returns them as they are then."""
+        reach(Step.FINISH)
+        judged = [(job, _judged(job, tally), (tally, 1)) for job, tally in ended]
+        writes = [UpdateOne(query, [{"$set": changes}]) for query, changes in (self._ending(*each) for each in judged)]
+        with translated("ending jobs"):
+            matched = write_all(self._jobs, writes)["nMatched"]
+        reach(Step.FINISHED)
+        if matched == len(ended):
+            return [replace(job, state=stop.to) for job, stop, _ in judged]
+        return [self.settle(job.id) for job, _ in ended]
 
     def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
         """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
@@ -531,6 +533,14 @@ class Queue:
         return count
 
     def _end(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> Job:
+        query, changes = self._ending(job, stop, numbers)
+        with translated("ending a job"):
+            found = self._jobs.find_one_and_update(query, [{"$set": changes}], return_document=ReturnDocument.AFTER)
+        reach(Step.FINISHED)
+        return self.get(job.id) if found is None else job_of(found)
+
+    def _ending(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> tuple[Document, Document]:
+        """What matches a job that is to end, and what is set then; `numbers` are its tally and ranges done."""
         changes: Document = {
             "state": stop.to,
             "open": "$$REMOVE",
@@ -544,17 +554,10 @@ class Queue:
             tally, done = numbers
             changes["progress"] = progress_document(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
             changes["errors"] = self._first_errors(job.id, tally)
-        # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round.
+        # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round; and a retry since begins
+        # another round, of which what was summed here says nothing.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
-        # A retry since begins another round, of which what was summed here says nothing.
-        with translated("ending a job"):
-            found = self._jobs.find_one_and_update(
-                {"_id": job_key(job.id), "state": job.state, "round": job.round} | stamped,
-                [{"$set": changes}],
-                return_document=ReturnDocument.AFTER,
-            )
-        reach(Step.FINISHED)
-        return self.get(job.id) if found is None else job_of(found)
+        return {"_id": job_key(job.id), "state": job.state, "round": job.round} | stamped, changes
 
     def _move(self, job_id: str, state: JobState, changes: Document, also: Document | None = None) -> bool:
         """The compare-and-set under every change of state; False where somebody else was quicker."""
@@ -618,6 +621,13 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
         return False
     return True
+
+
+def _judged(job: Job, tally: Tally) -> Stop:
+    """How a job ends whose ranges are all DONE."""
+    if over_budget(job.options.max_errors, tally, final=True):
+        return Stop(JobState.FAILED, _budget_spent(job, tally))
+    return Stop(JobState.COMPLETED)
 
 
 def over_budget(max_errors: int | str, tally: Tally, *, final: bool) -> bool:

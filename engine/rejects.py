@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from bson import Int64
+from pymongo import InsertOne
 
 from engine.ledger import Ledger
 from engine.model import Job, Lease, Reject
-from engine.store import Document, Store, insert_new, job_key, translated
+from engine.store import Document, Store, job_key, translated, write_all
 
 __all__ = ["Rejects"]
 
@@ -37,7 +38,8 @@ class Rejects:
         it returns."""
         documents = [_document(job, lease, reject) for reject in rejects]
         with translated("writing rejects"):
-            for there in insert_new(self._rejects, documents):
+            told = write_all(self._rejects, [InsertOne(document) for document in documents])
+            for there in (documents[fault["index"]] for fault in told["writeErrors"]):
                 earlier = {"_id": there["_id"], "lease": {"$lt": lease.number}}
                 self._rejects.replace_one(earlier, there)
 

@@ -6,14 +6,14 @@ so that no line of a file can become a job. Build a Store after the fork, never 
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 from bson import ObjectId
 from bson.codec_options import CodecOptions
 from bson.errors import InvalidId
-from pymongo import ASCENDING, DESCENDING, IndexModel, MongoClient, ReadPreference, WriteConcern
+from pymongo import ASCENDING, DESCENDING, IndexModel, InsertOne, MongoClient, ReadPreference, UpdateOne, WriteConcern
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import (
@@ -47,12 +47,12 @@ __all__ = [
     "TRANSIENT_CODES",
     "Document",
     "Store",
-    "insert_new",
     "job_key",
     "object_key",
     "ranges_of",
     "translate",
     "translated",
+    "write_all",
 ]
 
 Document = dict[str, Any]
@@ -325,22 +325,23 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     return Transient(f"MongoDB failed while {doing} ({said}): it is tried again")
 
 
-def insert_new(collection: Collection[Document], documents: list[Document]) -> list[Document]:
-    """Insert documents whose `_id` is not there yet; the others stay as they are, and are returned. Acknowledged when it returns.
+def write_all(collection: Collection[Document], writes: Sequence[InsertOne[Document] | UpdateOne]) -> Document:
+    """Send writes together. Those that would double what is unique are passed over; the others are acknowledged on return.
+
+    Returns the driver's account of it: `nMatched`, `upserted` and `writeErrors`, with the `index` of each.
 
     Raises:
         PyMongoError: within `translated`, it comes out as the project's own.
     """
     try:
-        collection.insert_many(documents, ordered=False)
+        return collection.bulk_write(writes, ordered=False).bulk_api_result
     except BulkWriteError as error:
         if concerns := error.details.get("writeConcernErrors"):
             raise WriteConcernError("a majority did not confirm the write", concerns[0].get("code")) from None
         for fault in error.details["writeErrors"]:
             if fault["code"] != DUPLICATE_KEY:
                 raise OperationFailure(fault["errmsg"], fault["code"], fault) from None
-        return [documents[fault["index"]] for fault in error.details["writeErrors"]]
-    return []
+        return dict(error.details)
 
 
 @contextmanager

@@ -24,13 +24,12 @@ from setproctitle import setproctitle
 from engine.beat import Beat
 from engine.direct import DirectUploads
 from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient, WrongClock
-from engine.errors import Final as FinalError
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.model import TERMINAL, Freed, Job, JobState, Stop
+from engine.model import TERMINAL, Freed, Job, JobState, Lease, Stop
 from engine.objects import Objects, connect
 from engine.pipeline import KEEPER, Ended, Pipeline, Run, expected
-from engine.planner import Planner
+from engine.planner import SMALL_BYTES, Planner, Prepared
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
@@ -48,6 +47,9 @@ EXIT_NOW: Final = 4
 
 COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
+
+TOGETHER_MOST: Final = 16
+"""Small jobs that a worker takes on together."""
 
 LOOK_SECONDS: Final = 0.5
 """How long a look at the queue stays good for taking the next job from it."""
@@ -183,7 +185,7 @@ class _Worker:
                 self._prune()
                 waited = self._store.waited()
                 found = self._join()
-                if found is None:
+                if not found:
                     self._wait()
                 else:
                     self._run(pipeline, found)
@@ -195,6 +197,7 @@ class _Worker:
                 self._say_once(error)
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         pipeline.close()
+        self._planner.close()
         reporter.tell(last=True)
         self._store.close()
         return 0
@@ -268,20 +271,21 @@ class _Worker:
         if swept := self._uploads.sweep():
             log.info("unfinished uploads were aborted", action="prune", worker=self._post.name, uploads=swept)
 
-    def _join(self) -> Run | None:
-        """A lease on a range of some job, or None where there is nothing to do now."""
+    def _join(self) -> list[Run]:
+        """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
+        to do now."""
         if time.monotonic() - self._looked_at < LOOK_SECONDS:
             # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
             while self._seen:
-                if run := self._enter(self._seen.popleft()):
-                    return run
+                if runs := self._enter(self._seen.popleft()):
+                    return runs
         self._looked_at = time.monotonic()
         self._seen.clear()
         if self._queue.paused():
             for page in self._queue.open_jobs(stopping=True):
                 for job in page:
                     self._queue.settle(job.id)
-            return None
+            return []
         for page in self._queue.open_jobs():
             leased = self._ledger.leased(job.id for job in page)
             # Workers that look at the same page begin at different jobs of it.
@@ -292,79 +296,131 @@ class _Worker:
             while self._seen:
                 self._beat.touch()
                 if self._stop.is_set():
-                    return None
-                if run := self._enter(self._seen.popleft()):
-                    return run
-        return None
+                    return []
+                if runs := self._enter(self._seen.popleft()):
+                    return runs
+        return []
 
-    def _enter(self, job: Job) -> Run | None:
+    def _enter(self, job: Job) -> list[Run]:
         if job.stopping is not None:
             self._queue.settle(job.id)
-            return None
-        lease, head = None, b""
+            return []
+        head = b""
         if job.state is JobState.PENDING:
-            if not self._queue.claim(job, self._post.name):
-                return None
-            try:
-                with expected("planning a job"):
-                    prepared = self._planner.prepare(job, self._post.name)
-            except FinalError as error:
-                log.error(str(error), action="plan", job=job.id, worker=self._post.name)
-                self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
-                return None
-            except Transient as error:
-                log.warning(str(error), action="plan", job=job.id, worker=self._post.name)
-                self._queue.postpone(job, error.failure(), spend=not isinstance(error, WrongClock))
-                return None
-            job, lease, head = prepared.job, prepared.lease, prepared.head
-            if job.state in TERMINAL:
-                return None
-        if lease is not None:
-            # Planned and leased in one go: a stamp that came meanwhile is seen by the write that ends the job.
-            reach(Step.LEASED)
-            return Run(job, lease, self._stop, self._beat.touch, head)
+            prepared = self._prepare([job, *self._small_ones_like(job)])
+            runs = [self._begun(p.job, p.lease, p.head) for p in prepared if p.lease is not None]
+            if runs or len(prepared) != 1 or prepared[0].job.state in TERMINAL:
+                return runs
+            job, head = prepared[0].job, prepared[0].head
         lease = self._ledger.lease(job.id, self._post.name)
         if lease is None:
             if not self._ledger.busy(job.id):
                 self._queue.settle(job.id)
-            return None
-        reach(Step.LEASED)
+            return []
         # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
         job = self._queue.get(job.id)
         if job.stopping is not None or job.state is not JobState.PROCESSING:
             self._ledger.give_back(lease, lease.confirmed, lease.tally)
             self._queue.settle(job.id)
-            return None
+            return []
+        return [self._begun(job, lease, head)]
+
+    def _begun(self, job: Job, lease: Lease, head: bytes) -> Run:
+        reach(Step.LEASED)
         return Run(job, lease, self._stop, self._beat.touch, head)
 
-    def _run(self, pipeline: Pipeline, run: Run) -> None:
-        job, lease, index = run.job, run.lease, run.lease.range.index
-        context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._post.name}
-        log.debug("range leased", action="lease", confirmed=lease.confirmed, **context)
-        self._tell(run)
+    def _small_ones_like(self, job: Job) -> list[Job]:
+        """Other small jobs of the last look at the queue that may go along with a small one: each by itself would spend its
+        time waiting for the journal."""
+        if job.source.size > SMALL_BYTES:
+            return []
+        others = [
+            other
+            for other in self._seen
+            if other.state is JobState.PENDING
+            and other.stopping is None
+            and other.source.size <= SMALL_BYTES
+            and other.options.priority == job.options.priority
+        ][: TOGETHER_MOST - 1]
+        self._seen = deque(other for other in self._seen if other not in others)
+        return others
+
+    def _prepare(self, jobs: list[Job]) -> list[Prepared]:
+        """Plan those of these jobs that nobody else is about to; what cannot be planned is put off or stopped."""
+        jobs = self._queue.claim(jobs, self._post.name)
+        if not jobs:
+            return []
         try:
-            ended = pipeline.run(run)
-        except LeaseLost as error:
-            self._stats.add(leases_lost=1)
-            log.warning(str(error), action="lost", **context)
-        except Transient as error:
-            log.warning(str(error), action="postpone", **context)
-            self._queue.note(job.id, f"range {index} put off: {error}")
-        except FinalError as error:
-            log.error(str(error), action="fail", **context)
-            self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
-        else:
-            log.debug("range ended", action=ended.name.lower(), **context)
-            if ended is Ended.DONE and job.plan is not None and job.plan.range_count == 1:
-                job = self._queue.finish(job, run.mark()[1])
-            if job.state not in TERMINAL and (ended is Ended.CANCELLED or not self._ledger.busy(job.id)):
-                job = self._queue.settle(job.id)
-            if job.state in TERMINAL:
-                log.info("job ended", action="finish", state=job.state, **context)
+            with expected("planning jobs"):
+                prepared = self._planner.prepare(jobs, self._post.name)
+        except HeadraceError as error:
+            prepared = [Prepared(job, error=error) for job in jobs]
+        for job, trouble in ((p.job, p.error) for p in prepared):
+            if isinstance(trouble, Transient):
+                log.warning(str(trouble), action="plan", job=job.id, worker=self._post.name)
+                self._queue.postpone(job, trouble.failure(), spend=not isinstance(trouble, WrongClock))
+            elif trouble is not None:
+                log.error(str(trouble), action="plan", job=job.id, worker=self._post.name)
+                self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
+        return [p for p in prepared if p.error is None]
+
+    def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
+        """Work on leases to their end, and bring their jobs to an end where that was the last of them."""
+        self._tell(runs[0])
+        try:
+            if len(runs) == 1:
+                self._run_one(pipeline, runs[0])
+            else:
+                self._run_together(pipeline, runs)
         finally:
-            self._stats.add(ranges=1)
+            self._stats.add(ranges=len(runs))
             self._doing = {}
             setproctitle(f"headrace: worker {self._post.slot} idle")
+
+    def _run_one(self, pipeline: Pipeline, run: Run) -> None:
+        try:
+            ended = pipeline.run(run)
+        except HeadraceError as error:
+            self._failed(run, error)
+            return
+        job = run.job
+        if ended is Ended.DONE and job.plan is not None and job.plan.range_count == 1:
+            job = self._queue.finish(job, run.mark()[1])
+        if job.state not in TERMINAL and (ended is Ended.CANCELLED or not self._ledger.busy(job.id)):
+            job = self._queue.settle(job.id)
+        self._ended(job)
+
+    def _run_together(self, pipeline: Pipeline, runs: list[Run]) -> None:
+        outcomes, closed = pipeline.run_together(runs)
+        done: list[Run] = []
+        for run, outcome in outcomes:
+            if isinstance(outcome, HeadraceError):
+                self._failed(run, outcome)
+            elif outcome is Ended.DONE and closed:
+                done.append(run)
+            else:
+                self._ended(self._queue.settle(run.job.id))
+        if done:
+            for job in self._queue.finish_all([(run.job, run.mark()[1]) for run in done]):
+                self._ended(job)
+
+    def _failed(self, run: Run, error: HeadraceError) -> None:
+        """A lease ended with an error."""
+        job, index = run.job, run.lease.range.index
+        context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._post.name}
+        if isinstance(error, LeaseLost):
+            self._stats.add(leases_lost=1)
+            log.warning(str(error), action="lost", **context)
+        elif isinstance(error, Transient):
+            log.warning(str(error), action="postpone", **context)
+            self._queue.note(job.id, f"range {index} put off: {error}")
+        else:
+            log.error(str(error), action="fail", **context)
+            self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
+
+    def _ended(self, job: Job) -> None:
+        if job.state in TERMINAL:
+            log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._post.name)
 
     def _tell(self, run: Run | None) -> None:
         """Show in the process list what this worker does."""

@@ -74,11 +74,21 @@ def test_a_range_has_one_holder_at_a_time_and_the_next_begins_where_it_stopped(l
 
 
 def test_a_range_is_put_down_leased_once(ledger, job):
-    first = ledger.open_leased(job, ByteRange(0, 0, 1000), "first")
-    assert first is not None
-    assert ledger.open_leased(job, ByteRange(0, 0, 1000), "second") is None
+    other = str(ObjectId())
+    [first] = ledger.open_leased({job: ByteRange(0, 0, 1000)}, "first").values()
+    assert list(ledger.open_leased({job: ByteRange(0, 0, 1000), other: ByteRange(0, 0, 5)}, "second")) == [other]
     ledger.renew(first, 10, Tally())
     assert ledger.lease(job, "second") is None
+
+
+def test_ranges_closed_together_are_done_and_one_that_was_lost_is_told(store, ledger):
+    jobs = [str(ObjectId()) for _ in range(3)]
+    leases = list(ledger.open_leased({job: ByteRange(0, 0, 1000) for job in jobs}, "holder").values())
+    assert ledger.close_all([(lease, Tally(lines=1)) for lease in leases[:1]])
+    run_out(store, jobs[1])
+    ledger.expire()
+    assert not ledger.close_all([(lease, Tally(lines=1)) for lease in leases[1:]])
+    assert [stored(store, job)["state"] for job in jobs] == ["DONE", "READY", "DONE"]
 
 
 def test_a_lease_that_is_renewed_does_not_run_out(store, settings, opened):

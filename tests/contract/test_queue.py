@@ -31,38 +31,41 @@ def plan(ranges, tag=b"tagtag"):
 
 def test_the_first_plan_holds(queue, source):
     job = queue.submit(source, JobOptions())
-    first, ours = queue.fix_plan(job, plan(2), None)
-    second, theirs = queue.fix_plan(job, plan(5), None)
-    assert (ours, theirs) == (True, False)
+    other = queue.submit(source, JobOptions())
+    [first] = queue.fix_plans([(job, plan(2), None)])
+    second, _ = queue.fix_plans([(job, plan(5), None), (other, plan(1), None)])
     assert second.plan == first.plan == plan(2)
 
 
 def test_one_worker_at_a_time_is_about_to_plan_a_job_and_a_dead_one_makes_room(queue, source):
     job = queue.submit(source, JobOptions())
-    assert [queue.claim(job, "first"), queue.claim(job, "second")] == [True, False]
+    others = [queue.submit(source, JobOptions()) for _ in range(2)]
+    claimed = queue.claim([job, others[0]], "first")
+    assert [claimed_job.id for claimed_job in claimed] == [job.id, others[0].id]
+    assert [claimed_job.id for claimed_job in queue.claim([job, *others], "second")] == [others[1].id]
     queue.disclaim(["first"])
-    assert queue.claim(job, "second")
+    assert [claimed_job.id for claimed_job in queue.claim([job, others[1]], "third")] == [job.id]
 
 
 def test_a_job_over_whose_plan_workers_die_is_stopped(queue, source):
     job = queue.submit(source, JobOptions())
     for number in range(DEATHS):
-        assert queue.claim(job, f"dead {number}")
+        assert queue.claim([job], f"dead {number}")
         queue.disclaim([f"dead {number}"])
-    assert not queue.claim(job, "next")
+    assert not queue.claim([job], "next")
     job = queue.get(job.id)
     assert (job.state, job.failure.code) == (JobState.FAILED, "workers_died")
 
 
 def test_a_cancel_between_plan_and_lease_ends_with_nothing_leased(queue, ledger, source):
-    job, _ = queue.fix_plan(queue.submit(source, JobOptions()), plan(1), None)
+    [job] = queue.fix_plans([(queue.submit(source, JobOptions()), plan(1), None)])
     assert queue.cancel(job.id).state is JobState.CANCELLED
-    assert ledger.open_leased(job.id, ByteRange(0, 0, source.size), "planner") is None
+    assert ledger.open_leased({job.id: ByteRange(0, 0, source.size)}, "planner") == {}
     assert ledger.sum(job.id).leased == 0
 
 
 def test_a_job_ends_only_when_no_range_of_it_is_leased(queue, ledger, source):
-    job, _ = queue.fix_plan(queue.submit(source, JobOptions()), plan(2), None)
+    [job] = queue.fix_plans([(queue.submit(source, JobOptions()), plan(2), None)])
     queue.open_ranges(job)
     lease = ledger.lease(job.id, "holder")
     assert queue.cancel(job.id).state is JobState.PROCESSING
@@ -98,7 +101,7 @@ def test_a_collection_name_that_mongodb_does_not_take_is_refused_at_once(store, 
 
 def loaded(planner, queue, ledger, source, **options):
     """A job that has been worked off, without its documents."""
-    prepared = planner.prepare(queue.submit(source, JobOptions(**options)), "holder")
+    [prepared] = planner.prepare([queue.submit(source, JobOptions(**options))], "holder")
     if prepared.lease is None:
         return prepared.job
     ledger.close(prepared.lease, Tally(lines=1, inserted=1))
@@ -122,7 +125,7 @@ def test_a_second_load_is_told_of_the_first_before_and_after_its_history_is_prun
 
 
 def test_a_load_that_did_not_complete_is_not_taken_for_one(queue, planner, ledger, source):
-    prepared = planner.prepare(queue.submit(source, JobOptions()), "holder")
+    [prepared] = planner.prepare([queue.submit(source, JobOptions())], "holder")
     ledger.give_back(prepared.lease, 0, Tally())
     queue.cancel(prepared.job.id)
     second = loaded(planner, queue, ledger, source, if_loaded="skip")
@@ -159,8 +162,41 @@ def test_what_a_load_depends_on_is_acknowledged_by_a_majority(store):
 
 
 def test_many_ranges_are_written_down_without_holding_them_all(queue, ledger, source):
-    job, _ = queue.fix_plan(queue.submit(source, JobOptions()), plan(25_000), None)
+    [job] = queue.fix_plans([(queue.submit(source, JobOptions()), plan(25_000), None)])
     queue.open_ranges(job)
     queue.open_ranges(job)
     assert ledger.sum(job.id).ready == 25_000
     assert ObjectId.is_valid(job.id)
+
+
+def test_small_jobs_are_planned_and_finished_together(queue, planner, ledger, objects, source):
+    sources = [
+        source,
+        source,
+        *(objects.upload(io.BytesIO(data), f"{uuid.uuid4().hex}.json") for data in (b"[1]", b"", b"{}")),
+    ]
+    jobs = [queue.submit(each, JobOptions()) for each in sources]
+    objects.delete(sources[4].key)
+    prepared = {each.job.id: each for each in planner.prepare(jobs, "holder")}
+    first, again, array, empty, gone = (prepared[job.id] for job in jobs)
+    assert (first.job.plan.sole, again.job.plan.sole) == (True, False)
+    assert first.job.plan.tag == again.job.plan.tag
+    assert (array.error.code, gone.error.code) == ("refused", "object_gone")
+    assert empty.job.state is JobState.COMPLETED
+    held = [(each.lease, Tally(lines=2, inserted=1, rejected=number)) for number, each in enumerate((first, again))]
+    assert ledger.close_all(held)
+    strict = [(first.job, held[0][1]), (again.job, held[1][1])]
+    assert [job.state for job in queue.finish_all(strict)] == [JobState.COMPLETED] * 2
+    assert {queue.get(job.id).progress.tally.rejected for job in jobs[:2]} == {0, 1}
+
+
+def test_a_job_that_was_stopped_is_not_finished_with_its_fellows(queue, planner, ledger, objects):
+    made = [objects.upload(io.BytesIO(b"{}"), f"{uuid.uuid4().hex}.json") for _ in range(2)]
+    prepared = planner.prepare([queue.submit(each, JobOptions()) for each in made], "holder")
+    queue.cancel(prepared[0].job.id)
+    assert ledger.close_all([(each.lease, Tally(lines=1, inserted=1)) for each in prepared])
+    ended = queue.finish_all([(each.job, Tally(lines=1, inserted=1)) for each in prepared])
+    assert {job.id: job.state for job in ended} == {
+        prepared[0].job.id: JobState.COMPLETED,  # every line of it was loaded before anybody looked
+        prepared[1].job.id: JobState.COMPLETED,
+    }
