@@ -121,6 +121,11 @@ def work(settings: Settings, post: Post, beat: Beat) -> int:
         return EXIT_BOOT
 
 
+def _all_held(job: Job, leased: int) -> bool:
+    """Whether there is nothing to do on a job but what its holders do."""
+    return job.stopping is None and job.plan is not None and leased >= job.plan.range_count
+
+
 def _keep_memory() -> None:
     """Let the allocator keep what a batch gave back for the next one, up to a bound.
 
@@ -292,7 +297,7 @@ class _Worker:
             random.shuffle(page)
             # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
             page.sort(key=lambda job: (-job.options.priority, leased.get(job.id, 0)))
-            self._seen = deque(page)
+            self._seen = deque(job for job in page if not _all_held(job, leased.get(job.id, 0)))
             while self._seen:
                 self._beat.touch()
                 if self._stop.is_set():
