@@ -4,6 +4,7 @@ It reads the file line by line with the standard library's JSON parser, works ou
 must be, and compares them with what is stored, byte for byte of BSON, so that a type that changed is seen as well as a value.
 """
 
+import base64
 import json
 import math
 import re
@@ -85,10 +86,8 @@ def depth_of(value):
     return deepest
 
 
-def document_of(line, limit=None):
+def document_of(line):
     """The document that a line must become. Raises Bad."""
-    if limit is not None and len(line) > limit:
-        raise Bad("too_large")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
@@ -186,32 +185,78 @@ def _keys(value):
         level += [item for item in (box.values() if isinstance(box, dict) else box) if isinstance(item, dict | list)]
 
 
-def check(stream, collection, rejects, told, max_line_bytes=32 * 1024 * 1024):
-    """Compare a file with what became of it.
+def text_of(line, file_key):
+    """The document that a line of text must become. Raises Bad."""
+    try:
+        return {"content": line.decode("utf-8"), "originalFile": file_key}
+    except UnicodeDecodeError:
+        raise Bad("invalid_utf8") from None
+
+
+RAW_MOST = 64 * 1024
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a reject must say of its line."""
+
+    length: int
+    reason: str
+    number: int  # of the line, from 0
+    raw: bytes
+
+
+def _says(reject, wanted, before):
+    """Whether a reject says of its line what it must."""
+    raw = reject["raw"].encode() if "encoding" not in reject else base64.b64decode(reject["raw"])
+    # A raw line that is cut may end before a character that the cut went through.
+    whole = raw == wanted.raw or (wanted.length > RAW_MOST and wanted.raw.startswith(raw) and len(raw) > RAW_MOST - 4)
+    code = {"duplicate_key": 11000, "refused": 121}.get(wanted.reason, reject.get("code"))
+    return (
+        whole
+        and (reject["length"], reject["reason"], reject.get("code")) == (wanted.length, wanted.reason, code)
+        and before[reject["range"]] + reject["ordinal"] == wanted.number
+        and reject.get("rawLength") == (wanted.length if wanted.length > RAW_MOST else None)
+    )
+
+
+def check(stream, collection, rejects, told, tag, before, limit, text_key=None, refuses=None):
+    """Compare a file with what became of it when it was loaded for the first time.
 
     Args:
         stream: the file, opened for reading bytes.
         collection: the PyMongo collection that holds this file's documents and nothing else.
-        rejects: the PyMongo collection of rejects, already narrowed: an iterable of its documents of this job.
-        told: the progress of the job's status, as the API tells it.
+        rejects: the documents of this job in the PyMongo collection of rejects.
+        told: lines, inserted, duplicates, rejected, blank and bytes, as they are kept in the job.
+        tag: the six bytes that begin each generated `_id`.
+        before: for each range, by its index, how many lines stand before it, as the ledger has it.
+        limit: the longest line, bytes.
+        text_key: the file's key, where its lines are loaded as text.
+        refuses: a key that the validator of the collection refuses.
     """
     verdict, expected, bad, blank, lines, size = Verdict(), {}, {}, 0, 0, 0
     rivals = defaultdict(list)
     for offset, line, length in lines_of(stream):
-        lines, size = lines + 1, size + length
+        number, lines, size = lines, lines + 1, size + length
         body = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
         if BLANK.fullmatch(body):
             blank += 1
             continue
         try:
-            document = document_of(body, max_line_bytes)
+            if len(line) > limit:
+                raise Bad("too_large")
+            document = document_of(body) if text_key is None else text_of(body, text_key)
             if "_id" in document:
                 data = encoded(document, document["_id"])
-                rivals[bson.encode({"": document["_id"]})].append((offset, len(line), data))
+                claim = _Wanted(len(line), "duplicate_key", number, line[:RAW_MOST])
+                rivals[bson.encode({"": document["_id"]})].append((offset, claim, data))
             else:
-                expected[offset] = encoded(document, ObjectId(b"\0" * 6 + offset.to_bytes(6, "big")))[17:]
+                data = encoded(document, ObjectId(tag + offset.to_bytes(6, "big")))
+                if refuses in document:
+                    raise Bad("refused")
+                expected[offset] = data
         except Bad as why:
-            bad[offset] = (len(line), str(why))
+            bad[offset] = _Wanted(len(line), str(why), number, line[:RAW_MOST])
     documents = len(expected)
     seen = Counter()
     raw = collection.with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
@@ -224,7 +269,7 @@ def check(stream, collection, rejects, told, max_line_bytes=32 * 1024 * 1024):
                 verdict.add("duplicate", identity)
             elif offset not in expected:
                 verdict.add("unexpected", identity)
-            elif expected.pop(offset) != data[17:]:
+            elif expected.pop(offset) != data:
                 verdict.add("mutated", identity)
         else:
             key = bson.encode({"": identity})
@@ -234,21 +279,25 @@ def check(stream, collection, rejects, told, max_line_bytes=32 * 1024 * 1024):
             claims = rivals.pop(key)
             if all(claim != data for _, _, claim in claims):
                 verdict.add("mutated", identity)
-            for offset, length, claim in claims:
+            for offset, wanted, claim in claims:
                 if claim != data:
-                    bad[offset] = (length, "duplicate_key")
+                    bad[offset] = wanted
                 else:
                     documents += 1
     for missing in [*expected, *rivals]:
         verdict.add("lost", missing)
-    counts = {"lines": lines, "rejected": len(bad), "blank": blank, "bytesTotal": size}
-    counts["inserted"] = documents - told["duplicates"]
+    counts = {
+        "lines": lines,
+        "inserted": documents,
+        "duplicates": 0,
+        "rejected": len(bad),
+        "blank": blank,
+        "bytes": size,
+    }
     verdict.counts = [f"{k}: {told[k]} instead of {v}" for k, v in counts.items() if told[k] != v]
-    if told["inserted"] + told["duplicates"] + told["rejected"] + told["blank"] != told["lines"]:
-        verdict.counts.append("the parts do not add up to the lines")
     for reject in rejects:
         wanted = bad.pop(reject["_id"]["offset"], None)
-        if wanted != (reject["length"], reject["reason"]):
+        if wanted is None or not _says(reject, wanted, before):
             verdict.add("rejects_unexpected", (reject, wanted))
     for offset, wanted in bad.items():
         verdict.add("rejects_missing", (offset, wanted))

@@ -32,8 +32,15 @@ def good(draw, number):
     return json.dumps(record, ensure_ascii=draw.random() < 0.5, separators=(",", ":")).encode()
 
 
+REFUSED = "refused"
+"""A key that the validator of the corpus's collection refuses."""
+
+LONGEST = 256 * 1024
+"""Longer lines are too large when the corpus is loaded."""
+
+
 def bad(draw, number):
-    """A line that must become a reject: by `number` distinct from all others, over all reasons of parsing."""
+    """A line that must become a reject: by `number` distinct from all others, over all reasons that a line of JSON can have."""
     tag = b"%d" % number
     wide = str(draw.choice([2**63, 2**64, -(2**63) - 1, 10**25, 10**400]) + number * draw.choice([1])).encode()
     if wide.startswith(b"-"):
@@ -65,25 +72,50 @@ def bad(draw, number):
         lambda: b'{"a":' * 210 + tag + b"}" * 210,
         lambda: b'{"a":' * 500 + tag + b"}" * 500,
         lambda: b'{"_id":"own-rival","n":' + tag + b"}",
+        lambda: b'{"refused":' + tag + b"}",
+        lambda: b'{"n":' + tag + b',"t":"' + b"x" * LONGEST + b'"}',
     ]
     return makers[number % len(makers)]()
 
 
 def mixed(path, seed, count, bad_share=0.1):
-    """A file of `count` lines, a share of them bad, with blank lines, both line ends, and a byte order mark."""
+    """A file of `count` lines, a share of them bad, with blank lines, both line ends, and a byte order mark.
+
+    Returns the bad lines, which no other seed has.
+    """
     draw = random.Random(seed)
-    wrong = 0
+    wrong = []
     with path.open("wb") as out:
         out.write(b"\xef\xbb\xbf" if seed % 2 else b"")
         for number in range(count):
             if draw.random() < bad_share:
-                line = bad(draw, wrong)
-                wrong += 1
+                line = bad(draw, seed * 10**6 + len(wrong))
+                wrong.append(line)
             elif draw.random() < 0.02:
                 line = draw.choice([b"", b" ", b"\t \t"])
             else:
                 line = good(draw, number)
             out.write(line + (b"" if number == count - 1 and seed % 3 == 0 else draw.choice([b"\n", b"\n", b"\r\n"])))
+    return wrong
+
+
+def text(path, seed, count):
+    """A file of `count` lines of text, one in ten not UTF-8, with both line ends and blank lines. Returns the bad ones."""
+    draw = random.Random(seed)
+    wrong = []
+    with path.open("wb") as out:
+        for number in range(count):
+            line = "".join(
+                draw.choices(string.printable[:-5] + "ßé€☃\U0001f600\u2028\x85", k=draw.randrange(60))
+            ).encode()
+            if number % 10 == 3:
+                line = (
+                    b"%d " % (seed * 10**6 + number)
+                    + draw.choice([b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xf5\x80\x80\x80"])
+                    + line
+                )
+                wrong.append(line)
+            out.write(line + draw.choice([b"\n", b"\n", b"\r\n"]))
     return wrong
 
 

@@ -3,6 +3,7 @@
 CHAOS_STEP, CHAOS_NTH: the step and the time of it, counted over all workers. CHAOS_FIRED: a file that is written then.
 CHAOS_HANG: instead of a crash the worker is "stopped", goes on "looping", or is "blocked" in a read.
 CHAOS_POISON: a worker that decodes a line which holds these characters is killed.
+CHAOS_SLOW: seconds that a worker sleeps before it decodes a batch.
 CHAOS_CLOCK: seconds that every clock of this process but the monotonic one is off; CHAOS_CLOCK_SIGNS=1: also that of signatures.
 """
 
@@ -65,6 +66,18 @@ def poison(marker):
     pipeline.decode = decode
 
 
+def slow(seconds):
+    from engine import pipeline
+
+    real = pipeline.decode
+
+    def decode(*given):
+        time.sleep(seconds)
+        return real(*given)
+
+    pipeline.decode = decode
+
+
 def set_clock(off, signs):
     real = time.time
     time.time = lambda: real() + off
@@ -87,6 +100,8 @@ def main():
         harm_at(step, int(os.environ["CHAOS_NTH"]), Path(os.environ["CHAOS_FIRED"]), harm)
     if marker := os.environ.get("CHAOS_POISON"):
         poison(marker.encode())
+    if seconds := float(os.environ.get("CHAOS_SLOW", "0")):
+        slow(seconds)
     if off := float(os.environ.get("CHAOS_CLOCK", "0")):
         set_clock(off, os.environ.get("CHAOS_CLOCK_SIGNS") == "1")
     return Supervisor(settings, work).run()

@@ -11,4 +11,5 @@ from tests.chaos.scenarios import SCENARIOS
 def test_nothing_is_lost_and_nothing_is_there_twice(name, settings, tmp_path):
     report = (SCENARIOS | {"fuzz": fuzz})[name](settings, tmp_path / name, True)
     assert report.problems == []
-    assert any(report.faults.values()), "no fault was injected"
+    assert report.faults
+    assert all(report.faults.values()), f"a fault was not injected: {report.faults}"
