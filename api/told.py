@@ -73,9 +73,10 @@ def job_detail(job: Job, ranges: RangeReport) -> JobDetail:
 def batch_status(batch: Batch) -> BatchStatus:
     """A batch: PROCESSING until every job has ended, then FAILED where one did, CANCELLED where one was, or COMPLETED."""
     states, tally = batch.states, batch.tally
+    known = sum(states.values())
     ended = sum(states.get(state, 0) for state in TERMINAL)
     status = JobState.PROCESSING
-    if ended >= batch.count:
+    if ended == known and (known >= batch.count or batch.pruned):
         worst = (JobState.FAILED, JobState.CANCELLED)
         status = next((state for state in worst if states.get(state)), JobState.COMPLETED)
     return {

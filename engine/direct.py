@@ -3,13 +3,15 @@
 The state of an upload is S3's; `uploads` in the control database only keeps what S3 does not tell: its size and parts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
-from engine.errors import Conflict, NotFound, Refused
+from engine.errors import Conflict, HeadraceError, NotFound, Refused
 from engine.model import Source
 from engine.objects import PART_TYPE, PARTS_MOST, Objects, s3_translated
 from engine.store import Document, Store, translated
@@ -90,11 +92,13 @@ class DirectUploads:
             )
         with s3_translated(f"starting the upload of {key}"):
             made = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)
-        fields = {"key": key, "uploadId": made["UploadId"], "size": size, "partBytes": chosen}
-        changes = {name: {"$literal": value} for name, value in fields.items()} | {"createdAt": "$$NOW"}
-        with translated("starting an upload"):
-            self._uploads.update_one({"_id": upload_id}, [{"$set": changes}], upsert=True)
+        self._record(upload_id, {"key": key, "uploadId": made["UploadId"], "size": size, "partBytes": chosen})
         return self.get(upload_id)
+
+    def _record(self, name: str, fields: Document) -> None:
+        changes = {field: {"$literal": value} for field, value in fields.items()} | {"createdAt": "$$NOW"}
+        with translated("starting an upload"):
+            self._uploads.update_one({"_id": name}, [{"$set": changes}], upsert=True)
 
     def get(self, upload_id: str) -> Upload:
         """An upload under way. Raises NotFound."""
@@ -144,12 +148,16 @@ class DirectUploads:
         return [parts[number][1] for number in sorted(parts)]
 
     def complete(self, upload_id: str) -> Source:
-        """Make the object of the parts that are there.
+        """Make the object of the parts that are there. Safe to repeat for a day: the object of then is told again.
 
         Raises:
-            NotFound: it was completed or aborted already.
+            NotFound: it was aborted, or completed too long ago.
             Conflict: parts are missing, or not of the size that was said.
         """
+        with translated("looking for an upload"):
+            there = self._uploads.find_one({"_id": upload_id, "done": {"$ne": None}})
+        if there is not None:
+            return Source(self._bucket, there["key"], there["done"]["etag"], "", there["done"]["size"])
         found = self._find(upload_id)
         upload, parts = _upload(found), self.parts(upload_id)
         missing = sorted(set(range(1, (parts[-1].number if parts else 1) + 1)) - {part.number for part in parts})
@@ -169,8 +177,17 @@ class DirectUploads:
                 MultipartUpload={"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]},
             )
         source = self._objects.head(upload.key)
-        self._forget(upload_id)
+        with translated("finishing an upload"):
+            self._uploads.update_one({"_id": upload_id}, {"$set": {"done": {"etag": source.etag, "size": source.size}}})
         return source
+
+    @contextmanager
+    def recorded(self, key: str, upload_id: str) -> Iterator[None]:
+        """Within it, a multipart upload that passes through the API is under way: when its process dies, it is swept."""
+        name = f"through {upload_id}"
+        self._record(name, {"key": key, "uploadId": upload_id, "size": None, "partBytes": self._part_bytes})
+        yield
+        self._forget(name)
 
     def abort(self, upload_id: str) -> None:
         """Give an upload up; S3 frees its parts. Raises NotFound."""
@@ -178,13 +195,20 @@ class DirectUploads:
         self._abort(found)
 
     def sweep(self) -> int:
-        """Abort the uploads that have been unfinished for a day; returns how many there were."""
+        """Abort the uploads that have been unfinished for a day, and forget those that were finished then; returns how many
+        there were. One that cannot be aborted now is left to the next time."""
         old = {"$subtract": ["$$NOW", UNFINISHED_HOURS * 3_600_000]}
         with translated("looking for unfinished uploads"):
             found = list(self._uploads.find({"$expr": {"$lt": ["$createdAt", old]}}).limit(SWEEP_UPLOADS))
+        swept = 0
         for document in found:
-            self._abort(document)
-        return len(found)
+            with suppress(HeadraceError):
+                if document.get("done"):
+                    self._forget(document["_id"])
+                else:
+                    self._abort(document)
+                swept += 1
+        return swept
 
     def _abort(self, found: Document) -> None:
         with s3_translated(f"aborting the upload of {found['key']}"):
@@ -197,7 +221,7 @@ class DirectUploads:
 
     def _find(self, upload_id: str) -> Document:
         with translated("looking for an upload"):
-            found = self._uploads.find_one({"_id": upload_id})
+            found = self._uploads.find_one({"_id": upload_id, "done": None})
         if found is None:
             raise _gone(upload_id)
         return found

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from engine.jobs import job_of
 from engine.model import Job, JobState, RangeState
-from engine.store import OPEN_JOBS, Document, Store, job_key, ranges_of, translated
+from engine.store import BY_FILE, OPEN_JOBS, Document, Store, job_key, ranges_of, translated
 
 __all__ = ["Backlog", "History", "RangeReport"]
 
@@ -97,12 +97,20 @@ class History:
         with translated("counting jobs"):
             groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}])
             states = {JobState(group["_id"]): group["count"] for group in groups}
-            age = {"$divide": [{"$subtract": ["$$NOW", "$createdAt"]}, 1000]}
+            # A job that was not to begin before its time has waited since then only.
+            since = {"$max": ["$createdAt", "$options.runAt"]}
+            age = {"$divide": [{"$subtract": ["$$NOW", since]}, 1000]}
             due = {"open": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
             stages: list[Document] = [{"$match": due}, {"$group": {"_id": None, "age": {"$max": age}}}]
             oldest: Iterator[Any] = self._jobs.aggregate(stages, hint=OPEN_JOBS)
             found = next(iter(oldest), None)
         return Backlog({state: states.get(state, 0) for state in JobState}, float(found["age"]) if found else 0.0)
+
+    def open_job_of(self, key: str) -> Job | None:
+        """An open job of an object, if there is one."""
+        with translated("looking for jobs of a file"):
+            found = self._jobs.find_one({"source.key": key, "open": True}, hint=BY_FILE)
+        return None if found is None else job_of(found)
 
     def of_file(self, key: str, limit: int) -> list[Job]:
         """The latest jobs of an object."""

@@ -6,8 +6,8 @@ range that was asked for. Build the client after the fork.
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
@@ -25,7 +25,17 @@ from engine.settings import Settings
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
 
-__all__ = ["PARTS_MOST", "PART_TYPE", "Listed", "Objects", "RangeReader", "Stream", "connect", "s3_translated"]
+__all__ = [
+    "PARTS_MOST",
+    "PART_TYPE",
+    "Listed",
+    "Objects",
+    "RangeReader",
+    "Recorded",
+    "Stream",
+    "connect",
+    "s3_translated",
+]
 
 PARTS_MOST: Final = 10_000
 """Parts that one multipart upload may have."""
@@ -35,6 +45,10 @@ DRAIN_BYTES: Final = 256 * 1024
 
 PART_TYPE: Final = "application/json"
 """SeaweedFS gzips what looks like text unless each part says that it is this; ranges of gzip are slow to read."""
+
+
+Recorded = Callable[[str, str], AbstractContextManager[None]]
+"""Makes a context of an object's key and the id of a multipart upload to it."""
 
 
 class Stream(Protocol):
@@ -150,15 +164,17 @@ class Objects:
     Args:
         client: as `connect` makes it.
         bucket: its name.
-        part_bytes: size of a part of an upload; larger where an object would need too many.
-        parallel: parts under way at a time.
+        part_bytes: size of a part of an upload, of which S3 takes no more than `PARTS_MOST`.
+        parallel: parts under way at a time, of all uploads together.
     """
 
     def __init__(self, client: "S3Client", bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
         self._client = client
         self.bucket = bucket
         self._part_bytes = part_bytes
-        self._parallel = parallel
+        # Parts wait in memory to be sent: however many uploads there are, no more of them than this.
+        self._room = threading.Semaphore(parallel)
+        self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="part")
 
     def head(self, key: str) -> Source:
         """The object as it is now, pinned.
@@ -217,7 +233,13 @@ class Objects:
             )
         return reader
 
-    def upload(self, stream: Stream, key: str, before_complete: Callable[[], None] = lambda: None) -> Source:
+    def upload(
+        self,
+        stream: Stream,
+        key: str,
+        before_complete: Callable[[], None] = lambda: None,
+        recorded: Recorded = lambda key, upload_id: nullcontext(),
+    ) -> Source:
         """Store a stream of any length under `key`, at constant memory, in parallel parts.
 
         Args:
@@ -225,65 +247,76 @@ class Objects:
             key: is written over where it exists.
             before_complete: called when every byte has been sent and before the object exists; when it raises, the
                 object never does.
+            recorded: a context for the time in which an unfinished multipart upload is in S3.
 
         Raises:
             AccessDenied, WrongClock, Transient: nothing is left behind, as far as S3 can be reached.
         """
-        first = _exactly(stream, self._part_bytes)
-        if len(first) < self._part_bytes:
-            before_complete()
-            with s3_translated(f"storing {key}"):
-                self._client.put_object(Bucket=self.bucket, Key=key, Body=first, ContentType=PART_TYPE)
-        else:
-            self._in_parts(stream, key, first, before_complete)
+        with self._room:
+            first = _exactly(stream, self._part_bytes)
+            whole = len(first) < self._part_bytes
+            if whole:
+                before_complete()
+                with s3_translated(f"storing {key}"):
+                    self._client.put_object(Bucket=self.bucket, Key=key, Body=first, ContentType=PART_TYPE)
+        if not whole:
+            stream = _Pushed(first, stream)
+            del first  # or it stays in memory until the last part is sent
+            self._in_parts(stream, key, before_complete, recorded)
         return self.head(key)
 
-    def _in_parts(self, stream: Stream, key: str, first: bytes, before_complete: Callable[[], None]) -> None:
+    def _in_parts(self, stream: Stream, key: str, before_complete: Callable[[], None], recorded: Recorded) -> None:
         with s3_translated(f"storing {key}"):
             upload = self._client.create_multipart_upload(Bucket=self.bucket, Key=key, ContentType=PART_TYPE)[
                 "UploadId"
             ]
-            try:
-                parts = self._send(stream, key, upload, first)
-                before_complete()
-                self._client.complete_multipart_upload(
-                    Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
-                )
-            except BaseException:
-                self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
-                raise
+            with recorded(key, upload):
+                try:
+                    parts = self._send(stream, key, upload)
+                    before_complete()
+                    self._client.complete_multipart_upload(
+                        Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
+                    )
+                except BaseException:
+                    self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+                    raise
 
-    def _send(self, stream: Stream, key: str, upload: str, first: bytes) -> list[Any]:
-        room = threading.Semaphore(self._parallel)
+    def _send(self, stream: Stream, key: str, upload: str) -> list[Any]:
+        broken = threading.Event()
 
         def send(number: int, data: bytes) -> dict[str, Any]:
             try:
+                if broken.is_set():
+                    return {}
                 sent = self._client.upload_part(
                     Bucket=self.bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
                 )
                 return {"PartNumber": number, "ETag": sent["ETag"]}
+            except BaseException:
+                broken.set()
+                raise
             finally:
-                room.release()
+                self._room.release()
 
         futures: list[Future[dict[str, Any]]] = []
-        with ThreadPoolExecutor(self._parallel, thread_name_prefix="part") as pool:
-            try:
-                data = first
-                size = self._part_bytes
-                while data:
-                    # Not one part more in memory than are being sent.
-                    room.acquire()
-                    if futures and (failed := futures[-1]).done() and failed.exception():
+        try:
+            while not broken.is_set():
+                self._room.acquire()
+                try:
+                    if not (data := _exactly(stream, self._part_bytes)):
+                        self._room.release()
                         break
-                    futures.append(pool.submit(send, len(futures) + 1, data))
-                    # Parts grow with the object, so that ten thousand of them hold the 5 TiB that S3 takes.
-                    size = max(size, self._part_bytes * (1 + len(futures) // 1000))
-                    data = _exactly(stream, size)
-                return [future.result() for future in futures]
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
+                    futures.append(self._pool.submit(send, len(futures) + 1, data))
+                except BaseException:
+                    self._room.release()
+                    raise
+                del data
+            return [future.result() for future in futures]
+        except BaseException:
+            broken.set()
+            raise
+        finally:
+            wait(futures)  # what is under way belongs to an upload that is about to end
 
     def list(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> "tuple[list[Listed], str | None]":
         """A page of the bucket's objects by key, and where the next one begins; None at the end.
@@ -325,6 +358,18 @@ class Objects:
                     raise
 
 
+class _Pushed:
+    """A stream with a part of it, which was read already, before the rest."""
+
+    def __init__(self, part: bytes, rest: Stream) -> None:
+        self._part = part
+        self._rest = rest
+
+    def read(self, size: int = -1, /) -> bytes:
+        part, self._part = self._part, b""
+        return part or self._rest.read(size)
+
+
 def _exactly(stream: Stream, size: int) -> bytes:
     """`size` bytes, less only at the end of the stream."""
     pieces: list[bytes] = []
@@ -362,4 +407,4 @@ def _translate(error: ClientError, doing: str) -> HeadraceError:
         return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
     if status == 404:
         return NotFound(f"S3 knows nothing of it while {doing} ({code or status})")
-    return Transient(f"S3 could not answer while {doing} ({code or status}): it is tried again")
+    return Transient(f"S3 could not answer while {doing} ({code or status}): see that the S3 server is well")

@@ -295,9 +295,9 @@ class Pipeline:
         """What the batches of a run, of so many lines each, go through."""
         lease, job = run.lease, run.job
         assert job.plan is not None
-        kind = DryRun if job.options.validate else Sink
+        given = (self._store, job.options.collection, job.plan, self._settings.write_timeout_seconds)
         return (
-            kind(self._store, job.options.collection, job.plan, self._settings.write_timeout_seconds),
+            DryRun(*given, job.id) if job.options.validate else Sink(*given),
             Splitter(lease.confirmed, lease.range.end, job.plan.max_line_bytes),
             Batcher(lines, self._settings.engine_batch_bytes, lease.tally.lines),
         )
@@ -426,7 +426,7 @@ class Pipeline:
         waited = self._store.waited() - waited
         self._stats.add(
             lines=tally.lines,
-            inserted=tally.inserted,
+            inserted=0 if job.options.validate else tally.inserted,
             rejected=tally.rejected,
             bytes=tally.bytes,
             batches=1,

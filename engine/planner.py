@@ -3,6 +3,7 @@
 Anyone may plan a job at any time and as often as they like: the first compare-and-set holds, and the others follow it.
 """
 
+import re
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,16 +51,21 @@ RANGES_MOST: Final = 100_000
 TAG_DRAWS: Final = 64
 """Random tags tried for one second before the next second is taken."""
 
+WIDE_SAMPLE: Final = 4096
+"""Bytes that tell whether a text is UTF-16 or UTF-32."""
+
 _NDJSON_SUFFIXES: Final = (".ndjson", ".jsonl", ".json")
 _TEXT_SUFFIXES: Final = (".txt", ".log")
 _COMPRESSED: Final = {
     b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "Zstandard",
     b"PK\x03\x04": "a zip archive",
     b"\x04\x22\x4d\x18": "LZ4",
 }
+
+
+_BZIP2: Final = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 
 
 def decide(asked: Format, key: str, head: bytes) -> Format:
@@ -68,9 +74,9 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
     Raises:
         Refused: it is not a text of lines, or it is JSON that is not newline-delimited.
     """
-    for magic, name in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise Refused(f"{key} is compressed ({name}): decompress it before you upload it")
+    kinds = [name for magic, name in _COMPRESSED.items() if head.startswith(magic)]
+    if kinds := kinds or ["bzip2"] * bool(_BZIP2.match(head)):
+        raise Refused(f"{key} is compressed ({kinds[0]}): decompress it before you upload it")
     # A UTF-16 or UTF-32 text has a mark at its start, or a NUL in each character of a plain line.
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")) or _looks_wide(head):
         raise Refused(f"{key} looks like UTF-16 or UTF-32: convert it to UTF-8, for example with iconv")
@@ -91,11 +97,12 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
 
 
 def _looks_wide(head: bytes) -> bool:
-    sample = head[:64]
-    return len(sample) >= 8 and 0 in (
-        sample[0::2].count(0) - len(sample) // 2,
-        sample[1::2].count(0) - len(sample) // 2,
-    )
+    """Whether it looks like a text of two or four bytes a character: where it has much ASCII, the high bytes are NUL, and the
+    low ones hardly ever."""
+    sample = head[:WIDE_SAMPLE]
+    half = len(sample) // 2
+    even, odd = sample[0 : 2 * half : 2].count(0), sample[1 : 2 * half : 2].count(0)
+    return half >= 4 and ((max(even, odd) >= 0.4 * half and min(even, odd) <= 0.1 * half) or even + odd >= 1.2 * half)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,10 @@ from engine.store import (
     write_all,
 )
 
-__all__ = ["Batch", "Queue", "Stamps", "over_budget"]
+__all__ = ["Batch", "Queue", "Stamps", "check_collection_name", "over_budget"]
+
+NAMESPACE_MOST: Final = 255
+"""Bytes that MongoDB takes as the name of a database and a collection with a dot between."""
 
 PAGE_JOBS: Final = 16
 """Open jobs that a worker looks at together."""
@@ -86,11 +89,15 @@ class Stamps:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Jobs that were submitted together: how many are in each state, the bytes of their files, their tallies summed."""
+    """Jobs that were submitted together: how many are in each state, the bytes of their files, their tallies summed.
+
+    `pruned`: of some of them the history is no longer kept, and so they are in none of these sums.
+    """
 
     id: str
     created_at: datetime
     count: int
+    pruned: bool
     states: dict[JobState, int]
     size: int
     tally: Tally
@@ -144,10 +151,24 @@ class Queue:
         if found is None:
             return None
         if found["ticket"]["digest"] != ticket.digest:
-            raise KeyReused(
-                "this Idempotency-Key came before with another request: repeat that request, or draw another key"
-            )
+            raise _reused()
         return job_of(found)
+
+    def redeem_batch(self, ticket: Ticket) -> tuple[Batch, list[str]] | None:
+        """The batch that was submitted with this ticket, if one was, and the keys of it that have no job: those over whose
+        submission its caller died. Raises KeyReused."""
+        with translated("looking for an idempotency key"):
+            found = self._store.batches.find_one({"ticket.key": ticket.key})
+        if found is None:
+            return None
+        if found["ticket"]["digest"] != ticket.digest:
+            raise _reused()
+        batch = self.batch(str(found["_id"]))
+        if found.get("pruned"):
+            return batch, []
+        with translated("looking for the jobs of a batch"):
+            there = {job["source"]["key"] for job in self._jobs.find({"batch": found["_id"]}, {"source.key": 1})}
+        return batch, [key for key in found["keys"] if key not in there]
 
     def submit_batch(self, sources: Sequence[Source], options: JobOptions, ticket: Ticket | None = None) -> Batch:
         """Put a job for each source on the queue, together. Safe to repeat with the same ticket.
@@ -157,7 +178,8 @@ class Queue:
             KeyReused: the ticket's key came before with another request.
         """
         self._check_collection(options.collection)
-        fields: Document = {"createdAt": "$$NOW", "count": len(sources)}
+        keys = {"$literal": [source.key for source in sources]}
+        fields: Document = {"createdAt": "$$NOW", "count": len(sources), "keys": keys}
         if ticket is not None:
             fields["ticket"] = {"$literal": ticket_document(ticket)}
         with translated("submitting a batch of jobs"):
@@ -169,9 +191,7 @@ class Queue:
                 if ticket is None or found is None:
                     raise
                 if found["ticket"]["digest"] != ticket.digest:
-                    raise KeyReused(
-                        "this Idempotency-Key came before with another request: repeat that request, or draw another key"
-                    ) from None
+                    raise _reused() from None
                 key = found["_id"]
             there = {job["source"]["key"] for job in self._jobs.find({"batch": key}, {"source.key": 1})}
             writes = [
@@ -186,7 +206,7 @@ class Queue:
         return self.batch(str(key))
 
     def batch(self, batch_id: str) -> Batch:
-        """A batch, its jobs summed. Raises NotFound."""
+        """A batch, its jobs summed; those whose history has been pruned are only counted. Raises NotFound."""
         key = object_key(batch_id, "batch")
         total: Document = {name: {"$sum": f"$progress.tally.{name}"} for name in Tally().document()}
         stages: list[Document] = [
@@ -202,13 +222,14 @@ class Queue:
             str(key),
             found["createdAt"],
             found["count"],
+            found.get("pruned", False),
             {JobState(group["_id"]): group["count"] for group in groups},
             sum(group["size"] for group in groups),
             sum((Tally.from_document(group) for group in groups), Tally()),
         )
 
     def depth(self, most: int) -> int:
-        """How many jobs are open; counted no further than `most`."""
+        """How many jobs are open; counted no further than `most`, which is not 0."""
         with translated("counting open jobs"):
             return self._jobs.count_documents({"open": True}, hint=OPEN_JOBS, limit=most)
 
@@ -457,6 +478,9 @@ class Queue:
         with translated("ending jobs"):
             matched = write_all(self._jobs, writes)["nMatched"]
         reach(Step.FINISHED)
+        for job, _ in ended:
+            if job.options.validate:
+                self._release_claims(job_key(job.id))
         if matched == len(ended):
             return [replace(job, state=stop.to) for job, stop, _ in judged]
         return [self.settle(job.id) for job, _ in ended]
@@ -502,8 +526,10 @@ class Queue:
             return job
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
-        gone = ("stopping", "failure", "finishedAt", "notBefore")
+        gone = ("stopping", "failure", "finishedAt")
         changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1}
+        # What was put off begins at once; what was not to begin before its time still is not.
+        changes["notBefore"] = {"$ifNull": ["$options.runAt", "$$REMOVE"]}
         if job.options.timeout_seconds is not None and job.plan is not None:
             changes["deadline"] = from_now(job.options.timeout_seconds)
         changes |= happened("retried")
@@ -527,9 +553,14 @@ class Queue:
                 # From here on it cannot be retried: a job whose ranges are half gone must not come back.
                 if self._jobs.update_one({"_id": key} | ended, {"$set": {"pruned": True}}).matched_count:
                     self._keep_loaded(found)
+                    if "batch" in found:
+                        self._store.batches.update_one({"_id": found["batch"]}, {"$set": {"pruned": True}})
                     self._ledger.delete(str(key))
                     self._store.rejects.delete_many({"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}})
+                    self._release_claims(key)
                     count += self._jobs.delete_one({"_id": key, "pruned": True}).deleted_count
+                    if "batch" in found and not self._jobs.find_one({"batch": found["batch"]}, {"_id": 1}):
+                        self._store.batches.delete_one({"_id": found["batch"]})
         return count
 
     def _end(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> Job:
@@ -537,7 +568,14 @@ class Queue:
         with translated("ending a job"):
             found = self._jobs.find_one_and_update(query, [{"$set": changes}], return_document=ReturnDocument.AFTER)
         reach(Step.FINISHED)
+        if job.options.validate and stop.to is JobState.COMPLETED:
+            self._release_claims(job_key(job.id))
         return self.get(job.id) if found is None else job_of(found)
+
+    def _release_claims(self, key: ObjectId) -> None:
+        """Let go of the keys that a dry run has claimed."""
+        with translated("releasing the claims of a dry run"):
+            self._store.claims.delete_many({"_id": {"$gte": {"job": key, "what": ""}, "$lt": {"job": key, "what": []}}})
 
     def _ending(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> tuple[Document, Document]:
         """What matches a job that is to end, and what is set then; `numbers` are its tally and ranges done."""
@@ -597,12 +635,9 @@ class Queue:
         return new_job(source, options, self._database, more)
 
     def _check_collection(self, name: str) -> None:
+        check_collection_name(name)
         refusal = None
-        if not all(name.split(".")) or name.startswith("system.") or not _is_utf8(name):
-            refusal = "its name is not one that a collection of documents can have"
-        elif "$" in name or "\0" in name:
-            refusal = "its name has a character that MongoDB keeps for itself"
-        elif len(f"{self._store.data.name}.{name}".encode()) > 255:
+        if len(f"{self._store.data.name}.{name}".encode()) > NAMESPACE_MOST:
             refusal = "its name is longer than MongoDB takes"
         else:
             with translated("looking at the collection"):
@@ -612,7 +647,7 @@ class Queue:
             elif found is not None and found.get("options", {}).get("capped"):
                 refusal = "it is capped"
         if refusal:
-            raise Refused(f"collection {name[:120]!r} cannot take documents: {refusal}; name another one")
+            raise _unfit(name, refusal)
 
 
 def _is_utf8(text: str) -> bool:
@@ -621,6 +656,22 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
         return False
     return True
+
+
+def check_collection_name(name: str) -> None:
+    """Raises Refused where no collection of documents can have this name."""
+    if not all(name.split(".")) or name.startswith("system.") or not _is_utf8(name):
+        raise _unfit(name, "its name is not one that a collection of documents can have")
+    if "$" in name or "\0" in name:
+        raise _unfit(name, "its name has a character that MongoDB keeps for itself")
+
+
+def _unfit(name: str, why: str) -> Refused:
+    return Refused(f"collection {name[:120]!r} cannot take documents: {why}; name another one")
+
+
+def _reused() -> KeyReused:
+    return KeyReused("this Idempotency-Key came before with another request: repeat that request, or draw another key")
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

@@ -7,11 +7,12 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pymongo.errors import PyMongoError
 from pymongo.uri_parser import parse_uri
@@ -29,6 +30,8 @@ GIB: Final = 1024 * MIB
 _UNITS: Final = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)
 }
+_REGION: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:\S{1,2000}")
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b)?\s*", re.IGNORECASE)
 
 
@@ -40,10 +43,72 @@ def _size(value: object) -> object:
     if match is None:
         raise ValueError("write a size such as 4096, 512KiB or 1.5GB")
     number, letter, suffix = match.group(1), match.group(2).lower(), (match.group(3) or "").lower()
-    return int(float(number) * _UNITS[letter + "ib" if suffix == "ib" and letter else letter])
+    if len(number) > 20:
+        raise ValueError("no size is as large as that")
+    return int(Decimal(number) * _UNITS[letter + "ib" if suffix == "ib" and letter else letter])
 
 
 Bytes = Annotated[int, BeforeValidator(_size)]
+
+
+def _mongo_uri(value: SecretStr | None) -> SecretStr | None:
+    """A URI that can be read and names a database, or none. No message holds it: it may hold a password."""
+    if value is None:
+        return value
+    try:
+        parsed = _parsed(value.get_secret_value())
+    except (PyMongoError, ValueError) as error:
+        raise ValueError(
+            f"it cannot be read ({type(error).__name__}): write mongodb://host:port/database, with user and password as the "
+            "README shows, and special characters of a password percent-encoded"
+        ) from None
+    if parsed["collection"] is not None or (fault := _database_fault(parsed["database"] or DEFAULT_DATABASE)):
+        fault = "it has a dot" if parsed["collection"] is not None else fault
+        raise ValueError(f"the database that it names cannot be one: {fault}")
+    return value
+
+
+def _parsed(uri: str) -> Mapping[str, Any]:
+    """What the driver reads in a URI; one of +srv is read without asking the DNS for its hosts."""
+    prefix = "mongodb+srv://"
+    return parse_uri("mongodb://" + uri[len(prefix) :] if uri.startswith(prefix) else uri, warn=False)
+
+
+def _database_fault(name: str) -> str | None:
+    """Why MongoDB takes no database of this name; None where it does."""
+    if len(name.encode()) > 63:
+        return "its name has more than 63 bytes"
+    wrong = sorted(set(name) & set('/\\. "$*<>:|?\0'))
+    return f"its name has {wrong[0]!r} in it" if wrong else None
+
+
+def _control_db(value: str) -> str:
+    if fault := _database_fault(value):
+        raise ValueError(f"it cannot be the name of a database: {fault}")
+    return value
+
+
+def _like(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
+    """A value, where there is one, that the whole of a pattern matches."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not pattern.fullmatch(value):
+            raise ValueError(sentence)
+        return value
+
+    return AfterValidator(check)
+
+
+def _endpoint(value: str | None) -> str | None:
+    if value is not None:
+        try:
+            parts = urlsplit(value)
+            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            right = False
+        if not right or re.search(r"\s", value):
+            raise ValueError("write it as http://host:port or https://host:port")
+    return value
 
 
 def _cores() -> int:
@@ -67,21 +132,31 @@ def _setting(default: Any, description: str, unit: str = "", told: str = "", **l
 class Settings(BaseSettings):
     """The settings, each named as in the environment but in lower case. Sizes are bytes, times are seconds."""
 
-    model_config = SettingsConfigDict(frozen=True, env_file=".env", extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        frozen=True, env_file=".env", extra="ignore", env_ignore_empty=True, allow_inf_nan=False
+    )
 
     port: int = _setting(3000, "Port of the HTTP API", "port", ge=1, le=65535)
-    mongo_uri: SecretStr | None = _setting(
+    mongo_uri: Annotated[SecretStr | None, AfterValidator(_mongo_uri)] = _setting(
         None, "MongoDB that keeps the queue and takes the documents; its database takes the documents"
     )
-    aws_region: str = _setting("us-east-1", "Region of the bucket")
+    aws_region: Annotated[str, _like(_REGION, "write a region such as eu-central-1")] = _setting(
+        "us-east-1", "Region of the bucket"
+    )
     aws_access_key_id: str | None = _setting(None, "Access key of S3")
     aws_secret_access_key: SecretStr | None = _setting(None, "Secret key of S3")
     aws_session_token: SecretStr | None = _setting(None, "Session token of S3, with temporary keys")
-    aws_bucket_name: str | None = _setting(None, "Bucket that holds the files")
-    aws_endpoint_url: str | None = _setting(None, "Address of an S3 server other than that of AWS")
+    aws_bucket_name: Annotated[str | None, _like(_BUCKET, "write the name of a bucket, or its ARN")] = _setting(
+        None, "Bucket that holds the files"
+    )
+    aws_endpoint_url: Annotated[str | None, AfterValidator(_endpoint)] = _setting(
+        None, "Address of an S3 server other than that of AWS"
+    )
 
     engine_workers: int = _setting(_cores, "Worker processes", "processes", "the number of cores", ge=1, le=1024)
-    engine_control_db: str = _setting("headrace_control", "Database of the jobs, ranges and rejects", min_length=1)
+    engine_control_db: Annotated[str, AfterValidator(_control_db)] = _setting(
+        "headrace_control", "Database of the jobs, ranges and rejects", min_length=1
+    )
     engine_range_bytes: Bytes = _setting(64 * MIB, "The most that one range of an object holds", "bytes", ge=64 * KIB)
     engine_read_bytes: Bytes = _setting(MIB, "How much is read from S3 at a time", "bytes", ge=4 * KIB, le=64 * MIB)
     engine_max_line_bytes: Bytes = _setting(32 * MIB, "A longer line is rejected", "bytes", ge=1 * KIB, le=256 * MIB)
@@ -93,16 +168,20 @@ class Settings(BaseSettings):
         _writers, "Bulk writes that one worker has under way", "writes", "8; fewer with over 16 workers", ge=1, le=64
     )
     engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
-    engine_watchdog_seconds: float = _setting(60.0, "A worker silent for so long is replaced", "seconds", ge=1)
-    engine_grace_seconds: float = _setting(20.0, "How long a soft stop may take", "seconds", ge=0)
+    engine_watchdog_seconds: float = _setting(
+        60.0, "A worker silent for so long is replaced", "seconds", ge=1, le=86_400
+    )
+    engine_grace_seconds: float = _setting(20.0, "How long a soft stop may take", "seconds", ge=0, le=3600)
     engine_poll_seconds: float = _setting(2.0, "Timer behind the wake-ups of idle workers", "seconds", ge=0.05, le=4)
-    engine_keep_jobs_days: float = _setting(30.0, "How long ended jobs and their rejects are kept", "days", gt=0)
+    engine_keep_jobs_days: float = _setting(
+        30.0, "How long ended jobs and their rejects are kept", "days", gt=0, le=36_500
+    )
     engine_data_dir: Path = _setting(Path(".headrace"), "Data and logs of the embedded servers", "folder")
     engine_log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least level that is logged")
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
 
     api_host: str = _setting("127.0.0.1", "Address that the HTTP API listens on")
-    api_threads: int = _setting(16, "Requests that the HTTP API handles at a time", "threads", ge=4, le=256)
+    api_threads: int = _setting(24, "Requests that the HTTP API handles at a time", "threads", ge=4, le=256)
     api_tokens: SecretStr | None = _setting(
         None, "Tokens that the HTTP API accepts, as `headrace token` writes them, parted by spaces or commas"
     )
@@ -111,10 +190,11 @@ class Settings(BaseSettings):
     api_url: str | None = _setting(None, "HTTP API that the command line talks to; unset: API_HOST and PORT", "URL")
     api_max_uploads: int = _setting(4, "Uploads through POST /upload at a time", "uploads", ge=1, le=128)
     api_max_watchers: int = _setting(8, "Requests that wait for a job to move, at a time", "requests", ge=0, le=128)
+    api_max_downloads: int = _setting(4, "Downloads of rejected lines at a time", "requests", ge=1, le=128)
     api_max_open_jobs: int = _setting(100_000, "Open jobs beyond which no more are taken", "jobs", ge=1)
     api_max_upload_bytes: Bytes = _setting(10 * GIB, "The largest body that POST /upload takes", "bytes", ge=1)
     api_part_bytes: Bytes = _setting(8 * MIB, "Part of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
-    api_upload_parallel: int = _setting(4, "Parts of one upload under way to S3", "parts", ge=1, le=32)
+    api_upload_parallel: int = _setting(6, "Parts under way to S3 at a time, of all uploads", "parts", ge=1, le=64)
     api_spool_dir: Path | None = _setting(
         None, "Where bodies are spooled; unset: the system's folder for such", "folder"
     )
@@ -135,30 +215,19 @@ class Settings(BaseSettings):
     def _agree(self) -> Self:
         """Settings that are right alone and wrong together."""
         wrong: list[str] = []
-        if self.mongo_uri is not None:
-            try:
-                parse_uri(self.mongo_uri.get_secret_value(), validate=True, warn=False, connect_timeout=None)
-            except (PyMongoError, ValueError) as error:
-                # The driver's words may quote the URI, and with it a password.
-                wrong.append(
-                    f"MONGO_URI cannot be read ({type(error).__name__}): write mongodb://user:password@host:port/database, "
-                    "with a password's special characters percent-encoded"
-                )
-            else:
-                if self.data_db() == self.engine_control_db:
-                    wrong.append(
-                        f"ENGINE_CONTROL_DB={self.engine_control_db}: it is the database that MONGO_URI names for the "
-                        "documents; name another"
-                    )
-        if self.aws_endpoint_url is not None and urlsplit(self.aws_endpoint_url).scheme not in ("http", "https"):
-            wrong.append("AWS_ENDPOINT_URL: write it as http://host:port or https://host:port")
+        if self.data_db() == self.engine_control_db:
+            wrong.append(
+                f"ENGINE_CONTROL_DB={self.engine_control_db}: it is the database that MONGO_URI names for the documents, or "
+                f"{DEFAULT_DATABASE} where it names none; name another"
+            )
         if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
             wrong.append("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set both or neither")
         patience = self.socket_timeout_seconds + self.select_timeout_seconds
-        if self.api_max_uploads + self.api_max_watchers >= self.api_threads:
+        if self.api_max_uploads + self.api_max_watchers + self.api_max_downloads >= self.api_threads:
             wrong.append(
-                f"API_THREADS={self.api_threads}: it must be more than API_MAX_UPLOADS={self.api_max_uploads} and "
-                f"API_MAX_WATCHERS={self.api_max_watchers} together, so that a thread is left for everything else"
+                f"API_THREADS={self.api_threads}: it must be more than API_MAX_UPLOADS={self.api_max_uploads}, "
+                f"API_MAX_WATCHERS={self.api_max_watchers} and API_MAX_DOWNLOADS={self.api_max_downloads} together, so that a "
+                "thread is left for everything else"
             )
         if self.engine_watchdog_seconds <= patience:
             wrong.append(
@@ -188,17 +257,14 @@ class Settings(BaseSettings):
         """The database that takes the documents."""
         if self.mongo_uri is None:
             return DEFAULT_DATABASE
-        path = urlsplit(self.mongo_uri.get_secret_value().replace(",", "")).path
-        return path.strip("/") or DEFAULT_DATABASE
+        return str(_parsed(self.mongo_uri.get_secret_value())["database"] or DEFAULT_DATABASE)
 
     def secrets(self) -> list[str]:
         """Every value that must never be shown."""
         values = [self.aws_secret_access_key, self.aws_session_token, self.mongo_uri, self.api_token, self.api_tokens]
         found = [value.get_secret_value() for value in values if value is not None]
-        if self.mongo_uri is not None and (
-            password := urlsplit(self.mongo_uri.get_secret_value().replace(",", "")).password
-        ):
-            found.append(password)
+        if self.mongo_uri is not None and (password := _parsed(self.mongo_uri.get_secret_value())["password"]):
+            found += [password, quote_plus(password), quote(password)]
         return found
 
 
@@ -214,7 +280,17 @@ def load(**overrides: Any) -> tuple[Settings, list[str]]:
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
-        raise SettingsError("\n".join(_sentences(error))) from None
+        wrong = _sentences(error)
+        # What the others contradict is told as well: as if those that are wrong by themselves were not set.
+        alone = {str(fault["loc"][0]) for fault in error.errors(include_url=False) if fault["loc"]}
+        unset = {name: field.default for name, field in Settings.model_fields.items() if name in alone}
+        unset |= {"engine_workers": 1} if "engine_workers" in alone else {}
+        unset |= {"engine_writers": 1} if {"engine_workers", "engine_writers"} & alone else {}
+        try:
+            Settings(**overrides | unset)
+        except ValidationError as more:
+            wrong += [sentence for sentence in _sentences(more) if sentence not in wrong]
+        raise SettingsError("\n".join(wrong)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env cannot be read: {error}") from None
     return settings, _unknown()
@@ -231,7 +307,7 @@ def _sentences(error: ValidationError) -> list[str]:
             continue
         field = str(fault["loc"][0])
         annotation = Settings.model_fields[field].annotation if field in Settings.model_fields else None
-        shown = "" if "SecretStr" in str(annotation) else f"={fault['input']}"
+        shown = "" if "SecretStr" in str(annotation) else f"={str(fault['input'])[:100]}"
         sentences.append(f"{field.upper()}{shown}: {message[0].lower()}{message[1:]}")
     return sentences
 

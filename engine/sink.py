@@ -149,7 +149,7 @@ class Sink:
         if concern := reply.get("writeConcernError"):
             raise Transient(
                 f"a majority did not confirm a write to collection {self._collection} in time (code {concern.get('code')}): "
-                "it is tried again"
+                "see that enough members of the replica set are up"
             )
         duplicates: list[tuple[int, Dict]] = []
         for error in failed:
@@ -157,13 +157,15 @@ class Sink:
             if error["code"] == DUPLICATE_KEY:
                 duplicates.append((index, error))
             elif error["code"] in TRANSIENT_CODES:
-                raise Transient(f"MongoDB could not store a document (code {error['code']}): it is tried again")
+                raise Transient(
+                    f"MongoDB could not store a document (code {error['code']}): see that its members are well"
+                )
             else:
                 reason, detail = _verdict(error["code"], str(error.get("errmsg", "")), error.get("errInfo"))
                 work.refuse(index, reason, detail, error["code"])
         inserted = len(indexes) - len(failed)
         if reply["n"] != inserted:
-            raise Transient(f"MongoDB tells of {reply['n']} documents where {inserted} were sent: it is tried again")
+            raise Transient(f"MongoDB tells of {reply['n']} documents where {inserted} were sent: see its log")
         work.inserted += inserted
         if duplicates:
             self._duplicates(work, duplicates)

@@ -144,9 +144,12 @@ class Store:
             )
         except (ConfigurationError, PyMongoError, ValueError) as error:
             # The text of the error may quote the URI, and with it a password.
-            raise StartError(
-                f"MONGO_URI cannot be used ({type(error).__name__}): write it as mongodb://host:port/name"
-            ) from None
+            mend = "write it as mongodb://host:port/database"
+            if settings.mongo_uri.get_secret_value().startswith("mongodb+srv://"):
+                mend = (
+                    "the hosts behind its name could not be looked up: see that the name is right and that DNS answers"
+                )
+            raise StartError(f"MONGO_URI cannot be used ({type(error).__name__}): {mend}") from None
         codec: CodecOptions[Document] = CodecOptions(tz_aware=True)
 
         def database(name: str) -> Database[Document]:
@@ -165,6 +168,7 @@ class Store:
         self.switches: Collection[Document] = self.control["switches"]
         self.totals: Collection[Document] = self.control["totals"]
         self.uploads: Collection[Document] = self.control["uploads"]
+        self.claims: Collection[Document] = self.control["claims"]
 
     def prepare(self) -> None:
         """Make the collections and indexes where they are missing; safe to repeat by anyone at any time.
@@ -309,11 +313,13 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     if isinstance(error, ServerSelectionTimeoutError):
         return Transient(f"MongoDB does not answer while {doing}: see that it runs and that MONGO_URI names it")
     if isinstance(error, ConnectionFailure | WTimeoutError | WriteConcernError | ExecutionTimeout):
-        return Transient(f"the connection to MongoDB failed while {doing} ({said}): it is tried again")
+        return Transient(f"the connection to MongoDB failed while {doing} ({said}): see that it runs")
     if isinstance(error, OperationFailure):
         labels = error.details.get("errorLabels", []) if error.details else []
         if error.code in TRANSIENT_CODES or "RetryableWriteError" in labels:
-            return Transient(f"MongoDB could not answer while {doing} (code {error.code}): it is tried again")
+            return Transient(
+                f"MongoDB could not answer while {doing} (code {error.code}): see that its members are well"
+            )
         if error.code in _DENIED_CODES:
             return AccessDenied(
                 f"MongoDB does not allow {doing} (code {error.code}): check the user in MONGO_URI and its roles"
@@ -322,7 +328,7 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
         return FinalError(f"MongoDB refused {doing} (code {error.code}): {detail}")
     if isinstance(error, ConfigurationError):
         return Refused(f"MongoDB cannot be used for {doing} ({said}): check MONGO_URI")
-    return Transient(f"MongoDB failed while {doing} ({said}): it is tried again")
+    return Transient(f"MongoDB failed while {doing} ({said}): see its log")
 
 
 def write_all(collection: Collection[Document], writes: Sequence[InsertOne[Document] | UpdateOne]) -> Document:

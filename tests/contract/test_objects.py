@@ -94,7 +94,7 @@ def test_an_upload_that_fails_before_its_end_leaves_no_object_and_no_parts(s3, s
     assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
 
 
-def test_a_stream_that_breaks_off_leaves_nothing_and_no_thread(s3):
+def test_a_stream_that_breaks_off_leaves_nothing_and_room_for_the_next(s3):
     objects, client, bucket = s3
 
     class Broken(io.BytesIO):
@@ -103,10 +103,42 @@ def test_a_stream_that_breaks_off_leaves_nothing_and_no_thread(s3):
                 raise OSError("gone")
             return super().read(size)
 
-    before = threading.active_count()
-    with pytest.raises(Exception, match=r"gone|OSError"):
-        objects.upload(Broken(b"x" * 20 * MIB), "broken")
+    for _ in range(3):
+        with pytest.raises(Exception, match=r"gone|OSError"):
+            objects.upload(Broken(b"x" * 20 * MIB), "broken")
     with pytest.raises(NotFound):
         objects.head("broken")
     assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
-    assert threading.active_count() <= before
+    assert objects.upload(io.BytesIO(b"x" * 20 * MIB), "whole").size == 20 * MIB
+
+
+def test_however_many_uploads_there_are_only_so_many_parts_are_in_memory(s3):
+    objects, _, _ = s3
+    held, most, lock = [0], [0], threading.Lock()
+
+    class Counted(bytes):
+        def __new__(cls, data):
+            with lock:
+                held[0] += 1
+                most[0] = max(most[0], held[0])
+            return super().__new__(cls, data)
+
+        def __del__(self):
+            with lock:
+                held[0] -= 1
+
+    class Source(io.BytesIO):
+        def read(self, size=-1):
+            data = super().read(size)
+            return Counted(data) if data else data
+
+    threads = [
+        threading.Thread(target=objects.upload, args=(Source(b"x" * 60 * MIB), f"many-{number}")) for number in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [objects.head(f"many-{number}").size for number in range(4)] == [60 * MIB] * 4
+    # Those under way, the first part of each upload until it is, and one or two on their way out of memory.
+    assert 4 <= most[0] <= 4 + 4 + 2
