@@ -16,7 +16,7 @@ help: ## list the targets
 install: $(INSTALLED) ## make .venv and install Headrace with the servers that it can embed
 
 run: $(INSTALLED) ## start everything, load a sample and serve (FILE=path, ONCE=1, RECORDS=n)
-	@exec $(BIN)/headrace up --records $(RECORDS) $(if $(FILE),--file '$(FILE)') $(if $(ONCE),--once)
+	@exec $(BIN)/headrace up --records $(RECORDS) $${FILE:+--file "$$FILE"} $(if $(filter-out 0 no false,$(ONCE)),--once)
 
 test: lint types ## lint, types, and every test, on real servers
 	@$(BIN)/python -m pytest -q -n 3 --dist worksteal

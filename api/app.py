@@ -1,6 +1,6 @@
 """The routes, and nothing else."""
 
-from collections.abc import Sequence
+import threading
 from typing import Any, cast
 
 import falcon
@@ -8,7 +8,7 @@ import orjson
 from falcon.media import JSONHandler
 from prometheus_client import CollectorRegistry
 
-from api.auth import Guard, Token
+from api.auth import Guard
 from api.direct import Abort, Begin, Complete, Under
 from api.files import File, Files
 from api.health import Health, Ready
@@ -39,13 +39,15 @@ def create_app(
     objects: Objects,
     rejects: Rejects,
     uploads: DirectUploads,
-    tokens: Sequence[Token] = (),
+    guard: Guard,
+    stopping: threading.Event,
 ) -> "falcon.App[Any, Any]":
-    """The WSGI application over these; without tokens it answers calls to localhost only."""
+    """The WSGI application over these; `stopping` is set when the process is to stop."""
     history = History(store)
     registry = CollectorRegistry()
+    durations = Durations(store)
     app = falcon.App(
-        middleware=cast("Any", [RequestIds(), Durations(registry), _WholePath(), Guard(tokens)]),
+        middleware=cast("Any", [RequestIds(), durations, _WholePath(), guard]),
     )
     app.req_options.strip_url_path_trailing_slash = False
     app.req_options.keep_blank_qs_values = True
@@ -59,7 +61,7 @@ def create_app(
     job, key = {"jobId": "Of the job"}, {"fileKey": "Of the object; it may hold slashes"}
     upload = {"uploadId": "Of the upload"}
     routes: list[Route] = [
-        ("/upload", Uploads(objects, Slots(settings.api_max_uploads, 503, "uploads")), {}),
+        ("/upload", Uploads(objects, uploads.recorded, stopping), {}),
         ("/uploads", Begin(uploads), {}),
         ("/uploads/{upload_id}", Under(uploads), upload),
         ("/uploads/{upload_id}/complete", Complete(uploads), upload),
@@ -75,14 +77,18 @@ def create_app(
         ("/jobs/{job_id}/events", Events(watch), job),
         ("/jobs/{job_id}/cancel", Cancel(queue), job),
         ("/jobs/{job_id}/retry", Retry(queue), job),
-        ("/jobs/{job_id}/rejects", RejectLines(queue, rejects), job),
+        (
+            "/jobs/{job_id}/rejects",
+            RejectLines(queue, rejects, Slots(settings.api_max_downloads, 429, "downloads")),
+            job,
+        ),
         ("/queue", QueueNow(queue, history), {}),
         ("/queue/pause", Pause(queue, history), {}),
         ("/queue/resume", Resume(queue, history), {}),
         ("/workers", Workers(store), {}),
-        ("/metrics", Metrics(store, history, registry), {}),
+        ("/metrics", Metrics(store, history, queue, durations, registry), {}),
         ("/healthz", Health(), {}),
-        ("/readyz", Ready(store, objects), {}),
+        ("/readyz", Ready({"mongodb": store.ping, "s3": objects.check}), {}),
         ("/openapi.json", api, {}),
     ]
     for path, resource, _ in routes:

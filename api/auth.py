@@ -21,7 +21,7 @@ from api.problems import Problem
 from engine.errors import SettingsError
 from engine.settings import Settings
 
-__all__ = ["Guard", "Token", "draw", "is_loopback", "tokens_of"]
+__all__ = ["Guard", "Head", "Token", "draw", "is_loopback", "tokens_of"]
 
 _ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
@@ -57,7 +57,7 @@ def tokens_of(settings: Settings) -> list[Token]:
             lines = settings.api_tokens_file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{name} cannot be read ({type(error).__name__})") from None
-        words += [(name, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+        words += [(name, line.strip()) for line in lines if line.strip() and not line.strip().startswith("#")]
     tokens: list[Token] = []
     for number, (where, word) in enumerate(words, 1):
         match = _ENTRY.fullmatch(word)
@@ -80,6 +80,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the head of a request says of who sends it; None for a header that is not there."""
+
+    authorization: str | None
+    origin: str | None
+    fetch_site: str | None
+    host: str
+
+
 class Guard:
     """Middleware: a call that needs a scope gets it from a token, or does not happen.
 
@@ -96,12 +106,19 @@ class Guard:
         operation = operation_of(resource, req.method)
         if operation is None or operation.scope is None:
             return
+        head = Head(
+            req.auth, req.get_header("Origin"), req.get_header("Sec-Fetch-Site"), req.get_header("Host") or req.host
+        )
+        req.context.caller = self.check(head, operation.scope)
+
+    def check(self, head: Head, scope: Scope) -> str:
+        """The name of the caller, "" where everybody may call. Raises Problem: 401, or 403."""
         if not self._tokens:
-            if _from_elsewhere(req):
+            if _from_elsewhere(head):
                 detail = "without tokens a page of another site may not call this: set API_TOKENS"
                 raise Problem(403, "untrusted_origin", detail)
-            return
-        token = self._token(req)
+            return ""
+        token = self._token(head)
         if token is None:
             raise Problem(
                 401,
@@ -109,12 +126,14 @@ class Guard:
                 "send a token that is known, in the header Authorization: Bearer",
                 headers={"WWW-Authenticate": 'Bearer realm="headrace"'},
             )
-        if not token.may(operation.scope):
-            raise Problem(403, "forbidden", f"token {token.name!r} lacks the scope {operation.scope.value!r}")
-        req.context.caller = token.name
+        if not token.may(scope):
+            raise Problem(
+                403, "forbidden", f"token {token.name!r} lacks the scope {scope.value!r}: ask for one that has it"
+            )
+        return token.name
 
-    def _token(self, req: falcon.Request) -> Token | None:
-        kind, _, given = (req.auth or "").partition(" ")
+    def _token(self, head: Head) -> Token | None:
+        kind, _, given = (head.authorization or "").partition(" ")
         digest = (
             hashlib.sha256(given.strip().encode("utf-8", "replace")).hexdigest() if kind.lower() == "bearer" else ""
         )
@@ -126,13 +145,13 @@ class Guard:
         return found
 
 
-def _from_elsewhere(req: falcon.Request) -> bool:
+def _from_elsewhere(head: Head) -> bool:
     """Whether a browser sent this for a page that did not come from this machine, under whatever name it was led here."""
-    origin, site = req.get_header("Origin"), req.get_header("Sec-Fetch-Site")
-    if origin is None and site is None:
+    if head.origin is None and head.fetch_site is None:
         return False
     try:
-        hosts = [req.host] + ([urlsplit(origin).hostname or ""] if origin is not None else [])
+        hosts = [urlsplit(f"//{head.host}").hostname or ""]
+        hosts += [urlsplit(head.origin).hostname or ""] if head.origin is not None else []
     except ValueError:
         return True
     return not all(map(is_loopback, hosts))

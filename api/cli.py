@@ -13,14 +13,15 @@ from urllib.parse import quote
 
 import typer
 from dotenv import dotenv_values
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from api.auth import draw
-from api.client import Client, check_file
+from api.client import Client, check_file, reachable
 from api.loader import EXIT_INTERRUPTED, Loader
+from api.models import ProcessRequest
 from api.operations import Scope
 from api.show import (
     job_lines,
@@ -32,7 +33,8 @@ from api.show import (
     workers_table,
 )
 from engine.errors import HeadraceError, SettingsError, StartError
-from engine.logs import configure, get_logger
+from engine.logs import configure, get_logger, mask
+from engine.queue import check_collection_name
 from engine.settings import Settings
 from engine.settings import load as load_settings
 
@@ -40,6 +42,7 @@ __all__ = ["app", "main"]
 
 EXIT_OF: Final = {"COMPLETED": 0, "FAILED": 3, "CANCELLED": 4}
 TOP_SECONDS: Final = 1.0
+WIDE: Final = 240
 
 app = typer.Typer(
     name="headrace",
@@ -70,11 +73,16 @@ def _settings(*, needs_servers: bool) -> Settings:
     return settings
 
 
+def _console() -> Console:
+    """Standard output for tables: wide enough, where no terminal sets the width, that nothing is cut."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+    return Console(highlight=False, width=wide)
+
+
 def _client(url: str | None) -> Client:
     settings = _settings(needs_servers=False)
     token = settings.api_token.get_secret_value() if settings.api_token else None
-    host = "127.0.0.1" if settings.api_host in ("0.0.0.0", "::") else settings.api_host  # noqa: S104 (not bound here)
-    return Client(url or settings.api_url or f"http://{host}:{settings.port}", token)
+    return Client(url or settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}", token)
 
 
 @app.command()
@@ -127,20 +135,37 @@ def load(
     budget: Any = int(max_errors) if max_errors.isdecimal() else max_errors
     options = {"collection": collection, "format": format, "maxErrors": budget, "priority": priority}
     options |= {"validate": validate, "force": force, "ifLoaded": "skip" if skip_loaded else "load"}
+    client = _client(url)
+    _check_options(options)
     for file in files:
         if file != "-" and not file.startswith("s3://"):
             check_file(Path(file))
-    loader = Loader(_client(url), options, wait=wait, through_api=through_api)
-    statuses = loader.run(files)
+    loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
     if as_json:
-        print_json(statuses)
+        print_json([load.told() for load in loads])
     elif not wait:
-        for status in statuses:
-            print(status["jobId"])
-    for status in statuses:
-        if status.get("error"):
-            plainly(StartError(f"{status['fileKey']}: {status['error']['message']}"))
-    raise typer.Exit(max((EXIT_OF.get(status["status"], 0) for status in statuses), default=0))
+        for load in loads:
+            if load.job_id is not None:
+                print(load.job_id)
+    exits = [0]
+    for load in loads:
+        if load.error is not None:
+            plainly(StartError(f"{load.file}: {load.error}"))
+            exits.append(1)
+        elif load.status is not None:
+            exits.append(EXIT_OF.get(load.status["status"], 0))
+            if load.status["error"]:
+                plainly(StartError(f"{load.file}: {load.status['error']['message']}"))
+    raise typer.Exit(max(exits))
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises StartError for what the API would not take: before a file is uploaded for nothing."""
+    try:
+        check_collection_name(ProcessRequest.model_validate(options).collection)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
+        raise StartError("; ".join(faults)) from None
 
 
 @app.command()
@@ -158,7 +183,7 @@ def jobs(
     if as_json:
         print_json(page)
     else:
-        Console(highlight=False).print(jobs_table(page["jobs"]))
+        _console().print(jobs_table(page["jobs"]))
 
 
 @app.command(name="status")
@@ -207,21 +232,32 @@ def retry(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @app.command()
 def rejects(
     job_id: JobId,
-    out: Annotated[Path | None, typer.Option(help="Write the raw lines to this file, to mend and load again.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the raw lines to this file, to mend and load again; - for standard output."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the lines that did not become documents."""
     client = _client(url)
+    if out == Path("-"):
+        for piece in client.rejected(job_id):
+            sys.stdout.buffer.write(piece)
+        return
     if out is not None:
         size = 0
+        part = out.with_name(f"{out.name}.part")  # what is there stays until all of it has come
         try:
-            with out.open("wb") as file:
+            with part.open("wb") as file:
                 for piece in client.rejected(job_id):
                     size += file.write(piece)
+            part.replace(out)
         except OSError as error:
             raise StartError(f"{out} cannot be written: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
         if as_json:
             print_json({"out": str(out), "bytes": size})
         else:
@@ -241,7 +277,7 @@ def rejects(
             reject["raw"][:80],
         )
         table.add_row(*(cell.replace("[", "\\[") for cell in cells))
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 def _queue(what: str, url: str | None, as_json: bool) -> None:
@@ -275,7 +311,7 @@ def top(
     if as_json:
         print_json(client.ask("GET", "/workers"))
         return
-    console = Console(highlight=False)
+    console = _console()
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
@@ -294,7 +330,7 @@ def profile(url: Url = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"workers": workers})
     else:
-        Console(highlight=False).print(profile_table(workers))
+        _console().print(profile_table(workers))
 
 
 @app.command()
@@ -307,7 +343,7 @@ def config(as_json: AsJson = False) -> None:
     for field in Settings.model_fields:
         name, value = field.upper(), getattr(settings, field)
         origin = "environment" if name in environment else ".env" if name in in_file else "default"
-        shown = None if value is None else "***" if isinstance(value, SecretStr) else str(value)
+        shown = None if value is None else "***" if isinstance(value, SecretStr) else mask(str(value))
         rows.append({"name": name, "value": shown, "from": origin})
     if as_json:
         print_json(rows)
@@ -315,7 +351,7 @@ def config(as_json: AsJson = False) -> None:
     table = Table("setting", "value", "from")
     for row in rows:
         table.add_row(str(row["name"]), row["value"] if row["value"] is not None else "–", str(row["from"]))
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -367,6 +403,7 @@ def _root(
 
 def main() -> None:
     """Run the command; every error that a person can cause is a sentence and exit code 1."""
+    configure()
     try:
         app()
     except HeadraceError as error:

@@ -1,6 +1,8 @@
 """The HTTP API from the other side: what the commands and `headrace up` call."""
 
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -9,7 +11,14 @@ import httpx
 
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["CallFailed", "Client", "check_file"]
+__all__ = ["CallFailed", "Client", "check_file", "is_stream", "reachable"]
+
+WAIT_SECONDS: Final = 20
+"""How long the API is asked to wait for a job to move."""
+
+POLL_SECONDS: Final = 0.5
+PATIENCE_SECONDS: Final = 60.0
+"""How long the API may be out of reach before a watch of a job is given up."""
 
 TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELLED")
 
@@ -26,13 +35,27 @@ class CallFailed(HeadraceError):
 
 def check_file(file: Path) -> None:
     """Raises StartError unless the file can be read."""
-    if file.is_dir():
-        raise StartError(f"{file} is a folder: name a file")
     try:
+        if file.is_dir():
+            raise StartError(f"{file} is a folder: name a file")
+        if is_stream(file):
+            return  # it may be read but once
         with file.open("rb"):
             pass
     except OSError as error:
         raise StartError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def reachable(host: str) -> str:
+    """How to write, in a URL, the host that a server on this machine listens on."""
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104 (not bound here)
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def is_stream(file: Path) -> bool:
+    """Whether it is a pipe or the like, which can be read once, and from its beginning only."""
+    return not stat.S_ISREG(file.stat().st_mode)
 
 
 class Client:
@@ -46,10 +69,15 @@ class Client:
 
     def ready(self) -> bool:
         """Whether the API, MongoDB and S3 answer."""
+        return self.not_ready() is None
+
+    def not_ready(self) -> str | None:
+        """What does not answer: the API, MongoDB or S3; None where all do."""
         try:
-            return self._http.get("/readyz", timeout=5).status_code == 200
-        except httpx.HTTPError:
-            return False
+            answer = self._http.get("/readyz", timeout=10)
+        except httpx.HTTPError as error:
+            return str(self._silent(error))
+        return None if answer.is_success else str(self._problem("GET", "/readyz", answer))
 
     def upload(self, file: Path) -> str:
         """Upload a file through the API; returns its key."""
@@ -57,13 +85,57 @@ class Client:
         with file.open("rb") as content:
             return str(self.ask("POST", "/upload", files={"file": (file.name, content)})["fileKey"])
 
-    def process(self, key: str, options: dict[str, Any]) -> str:
-        """Submit a job for a key; returns the job's id."""
-        return str(self.ask("POST", f"/process/{quote(key, safe='/')}", json=options)["jobId"])
+    def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> str:
+        """Submit a job for a key; returns the job's id: that of before where the same ticket came before."""
+        headers = {"Idempotency-Key": ticket} if ticket else {}
+        return str(self.ask("POST", f"/process/{quote(key, safe='/')}", json=options, headers=headers)["jobId"])
 
     def status(self, job_id: str) -> dict[str, Any]:
         """The job as it is now."""
         return self.ask("GET", f"/status/{quote(job_id, safe='')}")
+
+    def states(
+        self, job_id: str, wait: int = WAIT_SECONDS, check: Callable[[], None] = lambda: None
+    ) -> Iterator[dict[str, Any]]:
+        """The job as it is now, and again whenever it has moved, until it has ended.
+
+        Args:
+            job_id: of the job.
+            wait: for how many seconds the API is asked to wait for the job to move.
+            check: called between the questions; what it raises ends the watch.
+
+        Raises CallFailed only when the API has not answered for a while.
+        """
+        path = f"/status/{quote(job_id, safe='')}"
+        headers: dict[str, str] = {}
+        failing: float | None = None
+        while True:
+            check()
+            try:
+                answer = self._http.get(path, headers=headers)
+                if not answer.is_success and answer.status_code != 304:
+                    raise self._problem("GET", path, answer)
+            except httpx.HTTPError as error:
+                failed = self._silent(error)
+            except CallFailed as error:
+                failed = error
+            else:
+                failing = None
+                if answer.status_code != 304:
+                    status = answer.json()
+                    yield status
+                    if status["status"] in TERMINAL:
+                        return
+                headers = {"Prefer": f"wait={wait}", "If-None-Match": answer.headers.get("ETag", "")}
+                continue
+            if failed.status not in (0, 429, 502, 503, 504):
+                raise failed
+            failing = failing or time.monotonic()
+            if failed.status == 429:
+                headers = {}  # as many wait already as may: then it is asked now and then
+            elif time.monotonic() - failing > PATIENCE_SECONDS:
+                raise failed
+            time.sleep(POLL_SECONDS)
 
     def rejected(self, job_id: str) -> Iterator[bytes]:
         """The raw lines that a job rejected, piece by piece."""
@@ -107,6 +179,8 @@ class Client:
         detail = told.get("detail") if isinstance(told, dict) else None
         if answer.status_code == 401 and detail:
             detail += "; set API_TOKEN"
+        if answer.status_code == 413 and not detail:
+            detail = "the file is larger than the API takes: raise API_MAX_UPLOAD_BYTES there, or use `headrace load`"
         return CallFailed(
             answer.status_code, detail or f"{method} {path} was answered with {answer.status_code}: {answer.text[:200]}"
         )

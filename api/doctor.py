@@ -36,6 +36,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     checks: list[tuple[str, Callable[[Settings], Finding]]] = [
         ("MongoDB", _mongodb),
         ("S3", _s3),
+        ("clock", _clock),
         ("processes", _processes),
         ("spool", _spool),
         ("API", _api),
@@ -56,19 +57,34 @@ def _mongodb(settings: Settings) -> Finding:
         if store.standalone():
             said = "it is no member of a replica set: make it one (--replSet, then rs.initiate())"
             return Finding("MongoDB", "warning", said)
-        with translated("asking MongoDB for the time"):
-            now = store.control.command("hello")["localTime"].replace(tzinfo=UTC)
-        off = abs((datetime.now(UTC) - now).total_seconds())
-        if off > CLOCK_SECONDS:
-            said = f"this machine's clock is {off:.0f} s off that of the database: set both, for example with NTP"
-            return Finding("clock", "warning", said)
         probe = store.control["doctor"]
         with translated("writing to MongoDB"):
-            probe.insert_one({"at": now})
+            probe.insert_one({})
             probe.drop()
-        return Finding("MongoDB", "ok", "a replica set or router answers, takes writes, and agrees on the time")
+        return Finding("MongoDB", "ok", "a replica set or router answers and takes writes")
     finally:
         store.close()
+
+
+def _clock(settings: Settings) -> Finding:
+    """This machine's clock beside those of the servers: S3 refuses signatures of a time that is minutes off."""
+    now: dict[str, datetime] = {}
+    if settings.mongo_uri is not None:
+        store = Store(settings, pool=2)
+        try:
+            with translated("asking MongoDB for the time"):
+                now["MongoDB"] = store.control.command("hello")["localTime"].replace(tzinfo=UTC)
+        finally:
+            store.close()
+    if settings.aws_bucket_name is not None:
+        now["S3"] = Objects(connect(settings), settings.aws_bucket_name).time()
+    if not now:
+        return Finding("clock", "warning", "there is no server to compare with: set MONGO_URI or AWS_BUCKET_NAME")
+    off = {name: (datetime.now(UTC) - at).total_seconds() for name, at in now.items()}
+    told = " and ".join(f"{seconds:+.0f} s from that of {name}" for name, seconds in off.items())
+    if max(map(abs, off.values())) > CLOCK_SECONDS:
+        return Finding("clock", "warning", f"this machine's clock is {told}: set them, for example with NTP")
+    return Finding("clock", "ok", f"this machine's clock is {told}")
 
 
 def _s3(settings: Settings) -> Finding:

@@ -9,7 +9,6 @@ from api.submit import checked_key
 from api.told import job_status, moment
 from engine.errors import Conflict
 from engine.history import History
-from engine.model import TERMINAL
 from engine.objects import Objects
 
 __all__ = ["File", "Files"]
@@ -81,8 +80,7 @@ class File:
     def on_delete(self, req: falcon.Request, resp: falcon.Response, file_key: str) -> None:
         """204; the documents that were loaded from it stay."""
         key = checked_key(file_key)
-        for job in self._history.of_file(key, JOBS_SHOWN):
-            if job.state not in TERMINAL:
-                raise Conflict(f"job {job.id} is {job.state} and reads {key}: cancel it first, or wait for its end")
+        if (job := self._history.open_job_of(key)) is not None:
+            raise Conflict(f"job {job.id} is {job.state} and reads {key}: cancel it first, or wait for its end")
         self._objects.delete(key)
         resp.status = 204

@@ -1,11 +1,13 @@
 """Jobs over HTTP: status, lists, details, cancel, retry, rejects."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import falcon
 
 from api.answers import JobDetail, JobPage, JobStatus, RejectPage
+from api.limits import Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
 from api.told import job_detail, job_status
@@ -88,8 +90,9 @@ class Jobs:
         """200 with a page."""
         query = query_of(req, JobsQuery)
         state = JobState(query.status) if query.status else None
-        page = self._history.page(query.limit, query.cursor, state, query.file, query.collection, query.batch)
-        more = len(page) == query.limit
+        # One more than asked for tells whether there is a next page.
+        page = self._history.page(query.limit + 1, query.cursor, state, query.file, query.collection, query.batch)
+        more, page = len(page) > query.limit, page[: query.limit]
         told: JobPage = {"jobs": [job_status(job) for job in page], "next": page[-1].id if more else None}
         resp.media = told
 
@@ -133,11 +136,12 @@ class Retry:
 
 
 class RejectLines:
-    """GET /jobs/{jobId}/rejects: a page of rejects, or all of their raw lines."""
+    """GET /jobs/{jobId}/rejects: a page of rejects, or all of their raw lines, of which only so many are sent at a time."""
 
-    def __init__(self, queue: Queue, rejects: Rejects) -> None:
+    def __init__(self, queue: Queue, rejects: Rejects, slots: Slots) -> None:
         self._queue = queue
         self._rejects = rejects
+        self._slots = slots
 
     @operation(
         summary="The lines that did not become documents",
@@ -149,7 +153,7 @@ class RejectLines:
                 "A page of rejects; with format=ndjson all raw lines", RejectPage, other_media="application/x-ndjson"
             )
         },
-        errors=(404, 422),
+        errors=(404, 422, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """200 with `rejects` and `next`; with `format=ndjson`, the raw lines to mend and load again."""
@@ -157,12 +161,19 @@ class RejectLines:
         job = self._queue.get(job_id)
         plain = "format" not in req.params and "application/x-ndjson" in req.accept
         if query.format == "ndjson" or plain:
+            self._slots.take()
+            stream = _Download(self._rejects.lines(job.id), self._slots)
+            try:
+                stream.begin()  # what goes wrong at once can still be told as a problem
+            except BaseException:
+                stream.close()
+                raise
             resp.content_type = "application/x-ndjson"
             resp.downloadable_as = f"{job.id}-rejects.ndjson"
-            resp.stream = self._lines(job.id)
+            resp.stream = stream
             return
-        page: list[Any] = self._rejects.page(job.id, query.limit, int(query.cursor) if query.cursor else None)
-        more = len(page) == query.limit
+        page: list[Any] = self._rejects.page(job.id, query.limit + 1, int(query.cursor) if query.cursor else None)
+        more, page = len(page) > query.limit, page[: query.limit]
         told: RejectPage = {
             "jobId": job.id,
             "rejects": page,
@@ -170,6 +181,25 @@ class RejectLines:
         }
         resp.media = told
 
-    def _lines(self, job_id: str) -> Iterator[bytes]:
-        for _, line in self._rejects.lines(job_id):
+
+class _Download:
+    """Raw lines on their way to a client; `close` is called by the server when all are sent, or the client has left."""
+
+    def __init__(self, lines: Iterator[tuple[int, bytes]], slots: Slots) -> None:
+        self._lines = lines
+        self._first: tuple[int, bytes] | None = None
+        self._slots: Slots | None = slots
+
+    def begin(self) -> None:
+        """Read the first line."""
+        self._first = next(self._lines, None)
+
+    def __iter__(self) -> Iterator[bytes]:
+        first, self._first = self._first, None
+        for _, line in chain([first] if first is not None else [], self._lines):
             yield line + b"\n"
+
+    def close(self) -> None:
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.give()

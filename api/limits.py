@@ -36,18 +36,26 @@ class Slots:
 
 
 class Depth:
-    """Keeps the queue from growing without bound; it is counted once a second at most."""
+    """Keeps the queue from growing without bound; it is counted once a second at most, and what is let in between is added."""
 
     def __init__(self, queue: Queue, most: int) -> None:
         self._queue = queue
         self._most = most
         self._at = float("-inf")
-        self._full = False
+        self._open = 0
+        self._lock = threading.Lock()
 
-    def check(self) -> None:
-        """Raises Problem where too many jobs are open."""
-        if time.monotonic() - self._at > COUNT_SECONDS:
-            self._full = self._queue.depth(self._most) >= self._most
-            self._at = time.monotonic()
-        if self._full:
-            raise Problem(503, "queue_full", f"{self._most} jobs are open already: submit again when some have ended")
+    def let_in(self, jobs: int) -> None:
+        """So many jobs are about to be made. Raises Problem where they would be too many together with those that are open."""
+        with self._lock:
+            if time.monotonic() - self._at > COUNT_SECONDS:
+                self._open = self._queue.depth(self._most)
+                self._at = time.monotonic()
+            if self._open + jobs > self._most:
+                raise Problem(
+                    503,
+                    "queue_full",
+                    f"{jobs} more would make it over {self._most} open jobs (API_MAX_OPEN_JOBS): submit again when some have "
+                    "ended",
+                )
+            self._open += jobs

@@ -1,24 +1,46 @@
 """Files through upload and job, a few at a time: what `headrace load` does."""
 
 import os
+import secrets
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from rich.console import Console
 
-from api.client import TERMINAL, Client
+from api.client import TERMINAL, Client, is_stream
 from api.show import Bars, bars
-from api.transfer import Transfer
-from engine.errors import StartError
+from api.transfer import Note, Transfer
+from engine.errors import HeadraceError, StartError
 
-__all__ = ["EXIT_INTERRUPTED", "Loader"]
+__all__ = ["EXIT_INTERRUPTED", "Loaded", "Loader"]
 
 EXIT_INTERRUPTED: Final = 130
 FILES_AT_A_TIME: Final = 4
-POLL_SECONDS: Final = 0.5
+STDIN: Final = "-"
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What became of one file: its job's id as soon as there is one, its last status, and what went wrong here."""
+
+    file: str
+    job_id: str | None = None
+    key: str | None = None
+    status: dict[str, Any] | None = None
+    error: HeadraceError | None = None
+    note: Note | None = None
+
+    def told(self) -> dict[str, Any]:
+        """For a script to read."""
+        if self.status is not None:
+            return {"file": self.file, **self.status}
+        known = {"file": self.file, "jobId": self.job_id, "fileKey": self.key}
+        return known | ({"error": {"code": self.error.code, "message": str(self.error)}} if self.error else {})
 
 
 class Loader:
@@ -30,47 +52,60 @@ class Loader:
         self._wait = wait
         self._through_api = through_api
         self._transfer = Transfer(client)
-        self._stopped = False
-        self._jobs: list[str] = []
 
-    def run(self, files: list[str]) -> list[dict[str, Any]]:
-        """Load them; returns the last status of each job."""
+    def run(self, files: list[str]) -> list[Loaded]:
+        """Load them; returns what became of each. One that fails does not keep the others."""
         console = Console(highlight=False, stderr=True)
         pool = ThreadPoolExecutor(min(FILES_AT_A_TIME, len(files)), thread_name_prefix="file")
+        loads = [Loaded(file) for file in files]
         try:
             with bars(console) as shown:
-                futures: list[Future[dict[str, Any]]] = [pool.submit(self._one, file, shown) for file in files]
-                return [future.result() for future in futures]
-        except BaseException as error:
-            self._stopped = True
-            self._transfer.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                self._interrupted()
-            raise
+                for future in [pool.submit(self._one, load, shown) for load in loads]:
+                    future.result()
+        except KeyboardInterrupt:
+            self._interrupted(loads)
         finally:
-            pool.shutdown(wait=False)
+            pool.shutdown(wait=False, cancel_futures=True)
+        return loads
 
-    def _interrupted(self) -> None:
-        told = [f"watch it with `headrace status {job} --wait`" for job in self._jobs]
-        told = told or ["run the same command again, and it goes on where it was"]
-        print(f"headrace: interrupted; the jobs go on without you: {'; '.join(told)}", file=sys.stderr)
+    def _interrupted(self, loads: list[Loaded]) -> None:
+        self._transfer.stop()
+        for load in loads:
+            ended = load.status is not None and load.status["status"] in TERMINAL
+            if ended or load.error is not None or (load.job_id is not None and not self._wait):
+                continue
+            if load.job_id is not None:
+                said = f"its job goes on without you: watch it with `headrace status {load.job_id} --wait`"
+            elif load.note is not None:
+                said = "its upload was broken off: run the same command again, and it goes on where it was"
+            elif load.file == STDIN:
+                said = "it was broken off, and nothing of it is kept: send it again from its beginning"
+            else:
+                said = "it was not begun, or cannot be resumed: run the same command again"
+            name = "standard input" if load.file == STDIN else load.file
+            print(f"headrace: interrupted; {name}: {said}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)  # threads in the midst of a request would keep the process
 
-    def _one(self, file: str, shown: Bars) -> dict[str, Any]:
-        task = shown.add(Path(file).name if file != "-" else "standard input")
-        key = self._key(file, shown, task)
-        job_id = self._client.process(key, self._options)
-        self._jobs.append(job_id)
-        while True:
-            status = self._client.status(job_id)
-            shown.processed(task, status)
-            if not self._wait or self._stopped or status["status"] in TERMINAL:
-                return status
-            time.sleep(POLL_SECONDS)
+    def _one(self, load: Loaded, shown: Bars) -> None:
+        task = shown.add("standard input" if load.file == STDIN else Path(load.file).name)
+        try:
+            load.key = self._key(load, shown, task)
+            ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)
+            load.job_id = self._client.process(load.key, self._options, ticket)
+            if self._wait:
+                for status in self._client.states(load.job_id):
+                    load.status = status
+                    shown.processed(task, status)
+            if load.note is not None:
+                load.note.done(well=not self._wait or status["status"] == "COMPLETED")
+        except HeadraceError as error:
+            load.error = error
+        except OSError as error:
+            load.error = StartError(f"{load.file} cannot be read: {error.strerror}")
 
-    def _key(self, file: str, shown: Bars, task: Any) -> str:
+    def _key(self, load: Loaded, shown: Bars, task: Any) -> str:
+        file = load.file
         if file.startswith("s3://"):
             bucket, _, key = file.removeprefix("s3://").partition("/")
             there = self._client.ask("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
@@ -78,16 +113,24 @@ class Loader:
                 raise StartError(
                     f"{file}: this API reads bucket {there} only; put the object there, or ask another API"
                 )
+            stamp = [self._client.ask("GET", f"/files/{quote(key, safe='/')}")["etag"]]
+            load.note = Note(self._client.url, file, stamp)
+            load.note.put()
             return key
+        path = Path(file)
+        size = None if file == STDIN or is_stream(path) else path.stat().st_size
         began, count = time.monotonic(), [0]
-        size = None if file == "-" else Path(file).stat().st_size
 
         def sent(number: int) -> None:
             count[0] += number
             shown.uploaded(task, count[0], size, count[0] / max(time.monotonic() - began, 0.001))
 
-        if file == "-":
+        if file == STDIN:
             return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent)
+        if size is None:
+            with path.open("rb") as content:
+                return self._transfer.stream(content, path.name, sent)
         if self._through_api:
-            return self._client.upload(Path(file))
-        return self._transfer.file(Path(file), sent)
+            return self._client.upload(path)
+        load.note = Note(self._client.url, str(path.resolve()), [size, path.stat().st_mtime_ns])
+        return self._transfer.file(path, load.note, sent)

@@ -1,24 +1,32 @@
-"""GET /metrics for Prometheus: the queue, the sums over all workers there have been, and this process's requests."""
+"""GET /metrics for Prometheus: the queue, and the sums over all workers and all processes of the API there have been."""
 
+import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Final
 
 import falcon
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from pymongo import WriteConcern
+from pymongo.errors import PyMongoError
 
 from api.operations import Answer, Scope, operation
 from engine.history import History
 from engine.model import TERMINAL
+from engine.queue import Queue
 from engine.stats import STAGES, live, totals
-from engine.store import Store
+from engine.store import Store, translated
 
 __all__ = ["Durations", "Metrics"]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 READ_SECONDS: Final = 1.0
+TELL_SECONDS: Final = 3.0
+BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Of the buckets of the durations of requests, seconds."""
 
 _COUNTERS: Final = {
     "lines": ("headrace_lines", "Lines that workers have taken through to their end"),
@@ -35,9 +43,10 @@ _COUNTERS: Final = {
 class _State(Collector):
     """What the control database knows, read at most once a second."""
 
-    def __init__(self, store: Store, history: History) -> None:
+    def __init__(self, store: Store, history: History, queue: Queue) -> None:
         self._store = store
         self._history = history
+        self._queue = queue
         self._at = float("-inf")
         self._found: list[Metric] = []
 
@@ -61,6 +70,9 @@ class _State(Collector):
         yield GaugeMetricFamily(
             "headrace_queue_oldest_seconds", "Age of the oldest open job that is due", value=backlog.oldest_seconds
         )
+        yield GaugeMetricFamily(
+            "headrace_queue_paused", "Whether the queue is paused, 1 or 0", value=float(self._queue.paused())
+        )
         sums = totals(self._store)
         for name, (metric, what) in _COUNTERS.items():
             yield CounterMetricFamily(metric, what, value=sums.get(name, 0))
@@ -80,16 +92,18 @@ class _State(Collector):
         yield memory
 
 
-class Durations:
-    """Middleware: how long requests take, by method, route and status."""
+class Durations(Collector):
+    """Middleware: how long requests take, by method, route and status, summed over all processes of the API.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._seconds = Histogram(
-            "headrace_http_request_seconds",
-            "Seconds from the application's first sight of a request to its answer",
-            ["method", "route", "status"],
-            registry=registry,
-        )
+    Each process adds what it has seen to the control database every few seconds, and tells what is there; a crash loses the last
+    few seconds of these numbers.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._sums = store.requests.with_options(write_concern=WriteConcern(1))
+        self._lock = threading.Lock()
+        self._seen: dict[tuple[str, str, str], list[float]] = {}
+        threading.Thread(target=self._tell_for_ever, name="durations", daemon=True).start()
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Note when it began."""
@@ -98,18 +112,66 @@ class Durations:
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
         """Note how long it took; an unknown path is one route, whatever it is."""
         began = getattr(req.context, "began", None)
-        if began is not None:
-            route = req.uri_template or "unknown"
-            method = req.method if req.method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
-            self._seconds.labels(method, route, str(resp.status_code)).observe(time.perf_counter() - began)
+        if began is None:
+            return
+        seconds = time.perf_counter() - began
+        method = req.method if req.method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
+        with self._lock:
+            # For each bound how many took no longer, all of them, and their sum.
+            row = self._seen.setdefault(
+                (method, req.uri_template or "unknown", str(resp.status_code)), [0.0] * (len(BOUNDS) + 2)
+            )
+            for index in range(bisect_left(BOUNDS, seconds), len(BOUNDS) + 1):
+                row[index] += 1
+            row[-1] += seconds
+
+    def _tell_for_ever(self) -> None:
+        while True:
+            time.sleep(TELL_SECONDS)
+            self.tell()
+
+    def tell(self) -> None:
+        """Add what this process has seen to the sums; what cannot be told is told the next time."""
+        with self._lock:
+            seen, self._seen = self._seen, {}
+        for labels, row in seen.items():
+            key = dict(zip(("method", "route", "status"), labels, strict=True))
+            news = {f"row.{index}": value for index, value in enumerate(row) if value}
+            try:
+                self._sums.update_one({"_id": key}, {"$inc": news}, upsert=True)
+            except PyMongoError:
+                with self._lock:
+                    there = self._seen.setdefault(labels, [0.0] * len(row))
+                    self._seen[labels] = [one + other for one, other in zip(there, row, strict=True)]
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        self.tell()
+        found = HistogramMetricFamily(
+            "headrace_http_request_seconds",
+            "Seconds from the application's first sight of a request to its answer",
+            labels=["method", "route", "status"],
+        )
+        with translated("summing over the processes of the API"):
+            for entry in self._sums.find():
+                row = [float(entry["row"].get(str(index), 0)) for index in range(len(BOUNDS) + 2)]
+                bounds = [*map(str, BOUNDS), "+Inf"]
+                labels = [entry["_id"][name] for name in ("method", "route", "status")]
+                found.add_metric(labels, list(zip(bounds, row[:-1], strict=True)), row[-1])
+        yield found
 
 
 class Metrics:
     """GET /metrics."""
 
-    def __init__(self, store: Store, history: History, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, store: Store, history: History, queue: Queue, durations: Durations, registry: CollectorRegistry
+    ) -> None:
         self._registry = registry
-        registry.register(_State(store, history))
+        registry.register(_State(store, history, queue))
+        registry.register(durations)
 
     @operation(
         summary="Figures for Prometheus",

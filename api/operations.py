@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from api.problems import Problem
 
-__all__ = ["Answer", "Operation", "Scope", "body_of", "operation", "operation_of", "query_of"]
+__all__ = ["BODY_MOST_BYTES", "Answer", "Operation", "Scope", "body_of", "operation", "operation_of", "query_of"]
 
 BODY_MOST_BYTES: Final = 1024 * 1024
 

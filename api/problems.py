@@ -21,7 +21,7 @@ from engine.errors import (
 )
 from engine.logs import get_logger
 
-__all__ = ["Problem", "RequestIds", "install"]
+__all__ = ["Problem", "RequestIds", "install", "problem_body", "problem_headers", "request_id_of"]
 
 TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5
@@ -53,13 +53,17 @@ class Problem(Exception):
         self.more = more
 
 
+def request_id_of(given: str | None) -> str:
+    """The id that a request brings where it is a plain one, else a new one."""
+    return given if given and _REQUEST_ID.fullmatch(given) else str(ULID())
+
+
 class RequestIds:
     """Middleware: each response carries `X-Request-ID`, that of the request where it is a plain one."""
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Take or draw the id."""
-        given = req.get_header("X-Request-ID") or ""
-        req.context.request_id = given if _REQUEST_ID.fullmatch(given) else str(ULID())
+        req.context.request_id = request_id_of(req.get_header("X-Request-ID"))
         # Every line that is logged in this thread until the answer carries it.
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request=req.context.request_id)
@@ -68,8 +72,9 @@ class RequestIds:
             resp.set_header(name, value)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
-        """Log what was answered; the quiet checks only at debug."""
-        say = log.debug if req.path in ("/healthz", "/readyz") or req.method == "GET" else log.info
+        """Log what was answered; what was only looked at, and found, at debug."""
+        quiet = resp.status_code < 400 and req.method in ("GET", "HEAD")
+        say = log.debug if quiet or req.path in ("/healthz", "/readyz") else log.info
         say("answered", action="request", method=req.method, path=req.path, status=resp.status_code)
 
 
@@ -86,24 +91,32 @@ def _id(req: falcon.Request) -> str:
     return str(getattr(req.context, "request_id", ""))
 
 
+def problem_body(problem: Problem, request_id: str) -> tuple[str, bytes]:
+    """The title of a problem, and it all as JSON."""
+    title = falcon.util.code_to_http_status(problem.status).split(" ", 1)[1]
+    told = {"type": TYPE_BASE + problem.code, "title": title, "status": problem.status, "detail": problem.detail}
+    return title, orjson.dumps(told | {"requestId": request_id} | problem.more)
+
+
+def problem_headers(problem: Problem, request_id: str) -> dict[str, str]:
+    """The headers that an answer with a problem has."""
+    headers = {"Content-Type": "application/problem+json", "X-Request-ID": request_id, **SECURITY_HEADERS}
+    if problem.status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return headers | dict(problem.headers)
+
+
 def _answer(req: falcon.Request, resp: falcon.Response, problem: Problem) -> None:
     resp.status = problem.status
-    resp.content_type = "application/problem+json"
     resp.text = None
-    resp.data = orjson.dumps(
-        {
-            "type": TYPE_BASE + problem.code,
-            "title": falcon.util.code_to_http_status(problem.status).split(" ", 1)[1],
-            "status": problem.status,
-            "detail": problem.detail,
-            "requestId": _id(req),
-            **problem.more,
-        }
-    )
-    for name, value in problem.headers.items():
-        resp.set_header(name, value)
+    _, body = problem_body(problem, _id(req))
     if problem.status in (429, 503):
-        resp.set_header("Retry-After", str(RETRY_AFTER_SECONDS))
+        # An answer whose length is not told ends the connection: a crowd that is turned away does not keep others out.
+        resp.data, resp.stream = None, iter((body,))
+    else:
+        resp.data = body
+    for name, value in problem_headers(problem, _id(req)).items():
+        resp.set_header(name, value)
 
 
 def _problem(req: falcon.Request, resp: falcon.Response, error: Problem, params: dict[str, Any]) -> None:
@@ -111,7 +124,7 @@ def _problem(req: falcon.Request, resp: falcon.Response, error: Problem, params:
 
 
 def _ours(req: falcon.Request, resp: falcon.Response, error: HeadraceError, params: dict[str, Any]) -> None:
-    status = 500
+    status, detail = 500, str(error)
     if isinstance(error, NotFound):
         status = 404
     elif isinstance(error, Conflict):
@@ -120,10 +133,11 @@ def _ours(req: falcon.Request, resp: falcon.Response, error: HeadraceError, para
         status = 422
     elif isinstance(error, Transient | AccessDenied):
         status = 503
+        detail += "; then send the request again" if isinstance(error, Transient) else ""
         log.warning(str(error), action="request")
     else:
         log.error(str(error), action="request")
-    _answer(req, resp, Problem(status, error.code, str(error)))
+    _answer(req, resp, Problem(status, error.code, detail))
 
 
 def _invalid(req: falcon.Request, resp: falcon.Response, error: ValidationError, params: dict[str, Any]) -> None:

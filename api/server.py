@@ -4,17 +4,20 @@ import errno
 import resource
 import signal
 import tempfile
+import threading
 from typing import Final
 
 import waitress
 
 from api.app import create_app
-from api.auth import is_loopback, tokens_of
+from api.auth import Guard, Token, is_loopback, tokens_of
+from api.door import open_door
 from engine.direct import DirectUploads
-from engine.errors import StartError
+from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
+from engine.local import check_port
 from engine.logs import get_logger
-from engine.objects import Objects, connect
+from engine.objects import PARTS_MOST, Objects, connect
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
@@ -33,33 +36,58 @@ log = get_logger()
 
 def _connections() -> int:
     """How many clients may be connected: as many as there are file descriptors, less what the process itself needs."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = (
+        CONNECTIONS_MOST + SPARE_FILES if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS_MOST + SPARE_FILES)
+    )
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    most = max(soft, most)
     return max(100, min(CONNECTIONS_MOST, most - SPARE_FILES))
+
+
+def _checked(settings: Settings) -> list[Token]:
+    """The tokens. Raises SettingsError, which lists all that is wrong."""
+    wrong: list[str] = []
+    tokens: list[Token] = []
+    if settings.api_spool_dir is not None and not settings.api_spool_dir.is_dir():
+        wrong.append(f"API_SPOOL_DIR={settings.api_spool_dir} is no folder: make it, or name another")
+    try:
+        tokens = tokens_of(settings)
+    except SettingsError as error:
+        wrong.append(str(error))
+    else:
+        if not tokens and not is_loopback(settings.api_host):
+            wrong.append(
+                f"API_HOST={settings.api_host} lets other machines in, and there are no tokens: draw some with "
+                "`headrace token` and set API_TOKENS, or set API_HOST=127.0.0.1"
+            )
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+    return tokens
 
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; returns the exit code.
 
     Raises:
-        StartError: the port is taken, or a setting is missing.
+        SettingsError: lists all that is wrong with the settings of the API.
+        StartError: it cannot listen.
     """
+    tokens = _checked(settings)
     if settings.api_spool_dir is not None:
-        if not settings.api_spool_dir.is_dir():
-            raise StartError(f"API_SPOOL_DIR={settings.api_spool_dir} is no folder: make it, or name another")
         tempfile.tempdir = str(settings.api_spool_dir)
-    tokens = tokens_of(settings)
-    if not tokens and not is_loopback(settings.api_host):
-        raise StartError(
-            f"API_HOST={settings.api_host} lets other machines in, and there are no tokens: draw some with `headrace token` "
-            "and set API_TOKENS, or set API_HOST=127.0.0.1"
-        )
     store = Store(settings, pool=settings.api_threads + 2)
     ledger = Ledger(store, settings.engine_lease_seconds)
     queue = Queue(store, ledger)
     s3, bucket = connect(settings), settings.aws_bucket_name or ""
-    objects = Objects(s3, bucket, settings.api_part_bytes, settings.api_upload_parallel)
+    # Parts of one size, however long a file turns out to be, and so large that the largest has no more than S3 takes.
+    part_bytes = max(settings.api_part_bytes, -(-settings.api_max_upload_bytes // PARTS_MOST))
+    objects = Objects(s3, bucket, part_bytes, settings.api_upload_parallel)
     uploads = DirectUploads(store, s3, bucket, settings.api_part_bytes)
-    app = create_app(settings, store, queue, objects, Rejects(store, ledger), uploads, tokens)
+    guard, stopping = Guard(tokens), threading.Event()
+    app = create_app(settings, store, queue, objects, Rejects(store, ledger), uploads, guard, stopping)
+    check_port(settings.port, settings.api_host)
     store.prepare()
     try:
         server = waitress.create_server(
@@ -71,6 +99,8 @@ def serve(settings: Settings) -> int:
             channel_timeout=IDLE_SECONDS,
             # A crowd of idle clients must not keep others out.
             connection_limit=_connections(),
+            # So that a client which leaves is noticed while its request is worked on.
+            channel_request_lookahead=1,
             asyncore_use_poll=True,
             ident=None,
             clear_untrusted_proxy_headers=True,
@@ -82,7 +112,10 @@ def serve(settings: Settings) -> int:
             ) from None
         raise StartError(f"cannot listen on {settings.api_host}:{settings.port}: {error.strerror}") from None
 
+    open_door(server, settings, guard)
+
     def told(number: int, frame: object) -> None:
+        stopping.set()
         # The one exception that the server's loop lets through wherever it is raised.
         raise KeyboardInterrupt
 

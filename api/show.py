@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from api.client import TERMINAL, Client
@@ -28,7 +28,6 @@ __all__ = [
     "workers_table",
 ]
 
-POLL_SECONDS: Final = 0.5
 LINE_SECONDS: Final = 1.0
 
 
@@ -49,16 +48,19 @@ class Bars:
         self._progress = progress
         self._console = console
         self._said: dict[TaskID, float] = {}
+        self._uploading: set[TaskID] = set()
 
     def add(self, name: str) -> TaskID:
         """A bar for a file."""
         return self._progress.add_task(name, total=100, state="", told="")
 
     def uploaded(self, task: TaskID, sent: int, size: int | None, rate: float) -> None:
-        """So many bytes were sent."""
+        """So many bytes were sent; `size` None: nobody knows of how many."""
         share = 100 * sent / size if size else None
         told = f"{sent / 1e6:,.0f} MB  {rate / 1e6:,.0f} MB/s"
-        self._show(task, "uploading", share, told, last=size is not None and sent >= size)
+        left = (size - sent) / rate if size and rate else None
+        self._uploading.add(task)
+        self._show(task, "uploading", share, told, left, last=size is not None and sent >= size)
 
     def processed(self, task: TaskID, status: dict[str, Any]) -> None:
         """The job is so far."""
@@ -68,16 +70,31 @@ class Bars:
         text = f"{told['lines']:,} lines  {rate:,.0f} records/s  {speed:,.0f} MB/s"
         if told["rejected"]:
             text += f"  {told['rejected']:,} rejected"
-        self._show(task, state, told["percent"], text, last=state in TERMINAL)
+        self._show(task, state, told["percent"], text, told["secondsLeft"], last=state in TERMINAL)
 
-    def _show(self, task: TaskID, state: str, share: float | None, told: str, *, last: bool) -> None:
-        self._progress.update(task, state=state, completed=share or 0, told=told)
+    def _show(
+        self, task: TaskID, state: str, share: float | None, told: str, left: float | None, *, last: bool
+    ) -> None:
+        # One bar to the end: of a file that is uploaded and processed, each is a half.
+        whole = share or 0
+        if task in self._uploading:
+            whole = whole / 2 if state == "uploading" else 50 + whole / 2
+        if left is not None and not last:
+            told += f"  {_span(left)} left"
+        self._progress.update(task, state=state, completed=whole, told=told)
         now = time.monotonic()
         if not self._console.is_terminal and (last or now - self._said.get(task, 0) >= LINE_SECONDS):
             self._said[task] = now
             name = self._progress.tasks[task].description
             percent = f"{share:>5.1f} %" if share is not None else "      "
-            self._console.print(f"{name}  {state:<10} {percent}  {told}", markup=False)
+            self._console.print(f"{name}  {state:<10} {percent}  {told}", markup=False, soft_wrap=True)
+
+
+def _span(seconds: float) -> str:
+    """A time as people write it: 0:07, 12:30, 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager
@@ -87,23 +104,19 @@ def bars(console: Console) -> Iterator[Bars]:
         TextColumn("{task.description}", markup=False),
         TextColumn("{task.fields[state]:<10}"),
         BarColumn(),
-        TextColumn("{task.percentage:>5.1f} %  {task.fields[told]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.percentage:>5.1f} %  {task.fields[told]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bars(progress, console)
 
 
-def watch(client: Client, job_id: str, console: Console, name: str = "job") -> dict[str, Any]:
-    """Show a job's progress until it ends; returns its last status."""
+def watch(client: Client, job_id: str, console: Console, name: str = "job", **how: Any) -> dict[str, Any]:
+    """Show a job's progress until it ends; returns its last status. `how` it is watched is told to `Client.states`."""
     with bars(console) as shown:
         task = shown.add(name)
-        while True:
-            status = client.status(job_id)
+        for status in client.states(job_id, **how):
             shown.processed(task, status)
-            if status["status"] in TERMINAL:
-                return status
-            time.sleep(POLL_SECONDS)
+    return status
 
 
 def job_lines(status: dict[str, Any]) -> Iterator[str]:
@@ -147,7 +160,8 @@ def jobs_table(jobs: Sequence[dict[str, Any]]) -> Table:
 
 def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
     """Workers, one a row."""
-    table = Table("host", "worker", "pid", "job", "range", "%", "records/s", "memory MB", "peak MB")
+    job = Column("job", no_wrap=True, min_width=24)
+    table = Table("host", "worker", "pid", job, "range", "%", "records/s", "memory MB", "peak MB")
     for worker in workers:
         doing = worker["doing"]
         what = [str(doing.get(name, "")) for name in ("job", "range", "percent")]

@@ -26,6 +26,9 @@ HEADS_AT_A_TIME: Final = 16
 PREFIX_MOST: Final = 10_000
 """Objects that one prefix may name."""
 
+KEY_MOST: Final = 1024
+"""Bytes that S3 takes as a key."""
+
 KEY_HEADER: Final = "Makes the call safe to repeat: the same key with the same request gives the same answer"
 
 _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
@@ -33,8 +36,12 @@ _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
 
 def checked_key(key: str) -> str:
     """A key that an object can have. Raises NotFound."""
-    if not key or len(key.encode("utf-8", "surrogatepass")) > 1024 or not key.isprintable():
-        raise NotFound("a file's key has 1 to 1024 bytes of printable UTF-8")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        size = 0
+    if not 1 <= size <= KEY_MOST or "\0" in key:
+        raise NotFound(f"a file's key has 1 to {KEY_MOST} bytes of UTF-8: GET /files lists those there are")
     return key
 
 
@@ -79,8 +86,9 @@ class Process:
         ticket = _ticket(req, request, f"one {key}")
         job = self._queue.redeem(ticket) if ticket is not None else None
         if job is None:
-            self._depth.check()
-            job = self._queue.submit(self._objects.head(key), request.options(), ticket)
+            source = self._objects.head(key)
+            self._depth.let_in(1)
+            job = self._queue.submit(source, request.options(), ticket)
         resp.status = 202
         resp.location = f"/status/{job.id}"
         told: ProcessAnswer = {
@@ -112,15 +120,24 @@ class ProcessMany:
         """202 with the batch's id; no job is made where one of the objects does not exist."""
         request = body_of(req, BatchRequest)
         ticket = _ticket(req, request, "many")
-        self._depth.check()
-        keys = sorted({checked_key(key) for key in request.file_keys or self._keys(request.prefix or "")})
-        if not keys:
-            raise NotFound(f"no object's key begins with {request.prefix!r}")
-        batch = self._queue.submit_batch(self._sources(keys), request.options(), ticket)
+        known = self._queue.redeem_batch(ticket) if ticket is not None else None
+        if known is not None and not known[1]:
+            batch = known[0]
+        else:
+            keys = known[1] if known is not None else self._asked(request)
+            sources = self._sources(keys)
+            self._depth.let_in(len(sources))
+            batch = self._queue.submit_batch(sources, request.options(), ticket)
         resp.status = 202
         resp.location = f"/batches/{batch.id}"
         told: BatchAnswer = {"message": "Batch created successfully", "batchId": batch.id, "jobs": batch.count}
         resp.media = told
+
+    def _asked(self, request: BatchRequest) -> list[str]:
+        keys = sorted({checked_key(key) for key in request.file_keys or self._keys(request.prefix or "")})
+        if not keys:
+            raise NotFound(f"no object's key begins with {request.prefix!r}: GET /files lists those there are")
+        return keys
 
     def _keys(self, prefix: str) -> Iterator[str]:
         after: str | None = None

@@ -1,24 +1,27 @@
 """A file from here to S3, directly: its parts in parallel, to URLs that the API signs; what was sent once is not sent again.
 
-Where an upload stands is kept in the user's state folder, so that the same command goes on where the last one was stopped.
+Where a file stands, from its first part to the end of its job, is noted in the user's state folder, so that the same command goes
+on where the last one was stopped.
 """
 
 import hashlib
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
+from urllib.parse import quote
 
 import httpx
 import orjson
 
-from api.client import CallFailed, Client, check_file
+from api.client import CallFailed, Client
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["Transfer"]
+__all__ = ["Note", "Transfer"]
 
 PARALLEL: Final = 4
 TRIES: Final = 5
@@ -29,6 +32,50 @@ STREAM_PART_BYTES: Final = 16 * 1024 * 1024
 Sent = Callable[[int], None]
 
 
+class Note:
+    """What is known of a file on its way: `uploadId`, then `key`, and a `ticket` that makes its job once.
+
+    Args:
+        url: of the API.
+        name: of the file, in full.
+        stamp: what must be the same for the file to be the same.
+    """
+
+    def __init__(self, url: str, name: str, stamp: list[Any]) -> None:
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        self._file = Path(home) / "headrace" / "loads" / hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()
+        self._state: dict[str, Any] = {"stamp": stamp, "ticket": secrets.token_hex(16)}
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            known = orjson.loads(self._file.read_bytes())
+            if known["stamp"] == stamp and isinstance(known["ticket"], str):
+                self._state = known
+
+    def get(self, name: str) -> str | None:
+        """What is known; None where it is not."""
+        found = self._state.get(name)
+        return found if isinstance(found, str) else None
+
+    def put(self, **known: str) -> None:
+        """Keep this; without a place to keep it, the load only cannot be resumed."""
+        self._state |= known
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_bytes(orjson.dumps(self._state))
+
+    def ticket(self, options: dict[str, Any]) -> str:
+        """The same for the same file and options, until it is forgotten."""
+        whole = orjson.dumps([self._state["ticket"], options], option=orjson.OPT_SORT_KEYS)
+        return hashlib.sha256(whole).hexdigest()
+
+    def done(self, *, well: bool) -> None:
+        """The command is through: the file is loaded; or else it need not be uploaded again for another job."""
+        if not well:
+            self.put(ticket=secrets.token_hex(16))
+            return
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
+
+
 class Transfer:
     """Sends files. Safe to use from threads, one file each; together they send so many parts at a time."""
 
@@ -37,37 +84,43 @@ class Transfer:
         self._http = httpx.Client(timeout=httpx.Timeout(30, write=600, read=600), trust_env=False)
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="part")
         self._stopped = threading.Event()
+        self._streams: set[str] = set()
 
     def stop(self) -> None:
-        """Send no more parts."""
+        """Send no more parts, and free those of streams, which cannot be resumed."""
         self._stopped.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for upload_id in list(self._streams):
+            with suppress(HeadraceError):
+                self._client.ask("DELETE", f"/uploads/{upload_id}", timeout=5)
 
-    def file(self, file: Path, sent: Sent) -> str:
+    def file(self, file: Path, note: Note, sent: Sent) -> str:
         """Send a file; returns its key. `sent` is called with numbers of bytes, those that were there already too.
 
         Raises:
             StartError: the file cannot be read, or S3 cannot be reached from here.
             CallFailed: of the API.
         """
-        check_file(file)
-        size, changed = file.stat().st_size, file.stat().st_mtime_ns
-        note = _notes() / hashlib.sha256(f"{self._client.url}\n{file.resolve()}".encode()).hexdigest()
-        state = self._resumed(note, size, changed)
+        size = file.stat().st_size
+        if (key := note.get("key")) is not None and self._is_there(key, size):
+            sent(size)
+            return key
+        state = self._resumed(note)
         if state is None:
             state = self._client.ask("POST", "/uploads", json={"fileName": file.name, "size": size})
-            _write(note, {"uploadId": state["uploadId"], "size": size, "changed": changed})
+            note.put(uploadId=state["uploadId"])
         there = {part["partNumber"]: part for part in state["stored"]}
         with file.open("rb") as content:
             self._send(state, there, lambda number: _part(content, number, state["partBytes"]), sent)
         key = self._complete(state)
-        note.unlink(missing_ok=True)
+        note.put(key=key)
         return key
 
     def stream(self, content: IO[bytes], name: str, sent: Sent) -> str:
         """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed."""
         asked = {"fileName": name, "partBytes": STREAM_PART_BYTES}
         state = self._client.ask("POST", "/uploads", json=asked)
+        self._streams.add(state["uploadId"])
         try:
             self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
             return self._complete(state)
@@ -75,15 +128,26 @@ class Transfer:
             with suppress(HeadraceError):
                 self._client.ask("DELETE", f"/uploads/{state['uploadId']}")
             raise
+        finally:
+            self._streams.discard(state["uploadId"])
 
-    def _resumed(self, note: Path, size: int, changed: int) -> dict[str, Any] | None:
-        """The upload that an earlier command began of this very file, where it is still under way."""
+    def _is_there(self, key: str, size: int) -> bool:
+        """Whether the object of an earlier upload still is. A token that may only submit cannot look: then it is believed."""
         try:
-            known = orjson.loads(note.read_bytes())
-            if (known["size"], known["changed"]) == (size, changed):
-                return self._client.ask("GET", f"/uploads/{known['uploadId']}", params={"count": URLS})
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+            return bool(self._client.ask("GET", f"/files/{quote(key, safe='/')}")["size"] == size)
+        except CallFailed as error:
+            if error.status == 403:
+                return True
+            if error.status == 404:
+                return False
+            raise
+
+    def _resumed(self, note: Note) -> dict[str, Any] | None:
+        """The upload that an earlier command began of this very file, where it is still under way."""
+        if (upload_id := note.get("uploadId")) is None:
+            return None
+        try:
+            return self._client.ask("GET", f"/uploads/{quote(upload_id, safe='')}", params={"count": URLS})
         except CallFailed as error:
             if error.status != 404:
                 raise
@@ -121,7 +185,7 @@ class Transfer:
         said = ""
         for tries in range(TRIES):
             if self._stopped.is_set():
-                return
+                raise StartError("sending was stopped")
             try:
                 answer = self._http.put(url, content=data, headers=headers)
                 if answer.is_success:
@@ -154,15 +218,3 @@ def _exactly(content: IO[bytes], size: int) -> bytes:
         pieces.append(piece)
         size -= len(piece)
     return b"".join(pieces)
-
-
-def _notes() -> Path:
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "headrace" / "uploads"
-
-
-def _write(note: Path, state: dict[str, Any]) -> None:
-    """Keep where an upload stands; without that it only cannot be resumed."""
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_bytes(orjson.dumps(state))

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+from bson import ObjectId
 from pymongo import MongoClient
 from rich.console import Console
 
 from api.auth import draw, tokens_of
-from api.client import Client, check_file
+from api.client import CallFailed, Client, check_file, is_stream, reachable
 from api.operations import Scope
 from api.show import watch
 from engine import sample
 from engine.errors import StartError
-from engine.local import LocalServers, die_with_parent, port_is_free
+from engine.local import LocalServers, check_port, die_with_parent
 from engine.settings import Settings
 
 __all__ = ["up"]
@@ -31,6 +32,19 @@ SAMPLE_SEED: Final = 1
 
 class _Told(BaseException):
     """TERM or INT came. No error of the program: nothing may swallow it."""
+
+
+class _Signals:
+    """The first TERM or INT ends what goes on; each further one only hurries the stop, so that the servers still stop softly."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self, number: int, frame: object) -> None:
+        """Handle a signal."""
+        self.count += 1
+        if self.count == 1:
+            raise _Told
 
 
 class _Child:
@@ -59,18 +73,18 @@ class _Child:
             last = lines[-1][:500] if lines else "nothing"
             raise StartError(f"`headrace {self.name}` ended early; its last words: {last} (log: {self.log})")
 
-    def stop(self, seconds: float) -> None:
-        """TERM, then KILL."""
+    def stop(self, seconds: float, signals: _Signals) -> None:
+        """TERM; QUIT after so many seconds or when a person is in a hurry; then KILL."""
+        end = time.monotonic() + seconds
+        self.process.terminate()
+        while self.process.poll() is None and time.monotonic() < end and signals.count < 2:
+            time.sleep(0.02)
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(signal.SIGQUIT)
             try:
-                self.process.wait(seconds)
-            except (subprocess.TimeoutExpired, _Told):
-                self.process.send_signal(signal.SIGQUIT)
-                try:
-                    self.process.wait(3)
-                except (subprocess.TimeoutExpired, _Told):
-                    self.process.kill()
+                self.process.wait(3)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
         self.process.wait()
 
 
@@ -86,27 +100,37 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
     Raises:
         StartError: something cannot be started, and nothing is left running.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if file is not None:
         check_file(file)
-    if not port_is_free(settings.port, settings.api_host):
-        raise StartError(f"port {settings.port} is taken: stop what listens there, or set PORT to another")
-
-    def told(number: int, frame: object) -> None:
-        raise _Told
-
-    signal.signal(signal.SIGTERM, told)
-    signal.signal(signal.SIGINT, told)
+        if is_stream(file):
+            raise StartError(
+                f"{file} can be read only once, from its beginning: name a file, or pipe it to `headrace load -`"
+            )
+    if settings.aws_endpoint_url is not None and settings.aws_bucket_name is None:
+        raise StartError("AWS_ENDPOINT_URL is set and AWS_BUCKET_NAME is not: name the bucket, or unset both")
+    check_port(settings.port, settings.api_host)
+    signals = _Signals()
+    signal.signal(signal.SIGTERM, signals.note)
+    signal.signal(signal.SIGINT, signals.note)
     try:
         with ExitStack() as stack:
-            return _run(settings, file, once, records, console, stack)
+            return _run(settings, file, once, records, console, stack, signals)
     except _Told:
         return 1 if once else 0
     finally:
         console.print("Stopped.")
 
 
-def _run(settings: Settings, file: Path | None, once: bool, records: int, console: Console, stack: ExitStack) -> int:
+def _run(
+    settings: Settings,
+    file: Path | None,
+    once: bool,
+    records: int,
+    console: Console,
+    stack: ExitStack,
+    signals: _Signals,
+) -> int:
     folder = settings.engine_data_dir.absolute()
     servers = LocalServers(settings)
     console.print("Starting the servers …")
@@ -124,9 +148,9 @@ def _run(settings: Settings, file: Path | None, once: bool, records: int, consol
     children: list[_Child] = []
     for name in ("api", "engine"):  # stopped in the opposite order
         child = _Child(name, logs / f"{name}.log", environment)
-        stack.callback(child.stop, settings.engine_grace_seconds + 5)
+        stack.callback(child.stop, settings.engine_grace_seconds + 5, signals)
         children.append(child)
-    url = f"http://{settings.api_host}:{settings.port}"
+    url = f"http://{reachable(settings.api_host)}:{settings.port}"
     client = Client(url, token)
     _wait_ready(client, children, servers)
     overrides = servers.overrides
@@ -144,10 +168,14 @@ def _run(settings: Settings, file: Path | None, once: bool, records: int, consol
             part.rename(file)
     size = file.stat().st_size
     console.print(f"Uploading {file} ({size / 1e6:,.1f} MB) …")
-    key = client.upload(file)
-    job_id = client.process(key, options)
-    console.print(f"Processing {key} as job {job_id} …")
-    status = watch(client, job_id, console, file.name)
+    try:
+        key = client.upload(file)
+        job_id = client.process(key, options)
+        console.print(f"Processing {key} as job {job_id} …")
+        status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check(children, servers))
+    except CallFailed:
+        _check(children, servers)  # which says more of it, where one of them has ended
+        raise
     _summary(settings, overrides, status, url, key, console)
     if once:
         return 0 if status["status"] == "COMPLETED" else 1
@@ -159,16 +187,16 @@ def _run(settings: Settings, file: Path | None, once: bool, records: int, consol
 
 def _wait_ready(client: Client, children: list[_Child], servers: LocalServers) -> None:
     deadline = time.monotonic() + READY_SECONDS
-    while not client.ready():
+    while (why := client.not_ready()) is not None:
         _check(children, servers)
         if time.monotonic() > deadline:
-            raise StartError(f"the API was not ready within {READY_SECONDS:g} seconds: see {children[0].log}")
+            raise StartError(f"not ready within {READY_SECONDS:g} seconds: {why} (log: {children[0].log})")
         time.sleep(0.1)
 
 
 def _check(children: list[_Child], servers: LocalServers) -> None:
-    if name := servers.died():
-        raise StartError(f"{name} ended by itself: see its log in ENGINE_DATA_DIR")
+    if died := servers.died():
+        raise StartError(f"{died} ended by itself while it was needed: see its log in ENGINE_DATA_DIR, and start again")
     for child in children:
         child.check()
 
@@ -183,18 +211,23 @@ def _summary(
         f"{told['rejected']:,} rejected, {told['blank']:,} blank; {told['recordsPerSecond']:,.0f} records/s"
     )
     if status["error"]:
-        console.print(f"Error: {status['error']['message']}", markup=False)
+        console.print(f"Error: {status['error']['message']}")
     for reject in status["errors"]:
-        console.print(f"Rejected at byte {reject['offset']}: {reject['reason']}: {reject['detail']}", markup=False)
+        console.print(f"Rejected at byte {reject['offset']}: {reject['reason']}: {reject['detail']}")
     uri = overrides.get("mongo_uri") or (settings.mongo_uri.get_secret_value() if settings.mongo_uri else "")
     database = Settings.model_validate(settings.model_dump() | overrides).data_db()
     with MongoClient[dict[str, Any]](uri) as client:
         collection = client[database][status["collection"]]
         count = collection.estimated_document_count()
         console.print(f"\nCollection {database}.{status['collection']} holds {count:,} documents; two of them:")
-        for document in collection.find().sort("_id", -1).limit(2):
+        job = client[settings.engine_control_db]["jobs"].find_one({"_id": ObjectId(status["jobId"])}) or {}
+        tag = bytes(job.get("plan", {}).get("tag", b""))
+        ids = {"$gte": ObjectId(tag + bytes(6)), "$lte": ObjectId(tag + b"\xff" * 6)} if len(tag) == 6 else {}
+        # Records that bring their own ids are not known by them: then any two are shown.
+        found = list(collection.find({"_id": ids}).limit(2)) if ids else []
+        for document in found or collection.find().limit(2):
             text = orjson.dumps(document, default=str).decode()
-            console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"), markup=False)
+            console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"))
     quoted = shlex.quote(f"{url}/process/{key}")
     console.print("\nBy hand:")
     for line in (
@@ -202,5 +235,5 @@ def _summary(
         f"curl -X POST {quoted}",
         f"curl {url}/status/{status['jobId']}",
     ):
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
     console.print()

@@ -1,7 +1,9 @@
 """POST /upload: a form's file, streamed to S3 in parallel parts at constant memory."""
 
 import re
+import threading
 import unicodedata
+from collections.abc import Callable
 from typing import Final
 
 import falcon
@@ -9,12 +11,11 @@ from falcon.media.multipart import BodyPart, MultipartForm, MultipartParseError
 from ulid import ULID
 
 from api.answers import UploadAnswer
-from api.limits import Slots
 from api.models import FileForm
 from api.operations import Answer, Scope, operation
 from api.problems import Problem
 from engine.model import Source
-from engine.objects import Objects
+from engine.objects import Objects, Recorded, Stream
 
 __all__ = ["Uploads", "key_for", "reduced"]
 
@@ -25,14 +26,22 @@ REST_BYTES: Final = 256 * 1024
 
 
 def reduced(name: str) -> str:
-    """A file's name reduced to letters, digits, dot, dash and underscore; never empty."""
+    """A file's name reduced to letters, digits, dot, dash and underscore; never empty.
+
+    The extension is kept, since it tells the format, also where nothing is left of what stands before it.
+    """
     name = name.replace("\\", "/").rsplit("/", 1)[-1]
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._-")
-    if len(plain) > NAME_MOST:
-        # The end is kept, since the extension tells the format.
-        plain = plain[-NAME_MOST:].lstrip("._-")
-    return plain or "file"
+    stem, dot, extension = name.rpartition(".")
+    stem, extension = (_plain(stem), _plain(extension)) if dot else (_plain(name), "")
+    if not extension:
+        return stem[:NAME_MOST] or "file"
+    extension = extension[:NAME_MOST]
+    return f"{stem[-max(NAME_MOST - len(extension) - 1, 1) :].lstrip('._-') or 'file'}.{extension}"
+
+
+def _plain(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._-")
 
 
 def key_for(name: str) -> str:
@@ -41,11 +50,18 @@ def key_for(name: str) -> str:
 
 
 class Uploads:
-    """POST /upload."""
+    """POST /upload.
 
-    def __init__(self, objects: Objects, slots: Slots) -> None:
+    Args:
+        objects: where files go.
+        recorded: a context for the time in which an upload is unfinished.
+        stopping: is set when the process is to stop: uploads under way are given up.
+    """
+
+    def __init__(self, objects: Objects, recorded: Recorded, stopping: threading.Event) -> None:
         self._objects = objects
-        self._slots = slots
+        self._recorded = recorded
+        self._stopping = stopping
 
     @operation(
         summary="Upload a file",
@@ -61,17 +77,15 @@ class Uploads:
         kind = (req.content_type or "").split(";", 1)[0].strip().lower()
         if kind != "multipart/form-data":
             raise Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
-        self._slots.take()
         try:
             form: MultipartForm = req.get_media()
-            stored = self._store(form)
+            stored = self._store(form, req.env.get("waitress.client_disconnected", lambda: False))
         except (MultipartParseError, falcon.HTTPBadRequest) as error:
             detail = error.description or "the form cannot be read"
             raise Problem(400, "malformed_form", f"{detail}: send multipart/form-data, complete to its end") from None
         except (UnicodeDecodeError, ValueError) as error:
-            raise Problem(400, "malformed_form", f"the form cannot be read ({type(error).__name__})") from None
-        finally:
-            self._slots.give()
+            detail = f"the form cannot be read ({type(error).__name__}): send multipart/form-data, complete to its end"
+            raise Problem(400, "malformed_form", detail) from None
         resp.status = 201
         told: UploadAnswer = {
             "message": "File uploaded successfully",
@@ -81,12 +95,41 @@ class Uploads:
         }
         resp.media = told
 
-    def _store(self, form: MultipartForm) -> Source:
+    def _store(self, form: MultipartForm, gone: Callable[[], bool]) -> Source:
         parts = iter(form)
+
+        def go_on() -> None:
+            """Nobody would know of a file whose client has gone before it was told the key."""
+            if gone():
+                raise Problem(499, "client_gone", "the client has left before the file was stored")
+            if self._stopping.is_set():
+                raise Problem(503, "stopping", "the server stops: send the file again")
+
+        def complete() -> None:
+            _finish(parts)
+            go_on()
+
         for part in parts:
             if part.name == "file":
-                return self._objects.upload(part.stream, key_for(_name(part)), before_complete=lambda: _finish(parts))
+                stream = _Watched(part.stream, go_on)
+                stored = self._objects.upload(stream, key_for(_name(part)), complete, self._recorded)
+                if gone():
+                    self._objects.delete(stored.key)
+                    go_on()
+                return stored
         raise Problem(400, "missing_file", "the form has no part named `file`: send the file in one")
+
+
+class _Watched:
+    """A stream that is read only as long as somebody waits for its end."""
+
+    def __init__(self, stream: Stream, go_on: Callable[[], None]) -> None:
+        self._stream = stream
+        self._go_on = go_on
+
+    def read(self, size: int = -1, /) -> bytes:
+        self._go_on()
+        return self._stream.read(size)
 
 
 def _name(part: BodyPart) -> str:

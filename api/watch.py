@@ -33,7 +33,9 @@ PREFER: Final[Mapping[str, str]] = {
     "If-None-Match": "The ETag of an answer before",
 }
 
-_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])")
+_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)
+ANY: Final = "*"
+"""In If-None-Match: whatever is there now."""
 
 Told = Callable[[], tuple[dict[str, Any], bool]]
 
@@ -60,6 +62,8 @@ class Watch:
         known = _known(req)
         body, ended = told()
         tag = tag_of(body)
+        if ANY in known:
+            known = {tag}
         seconds = _wait(req)
         if seconds and not ended and (not known or tag in known):
             self.slots.take()

@@ -5,6 +5,7 @@ them last, and die with the process that started them.
 """
 
 import ctypes
+import errno
 import fcntl
 import importlib.util
 import json
@@ -30,7 +31,7 @@ from engine.errors import HeadraceError, StartError
 from engine.objects import Objects, connect
 from engine.settings import DEFAULT_DATABASE, Settings
 
-__all__ = ["BUCKET", "LocalServers", "die_with_parent", "free_port", "mongod_path", "port_is_free"]
+__all__ = ["BUCKET", "LocalServers", "check_port", "die_with_parent", "free_port", "mongod_path", "port_is_free"]
 
 BUCKET: Final = "headrace"
 REPLICA_SET: Final = "headrace"
@@ -60,13 +61,38 @@ def die_with_parent() -> None:
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether something could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    try:
+        check_port(port, host)
+    except StartError:
+        return False
     return True
+
+
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """Raises StartError, which says why, where nothing could listen at this port of this host's addresses now."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartError(
+            f"API_HOST={host} is no address of this machine ({error.strerror}): name one of its own"
+        ) from None
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise StartError(_why_not(port, host, error)) from None
+
+
+def _why_not(port: int, host: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is taken: stop what listens there, or set PORT to another"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"API_HOST={host} is no address of this machine: name one of its own"
+    if error.errno == errno.EACCES:
+        return f"port {port} is not for programs without special rights: set PORT to one above 1023"
+    return f"cannot listen on {host}:{port}: {error.strerror}"
 
 
 def free_port(wanted: int = 0) -> int:
@@ -113,7 +139,15 @@ class _Server:
             time.sleep(0.05)
 
     def _last_words(self) -> str:
+        """What it complained of last; mongod's log is JSON, of which E and F are the severe lines."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
+        for line in reversed(lines):
+            with suppress(ValueError, KeyError, TypeError):
+                told = json.loads(line)
+                if told["s"] in ("E", "F") and "aborting after" not in told["msg"]:
+                    more = told.get("attr", {})
+                    why = more.get("error") or more.get("reason") or more.get("message") or more.get("msg") or ""
+                    return f"{told['msg']}{': ' if why else ''}{why}"[:300]
         return lines[-1][:300] if lines else "none"
 
     def _why(self) -> str:
@@ -187,17 +221,26 @@ class LocalServers:
                 f"another Headrace already runs its servers in {self._folder}: stop it, or set ENGINE_DATA_DIR to another folder"
             ) from None
         try:
-            # Both at once: neither waits for the other.
-            ready = []
-            if self._settings.mongo_uri is None:
-                ready.append(self._start_mongod())
-            if self._settings.aws_endpoint_url is None and self._settings.aws_bucket_name is None:
-                ready.append(self._start_weed())
-            for wait in ready:
-                wait()
+            self._start()
+        except OSError as error:
+            self.stop()
+            where = error.filename or self._folder
+            raise StartError(
+                f"{where} cannot be used ({error.strerror}): see to it, or set ENGINE_DATA_DIR to another folder"
+            ) from None
         except BaseException:
             self.stop()
             raise
+
+    def _start(self) -> None:
+        # Both at once: neither waits for the other.
+        ready = []
+        if self._settings.mongo_uri is None:
+            ready.append(self._start_mongod())
+        if self._settings.aws_endpoint_url is None and self._settings.aws_bucket_name is None:
+            ready.append(self._start_weed())
+        for wait in ready:
+            wait()
 
     def stop(self) -> None:
         """Stop the servers; safe to repeat."""

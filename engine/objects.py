@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
@@ -347,6 +348,12 @@ class Objects:
                 if _status(error) == 404:
                     raise NotFound(f"there is no bucket {self.bucket}: make it, or set AWS_BUCKET_NAME") from None
                 raise
+
+    def time(self) -> datetime:
+        """What time it is by the clock of S3, to the second."""
+        with s3_translated("asking S3 for the time"):
+            answer = self._client.head_bucket(Bucket=self.bucket)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 
     def ensure_bucket(self) -> None:
         """Make the bucket where it is missing; for the embedded server only."""

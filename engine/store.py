@@ -169,6 +169,7 @@ class Store:
         self.totals: Collection[Document] = self.control["totals"]
         self.uploads: Collection[Document] = self.control["uploads"]
         self.claims: Collection[Document] = self.control["claims"]
+        self.requests: Collection[Document] = self.control["requests"]
 
     def prepare(self) -> None:
         """Make the collections and indexes where they are missing; safe to repeat by anyone at any time.

@@ -85,7 +85,6 @@ def raw(live):
             line.sendall(data)
             if not read:
                 return None
-            line.shutdown(socket.SHUT_WR)
             pieces = []
             while piece := line.recv(65536):
                 pieces.append(piece)

@@ -182,8 +182,11 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path):
         # Whoever runs the tests in the background ignores INT, and so would a child of theirs.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    [note] = until(lambda: list(tmp_path.glob("headrace/uploads/*")), what="the note of the upload")
-    upload = json.loads(note.read_bytes())["uploadId"]
+    def noted():
+        for note in tmp_path.glob("headrace/loads/*"):
+            return json.loads(note.read_bytes() or b"{}").get("uploadId")
+
+    upload = until(noted, what="the note of the upload")
     until(lambda: live.http.get(f"/uploads/{upload}").json().get("stored"), what="the first part")
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].decode()
@@ -194,7 +197,7 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path):
     [status] = json.loads(run("load", path, "--collection", "resumed", "--wait", "--json").out)
     assert status["progress"]["inserted"] == 60_000
     assert live.http.get(f"/uploads/{upload}").status_code == 404  # the same upload, completed
-    assert not list(tmp_path.glob("headrace/uploads/*"))
+    assert not list(tmp_path.glob("headrace/loads/*"))
     assert live.objects.head(status["fileKey"]).size == path.stat().st_size
 
 

@@ -33,7 +33,7 @@ FLOORS = (
     ("api.problems", "api.answers", "api.models", "api.client"),
     ("api.operations", "api.limits", "api.told", "api.transfer", "api.show"),
     ("api.auth", "api.openapi", "api.metrics", "api.queue", "api.health", "api.uploads", "api.submit", "api.watch"),
-    ("api.jobs", "api.files", "api.direct"),
+    ("api.jobs", "api.files", "api.direct", "api.door"),
     ("api.app",),
     ("api.server", "api.up", "api.doctor", "api.loader"),
     ("api.cli",),

@@ -1,0 +1,131 @@
+"""What is decided of a request before its body is taken in: waitress spools a whole body before the application is called.
+
+So that nobody who may not upload fills the spool, and no upload is sent in full only to be told that there are too many. Whatever
+is refused here, or by waitress itself, is answered as the application's problems are.
+"""
+
+import threading
+import weakref
+from typing import Any, ClassVar, Final
+
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
+from waitress.utilities import Error
+
+from api.auth import Guard, Head
+from api.operations import BODY_MOST_BYTES, Scope
+from api.problems import Problem, problem_body, problem_headers, request_id_of
+from engine.logs import get_logger
+from engine.settings import Settings
+
+__all__ = ["open_door"]
+
+UPLOAD: Final = "/upload"
+
+log = get_logger()
+
+
+class _Refusal(Error):  # type: ignore[misc]  # waitress has no types
+    """An answer of waitress's own, with a problem as its body."""
+
+    def __init__(self, problem: Problem, request_id: str) -> None:
+        super().__init__(problem.detail)
+        self.code = problem.status
+        self._problem = problem
+        self._id = request_id
+
+    def to_response(self, ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
+        """Status line, headers and body; the connection is closed afterwards, since a body may be on its way."""
+        title, body = problem_body(self._problem, self._id)
+        headers = [*problem_headers(self._problem, self._id).items(), ("Connection", "close")]
+        return f"{self.code} {title}", headers, body
+
+
+class _Parser(HTTPRequestParser):  # type: ignore[misc]
+    """Looks at the head of a request as soon as it is there."""
+
+    settings: ClassVar[Settings]
+    guard: ClassVar[Guard]
+    uploads: ClassVar[threading.BoundedSemaphore]
+    small: ClassVar[Adjustments]
+    """As the server's, but for the size of a body."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        if (self.command, self.path) != ("POST", UPLOAD):
+            # Waitress holds the server's bound against each body: all but uploads have a smaller one.
+            self.adj = self.small
+            return
+        try:
+            self._look()
+        except Problem as problem:
+            self._refuse(problem)
+
+    def _look(self) -> None:
+        """Raises Problem where this file is not to be taken in."""
+        get = self.headers.get
+        head = Head(get("AUTHORIZATION"), get("ORIGIN"), get("SEC_FETCH_SITE"), get("HOST", ""))
+        self.guard.check(head, Scope.SUBMIT)
+        if self.content_length >= self.adj.max_request_body_size:
+            raise _too_large(self.settings)
+        if not self.uploads.acquire(blocking=False):
+            most = self.settings.api_max_uploads
+            raise Problem(503, "busy", f"{most} uploads are under way already: come again in a little while")
+        # Given back when waitress has done with the request, and when it drops it because its client has gone.
+        self._give_back = weakref.finalize(self, self.uploads.release)
+
+    def received(self, data: bytes) -> int:
+        """Bytes of the request; what waitress refuses is told as a problem."""
+        taken = int(super().received(data))
+        if self.error is not None and not isinstance(self.error, _Refusal):
+            self._refuse(_problem_of(self.error, self.settings, uploading=self.adj is not self.small))
+        return taken
+
+    def _refuse(self, problem: Problem) -> None:
+        request_id = request_id_of(self.headers.get("X_REQUEST_ID"))
+        self.error = _Refusal(problem, request_id)
+        self.completed = True
+        self.expect_continue = False  # or the client would be asked for the body after all
+        path = getattr(self, "path", "")
+        log.info("refused", action="request", request=request_id, path=path, status=problem.status)
+
+    def close(self) -> None:
+        """The request is over."""
+        super().close()
+        if give_back := getattr(self, "_give_back", None):
+            give_back()
+
+
+def _too_large(settings: Settings) -> Problem:
+    most = settings.api_max_upload_bytes
+    detail = f"the file is larger than API_MAX_UPLOAD_BYTES={most} allows: send it with POST /uploads, as `headrace load` does"
+    return Problem(413, "too_large", detail)
+
+
+def _problem_of(error: Any, settings: Settings, *, uploading: bool) -> Problem:
+    status = int(error.code)
+    if status == 413 and uploading:
+        return _too_large(settings)
+    if status == 413:
+        return Problem(413, "too_large", f"the body of this call has at most {BODY_MOST_BYTES} bytes")
+    if status == 431:
+        return Problem(431, "headers_too_large", "the headers of the request are too large: send fewer or shorter ones")
+    return Problem(status, "malformed_request", f"the request cannot be read ({error.body}): see that it is HTTP/1.1")
+
+
+def open_door(server: Any, settings: Settings, guard: Guard) -> None:
+    """Let every request to a server of waitress's through this door."""
+
+    class Parser(_Parser):
+        pass
+
+    class Channel(HTTPChannel):  # type: ignore[misc]
+        parser_class = Parser
+
+    servers = [each for each in getattr(server, "map", {}).values() if hasattr(each, "channel_class")] or [server]
+    small = Adjustments(max_request_body_size=BODY_MOST_BYTES + 1)
+    Parser.settings, Parser.guard, Parser.small = settings, guard, small
+    Parser.uploads = threading.BoundedSemaphore(settings.api_max_uploads)
+    for each in servers:
+        each.channel_class = Channel
