@@ -72,7 +72,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         if not self.uploads.acquire(blocking=False):
             most = self.settings.api_max_uploads
             raise Problem(503, "busy", f"{most} uploads are under way already: come again in a little while")
-        # Given back when waitress has done with the request, and when it drops it because its client has gone.
+        # Given back when the request is over; at the latest when nobody knows of it any more.
         self._give_back = weakref.finalize(self, self.uploads.release)
 
     def received(self, data: bytes) -> int:
@@ -95,6 +95,15 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         super().close()
         if give_back := getattr(self, "_give_back", None):
             give_back()
+
+
+class _Channel(HTTPChannel):  # type: ignore[misc]
+    """A connection that lets go of what it spooled as soon as its client has gone, in the midst of a body, too."""
+
+    def handle_close(self) -> None:
+        super().handle_close()
+        if (request := self.request) is not None:
+            request.close()
 
 
 def _too_large(settings: Settings) -> Problem:
@@ -120,7 +129,7 @@ def open_door(server: Any, settings: Settings, guard: Guard) -> None:
     class Parser(_Parser):
         pass
 
-    class Channel(HTTPChannel):  # type: ignore[misc]
+    class Channel(_Channel):
         parser_class = Parser
 
     servers = [each for each in getattr(server, "map", {}).values() if hasattr(each, "channel_class")] or [server]

@@ -22,6 +22,9 @@ __all__ = ["Uploads", "key_for", "reduced"]
 NAME_MOST: Final = 200
 """Characters of a file's name that its key keeps."""
 
+EXTENSION_MOST: Final = 20
+"""Characters behind the last dot of a name, beyond which they are no extension."""
+
 REST_BYTES: Final = 256 * 1024
 
 
@@ -33,9 +36,8 @@ def reduced(name: str) -> str:
     name = name.replace("\\", "/").rsplit("/", 1)[-1]
     stem, dot, extension = name.rpartition(".")
     stem, extension = (_plain(stem), _plain(extension)) if dot else (_plain(name), "")
-    if not extension:
-        return stem[:NAME_MOST] or "file"
-    extension = extension[:NAME_MOST]
+    if not extension or len(extension) > EXTENSION_MOST:
+        return _plain(name)[:NAME_MOST] or "file"
     return f"{stem[-max(NAME_MOST - len(extension) - 1, 1) :].lstrip('._-') or 'file'}.{extension}"
 
 

@@ -43,6 +43,7 @@ def live(servers, tmp_path_factory):
                 api=api,
                 engine=engine,
                 folder=folder,
+                log=api.log.read_text,
                 oid=ObjectId,
             )
         assert api.stop() == 0

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import socket
 import subprocess
 import sys
 import uuid
@@ -11,9 +12,10 @@ import uuid
 import httpx
 import pytest
 
-from api.auth import draw
+from api.auth import draw, tokens_of
 from api.operations import Scope
 from engine.local import free_port
+from engine.settings import Settings
 from tests.running import ROOT, Running, until
 
 SCOPED = {
@@ -220,3 +222,40 @@ def test_secrets_planted_in_the_settings_are_found_nowhere(settings, tmp_path):
         assert "Traceback" not in done.stderr
     assert all(text.strip() for text in told)
     assert not any(planted in text for text in told)
+
+
+def test_nobody_who_may_not_upload_fills_the_spool(guarded):
+    """The head alone is answered: the body of a gigabyte is never asked for."""
+    port = guarded["nobody"].base_url.port
+    for who, status in (("nobody", b" 401 "), ("reader", b" 403 ")):
+        token = guarded[who].headers.get("Authorization", "").encode()
+        head = b"POST /upload HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000\r\n"
+        head += b"Authorization: " + token + b"\r\n" if token else b""
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+            line.sendall(head + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n")
+            answer = line.recv(65536)
+        assert status in answer.split(b"\r\n", 1)[0]
+        assert b"application/problem+json" in answer
+
+
+def test_a_comment_in_a_file_of_tokens_may_be_indented(tmp_path):
+    token, entry = draw("x", [Scope.READ])
+    (tmp_path / "tokens").write_text(f"  # mine\n\n  {entry}  \n\t# more\n")
+    [found] = tokens_of(Settings(api_tokens_file=tmp_path / "tokens"))
+    assert found.digest == hashlib.sha256(token.encode()).hexdigest()
+
+
+def test_all_that_is_wrong_with_the_api_is_told_at_once(settings, tmp_path):
+    done = _api(settings, tmp_path, api_tokens="nonsense", api_spool_dir="/nowhere", pythonpath=ROOT)
+    assert done.returncode == 1
+    assert "API_SPOOL_DIR=/nowhere" in done.stderr
+    assert "API_TOKENS: entry 1" in done.stderr
+
+
+@pytest.mark.parametrize(("host", "word"), [("192.0.2.7", "API_HOST=192.0.2.7"), ("no.such.host.invalid", "API_HOST")])
+def test_an_address_that_is_none_of_this_machine_is_named(settings, tmp_path, host, word):
+    _, entry = draw("x", [Scope.READ])
+    done = _api(settings, tmp_path, api_host=host, api_tokens=entry, port=free_port(), pythonpath=ROOT)
+    assert done.returncode == 1
+    assert word in done.stderr
+    assert "taken" not in done.stderr

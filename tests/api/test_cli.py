@@ -182,9 +182,11 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path):
         # Whoever runs the tests in the background ignores INT, and so would a child of theirs.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
     def noted():
         for note in tmp_path.glob("headrace/loads/*"):
             return json.loads(note.read_bytes() or b"{}").get("uploadId")
+        return None
 
     upload = until(noted, what="the note of the upload")
     until(lambda: live.http.get(f"/uploads/{upload}").json().get("stored"), what="the first part")

@@ -1,6 +1,8 @@
 """Jobs as a queue: lists, details, batches, repeats that make nothing twice, schedules, deadlines, pauses, dry runs."""
 
 import io
+import os
+import signal
 import threading
 import time
 import uuid
@@ -8,8 +10,11 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
+from bson import ObjectId
 
-from tests.running import until
+from engine.local import free_port
+from tests.api.conftest import answers
+from tests.running import Running, title, until
 
 
 def put(live, data=b'{"n":1}\n', key=None):
@@ -235,3 +240,144 @@ def test_the_metrics_are_those_of_the_whole_fleet(live, finish):
     assert 'headrace_http_request_seconds_count{method="POST",route="/process/{file_key:path}",status="202"}' in (
         live.http.get("/metrics").text
     )
+
+
+def test_a_batch_by_prefix_is_safe_to_repeat_whatever_came_or_went_since(live):
+    prefix, name = f"again-{uuid.uuid4().hex}/", {"Idempotency-Key": uuid.uuid4().hex}
+    keys = [put(live, key=f"{prefix}{n}.ndjson") for n in range(3)]
+    body = {"prefix": prefix, "collection": "again"}
+    first = live.http.post("/process", json=body, headers=name).json()
+    put(live, key=f"{prefix}more.ndjson")
+    again = live.http.post("/process", json=body, headers=name).json()
+    assert (again["batchId"], again["jobs"]) == (first["batchId"], 3)
+    until(
+        lambda: live.http.get(f"/batches/{first['batchId']}").json()["status"] == "COMPLETED",
+        what="the end of the batch",
+    )
+    for key in [*keys, f"{prefix}more.ndjson"]:
+        live.objects.delete(key)
+    assert live.http.post("/process", json=body, headers=name).json()["batchId"] == first["batchId"]
+    assert live.store.jobs.count_documents({"source.key": {"$regex": f"^{prefix}"}}) == 3
+
+
+def test_a_batch_whose_caller_died_over_it_is_made_whole_by_its_repeat(live):
+    name = {"Idempotency-Key": uuid.uuid4().hex}
+    body = {"fileKeys": [put(live) for _ in range(4)], "collection": "whole", "runAt": "2099-01-01T00:00:00Z"}
+    batch = live.http.post("/process", json=body, headers=name).json()["batchId"]
+    live.store.jobs.delete_many({"source.key": {"$in": body["fileKeys"][:2]}})
+    assert live.http.post("/process", json=body, headers=name).json()["batchId"] == batch
+    told = live.http.get(f"/batches/{batch}").json()
+    assert (told["jobs"], told["states"]["PENDING"]) == (4, 4)
+    for job in live.http.get("/jobs", params={"batch": batch}).json()["jobs"]:
+        live.http.post(f"/jobs/{job['jobId']}/cancel")
+
+
+def test_a_batch_whose_history_is_pruned_is_over(live):
+    from engine.ledger import Ledger
+    from engine.queue import Queue
+
+    keys = [put(live) for _ in range(2)]
+    batch = live.http.post("/process", json={"fileKeys": keys, "collection": "pruned"}).json()["batchId"]
+    place = f"/batches/{batch}"
+    until(lambda: live.http.get(place).json()["status"] == "COMPLETED", what="the end of the batch")
+    old = [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}]
+    queue = Queue(live.store, Ledger(live.store, 30))
+    live.store.jobs.update_one({"source.key": keys[0]}, old)
+    queue.prune(30)
+    told = live.http.get(place).json()
+    assert (told["status"], told["states"]["COMPLETED"]) == ("COMPLETED", 1)
+    live.store.jobs.update_one({"source.key": keys[1]}, old)
+    queue.prune(30)
+    assert live.http.get(place).status_code == 404
+
+
+def test_no_more_jobs_are_let_in_than_may_be_open_batch_by_batch(live, settings, tmp_path):
+    port = free_port()
+    api = Running("api", live.settings, tmp_path / "api.log", port=port, api_max_open_jobs=5)
+    keys = [put(live) for _ in range(4)]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            until(lambda: answers(http), what="the API's first answer")
+            body = {"fileKeys": keys, "runAt": "2099-01-01T00:00:00Z"}
+            found = [http.post("/process", json=body) for _ in range(3)]
+            found += [http.post(f"/process/{keys[0]}", json={"runAt": "2099-01-01T00:00:00Z"}) for _ in range(3)]
+            made = [answer.status_code for answer in found].count(202)
+            assert {answer.status_code for answer in found} == {202, 503}
+            assert all(answer.headers["Retry-After"] for answer in found if answer.status_code == 503)
+            mine = live.store.jobs.count_documents({"source.key": {"$in": keys}, "open": True})
+            assert made >= 1
+            assert mine <= 5
+    finally:
+        for job in live.store.jobs.find({"source.key": {"$in": keys}}, {"_id": 1}):
+            live.http.post(f"/jobs/{job['_id']}/cancel")
+        api.end()
+
+
+def test_a_job_in_its_only_range_runs_no_longer_than_it_may(live, finish):
+    key = put(live, b'{"n":1}\n' * 100_000)  # one range of less than a MiB for an engine of ranges of one
+    slow = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": 700}
+    fault = {"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": slow}
+    live.store.client.admin.command(fault)
+    try:
+        began = time.monotonic()
+        told = finish(process(live, key, collection="slowly", timeoutSeconds=1).json()["jobId"])
+    finally:
+        live.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+    assert (told["status"], told["error"]["code"]) == ("FAILED", "timeout")
+    assert time.monotonic() - began < 15
+
+
+def test_a_job_that_is_retried_still_waits_for_its_time(live):
+    job_id = process(live, put(live), runAt="2099-01-01T00:00:00Z").json()["jobId"]
+    live.http.post(f"/jobs/{job_id}/cancel")
+    live.http.post(f"/jobs/{job_id}/retry")
+    time.sleep(1)
+    assert live.http.get(f"/status/{job_id}").json()["status"] == "PENDING"
+    live.http.post(f"/jobs/{job_id}/cancel")
+
+
+def test_a_page_that_is_just_full_is_the_last_one(live):
+    batch = live.http.post("/process", json={"fileKeys": [put(live) for _ in range(3)], "collection": "full"}).json()
+    page = live.http.get("/jobs", params={"batch": batch["batchId"], "limit": 3}).json()
+    assert (len(page["jobs"]), page["next"]) == (3, None)
+    page = live.http.get("/jobs", params={"batch": batch["batchId"], "limit": 2}).json()
+    assert (len(page["jobs"]), page["next"] is None) == (2, False)
+
+
+def test_what_a_job_went_through_is_told_when_it_is_over(live, finish):
+    """A worker that is killed in mid-job shows in the job's deaths, workers and timeline."""
+    key = put(live, b'{"n":1}\n' * 1_500_000)
+    job_id = process(live, key, collection="deaths").json()["jobId"]
+    victim = until(
+        lambda: next((pid for pid in live.engine.workers() if job_id in title(pid)), None), what="a worker at the job"
+    )
+    os.kill(victim, signal.SIGKILL)
+    assert finish(job_id)["status"] == "COMPLETED"
+    told = live.http.get(f"/jobs/{job_id}").json()
+    assert told["deaths"] >= 1
+    assert len(told["workers"]) >= 2
+    assert any("freed" in event["what"] for event in told["timeline"])
+
+
+def test_polling_a_job_reads_no_ranges_and_shows_its_first_rejects_cut_short(live, finish):
+    line = b'{"bad":"' + b"x" * 3000 + b"\n"
+    job_id = process(live, put(live, b'{"n":1}\n' + line * 9), collection="polled").json()["jobId"]
+    told = finish(job_id)
+    assert [reject["line"] for reject in told["errors"]] == [2, 3, 4, 5, 6]
+    assert {(len(reject["raw"]), reject["rawLength"]) for reject in told["errors"]} == {(1000, len(line) - 1)}
+    live.store.ranges.delete_many({"job": ObjectId(job_id)})
+    live.store.rejects.delete_many({"_id.job": ObjectId(job_id)})
+    assert live.http.get(f"/status/{job_id}").json() == told
+
+
+def test_dry_runs_are_not_counted_as_records(live, finish):
+    def records():
+        text = live.http.get("/metrics").text
+        return next(float(row.split()[-1]) for row in text.splitlines() if row.startswith("headrace_records_total"))
+
+    time.sleep(5)  # what went before has been told
+    before = records()
+    finish(process(live, put(live, b'{"n":1}\n' * 700), collection="undone", validate=True).json()["jobId"])
+    finish(process(live, put(live, b'{"n":1}\n' * 7), collection="undone").json()["jobId"])
+    until(lambda: records() >= before + 7, what="the sum over all workers")
+    assert records() < before + 700

@@ -1,13 +1,20 @@
 """Uploads: stored whole under a key of the server's making, or not at all."""
 
+import contextlib
+import json
 import random
 import re
+import socket
+import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from api.uploads import reduced
+from engine.direct import DirectUploads
 from engine.errors import NotFound
+from tests.running import until
 
 MIB = 1024 * 1024
 BOUNDARY = b"x9f2c"
@@ -83,6 +90,9 @@ HOSTILE = [
     "<script>alert(1)</script>",
     "名前.json",
     "\u202egnp.exe",
+    "." * 300,
+    "данные.txt",
+    "x." + "y" * 300,
     "con:aux|nul?*",
 ]
 
@@ -103,8 +113,12 @@ def test_a_hostile_name_ends_in_a_plain_key(live, raw, name):
         assert re.fullmatch(r"[0-9A-Z]{26}-[A-Za-z0-9._-]+", key)
 
 
-def test_the_extension_of_a_long_name_is_kept():
-    assert reduced("a" * 500 + ".ndjson").endswith(".ndjson")
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [("a" * 500 + ".ndjson", "aaa.ndjson"), ("名前.ndjson", "file.ndjson"), ("данные.txt", "file.txt")],
+)
+def test_the_extension_of_a_name_is_kept_since_it_tells_the_format(name, ends):
+    assert reduced(name).endswith(ends)
 
 
 def test_a_client_that_disconnects_leaves_nothing(live, raw):
@@ -121,6 +135,8 @@ def test_a_client_that_disconnects_leaves_nothing(live, raw):
 
 def test_a_form_that_was_cut_short_in_transit_is_refused_and_leaves_nothing(live, raw):
     draw = random.Random(6)
+    # Clients of before may still be on their way out.
+    until(lambda: live.http.post("/upload", files={"file": ("a", b"x")}).status_code == 201, what="room for uploads")
     for size in (100, 12 * MIB):
         whole = form(draw.randbytes(size))
         before = stored(live)
@@ -163,6 +179,8 @@ def test_a_body_over_the_limit_is_refused_and_leaves_nothing(live):
     before = stored(live)
     answer = live.http.post("/upload", files={"file": ("large", b"x" * (41 * MIB))})
     assert answer.status_code == 413
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert "API_MAX_UPLOAD_BYTES" in answer.json()["detail"]
     assert stored(live) == before
 
 
@@ -176,3 +194,88 @@ def test_the_api_stays_flat_while_a_large_file_goes_through(live):
     assert resident() < 250
     with pytest.raises(NotFound):
         live.objects.head("never")
+
+
+def test_a_client_that_leaves_before_the_answer_leaves_nothing_that_nobody_knows_of(live):
+    draw = random.Random(8)
+    before = stored(live)
+    whole = request(form(draw.randbytes(35 * MIB)))
+    left = 0
+    for turn in range(20):
+        said = len(answered(live))
+        with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
+            line.sendall(whole)
+            time.sleep(0.05 + turn % 4 * 0.03)  # it is on its way to S3 now
+        # Whoever has gone before the application begins is not even asked about.
+        with contextlib.suppress(pytest.fail.Exception):
+            until(lambda said=said: len(answered(live)) > said, 3)
+        left = answered(live).count(499)
+        if left >= 3:
+            break
+    keys, unfinished = stored(live)
+    assert left >= 3
+    assert unfinished == before[1]
+    assert len(keys - before[0]) <= answered(live).count(201)
+
+
+def answered(live):
+    """The statuses of the uploads so far."""
+    told = [json.loads(line) for line in live.log().splitlines()]
+    return [line["status"] for line in told if line.get("path") == "/upload"]
+
+
+def test_a_body_that_no_call_takes_is_refused_when_its_head_is_there(live):
+    head = b"POST /process/x HTTP/1.1\r\nHost: h\r\nX-Request-ID: early-1\r\nContent-Length: 1000000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+        line.sendall(head)
+        answer = line.recv(65536)
+    assert b" 413 " in answer.split(b"\r\n", 1)[0]
+    assert b"application/problem+json" in answer
+    assert b"X-Request-Id: early-1" in answer or b"X-Request-ID: early-1" in answer
+
+
+def test_a_client_that_asks_first_is_not_asked_for_a_body_that_is_refused(live):
+    head = (
+        b"POST /upload HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        b"Content-Length: 99999999999\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+        line.sendall(head)
+        assert b" 413 " in line.recv(65536).split(b"\r\n", 1)[0]
+
+
+def test_one_upload_too_many_is_refused_before_it_is_sent(live):
+    head = b"POST /upload HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=10)) for _ in range(5)]
+        for line in lines:
+            line.sendall(head)
+            time.sleep(0.05)
+        answer = lines[-1].recv(65536)
+    assert b" 503 " in answer.split(b"\r\n", 1)[0]
+    assert b"Retry-After" in answer
+    until(lambda: live.http.post("/upload", files={"file": ("a", b"x")}).status_code == 201, what="room for the next")
+
+
+def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_not_keep_the_others(live, monkeypatch):
+    uploads = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB)
+    left = []
+    for number in range(3):
+        made = live.s3.create_multipart_upload(Bucket=live.bucket, Key=f"left-{number}")["UploadId"]
+        with contextlib.suppress(KeyError), uploads.recorded(f"left-{number}", made):
+            raise KeyError  # the process dies here
+        left.append(made)
+    day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
+    live.store.uploads.update_many({"_id": {"$in": [f"through {made}" for made in left]}}, day)
+    real = live.s3.abort_multipart_upload
+
+    def abort(**given):
+        if given["Key"] == "left-1":
+            raise ClientError({"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "abort")
+        return real(**given)
+
+    monkeypatch.setattr(live.s3, "abort_multipart_upload", abort)
+    assert uploads.sweep() == 2
+    monkeypatch.undo()
+    assert uploads.sweep() == 1
+    assert not {found["UploadId"] for found in stored(live)[1]} & set(left)

@@ -1,6 +1,8 @@
 """Waiting costs little: ETags, long polls, streams of events, and a bound that keeps uploads possible."""
 
 import io
+import resource
+import socket
 import threading
 import time
 import uuid
@@ -8,6 +10,8 @@ import uuid
 import httpx
 import orjson
 import pytest
+
+from tests.running import until
 
 
 @pytest.fixture
@@ -61,6 +65,37 @@ def test_events_tell_the_progress_to_its_end(live):
     assert {name for name, _ in events[:-1]} <= {"progress"}
     lines = [body["progress"]["lines"] for _, body in events]
     assert lines == sorted(lines)
+
+
+def test_a_long_poll_is_asked_for_in_any_case_of_letters_and_a_star_knows_whatever_there_is(live, waiting):
+    assert live.http.get(f"/status/{waiting}", headers={"If-None-Match": "*"}).status_code == 304
+    answer = live.http.get(f"/status/{waiting}", headers={"Prefer": "WAIT=1", "If-None-Match": "*"})
+    assert (answer.status_code, answer.headers["Preference-Applied"]) == (304, "wait=1")
+
+
+def test_a_thousand_watchers_do_not_stop_an_upload(live, waiting):
+    request = f"GET /jobs/{waiting}/events HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # of this test, which is all of the watchers
+    lines = []
+    try:
+        for _ in range(1000):
+            line = socket.create_connection(("127.0.0.1", live.port), timeout=60)
+            line.sendall(request)
+            lines.append(line)
+        stored = live.http.post("/upload", files={"file": ("a.ndjson", b'{"n":1}\n' * 100_000)})
+        assert stored.status_code == 201
+        assert live.http.get("/healthz").status_code == 200
+        answers = [line.recv(4096).split(b" ", 2)[1] for line in lines]
+    finally:
+        for line in lines:
+            line.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(answers) == {b"200", b"429"}
+    assert answers.count(b"200") <= live.settings.api_max_watchers
+    until(
+        lambda: live.http.get(f"/status/{waiting}", headers={"Prefer": "wait=1"}).status_code == 200, what="room again"
+    )
 
 
 def test_a_crowd_of_watchers_is_bounded_and_an_upload_goes_through(live, waiting):
