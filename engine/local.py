@@ -45,10 +45,14 @@ STOP_SECONDS: Final = 8.0
 MONGOD_PORT: Final = 27317
 S3_PORT: Final = 8833
 
+"""Where the embedded servers listen if nothing else does; another free port elsewhere."""
+
 LOW_PORT: Final = 20_000
 NEIGHBOUR: Final = 10_000
 """SeaweedFS listens on each of its ports, and this much further up: drawn ports lie below all of these."""
-"""Where the embedded servers listen if nothing else does; another free port elsewhere."""
+
+PORT_TRIES: Final = 3
+"""Ports that a server is started on, where others take them in the moment before it listens."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
@@ -105,6 +109,10 @@ def free_port(wanted: int = 0) -> int:
         return port
 
 
+class _PortTaken(StartError):
+    """The server ended since its port was taken before it could listen."""
+
+
 class _Server:
     """One child process, its log, and its end."""
 
@@ -126,11 +134,12 @@ class _Server:
                 raise StartError(f"{name} cannot be started from {command[0]}: {error.strerror}") from None
 
     def wait_until(self, answers: Callable[[], bool]) -> None:
-        """Raises StartError when the server ends, or does not answer in time."""
+        """Raises StartError when the server ends, or does not answer in time; _PortTaken where another port would help."""
         deadline = time.monotonic() + START_SECONDS
         while not answers():
             if self.process.poll() is not None:
-                raise StartError(self._why())
+                taken = "address already in use" in self.log.read_text(errors="replace").lower()
+                raise (_PortTaken if taken else StartError)(self._why())
             if time.monotonic() > deadline:
                 raise StartError(
                     f"{self.name} did not come up within {START_SECONDS:g} seconds; its last words: {self._last_words()} "
@@ -192,7 +201,7 @@ class LocalServers:
         self._settings = settings
         self._folder = (folder or settings.engine_data_dir).absolute()
         self._mongod_options = mongod_options
-        self._servers: list[_Server] = []
+        self._servers: dict[str, _Server] = {}
         self._lock: IO[str] | None = None
         self.overrides: dict[str, Any] = {}
 
@@ -233,19 +242,19 @@ class LocalServers:
             raise
 
     def _start(self) -> None:
-        # Both at once: neither waits for the other.
-        ready = []
+        starts = []
         if self._settings.mongo_uri is None:
-            ready.append(self._start_mongod())
+            starts.append(self._start_mongod)
         if self._settings.aws_endpoint_url is None and self._settings.aws_bucket_name is None:
-            ready.append(self._start_weed())
-        for wait in ready:
-            wait()
+            starts.append(self._start_weed)
+        # Both at once: neither waits for the other.
+        for start, wait in [(start, start()) for start in starts]:
+            _come_up(start, wait)
 
     def stop(self) -> None:
         """Stop the servers; safe to repeat."""
         while self._servers:
-            self._servers.pop().stop()
+            self._servers.popitem()[1].stop()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -253,11 +262,11 @@ class LocalServers:
     @property
     def pids(self) -> dict[str, int]:
         """The servers' process ids by name."""
-        return {server.name: server.process.pid for server in self._servers}
+        return {name: server.process.pid for name, server in self._servers.items()}
 
     def died(self) -> str | None:
         """The name of a server that has ended by itself, if one has."""
-        return next((server.name for server in self._servers if server.process.poll() is not None), None)
+        return next((name for name, server in self._servers.items() if server.process.poll() is not None), None)
 
     def _start_mongod(self) -> Callable[[], None]:
         binary = mongod_path()
@@ -269,7 +278,7 @@ class LocalServers:
         command = [binary, "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
         command += ["--replSet", REPLICA_SET, "--wiredTigerCacheSizeGB", cache, "--nounixsocket", "--quiet"]
         server = _Server("mongod", [*command, *self._mongod_options], self._folder / "mongod.log")
-        self._servers.append(server)
+        self._servers["mongod"] = server
         self.overrides["mongo_uri"] = (
             f"mongodb://127.0.0.1:{port}/{DEFAULT_DATABASE}?replicaSet={REPLICA_SET}&directConnection=false"
         )
@@ -305,7 +314,7 @@ class LocalServers:
         # The filer's own port would serve every object to anyone; the other two are of no use here.
         command += ["-disableHttp", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         server = _Server("weed", command, self._folder / "weed.log", {"GOGC": "50"})
-        self._servers.append(server)
+        self._servers["weed"] = server
         self.overrides |= {
             "aws_endpoint_url": f"http://127.0.0.1:{port}",
             "aws_access_key_id": ACCESS_KEY,
@@ -335,6 +344,16 @@ class LocalServers:
         if not file.exists():
             _write_private(file, secrets.token_urlsafe(24))
         return file.read_text().strip()
+
+
+def _come_up(start: Callable[[], Callable[[], None]], wait: Callable[[], None]) -> None:
+    """Wait for a server; one whose port was free when it was chosen, and is not when it listens, is started on another."""
+    for _ in range(PORT_TRIES - 1):
+        try:
+            return wait()
+        except _PortTaken:
+            wait = start()
+    return wait()
 
 
 def _is_primary(client: "MongoClient[dict[str, Any]]", port: int) -> bool:

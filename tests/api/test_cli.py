@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,32 @@ def run(live, tmp_path):
         return done
 
     return go
+
+
+@pytest.fixture
+def start(live, tmp_path):
+    """Start a command and let it run; whatever is left of it is killed in the end."""
+    started = []
+
+    def go(*arguments, stdin=None):
+        own = {"API_URL": f"http://127.0.0.1:{live.port}", "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api.cli", *map(str, arguments)],
+            env=os.environ | own,
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            # Whoever runs the tests in the background ignores INT, and so would a child of theirs.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        started.append(process)
+        return process
+
+    yield go
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
@@ -137,6 +164,7 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
     wrong = run("doctor", code=1, **right | {"AWS_BUCKET_NAME": "nowhere", "ENGINE_WORKERS": "500"})
     assert "there is no bucket nowhere" in wrong.out
     assert "ENGINE_WORKERS=500" in wrong.out
+    assert found["clock"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +173,11 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
         (["status", "nothing"], "there is no job"),
         (["status", "6b04fa6b779ece9e9d7d9cbc"], "there is no job"),
         (["load", "no-such-file"], "cannot be read"),
+        (["load", "/dev/null", "--format", "csv"], "format"),
+        (["load", "/dev/null", "--max-errors", "5x"], "maxErrors"),
+        (["load", "/dev/null", "--collection", "system.users"], "collection"),
+        (["load", "/dev/null", "--collection", "a..b"], "collection"),
+        (["load", "/dev/null", "--priority", "9999999"], "priority"),
         (["load", "."], "is a folder"),
         (["load", "s3://"], "reads bucket"),
         (["jobs", "--status", "done"], "status"),
@@ -168,20 +201,11 @@ def test_a_token_that_is_drawn_is_accepted(run):
     assert told["entry"] == f"ci:read+submit:{hashlib.sha256(told['token'].encode()).hexdigest()}"
 
 
-def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path):
+def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, start):
     path = tmp_path / "large.ndjson"
     line = b'{"text":"%s"}\n' % (b"x" * 1000)
     path.write_bytes(line * 60_000)
-    environment = {"API_URL": f"http://127.0.0.1:{live.port}", "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "api.cli", "load", str(path), "--collection", "resumed", "--wait"]
-    process = subprocess.Popen(
-        command,
-        env=os.environ | environment,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        # Whoever runs the tests in the background ignores INT, and so would a child of theirs.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start("load", path, "--collection", "resumed", "--wait")
 
     def noted():
         for note in tmp_path.glob("headrace/loads/*"):
@@ -201,6 +225,93 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path):
     assert live.http.get(f"/uploads/{upload}").status_code == 404  # the same upload, completed
     assert not list(tmp_path.glob("headrace/loads/*"))
     assert live.objects.head(status["fileKey"]).size == path.stat().st_size
+
+
+def test_one_file_that_fails_does_not_keep_the_others_and_both_are_told(run, file, live, tmp_path):
+    (tmp_path / "zipped.ndjson").write_bytes(b"\x1f\x8b\x08\x00")
+    told = json.loads(run("load", file, "zipped.ndjson", "--wait", "--json", "--collection", "mixed", code=3).out)
+    assert [load["status"] for load in told] == ["COMPLETED", "FAILED"]
+    missing = "s3://" + live.bucket + "/never/was.ndjson"
+    done = run("load", file, missing, "--collection", "mixed", code=1)
+    [job_id] = done.out.split()
+    assert len(job_id) == 24
+    assert done.err.count("never/was.ndjson") >= 1
+
+
+def test_a_wrong_option_is_told_before_anything_is_uploaded(run, file, live):
+    before = live.store.uploads.count_documents({})
+    for wrong in (["--format", "csv"], ["--max-errors", "5x"], ["--collection", "system.x"]):
+        run("load", file, *wrong, code=1)
+    assert live.store.uploads.count_documents({}) == before
+
+
+def test_what_comes_through_a_pipe_that_can_be_read_once_is_loaded(run, live, tmp_path):
+    pipe = tmp_path / "pipe.ndjson"
+    os.mkfifo(pipe)
+    writer = subprocess.Popen(["sh", "-c", f"printf '{{\"n\":1}}\\n{{\"n\":2}}\\n' > '{pipe}'"])
+    [status] = json.loads(run("load", pipe, "--wait", "--json", "--collection", "piped").out)
+    assert writer.wait(10) == 0
+    assert status["progress"]["inserted"] == 2
+    assert live.data["piped"].count_documents({}) == 2
+
+
+def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, tmp_path, start):
+    path = tmp_path / "watched.ndjson"
+    path.write_bytes(b'{"n":1}\n' * 3000)
+    run("pause")
+    try:
+        process = start("load", path, "--collection", "watched", "--wait")
+        until(lambda: live.store.jobs.find_one({"options.collection": "watched"}), what="the job")
+        until(lambda: any(b'"key"' in n.read_bytes() for n in tmp_path.glob("headrace/loads/*")), what="the note")
+        time.sleep(0.5)  # the answer that tells the job's id is here
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1].decode()
+        assert process.returncode == 130
+    finally:
+        run("resume")
+    job_id = re.search(r"headrace status ([0-9a-f]{24}) --wait", said)[1]
+    [status] = json.loads(run("load", path, "--collection", "watched", "--wait", "--json").out)
+    assert status["jobId"] == job_id
+    assert (status["status"], live.data["watched"].count_documents({})) == ("COMPLETED", 3000)
+    # It is through, and was told so: the next one is a load of its own.
+    [again] = json.loads(run("load", path, "--collection", "watched", "--wait", "--json").out)
+    assert again["jobId"] != job_id
+
+
+def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
+    def unfinished():
+        return live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
+
+    before = unfinished()
+    process = start("load", "-", "--collection", "broken", stdin=subprocess.PIPE)
+    process.stdin.write(b'{"n":1}\n' * 3_000_000)
+    process.stdin.flush()
+    until(lambda: len(unfinished()) > len(before), what="the upload")
+    process.send_signal(signal.SIGINT)
+    assert "nothing of it is kept" in process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert unfinished() == before
+    assert live.store.jobs.count_documents({"options.collection": "broken"}) == 0
+
+
+def test_rejects_of_a_job_that_is_not_there_leave_the_file_as_it_was(run, tmp_path):
+    out = tmp_path / "kept.ndjson"
+    out.write_text("mine\n")
+    run("rejects", "6b04fa6b779ece9e9d7d9cbc", "--out", out, code=1)
+    assert out.read_text() == "mine\n"
+
+
+def test_rejects_go_to_standard_output_where_a_dash_is_named(run, file):
+    job_id = run("load", file, "--collection", "cli").out.strip()
+    run("status", job_id, "--wait")
+    assert run("rejects", job_id, "--out", "-").stdout == b"bad\n"
+
+
+def test_config_masks_what_is_secret_in_an_address(run):
+    rows = {
+        r["name"]: r["value"] for r in json.loads(run("config", "--json", AWS_ENDPOINT_URL="http://u:pw77@h:1").out)
+    }
+    assert "pw77" not in rows["AWS_ENDPOINT_URL"]
 
 
 def test_workers_show_in_the_process_list_what_they_do(live):

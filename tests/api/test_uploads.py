@@ -14,6 +14,7 @@ from botocore.exceptions import ClientError
 from api.uploads import reduced
 from engine.direct import DirectUploads
 from engine.errors import NotFound
+from tests.api.hostile import hostile
 from tests.running import until
 
 MIB = 1024 * 1024
@@ -111,6 +112,28 @@ def test_a_hostile_name_ends_in_a_plain_key(live, raw, name):
     if status == 201:
         key = re.search(rb'"fileKey":"([^"]+)"', answer)[1].decode()
         assert re.fullmatch(r"[0-9A-Z]{26}-[A-Za-z0-9._-]+", key)
+
+
+@pytest.mark.timeout(200)
+def test_five_hundred_hostile_strings_in_a_form_end_in_no_error_of_ours(live, raw):
+    wrong = []
+    for text in hostile(9):
+        value = text.encode("utf-8", "surrogatepass")
+        for sent in (
+            form(b"x", filename=b'filename="' + value + b'"'),
+            form(b"x", name=value),
+            form(b"x", filename=b"filename*=" + value),
+            value,
+        ):
+            answer = raw(request(sent))
+            status = int(answer.split(b" ", 2)[1])
+            if status not in (201, 400) or (status == 400 and b"application/problem+json" not in answer):
+                wrong.append((text, status))
+        kind = re.sub(rb"[\x00-\x1f\x7f]", b"", value)
+        status = int(raw(request(form(b"x"), kind=b"multipart/form-data; boundary=" + kind)).split(b" ", 2)[1])
+        if status >= 500:
+            wrong.append((text, status))
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

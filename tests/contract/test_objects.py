@@ -91,7 +91,7 @@ def test_an_upload_that_fails_before_its_end_leaves_no_object_and_no_parts(s3, s
         objects.upload(io.BytesIO(b"x" * size), "unfinished", before_complete=fail)
     with pytest.raises(NotFound):
         objects.head("unfinished")
-    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+    assert client.list_multipart_uploads(Bucket=bucket, Prefix="unfinished").get("Uploads", []) == []
 
 
 def test_a_stream_that_breaks_off_leaves_nothing_and_room_for_the_next(s3):
@@ -108,7 +108,7 @@ def test_a_stream_that_breaks_off_leaves_nothing_and_room_for_the_next(s3):
             objects.upload(Broken(b"x" * 20 * MIB), "broken")
     with pytest.raises(NotFound):
         objects.head("broken")
-    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+    assert client.list_multipart_uploads(Bucket=bucket, Prefix="broken").get("Uploads", []) == []
     assert objects.upload(io.BytesIO(b"x" * 20 * MIB), "whole").size == 20 * MIB
 
 

@@ -7,12 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from engine.local import free_port
+from engine.local import free_port, mongod_path
 from tests.running import ROOT, alive, until
 
 
@@ -22,6 +23,11 @@ class Up:
     def __init__(self, folder, *arguments, **changes):
         self.folder = folder / "run"  # not that of the tests themselves
         self.folder.mkdir(exist_ok=True)
+        data = folder / "data"
+        for name in ("mongod.port", "s3.port"):  # other suites start servers beside this one
+            if not (data / name).exists() and "ENGINE_DATA_DIR" not in changes:
+                data.mkdir(exist_ok=True)
+                (data / name).write_text(f"{free_port()}\n")
         self.port = int(changes.get("PORT", free_port()))
         environment = {
             "PORT": str(self.port),
@@ -131,6 +137,97 @@ def test_a_job_that_fails_ends_with_exit_code_1_and_says_why(up, tmp_path):
     assert "is compressed (gzip)" in run.said
 
 
+@pytest.mark.parametrize(
+    ("victim", "said"), [("weed", "weed ended by itself"), ("headrace: supervisor", "`headrace engine` ended early")]
+)
+def test_a_part_that_dies_under_the_job_ends_it_in_a_sentence(up, victim, said):
+    run = up("--once", "--records", "100000")
+    run.wait_for("Uploading")
+    [pid] = [pid for pid in run.left() if Path(command_line(pid).split("\0")[0]).name == victim]
+    os.kill(pid, signal.SIGKILL)
+    assert run.finish() == 1
+    assert said in sentence(run)
+    assert run.left() == []
+
+
+def command_line(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def test_a_second_ctrl_c_hurries_the_stop_and_harms_nothing(up, tmp_path):
+    run = up("--records", "1000")
+    run.wait_for("Serving.")
+    for _ in range(3):
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert run.finish() == 0
+    assert "Traceback" not in run.said
+    assert run.left() == []
+    again = up("--once", "--records", "1000")
+    assert again.finish() == 0
+    assert "holds 2,000 documents" in again.said
+    assert "recovering from an unclean" not in (tmp_path / "data" / "mongod.log").read_text().lower()
+
+
+def test_ctrl_c_before_it_serves_ends_it_quietly(up):
+    run = up("--once", "--records", "1000")
+    run.wait_for("Starting")
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 1
+    assert "Traceback" not in run.said
+    assert run.left() == []
+
+
+def test_a_name_with_quotes_brackets_and_spaces_is_a_name_like_any_other(up, tmp_path):
+    path = tmp_path / 'it\'s [bold] "mine" $HOME.ndjson'
+    path.write_bytes(b'{"n":1}\n')
+    run = up("--once", "--file", str(path))
+    assert run.finish() == 0
+    assert f"Uploading {path}" in run.said
+    assert "COMPLETED: 1 lines, 1 inserted" in run.said
+
+
+def test_an_endpoint_without_a_bucket_is_told(up):
+    run = up("--once", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert run.finish() == 1
+    assert "AWS_BUCKET_NAME" in sentence(run)
+
+
+def test_no_secret_is_shown_when_what_it_belongs_to_is_not_there(up):
+    run = up(
+        "--once",
+        MONGO_URI="mongodb://me:hunter%40two@127.0.0.1:1/x?serverSelectionTimeoutMS=500",
+        AWS_BUCKET_NAME="b",
+        AWS_ENDPOINT_URL="http://127.0.0.1:1",
+        AWS_ACCESS_KEY_ID="a",
+        AWS_SECRET_ACCESS_KEY="s3cr3t-key",
+    )
+    assert run.finish(90) == 1
+    assert "MongoDB" in sentence(run)
+    for secret in ("hunter", "s3cr3t-key"):
+        assert secret not in run.said
+        for log in (run.folder.parent / "data").rglob("*.log"):
+            assert secret not in log.read_text()
+
+
+def test_make_hands_on_the_name_of_a_file_as_it_is(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name, script in (("python", "exit 0"), ("headrace", 'printf "<%s>" "$@"')):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    name = 'it\'s [x] "mine".ndjson'
+    made = subprocess.run(["make", "run", f"FILE={name}", "ONCE=1"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.stdout == f"<up><--records><200000><--file><{name}><--once>"
+    made = subprocess.run(["make", "run", "RECORDS=7", "ONCE=0"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.stdout == "<up><--records><7>"
+
+
 def test_a_port_that_is_taken_is_named(up):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         run = up("--once", PORT=str(taken.getsockname()[1]))
@@ -176,6 +273,19 @@ def test_a_mongod_that_does_not_come_up_is_told_in_a_sentence(up, tmp_path, scri
     for word in words:
         assert word in sentence(run)
     assert run.left() == []
+
+
+def test_a_server_whose_port_is_taken_in_the_last_moment_is_started_on_another(up, tmp_path):
+    fake = tmp_path / "bin" / "mongod"
+    fake.parent.mkdir()
+    fake.write_text(
+        f'#!/bin/sh\n[ -e {tmp_path}/second ] && exec {mongod_path()} "$@"\n'
+        f"touch {tmp_path}/second; echo Failed to set up listener: Address already in use; exit 48\n"
+    )
+    fake.chmod(0o755)
+    run = up("--once", "--records", "1000", PATH=f"{fake.parent}:{os.environ['PATH']}")
+    assert run.finish() == 0, run.said
+    assert (tmp_path / "second").exists()
 
 
 def test_wrong_settings_are_all_told(up):

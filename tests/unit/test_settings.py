@@ -50,6 +50,8 @@ def test_all_that_is_wrong_is_told_at_once(monkeypatch):
         ({"AWS_ENDPOINT_URL": "localhost:9000"}, "AWS_ENDPOINT_URL"),
         ({"AWS_ACCESS_KEY_ID": "a"}, "AWS_SECRET_ACCESS_KEY"),
         ({"ENGINE_LEASE_SECONDS": "80"}, "ENGINE_WATCHDOG_SECONDS"),
+        ({"API_MAX_WATCHERS": "100"}, "API_THREADS"),
+        ({"ENGINE_CONTROL_DB": "headrace"}, "ENGINE_CONTROL_DB"),
     ],
 )
 def test_settings_that_contradict_each_other_stop_the_start(monkeypatch, changes, word):
@@ -57,6 +59,65 @@ def test_settings_that_contradict_each_other_stop_the_start(monkeypatch, changes
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=word):
         load()
+
+
+def test_what_is_wrong_alone_does_not_hide_what_is_wrong_together(monkeypatch):
+    for name, value in {"PORT": "x", "AWS_ACCESS_KEY_ID": "a", "ENGINE_LEASE_SECONDS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as told:
+        load()
+    assert sorted(line.split(":")[0].split("=")[0].split()[0] for line in str(told.value).splitlines()) == [
+        "AWS_ACCESS_KEY_ID",
+        "ENGINE_WATCHDOG_SECONDS",
+        "PORT",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ENGINE_LEASE_SECONDS", "inf"),
+        ("ENGINE_POLL_SECONDS", "nan"),
+        ("ENGINE_RANGE_BYTES", "9" * 30),
+        ("ENGINE_RANGE_BYTES", "-1"),
+        ("ENGINE_CONTROL_DB", "a.b"),
+        ("ENGINE_CONTROL_DB", "x" * 64),
+        ("AWS_REGION", "eu central"),
+        ("AWS_BUCKET_NAME", "a/b"),
+        ("AWS_ENDPOINT_URL", "http://h:0"),
+        ("AWS_ENDPOINT_URL", "http://h:99999"),
+        ("AWS_ENDPOINT_URL", "ftp://h"),
+        ("MONGO_URI", "mongodb://h/my.db"),
+        ("MONGO_URI", "mongodb://h:port/x"),
+        ("MONGO_URI", "mongodb://"),
+        ("API_PART_BYTES", "1MiB"),
+        ("ENGINE_LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_value_that_can_never_work_is_refused_by_its_name(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as told:
+        load()
+    assert [line for line in str(told.value).splitlines() if name in line]
+
+
+@pytest.mark.parametrize(
+    ("uri", "database"),
+    [
+        ("mongodb+srv://me:pass%2Cword%23@cluster.example/shop", "shop"),
+        ("mongodb://me:a%2Fb%40c@one.example,two.example:27018/shop?replicaSet=rs0", "shop"),
+        ("mongodb://[::1]:27017/shop", "shop"),
+        ("mongodb://%2Ftmp%2Fmongodb-27017.sock/shop", "shop"),
+    ],
+)
+def test_every_way_of_writing_a_uri_is_read_as_the_driver_reads_it(monkeypatch, uri, database):
+    monkeypatch.setenv("MONGO_URI", uri)
+    assert load()[0].data_db() == database
+
+
+def test_a_password_is_a_secret_in_each_way_of_writing_it(monkeypatch):
+    monkeypatch.setenv("MONGO_URI", "mongodb://me:p%40ss%2C+w%23rd@h/d")
+    assert {"p@ss, w#rd", "p%40ss%2C+w%23rd", "p%40ss%2C%20w%23rd"} <= set(load()[0].secrets())
 
 
 def test_a_name_that_is_no_setting_is_warned_about_with_the_nearest_one(monkeypatch, tmp_path):

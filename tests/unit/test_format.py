@@ -1,0 +1,79 @@
+"""What kind of text an object is, from its name and its first bytes; what is none is refused in a sentence."""
+
+import bz2
+import gzip
+import lzma
+import zipfile
+from io import BytesIO
+
+import pytest
+
+from engine.errors import Refused
+from engine.model import Format
+from engine.planner import decide
+
+TEXT = "".join(f'{{"n": {n}, "name": "Grüße {n}"}}\n' for n in range(50))
+
+
+@pytest.mark.parametrize(
+    ("key", "head", "format"),
+    [
+        ("a.ndjson", b"anything", Format.NDJSON),
+        ("a.JSONL", b"[1]\n", Format.NDJSON),
+        ("a.json", b"\xef\xbb\xbf {}", Format.NDJSON),
+        ("a.txt", b'{"a": 1}\n', Format.TEXT),
+        ("a.log", b"[2026-11-24] it began\n", Format.TEXT),
+        ("a", b'\n \n{"a": 1}\n', Format.NDJSON),
+        ("a", b"plain words\n", Format.TEXT),
+        ("a.csv", b"a,b\n1,2\n", Format.TEXT),
+        ("a", b"", Format.TEXT),
+        ("a", b"BZh is how these words begin\n", Format.TEXT),
+        ("a", b"BZh9 and these\n", Format.TEXT),
+        ("a", b"PK is no archive\n", Format.TEXT),
+        ("a", "Ελληνικά, русский, 日本語\n".encode() * 9, Format.TEXT),
+        ("a", b"some\x00NUL\x00bytes\x00between\x00words of eight bits\n" * 9, Format.TEXT),
+    ],
+)
+def test_the_extension_decides_and_then_the_first_bytes(key, head, format):
+    assert decide(Format.AUTO, key, head) is format
+
+
+@pytest.mark.parametrize("asked", [Format.NDJSON, Format.TEXT])
+def test_what_is_asked_for_wins(asked):
+    assert decide(asked, "a.csv", b"[1, 2]") is asked
+
+
+def zipped():
+    made = BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("a.ndjson", TEXT)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (gzip.compress(TEXT.encode()), "gzip"),
+        (bz2.compress(TEXT.encode()), "bzip2"),
+        (bz2.compress(b""), "bzip2"),
+        (lzma.compress(TEXT.encode()), "xz"),
+        (zipped(), "zip"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "Zstandard"),
+        (b"\x04\x22\x4d\x18\x64\x40", "LZ4"),
+    ],
+)
+@pytest.mark.parametrize("asked", list(Format))
+def test_a_compressed_object_is_refused_whatever_is_asked_for(asked, head, kind):
+    with pytest.raises(Refused, match=kind):
+        decide(asked, "a.ndjson", head)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_wide_characters_are_refused_with_a_mark_and_without(encoding):
+    with pytest.raises(Refused, match="iconv"):
+        decide(Format.AUTO, "a.ndjson", TEXT.encode(encoding))
+
+
+def test_one_json_array_is_refused_with_the_way_out():
+    with pytest.raises(Refused, match="a document to each line"):
+        decide(Format.AUTO, "a.json", b'[\n{"a": 1},\n')
