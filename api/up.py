@@ -131,7 +131,7 @@ def _run(
     stack: ExitStack,
     signals: _Signals,
 ) -> int:
-    folder = settings.engine_data_dir.absolute()
+    folder = settings.engine_data_dir
     servers = LocalServers(settings)
     console.print("Starting the servers …")
     servers.start()
