@@ -11,9 +11,11 @@ from typing import Any, ClassVar, Final
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
+from waitress.task import WSGITask
 from waitress.utilities import Error
 
 from api.auth import Guard, Head
+from api.limits import LEAVE
 from api.operations import BODY_MOST_BYTES, Scope
 from api.problems import Problem, problem_body, problem_headers, request_id_of
 from engine.logs import get_logger
@@ -72,7 +74,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         if not self.uploads.acquire(blocking=False):
             most = self.settings.api_max_uploads
             raise Problem(503, "busy", f"{most} uploads are under way already: come again in a little while")
-        # Given back when the request is over; at the latest when nobody knows of it any more.
+        # Given back when the application is done or the request is over; at the latest when nobody knows of it any more.
         self._give_back = weakref.finalize(self, self.uploads.release)
 
     def received(self, data: bytes) -> int:
@@ -97,8 +99,19 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             give_back()
 
 
+class _Task(WSGITask):  # type: ignore[misc]
+    """A request on its way to the application."""
+
+    def get_environment(self) -> dict[str, Any]:
+        environment: dict[str, Any] = super().get_environment()
+        environment[LEAVE] = getattr(self.request, "_give_back", None)
+        return environment
+
+
 class _Channel(HTTPChannel):  # type: ignore[misc]
     """A connection that lets go of what it spooled as soon as its client has gone, in the midst of a body, too."""
+
+    task_class = _Task
 
     def handle_close(self) -> None:
         super().handle_close()

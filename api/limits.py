@@ -2,13 +2,17 @@
 
 import threading
 import time
+from typing import Final
 
 from api.problems import Problem
 from engine.queue import Queue
 
-__all__ = ["Depth", "Slots"]
+__all__ = ["LEAVE", "Depth", "Slots"]
 
-COUNT_SECONDS = 1.0
+COUNT_SECONDS: Final = 1.0
+
+LEAVE: Final = "headrace.leave"
+"""Where a request's environment holds what to call when an upload is done with, so that the next may be sent from then on."""
 
 
 class Slots:

@@ -11,6 +11,7 @@ from falcon.media.multipart import BodyPart, MultipartForm, MultipartParseError
 from ulid import ULID
 
 from api.answers import UploadAnswer
+from api.limits import LEAVE
 from api.models import FileForm
 from api.operations import Answer, Scope, operation
 from api.problems import Problem
@@ -88,6 +89,9 @@ class Uploads:
         except (UnicodeDecodeError, ValueError) as error:
             detail = f"the form cannot be read ({type(error).__name__}): send multipart/form-data, complete to its end"
             raise Problem(400, "malformed_form", detail) from None
+        finally:
+            if leave := req.env.get(LEAVE):
+                leave()
         resp.status = 201
         told: UploadAnswer = {
             "message": "File uploaded successfully",

@@ -6,8 +6,10 @@ import random
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from botocore.exceptions import ClientError
 
@@ -278,6 +280,19 @@ def test_one_upload_too_many_is_refused_before_it_is_sent(live):
     assert b" 503 " in answer.split(b"\r\n", 1)[0]
     assert b"Retry-After" in answer
     until(lambda: live.http.post("/upload", files={"file": ("a", b"x")}).status_code == 201, what="room for the next")
+
+
+def test_who_has_been_answered_may_send_the_next_at_once(live):
+    """As many at a time as are allowed, one after the other: none of them is told to come again."""
+    data = b"x" * (6 * MIB)
+
+    def send(turns):
+        with httpx.Client(base_url=live.http.base_url, timeout=60) as http:
+            return [http.post("/upload", files={"file": ("a", data)}).status_code for _ in range(turns)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [code for codes in pool.map(send, [10] * 4) for code in codes]
+    assert found == [201] * 40
 
 
 def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_not_keep_the_others(live, monkeypatch):
