@@ -23,6 +23,7 @@ from api.uploads import Uploads
 from api.watch import Events, Watch
 from engine.direct import DirectUploads
 from engine.history import History
+from engine.job_batches import JobBatches
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -43,7 +44,7 @@ def create_app(
     stopping: threading.Event,
 ) -> "falcon.App[Any, Any]":
     """The WSGI application over these; `stopping` is set when the process is to stop."""
-    history = History(store)
+    history, batches = History(store), JobBatches(store)
     registry = CollectorRegistry()
     durations = Durations(store)
     app = falcon.App(
@@ -68,9 +69,9 @@ def create_app(
         ("/uploads/{upload_id}/abort", Abort(uploads), upload),
         ("/files", Files(objects), {}),
         ("/files/{file_key:path}", File(objects, history), key),
-        ("/process", ProcessMany(queue, objects, depth), {}),
+        ("/process", ProcessMany(batches, objects, depth), {}),
         ("/process/{file_key:path}", Process(queue, objects, depth), key),
-        ("/batches/{batch_id}", Batches(queue), {"batchId": "Of the batch"}),
+        ("/batches/{batch_id}", Batches(batches), {"batchId": "Of the batch"}),
         ("/status/{job_id}", Status(watch), job),
         ("/jobs", Jobs(history), {}),
         ("/jobs/{job_id}", Detail(queue, history, watch), job),

@@ -32,9 +32,9 @@ from api.show import (
     watch,
     workers_table,
 )
+from engine.admission import check_collection_name
 from engine.errors import HeadraceError, SettingsError, StartError
 from engine.logs import configure, get_logger, mask
-from engine.queue import check_collection_name
 from engine.settings import Settings
 from engine.settings import load as load_settings
 

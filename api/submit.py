@@ -15,6 +15,7 @@ from api.operations import Answer, Scope, body_of, operation
 from api.problems import Problem
 from api.told import batch_status
 from engine.errors import NotFound
+from engine.job_batches import JobBatches
 from engine.jobs import Ticket
 from engine.model import Source
 from engine.objects import Objects
@@ -102,8 +103,8 @@ class Process:
 class ProcessMany:
     """POST /process."""
 
-    def __init__(self, queue: Queue, objects: Objects, depth: Depth) -> None:
-        self._queue = queue
+    def __init__(self, batches: JobBatches, objects: Objects, depth: Depth) -> None:
+        self._batches = batches
         self._objects = objects
         self._depth = depth
 
@@ -120,14 +121,14 @@ class ProcessMany:
         """202 with the batch's id; no job is made where one of the objects does not exist."""
         request = body_of(req, BatchRequest)
         ticket = _ticket(req, request, "many")
-        known = self._queue.redeem_batch(ticket) if ticket is not None else None
+        known = self._batches.redeem(ticket) if ticket is not None else None
         if known is not None and not known[1]:
             batch = known[0]
         else:
             keys = known[1] if known is not None else self._asked(request)
             sources = self._sources(keys)
             self._depth.let_in(len(sources))
-            batch = self._queue.submit_batch(sources, request.options(), ticket)
+            batch = self._batches.submit(sources, request.options(), ticket)
         resp.status = 202
         resp.location = f"/batches/{batch.id}"
         told: BatchAnswer = {"message": "Batch created successfully", "batchId": batch.id, "jobs": batch.count}
@@ -161,8 +162,8 @@ class ProcessMany:
 class Batches:
     """GET /batches/{batchId}."""
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
+    def __init__(self, batches: JobBatches) -> None:
+        self._batches = batches
 
     @operation(
         summary="A batch of jobs, summed",
@@ -173,4 +174,4 @@ class Batches:
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, batch_id: str) -> None:
         """200 with the sums over its jobs."""
-        resp.media = batch_status(self._queue.batch(batch_id))
+        resp.media = batch_status(self._batches.get(batch_id))

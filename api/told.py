@@ -5,8 +5,8 @@ from typing import cast
 
 from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody
 from engine.history import RangeReport
+from engine.job_batches import JobBatch
 from engine.model import TERMINAL, Job, JobState
-from engine.queue import Batch
 
 __all__ = ["batch_status", "job_detail", "job_status", "moment"]
 
@@ -70,7 +70,7 @@ def job_detail(job: Job, ranges: RangeReport) -> JobDetail:
     }
 
 
-def batch_status(batch: Batch) -> BatchStatus:
+def batch_status(batch: JobBatch) -> BatchStatus:
     """A batch: PROCESSING until every job has ended, then FAILED where one did, CANCELLED where one was, or COMPLETED."""
     states, tally = batch.states, batch.tally
     known = sum(states.values())

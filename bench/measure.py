@@ -24,6 +24,7 @@ import orjson
 
 from bench import ceiling, shapes
 from bench.rig import ROOT, Rig, Taken, cpu_of
+from engine.job_batches import JobBatches
 from engine.model import JobOptions
 from engine.stats import STAGES, totals
 
@@ -214,7 +215,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
     sources = [rig.upload(path) for _ in range(files)]
     rates, shares = [], []
     for _ in range(rounds):
-        batch = rig.queue.submit_batch(sources, JobOptions(collection=f"s{uuid.uuid4().hex[:8]}"))
+        batch = JobBatches(rig.store).submit(sources, JobOptions(collection=f"s{uuid.uuid4().hex[:8]}"))
         before = totals(rig.store)
         began = time.time()
         engine = rig.engine()

@@ -7,14 +7,15 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 from bson import Binary, ObjectId
 from pymongo import ReturnDocument, UpdateOne, WriteConcern
 from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
-from engine.errors import Conflict, KeyReused, NotFound, Refused
+from engine.admission import check_collection, check_ticket
+from engine.errors import Conflict, NotFound
 from engine.jobs import (
     Ticket,
     failure_document,
@@ -49,15 +50,11 @@ from engine.store import (
     Document,
     Store,
     job_key,
-    object_key,
     translated,
     write_all,
 )
 
-__all__ = ["Batch", "Queue", "Stamps", "check_collection_name", "over_budget"]
-
-NAMESPACE_MOST: Final = 255
-"""Bytes that MongoDB takes as the name of a database and a collection with a dot between."""
+__all__ = ["Queue", "Stamps", "over_budget"]
 
 PAGE_JOBS: Final = 16
 """Open jobs that a worker looks at together."""
@@ -87,22 +84,6 @@ class Stamps:
     stale: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Jobs that were submitted together: how many are in each state, the bytes of their files, their tallies summed.
-
-    `pruned`: of some of them the history is no longer kept, and so they are in none of these sums.
-    """
-
-    id: str
-    created_at: datetime
-    count: int
-    pruned: bool
-    states: dict[JobState, int]
-    size: int
-    tally: Tally
-
-
 class Queue:
     """The jobs.
 
@@ -125,13 +106,19 @@ class Queue:
             Refused: the collection cannot take documents.
             KeyReused: the ticket's key came before with another request.
         """
-        self._check_collection(options.collection)
+        check_collection(self._store.data, options.collection)
         with translated("submitting a job"):
             try:
                 # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
                 created = self._jobs.find_one_and_update(
                     {"_id": ObjectId()},
-                    [{"$set": self._new(source, options, {"ticket": ticket_document(ticket)} if ticket else {})}],
+                    [
+                        {
+                            "$set": new_job(
+                                source, options, self._database, {"ticket": ticket_document(ticket)} if ticket else {}
+                            )
+                        }
+                    ],
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
@@ -141,7 +128,7 @@ class Queue:
                     raise
                 return found
         assert created is not None  # an upsert returns what it made
-        self.wake()
+        self._store.wake()
         return job_of(created)
 
     def redeem(self, ticket: Ticket) -> Job | None:
@@ -150,83 +137,8 @@ class Queue:
             found = self._jobs.find_one({"ticket.key": ticket.key})
         if found is None:
             return None
-        if found["ticket"]["digest"] != ticket.digest:
-            raise _reused()
+        check_ticket(found, ticket)
         return job_of(found)
-
-    def redeem_batch(self, ticket: Ticket) -> tuple[Batch, list[str]] | None:
-        """The batch that was submitted with this ticket, if one was, and the keys of it that have no job: those over whose
-        submission its caller died. Raises KeyReused."""
-        with translated("looking for an idempotency key"):
-            found = self._store.batches.find_one({"ticket.key": ticket.key})
-        if found is None:
-            return None
-        if found["ticket"]["digest"] != ticket.digest:
-            raise _reused()
-        batch = self.batch(str(found["_id"]))
-        if found.get("pruned"):
-            return batch, []
-        with translated("looking for the jobs of a batch"):
-            there = {job["source"]["key"] for job in self._jobs.find({"batch": found["_id"]}, {"source.key": 1})}
-        return batch, [key for key in found["keys"] if key not in there]
-
-    def submit_batch(self, sources: Sequence[Source], options: JobOptions, ticket: Ticket | None = None) -> Batch:
-        """Put a job for each source on the queue, together. Safe to repeat with the same ticket.
-
-        Raises:
-            Refused: the collection cannot take documents.
-            KeyReused: the ticket's key came before with another request.
-        """
-        self._check_collection(options.collection)
-        keys = {"$literal": [source.key for source in sources]}
-        fields: Document = {"createdAt": "$$NOW", "count": len(sources), "keys": keys}
-        if ticket is not None:
-            fields["ticket"] = {"$literal": ticket_document(ticket)}
-        with translated("submitting a batch of jobs"):
-            try:
-                key = ObjectId()
-                self._store.batches.update_one({"_id": key}, [{"$set": fields}], upsert=True)
-            except DuplicateKeyError:
-                found = self._store.batches.find_one({"ticket.key": ticket.key}) if ticket is not None else None
-                if ticket is None or found is None:
-                    raise
-                if found["ticket"]["digest"] != ticket.digest:
-                    raise _reused() from None
-                key = found["_id"]
-            there = {job["source"]["key"] for job in self._jobs.find({"batch": key}, {"source.key": 1})}
-            writes = [
-                UpdateOne({"_id": ObjectId()}, [{"$set": self._new(source, options, {"batch": key})}], upsert=True)
-                for source in sources
-                if source.key not in there
-            ]
-            if writes:
-                # Those that are there by now are of the same request, sent twice at a time.
-                write_all(self._jobs, writes)
-        self.wake()
-        return self.batch(str(key))
-
-    def batch(self, batch_id: str) -> Batch:
-        """A batch, its jobs summed; those whose history has been pruned are only counted. Raises NotFound."""
-        key = object_key(batch_id, "batch")
-        total: Document = {name: {"$sum": f"$progress.tally.{name}"} for name in Tally().document()}
-        stages: list[Document] = [
-            {"$match": {"batch": key}},
-            {"$group": {"_id": "$state", "count": {"$sum": 1}, "size": {"$sum": "$source.size"}, **total}},
-        ]
-        with translated("summing a batch"):
-            found = self._store.batches.find_one({"_id": key})
-            groups = list(self._jobs.aggregate(stages)) if found else []
-        if found is None:
-            raise NotFound(f"there is no batch {batch_id}")
-        return Batch(
-            str(key),
-            found["createdAt"],
-            found["count"],
-            found.get("pruned", False),
-            {JobState(group["_id"]): group["count"] for group in groups},
-            sum(group["size"] for group in groups),
-            sum((Tally.from_document(group) for group in groups), Tally()),
-        )
 
     def depth(self, most: int) -> int:
         """How many jobs are open; counted no further than `most`, which is not 0."""
@@ -242,17 +154,12 @@ class Queue:
         """Undo `pause`."""
         with translated("resuming the queue"):
             self._store.switches.delete_one({"_id": PAUSED})
-        self.wake()
+        self._store.wake()
 
     def paused(self) -> bool:
         """Whether the queue is paused."""
         with translated("looking whether the queue is paused"):
             return self._store.switches.find_one({"_id": PAUSED}) is not None
-
-    def wake(self) -> None:
-        """Make idle workers look at the queue now."""
-        with translated("waking the workers"):
-            self._store.wakeups.insert_one({})
 
     def get(self, job_id: str) -> Job:
         """The job. Raises NotFound."""
@@ -534,7 +441,7 @@ class Queue:
             changes["deadline"] = from_now(job.options.timeout_seconds)
         changes |= happened("retried")
         self._move(job_id, job.state, changes | dict.fromkeys(gone, "$$REMOVE"), {"round": job.round, "pruned": None})
-        self.wake()
+        self._store.wake()
         return self.get(job_id)
 
     def prune(self, days: float) -> int:
@@ -630,48 +537,6 @@ class Queue:
         """Write an event into a job's timeline."""
         with translated("writing down what happened to a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
-
-    def _new(self, source: Source, options: JobOptions, more: Document) -> Document:
-        return new_job(source, options, self._database, more)
-
-    def _check_collection(self, name: str) -> None:
-        check_collection_name(name)
-        refusal = None
-        if len(f"{self._store.data.name}.{name}".encode()) > NAMESPACE_MOST:
-            refusal = "its name is longer than MongoDB takes"
-        else:
-            with translated("looking at the collection"):
-                found: Any = next(iter(self._store.data.list_collections(filter={"name": name})), None)
-            if found is not None and found["type"] != "collection":
-                refusal = f"it is a {found['type']}"
-            elif found is not None and found.get("options", {}).get("capped"):
-                refusal = "it is capped"
-        if refusal:
-            raise _unfit(name, refusal)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
-        return False
-    return True
-
-
-def check_collection_name(name: str) -> None:
-    """Raises Refused where no collection of documents can have this name."""
-    if not all(name.split(".")) or name.startswith("system.") or not _is_utf8(name):
-        raise _unfit(name, "its name is not one that a collection of documents can have")
-    if "$" in name or "\0" in name:
-        raise _unfit(name, "its name has a character that MongoDB keeps for itself")
-
-
-def _unfit(name: str, why: str) -> Refused:
-    return Refused(f"collection {name[:120]!r} cannot take documents: {why}; name another one")
-
-
-def _reused() -> KeyReused:
-    return KeyReused("this Idempotency-Key came before with another request: repeat that request, or draw another key")
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

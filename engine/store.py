@@ -276,6 +276,11 @@ class Store:
             hello = self.control.command("hello")
         return "setName" not in hello and hello.get("msg") != "isdbgrid"
 
+    def wake(self) -> None:
+        """Make idle workers look at the queue now."""
+        with translated("waking the workers"):
+            self.wakeups.insert_one({})
+
     def ping(self) -> None:
         """Raises Transient or AccessDenied unless a primary answers."""
         with translated("asking MongoDB"):

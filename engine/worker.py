@@ -250,7 +250,7 @@ class _Worker:
             self._stats.add(leases_expired=len(freed))
             log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=len(freed))
             self._note(freed, "did not renew its lease")
-            self._queue.wake()
+            self._store.wake()
         if stopped := self._queue.stop_overdue():
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._post.name, jobs=stopped)
 
