@@ -8,10 +8,9 @@ CHAOS_CLOCK: seconds that every clock of this process but the monotonic one is o
 """
 
 import datetime as dt
-import mmap
+import fcntl
 import os
 import signal
-import struct
 import sys
 import time
 from pathlib import Path
@@ -40,15 +39,21 @@ HARM = {"": crash, "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "loo
 
 
 def harm_at(step, nth, fired, harm):
-    counter = mmap.mmap(-1, mmap.PAGESIZE)  # shared by all workers, since it is made before they are
+    count = fired.with_suffix(".count")
 
     def hook(reached):
-        if reached == step:
-            (count,) = struct.unpack_from("=q", counter)
-            struct.pack_into("=q", counter, 0, count + 1)
-            if count + 1 == nth:
-                fired.write_text(f"{step} {nth}")
-                harm()
+        if reached != step:
+            return
+        with count.open(
+            "ab"
+        ) as counter:  # locked, and let go of by whoever dies: no two workers are the same time of it
+            fcntl.flock(counter, fcntl.LOCK_EX)
+            counter.write(b"x")
+            counter.flush()
+            now = counter.tell()
+        if now == nth:
+            fired.write_text(f"{step} {nth}")
+            harm()
 
     on_reach(hook)
 

@@ -114,10 +114,15 @@ def steps(settings, folder, short):
                 fired = rig.folder / f"fired-small-{step}-{nth}"
                 path = rig.folder / "small.ndjson"
                 corpus.mixed(path, 8, 100, 0.05)
-                jobs = rig.submit_small(path, 6 * nth)
                 changes = {"CHAOS_STEP": step, "CHAOS_NTH": nth, "CHAOS_FIRED": fired, "engine_batch_records": 30}
                 rig.engine(ready=False, **changes)
-                rig.wait(*jobs, seconds=90)
+                jobs = []
+                for _ in range(nth):
+                    # While the queue stands still they gather, and are worked off together.
+                    rig.queue.pause()
+                    jobs += rig.submit_small(path, 6)
+                    rig.queue.resume()
+                    rig.wait(*jobs, seconds=90)
                 if fired.exists():
                     report.faults["crashes of small jobs"] += 1
                 else:
@@ -182,24 +187,28 @@ def zombies(settings, folder, short):
         for _ in range(1 if short else 3):
             first = rig.engine(engine_range_bytes="256KiB", CHAOS_SLOW=0.02)
             job = rig.submit(path)
-            held = until(lambda first=first: rig.holders(first), what="a lease")
+            held = until(
+                lambda first=first: len(found := rig.holders(first)) == 2 and found, what="a lease of each worker"
+            )
             pids = [first.pid, *first.workers()]
             for pid in pids:
                 kill(pid, signal.SIGSTOP)
             stale = {d["_id"]["index"]: d["token"] for d in rig.store.ranges.find({"state": "LEASED"})}
             report.faults["workers stopped"] += len(held)
-            # Slow enough to be at work still when three leases have passed.
+            # The other engine comes late, so that what the zombies held is at work when they wake; and is slow, so that it is
+            # met there.
+            time.sleep(2.5 * rig.settings.engine_lease_seconds)
             pace = 0.4 if short else 0.1
             second = rig.engine(
                 engine_range_bytes="256KiB", engine_writers=1, engine_batch_records=500, CHAOS_SLOW=pace
             )
-            time.sleep(3 * rig.settings.engine_lease_seconds)
+            time.sleep(0.5 * rig.settings.engine_lease_seconds)
 
             def taken(job=job, stale=stale):
                 query = {"job": ObjectId(job.id), "_id.index": {"$in": list(stale)}, "state": "LEASED"}
                 return [d for d in rig.store.ranges.find(query) if d["token"] != stale[d["_id"]["index"]]]
 
-            others = taken()
+            others = until(taken, 90, "a lease of others on what the zombies hold")
             if rig.ended(job):
                 report.problems.append("the job had ended before the zombies woke")
             for pid in reversed(pids):
