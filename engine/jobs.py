@@ -145,7 +145,7 @@ def job_of(found: Document) -> Job:
     source, options = found["source"], found["options"]
     plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
     tally = Tally.from_document(progress.get("tally", {}))
-    loaded_by = found.get("alreadyLoadedBy")
+    loaded_by, planner = found.get("alreadyLoadedBy"), found.get("planner", {})
     return Job(
         id=str(found["_id"]),
         database=found["database"],
@@ -180,6 +180,7 @@ def job_of(found: Document) -> Job:
         attempts=found["attempts"],
         round=found["round"],
         batch=str(found["batch"]) if "batch" in found else None,
+        planner_deaths=planner.get("deaths", 0) + planner.get("lapses", 0),
         errors=tuple(found.get("errors", ())),
         timeline=tuple(Event(event["at"], event["what"]) for event in found.get("timeline", ())),
     )

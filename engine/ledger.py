@@ -18,7 +18,7 @@ from engine.errors import LeaseLost
 from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
 from engine.store import LEASABLE, LEASES, Document, Store, job_key, ranges_of, translated, write_all
 
-__all__ = ["ATTEMPTS", "DEATHS", "UNSPENT_WAIT", "Ledger", "Summary", "wait_ms"]
+__all__ = ["ATTEMPTS", "DEATHS", "UNSPENT_WAIT", "VANISHED", "Ledger", "Summary", "wait_ms"]
 
 ATTEMPTS: Final = 5
 """Transient failures in a row, without a byte of progress between them, before a range is given up."""
@@ -161,6 +161,13 @@ class Ledger:
         if not names:
             return []
         return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths")
+
+    def forsake(self, holder: str) -> None:
+        """Free what a holder still holds that is alive and works on nothing: the answer to its last command was lost."""
+        with translated("freeing leases"):
+            fresh = {"state": RangeState.READY, "resumed": True}
+            mine = {"state": RangeState.LEASED, "holder": holder}
+            self._ranges.update_many(mine, [{"$set": fresh | _LET_GO}], hint=LEASES)
 
     def expire(self) -> list[Freed]:
         """Free the ranges whose leases ran out."""

@@ -6,12 +6,15 @@ Every line carries action, job, range and worker. Secrets that were told to `con
 import logging
 import re
 import sys
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import structlog
 
-__all__ = ["configure", "get_logger", "mask"]
+from engine.errors import HeadraceError, Unexpected
+
+__all__ = ["configure", "expected", "get_logger", "mask"]
 
 MASK: Final = "***"
 CONTEXT: Final = ("action", "job", "range", "worker")
@@ -104,3 +107,17 @@ def get_logger() -> structlog.stdlib.BoundLogger:
     """A logger; give each line an `action`, and `job`, `range`, `worker` where they are known."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("headrace")
     return logger
+
+
+@contextmanager
+def expected(doing: str) -> Iterator[None]:
+    """Within it, any error that is not the project's own is logged, and comes out as Unexpected."""
+    try:
+        yield
+    except HeadraceError:
+        raise
+    except Exception as error:
+        get_logger().exception("unexpected error", action="crash", doing=doing)
+        raise Unexpected(
+            f"{type(error).__name__} while {doing}: the engine's log tells where; it is tried again a few times"
+        ) from error

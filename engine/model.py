@@ -274,7 +274,7 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class Job:
     """One load of one source into one collection. `id` is 24 hexadecimal digits; `attempts` counts the failures to plan it,
-    and `round` its retries.
+    and `round` its retries. `planner_deaths` counts the workers that died or vanished in a row while they planned it.
 
     `database` is where the collection is: only engines whose `MONGO_URI` names it work on the job. `batch` is that of the
     call that made it together with others. `timeline` holds its latest hundred events, and `errors` its first five rejects as
@@ -297,5 +297,6 @@ class Job:
     attempts: int = 0
     round: int = 0
     batch: str | None = None
+    planner_deaths: int = 0
     timeline: tuple[Event, ...] = ()
     errors: tuple[Mapping[str, Any], ...] = ()

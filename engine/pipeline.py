@@ -8,9 +8,9 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from enum import Enum, auto
 from itertools import count
 from typing import Final, TypeVar
@@ -18,10 +18,10 @@ from typing import Final, TypeVar
 from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
-from engine.errors import HeadraceError, LeaseLost, Transient, Unexpected, WrongClock
+from engine.errors import HeadraceError, LeaseLost, Transient, WrongClock
 from engine.ledger import Ledger
 from engine.lines import Splitter
-from engine.logs import get_logger
+from engine.logs import expected, get_logger
 from engine.model import Format, Job, Lease, Tally
 from engine.objects import Objects
 from engine.queue import Queue
@@ -33,7 +33,7 @@ from engine.steps import Step, reach
 from engine.store import Store
 from engine.watermark import Watermark
 
-__all__ = ["KEEPER", "Ended", "Keeper", "Pipeline", "Run", "expected"]
+__all__ = ["KEEPER", "Ended", "Keeper", "Pipeline", "Run"]
 
 log = get_logger()
 
@@ -70,7 +70,7 @@ class Ended(Enum):
 class Run:
     """The state that the threads at work on one lease share.
 
-    `moved` is called whenever bytes or batches move; `stop` tells that the worker is to stop softly. `head` holds the
+    `move` is to be called whenever bytes or batches move; `stop` tells that the worker is to stop softly. `head` holds the
     first bytes of the object where they have been read already.
     """
 
@@ -86,15 +86,9 @@ class Run:
         self.failed = threading.Event()
         self.cautious = lease.deaths > 0
         self.renewed_at = time.monotonic()
-        self.moved_at = self.renewed_at
-        self._moved = moved
+        self.move = moved
         self._lock = threading.Lock()
         self._mark = Watermark(lease.confirmed, lease.tally)
-
-    def move(self) -> None:
-        """Bytes or batches have moved, or a command that has a deadline of its own is under way."""
-        self.moved_at = time.monotonic()
-        self._moved()
 
     def opened(self, batch: Batch) -> Callable[[Tally], None]:
         """A batch is under way; returns what to call with its tally once it is acknowledged."""
@@ -116,14 +110,25 @@ class Run:
 class Keeper(threading.Thread):
     """Renews the leases of the runs at hand, once a second, and learns whether their jobs are being stopped.
 
-    It renews only while a run moves: one that hangs loses its lease.
+    It renews only while the worker moves: one that hangs loses its leases. A run of several side by side may wait for its turn.
+
+    Args:
+        still: tells for how many seconds nothing has moved: no bytes, no batch, no command but those of this thread.
     """
 
-    def __init__(self, ledger: Ledger, queue: Queue, lease_seconds: float, tell: Callable[[Run | None], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        queue: Queue,
+        lease_seconds: float,
+        still: Callable[[], float],
+        tell: Callable[[Run | None], None],
+    ) -> None:
         super().__init__(name=KEEPER, daemon=True)
         self._ledger = ledger
         self._queue = queue
         self._lease_seconds = lease_seconds
+        self._still = still
         self._tell = tell
         self._runs: tuple[Run, ...] = ()
         self._ticked_at = time.monotonic()
@@ -152,7 +157,7 @@ class Keeper(threading.Thread):
 
     def tick(self, run: Run) -> None:
         """Renew, record progress, look at the job's stamps. Errors that pass are left to the next tick."""
-        if time.monotonic() - run.moved_at >= self._lease_seconds:
+        if self._still() >= self._lease_seconds:
             return
         try:
             self.renew(run)
@@ -168,6 +173,9 @@ class Keeper(threading.Thread):
             run.lost.set()
         except HeadraceError as error:
             log.warning("the lease could not be renewed", action="renew", job=run.job.id, error=str(error))
+        except Exception:
+            # A thread that ends here would leave every lease from now on to itself.
+            log.exception("unexpected error", action="renew", job=run.job.id)
 
     def renew(self, run: Run) -> None:
         """Renew the lease of a run at its mark. Raises LeaseLost."""
@@ -194,6 +202,7 @@ class Pipeline:
         ledger: Ledger,
         rejects: Rejects,
         stats: Stats,
+        still: Callable[[], float],
         tell: Callable[[Run | None], None] = lambda run: None,
     ) -> None:
         self._settings = settings
@@ -202,7 +211,7 @@ class Pipeline:
         self._ledger = ledger
         self._rejects = rejects
         self._stats = stats
-        self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, tell)
+        self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, tell)
         self.keeper.start()
         self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
 
@@ -444,20 +453,6 @@ class Pipeline:
                 run.lost.set()
         if run.lost.is_set():
             raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
-
-
-@contextmanager
-def expected(doing: str) -> Iterator[None]:
-    """Within it, any error that is not the project's own is logged, and comes out as Unexpected."""
-    try:
-        yield
-    except HeadraceError:
-        raise
-    except Exception as error:
-        log.exception("unexpected error", action="crash", doing=doing)
-        raise Unexpected(
-            f"{type(error).__name__} while {doing}: the engine's log tells where; it is tried again a few times"
-        ) from error
 
 
 def _insist(run: Run, speak: Callable[[], T]) -> T:

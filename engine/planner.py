@@ -5,8 +5,9 @@ Anyone may plan a job at any time and as often as they like: the first compare-a
 
 import re
 import secrets
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,9 +16,10 @@ from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import DuplicateKeyError
 
 from engine.decode import BOM
-from engine.errors import HeadraceError, Refused
+from engine.errors import HeadraceError, Refused, Transient
 from engine.ledger import Ledger
-from engine.model import ByteRange, Format, Job, Lease, Plan
+from engine.logs import expected
+from engine.model import ByteRange, Format, Job, JobState, Lease, Plan
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.ranges import count, cut
@@ -38,6 +40,9 @@ READERS: Final = 4
 
 UNREGISTERED: Final = bytes(6)
 """The tag of a source that nobody has loaded; no document carries it."""
+
+LOOK_SHARE: Final = 0.5
+"""Of a lease's time: for so long S3 may take to show the beginnings of objects; jobs of which it has not by then wait."""
 
 RANGES_PER_WORKER: Final = 4
 """So many, that the last ones to finish leave the others idle for a short time only."""
@@ -139,9 +144,18 @@ class Planner:
         store, queue, ledger, objects: where things are.
         settings: `engine_range_bytes` is the most that one range of a new plan holds; an object is cut so that each of
             `engine_workers` gets several ranges, unless these were tiny.
+        moved: called while S3 is waited for, within a bound.
     """
 
-    def __init__(self, store: Store, queue: Queue, ledger: Ledger, objects: Objects, settings: Settings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        queue: Queue,
+        ledger: Ledger,
+        objects: Objects,
+        settings: Settings,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
         self._sources = store.sources
         self._queue = queue
         self._ledger = ledger
@@ -149,6 +163,8 @@ class Planner:
         self._range_bytes = settings.engine_range_bytes
         self._max_line_bytes = settings.engine_max_line_bytes
         self._shares = RANGES_PER_WORKER * settings.engine_workers
+        self._look_seconds = LOOK_SHARE * settings.engine_lease_seconds
+        self._moved = moved
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="planner")
 
     def close(self) -> None:
@@ -167,7 +183,7 @@ class Planner:
         """
         done: list[Prepared] = []
         drafts: list[_Draft] = []
-        for job, looked in zip(jobs, self._readers.map(self._look, jobs), strict=True):
+        for job, looked in zip(jobs, self._looks(jobs), strict=True):
             if isinstance(looked, _Draft):
                 drafts.append(looked)
             else:
@@ -177,7 +193,7 @@ class Planner:
             job, plan = draft.job, self._plan(draft, source)
             skip = job.options.if_loaded == "skip" and not job.options.validate
             if plan.range_count == 0 or (source.completed_by and skip):
-                self._queue.complete_unread(job.id, plan, source.completed_by)
+                self._queue.complete_unread(job, plan, source.completed_by)
                 done.append(Prepared(self._queue.get(job.id)))
             else:
                 plans.append((job, plan, source.completed_by))
@@ -187,8 +203,9 @@ class Planner:
         single: dict[str, ByteRange] = {}
         for before, plan, _ in plans:
             job = planned.get(before.id, before)
-            if job.plan is None or job.plan.range_count != 1 or job.stopping is not None:
-                if job.plan == plan:
+            open = job.state is JobState.PROCESSING and job.plan is not None and job.stopping is None
+            if not open or job.plan is None or job.plan.range_count != 1:
+                if open and job.plan == plan:
                     self._queue.open_ranges(job)
                 done.append(Prepared(job, None, heads[job.id]))
             else:
@@ -199,15 +216,31 @@ class Planner:
             done += [Prepared(planned[id], leases.get(id), heads[id]) for id in single]
         return done
 
+    def _looks(self, jobs: Sequence[Job]) -> "list[_Draft | HeadraceError]":
+        """Look at all of them. One that S3 does not show in time must not hold up the others, nor this worker."""
+        looks = [self._readers.submit(self._look, job) for job in jobs]
+        end = time.monotonic() + self._look_seconds
+        waiting = set(looks)
+        while waiting and (left := end - time.monotonic()) > 0:
+            _, waiting = wait(waiting, min(left, 1))
+            self._moved()
+        late = Transient(
+            f"S3 did not show the beginning of the object within {self._look_seconds:g} seconds: it is busy or hangs"
+        )
+        for look in waiting:
+            look.cancel()
+        return [late if look in waiting else look.result() for look in looks]
+
     def _look(self, job: Job) -> "_Draft | HeadraceError":
         """The beginning of a job's object, all of it where that is small, and the format that it has."""
         try:
-            head = b""
-            if size := job.source.size:
-                size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)
-                with self._objects.open(job.source, 0, size) as reader:
-                    head = reader.read(size)
-            return _Draft(job, head, decide(job.options.format, job.source.key, head))
+            with expected(f"looking at {job.source.key}"):
+                head = b""
+                if size := job.source.size:
+                    size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)
+                    with self._objects.open(job.source, 0, size) as reader:
+                        head = reader.read(size)
+                return _Draft(job, head, decide(job.options.format, job.source.key, head))
         except HeadraceError as error:
             return error
 

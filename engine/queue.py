@@ -27,7 +27,7 @@ from engine.jobs import (
     progress_document,
     ticket_document,
 )
-from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, Ledger, wait_ms
+from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait_ms
 from engine.model import (
     TERMINAL,
     Failure,
@@ -174,9 +174,12 @@ class Queue:
 
         With `stopping`, only those that are being stopped.
         """
-        query: Document = {"open": True, "database": self._database, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+        query: Document = {"open": True, "database": self._database}
         if stopping:
             query["stopping"] = {"$ne": None}
+        else:
+            # What is being stopped has nothing to wait for, whatever it was put off to.
+            query["$or"] = [{"$expr": {"$lte": ["$notBefore", "$$NOW"]}}, {"stopping": {"$ne": None}}]
         with translated("looking for jobs"):
             order = [("options.priority", -1), ("_id", 1)]
             cursor = self._jobs.find(query, batch_size=PAGE_JOBS).sort(order).hint(OPEN_JOBS)
@@ -194,30 +197,38 @@ class Queue:
         """Those of these jobs that `holder` is to plan: nobody else begins to within a lease's time.
 
         It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
-        majority. A job whose planners have died three times in a row is stopped.
+        majority. A job whose planners have died in a row too often is stopped.
         """
         ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING}
-        free = {"$lte": ["$planner.until", "$$NOW"]}  # a missing time is less than any
-        count = {"$add": [{"$ifNull": ["$planner.count", 0]}, 1]}
-        claim = {"holder": holder, "until": self._ledger.until(), "count": count}
+        mine = {"$eq": ["$planner.holder", holder]}  # claimed before, and the answer was lost
+        free = {"$or": [{"$lte": ["$planner.until", "$$NOW"]}, mine]}  # a missing time is less than any
+        lapsed = {"$cond": [{"$or": [mine, {"$lt": ["$planner.holder", ""]}]}, 0, 1]}
+        counts = {name: {"$ifNull": [f"$planner.{name}", 0]} for name in ("deaths", "lapses")}
+        counts["lapses"] = {"$add": [counts["lapses"], lapsed]}
+        claim = {"holder": holder, "until": self._ledger.until(), **counts}
         with translated("claiming jobs"):
             quick = self._jobs.with_options(write_concern=WriteConcern(1))
             if not quick.update_many(ids | {"$expr": free}, [{"$set": {"planner": claim}}]).matched_count:
                 return []
             found = list(self._jobs.find(ids | {"planner.holder": holder}).sort("_id", 1))
-        for deadly in (job_of(job) for job in found if job["planner"]["count"] > DEATHS):
-            message = (
-                f"{DEATHS} workers in a row died while they planned the job: look at the object, then retry the job"
-            )
-            self.stop(deadly, Stop(JobState.FAILED, Failure("workers_died", message)))
-        return [job_of(job) for job in found if job["planner"]["count"] <= DEATHS]
+        left: list[Job] = []
+        for job, planner in ((job_of(document), document["planner"]) for document in found):
+            # A claim that lapsed may be of one who only waits: more of these are needed than of known deaths.
+            if planner["deaths"] < DEATHS and job.planner_deaths < VANISHED:
+                left.append(job)
+                continue
+            message = f"{job.planner_deaths} workers in a row died while they planned the job: look at the object, then retry it"
+            self.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
+        return left
 
     def disclaim(self, holders: Sequence[str]) -> None:
         """Let others plan at once what these, who are dead, were about to plan."""
         if holders:
             mine = {"open": True, "planner.holder": {"$in": list(holders)}}
+            dead = {"planner.deaths": {"$add": [{"$ifNull": ["$planner.deaths", 0]}, 1]}}
             with translated("freeing the jobs of a dead worker"):
-                self._jobs.update_many(mine, {"$unset": {"planner.until": "", "planner.holder": ""}}, hint=OPEN_JOBS)
+                free = {"$unset": ["planner.until", "planner.holder"]}
+                self._jobs.update_many(mine, [{"$set": dead}, free], hint=OPEN_JOBS)
 
     def fix_plans(self, plans: Sequence[tuple[Job, Plan, str | None]]) -> list[Job]:
         """Fix plans, PENDING → PROCESSING, all with one command; the third of each is who has loaded the source before.
@@ -230,7 +241,7 @@ class Queue:
             if job.options.timeout_seconds is not None:
                 changes["deadline"] = from_now(job.options.timeout_seconds)
             changes |= happened(f"planned: {plan.range_count} ranges")
-            writes.append(UpdateOne({"_id": job_key(job.id), "state": JobState.PENDING}, [{"$set": changes}]))
+            writes.append(UpdateOne(_unplanned(job), [{"$set": changes}]))
         if not writes:
             return []
         with translated("planning jobs"):
@@ -392,13 +403,14 @@ class Queue:
             return [replace(job, state=stop.to) for job, stop, _ in judged]
         return [self.settle(job.id) for job, _ in ended]
 
-    def complete_unread(self, job_id: str, plan: Plan, already_loaded_by: str | None) -> None:
+    def complete_unread(self, job: Job, plan: Plan, already_loaded_by: str | None) -> None:
         """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
         changes = planned(plan, JobState.COMPLETED, already_loaded_by)
         times = {"unread": True, "finishedAt": "$$NOW", "open": "$$REMOVE", "planner": "$$REMOVE"} | happened(
             JobState.COMPLETED
         )
-        self._move(job_id, JobState.PENDING, changes | times)
+        with translated("ending a job"):
+            self._jobs.update_one(_unplanned(job), [{"$set": changes | times}])
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job: at once where no range of it is leased, else as soon as the holders let go. Safe to repeat.
@@ -502,7 +514,7 @@ class Queue:
         # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round; and a retry since begins
         # another round, of which what was summed here says nothing.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
-        return {"_id": job_key(job.id), "state": job.state, "round": job.round} | stamped, changes
+        return {"_id": job_key(job.id), "open": True, "state": job.state, "round": job.round} | stamped, changes
 
     def _move(self, job_id: str, state: JobState, changes: Document, also: Document | None = None) -> bool:
         """The compare-and-set under every change of state; False where somebody else was quicker."""
@@ -537,6 +549,11 @@ class Queue:
         """Write an event into a job's timeline."""
         with translated("writing down what happened to a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
+
+
+def _unplanned(job: Job) -> Document:
+    """Matches a job that is as PENDING as it was when it was read."""
+    return {"_id": job_key(job.id), "state": JobState.PENDING, "round": job.round, "stopping": None}
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

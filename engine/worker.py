@@ -25,10 +25,10 @@ from engine.beat import Beat
 from engine.direct import DirectUploads
 from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient, WrongClock
 from engine.ledger import Ledger
-from engine.logs import get_logger
-from engine.model import TERMINAL, Freed, Job, JobState, Lease, Stop
+from engine.logs import expected, get_logger
+from engine.model import TERMINAL, Freed, Job, JobState, Lease, Source, Stop
 from engine.objects import Objects, connect
-from engine.pipeline import KEEPER, Ended, Pipeline, Run, expected
+from engine.pipeline import KEEPER, Ended, Pipeline, Run
 from engine.planner import SMALL_BYTES, Planner, Prepared
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -126,6 +126,16 @@ def _all_held(job: Job, leased: int) -> bool:
     return job.stopping is None and job.plan is not None and leased >= job.plan.range_count
 
 
+def _may_go_along(job: Job) -> bool:
+    """Whether a job is small, and nothing is known against working it off together with others."""
+    small = job.source.size <= SMALL_BYTES
+    return small and job.state is JobState.PENDING and job.stopping is None and not job.planner_deaths
+
+
+def _place(job: Job) -> tuple[Source, str]:
+    return job.source, job.options.collection
+
+
 def _keep_memory() -> None:
     """Let the allocator keep what a batch gave back for the next one, up to a bound.
 
@@ -157,6 +167,7 @@ class _Worker:
             self._ledger,
             self._objects,
             settings,
+            self._beat.touch,
         )
         self._expired_at = 0.0
         self._prune_at = 0.0
@@ -168,6 +179,8 @@ class _Worker:
         self._stats = Stats()
         self._doing: dict[str, Any] = {}
         self._last_error = ""
+        self._forgetful = False
+        """Whether an error may have hidden from this worker what it holds."""
 
     def _moved(self) -> None:
         # The commands of these two say nothing of the work.
@@ -179,13 +192,25 @@ class _Worker:
             return 0
         stats = self._stats
         pipeline = Pipeline(
-            self._settings, self._store, self._objects, self._queue, self._ledger, self._rejects, stats, self._tell
+            self._settings,
+            self._store,
+            self._objects,
+            self._queue,
+            self._ledger,
+            self._rejects,
+            stats,
+            self._beat.age,
+            self._tell,
         )
         reporter = Reporter(self._store, self._post.name, self._post.slot, stats, lambda: self._doing)
         reporter.start()
         while not self._stop.is_set():
             self._beat.touch()
             try:
+                self._collect()
+                if self._forgetful:
+                    self._ledger.forsake(self._post.name)
+                    self._forgetful = False
                 self._expire()
                 self._prune()
                 waited = self._store.waited()
@@ -196,9 +221,9 @@ class _Worker:
                     self._run(pipeline, found)
                     # This thread writes no documents: what it waited for was the queue.
                     self._stats.add(seconds_queue=self._store.waited() - waited)
-                    self._collect()
                 self._last_error = ""
             except HeadraceError as error:
+                self._forgetful = True
                 self._say_once(error)
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         pipeline.close()
@@ -279,14 +304,15 @@ class _Worker:
     def _join(self) -> list[Run]:
         """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
         to do now."""
-        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+        paused = self._queue.paused()
+        if not paused and time.monotonic() - self._looked_at < LOOK_SECONDS:
             # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
             while self._seen:
                 if runs := self._enter(self._seen.popleft()):
                     return runs
         self._looked_at = time.monotonic()
         self._seen.clear()
-        if self._queue.paused():
+        if paused:
             for page in self._queue.open_jobs(stopping=True):
                 for job in page:
                     self._queue.settle(job.id)
@@ -336,38 +362,55 @@ class _Worker:
 
     def _small_ones_like(self, job: Job) -> list[Job]:
         """Other small jobs of the last look at the queue that may go along with a small one: each by itself would spend its
-        time waiting for the journal."""
-        if job.source.size > SMALL_BYTES:
-            return []
-        others = [
-            other
-            for other in self._seen
-            if other.state is JobState.PENDING
-            and other.stopping is None
-            and other.source.size <= SMALL_BYTES
-            and other.options.priority == job.options.priority
-        ][: TOGETHER_MOST - 1]
-        self._seen = deque(other for other in self._seen if other not in others)
-        return others
+        time waiting for the journal.
+
+        Alone go one whose planners died, since it may kill the next one, too; and of several that load the same object into
+        the same collection each, so that the later ones are told of the first.
+        """
+        together = [job]
+        places = {_place(job)}
+        for other in list(self._seen) if _may_go_along(job) else ():
+            if len(together) == TOGETHER_MOST:
+                break
+            like = other.options.priority == job.options.priority and _may_go_along(other)
+            if like and _place(other) not in places:
+                places.add(_place(other))
+                together.append(other)
+                self._seen.remove(other)
+        return together[1:]
 
     def _prepare(self, jobs: list[Job]) -> list[Prepared]:
         """Plan those of these jobs that nobody else is about to; what cannot be planned is put off or stopped."""
         jobs = self._queue.claim(jobs, self._post.name)
         if not jobs:
             return []
+        prepared = self._planned(jobs)
+        for job, trouble in ((p.job, p.error) for p in prepared):
+            if trouble is None:
+                continue
+            (log.warning if isinstance(trouble, Transient) else log.error)(
+                str(trouble), action="plan", job=job.id, worker=self._post.name
+            )
+            try:
+                if isinstance(trouble, Transient):
+                    self._queue.postpone(job, trouble.failure(), spend=not isinstance(trouble, WrongClock))
+                else:
+                    self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
+            except HeadraceError as error:
+                # The others are leased by now. This one is planned again when the claim on it has lapsed.
+                self._say_once(error)
+        return [p for p in prepared if p.error is None]
+
+    def _planned(self, jobs: Sequence[Job]) -> list[Prepared]:
         try:
             with expected("planning jobs"):
-                prepared = self._planner.prepare(jobs, self._post.name)
+                return self._planner.prepare(jobs, self._post.name)
         except HeadraceError as error:
-            prepared = [Prepared(job, error=error) for job in jobs]
-        for job, trouble in ((p.job, p.error) for p in prepared):
-            if isinstance(trouble, Transient):
-                log.warning(str(trouble), action="plan", job=job.id, worker=self._post.name)
-                self._queue.postpone(job, trouble.failure(), spend=not isinstance(trouble, WrongClock))
-            elif trouble is not None:
-                log.error(str(trouble), action="plan", job=job.id, worker=self._post.name)
-                self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
-        return [p for p in prepared if p.error is None]
+            self._forgetful = True
+            if len(jobs) == 1 or isinstance(error, Transient):
+                return [Prepared(job, error=error) for job in jobs]
+        # Whose fault it is shows when each is planned by itself.
+        return [prepared for job in jobs for prepared in self._planned([job])]
 
     def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
         """Work on leases to their end, and bring their jobs to an end where that was the last of them."""
