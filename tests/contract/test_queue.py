@@ -1,14 +1,17 @@
 """What holds of jobs whoever is quicker: plans, claims, stops, ends, retries and the memory of what was loaded."""
 
 import io
+import threading
 import uuid
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from bson import ObjectId
 from pymongo import WriteConcern
 
-from engine.errors import Refused
-from engine.ledger import DEATHS
+from engine.errors import Refused, Transient
+from engine.ledger import DEATHS, VANISHED
 from engine.model import ByteRange, Failure, Format, JobOptions, JobState, Plan, Stop, Tally
 from engine.planner import Planner
 from engine.queue import Queue
@@ -55,6 +58,81 @@ def test_a_job_over_whose_plan_workers_die_is_stopped(queue, source):
     assert not queue.claim([job], "next")
     job = queue.get(job.id)
     assert (job.state, job.failure.code) == (JobState.FAILED, "workers_died")
+
+
+def test_a_claim_whose_answer_was_lost_is_had_by_claiming_again(queue, source):
+    job = queue.submit(source, JobOptions())
+    for _ in range(DEATHS + 2):
+        [claimed] = queue.claim([job], "holder")
+    assert claimed.planner_deaths == 0
+
+
+def test_claims_that_lapse_may_be_of_some_who_only_wait(store, queue, source):
+    """They count, but not as deaths do: it takes more of them, and from the first on the job goes alone."""
+    job = queue.submit(source, JobOptions())
+    for number in range(VANISHED):
+        [claimed] = queue.claim([job], f"slow {number}")
+        assert claimed.planner_deaths == number
+        store.jobs.update_many({}, [{"$set": {"planner.until": "$$NOW"}}])
+    assert not queue.claim([job], "next")
+    assert queue.get(job.id).failure.code == "workers_died"
+
+
+def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, planner, ledger, source, monkeypatch):
+    first = loaded(planner, queue, ledger, source)
+    job = queue.submit(source, JobOptions(if_loaded="load"))
+    real = planner._register
+
+    def register(drafts):
+        """Others are quicker, and skip it."""
+        found = real(drafts)
+        queue.complete_unread(job, replace(first.plan, sole=False), first.id)
+        return found
+
+    monkeypatch.setattr(planner, "_register", register)
+    [prepared] = planner.prepare([job], "late")
+    assert (prepared.lease, prepared.job.state) == (None, JobState.COMPLETED)
+    stale = replace(prepared.job, plan=first.plan)
+    assert queue.finish(stale, Tally(lines=1, rejected=9999)).state is JobState.COMPLETED
+    assert queue.get(job.id).failure is None
+
+
+def test_an_object_that_s3_does_not_show_in_time_holds_up_nobody(queue, ledger, store, objects, settings, source):
+    class Hung:
+        def __init__(self):
+            self.let_go = threading.Event()
+
+        def open(self, found, start, stop):
+            if found.key == source.key:
+                self.let_go.wait(30)
+            return objects.open(found, start, stop)
+
+    hung, moves = Hung(), []
+    quick = settings.model_copy(update={"engine_lease_seconds": 3.0})
+    planner = Planner(store, queue, ledger, hung, quick, lambda: moves.append(1))
+    others = [objects.upload(io.BytesIO(b"{}"), f"{uuid.uuid4().hex}.json") for _ in range(3)]
+    jobs = [queue.submit(each, JobOptions()) for each in (source, *others)]
+    found = {each.job.id: each for each in planner.prepare(jobs, "holder")}
+    hung.let_go.set()
+    assert isinstance(found[jobs[0].id].error, Transient)
+    assert all(found[job.id].lease for job in jobs[1:])
+    assert moves
+
+
+def test_a_job_that_is_stopped_while_it_is_put_off_is_seen_at_once(store, queue, source):
+    job = queue.submit(source, JobOptions())
+    stamp = {"stopping": {"to": "FAILED", "failure": None}, "notBefore": datetime(2099, 1, 1, tzinfo=UTC)}
+    store.jobs.update_one({}, {"$set": stamp})
+    assert [[found.id for found in page] for page in queue.open_jobs()] == [[job.id]]
+
+
+def test_what_a_living_worker_has_forgotten_is_freed_without_a_death(store, queue, planner, ledger, source):
+    [prepared] = planner.prepare([queue.submit(source, JobOptions())], "here")
+    ledger.forsake("elsewhere")
+    assert ledger.lease(prepared.job.id, "other") is None
+    ledger.forsake("here")
+    again = ledger.lease(prepared.job.id, "here")
+    assert (again.deaths, again.number) == (0, 2)
 
 
 def test_a_cancel_between_plan_and_lease_ends_with_nothing_leased(queue, ledger, source):

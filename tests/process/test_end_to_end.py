@@ -1,6 +1,8 @@
 """On a real MongoDB and a real S3: the good lines all land, and each bad one is a reject with its offset and reason."""
 
 import json
+import threading
+from dataclasses import replace
 
 import bson
 import pytest
@@ -208,3 +210,38 @@ def test_old_jobs_are_pruned_with_all_that_is_theirs_and_a_second_load_is_still_
     again = queue.submit(first.source, first.options)
     [again] = drain(again.id)
     assert (again.already_loaded_by, again.progress.tally.duplicates) == (first.id, 1)
+
+
+def test_loads_of_one_object_that_come_together_are_told_of_each_other(store, submit, drain, queue):
+    first = submit(b'{"n":1}\n' * 50)
+    others = [queue.submit(first.source, replace(first.options, if_loaded="skip")) for _ in range(3)]
+    jobs = drain(first.id, *(job.id for job in others))
+    assert sum(job.progress.tally.inserted for job in jobs) == 50
+    assert sum(job.already_loaded_by is not None for job in jobs) == 3
+    assert store.data["records"].count_documents({}) == 50
+
+
+def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, drain, ledger, monkeypatch):
+    """More of them than are written at a time, which takes longer than a lease lasts and is waited for."""
+    monkeypatch.setattr("engine.ledger.EXPIRY_GRACE_SECONDS", 0)
+    store.data.create_collection("slow")
+    jobs = [submit(b'{"n":1}\n' * 3000, collection="slow") for _ in range(3)]
+    data = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": 900}
+    over, freed = threading.Event(), []
+
+    def expire():
+        while not over.wait(0.3):
+            freed.extend(ledger.expire())
+
+    other = threading.Thread(target=expire)
+    other.start()
+    store.client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data})
+    try:
+        ended = drain(*(job.id for job in jobs), engine_lease_seconds=2.0, engine_writers=1)
+    finally:
+        store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+        over.set()
+        other.join()
+    assert {job.state for job in ended} == {JobState.COMPLETED}
+    assert freed == []
+    assert store.data["slow"].count_documents({}) == 9000
