@@ -51,6 +51,12 @@ class Depth:
 
     def let_in(self, jobs: int) -> None:
         """So many jobs are about to be made. Raises Problem where they would be too many together with those that are open."""
+        if jobs > self._most:
+            raise Problem(
+                422,
+                "too_many_jobs",
+                f"{jobs} jobs are more than may be open at all (API_MAX_OPEN_JOBS={self._most}): submit fewer at a time",
+            )
         with self._lock:
             if time.monotonic() - self._at > COUNT_SECONDS:
                 self._open = self._queue.depth(self._most)

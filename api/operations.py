@@ -7,11 +7,21 @@ from typing import Any, Final, TypeVar
 
 import falcon
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from api.problems import Problem
+from api.problems import Problem, invalid
 
-__all__ = ["BODY_MOST_BYTES", "Answer", "Operation", "Scope", "body_of", "operation", "operation_of", "query_of"]
+__all__ = [
+    "BODY_MOST_BYTES",
+    "Answer",
+    "Operation",
+    "Scope",
+    "body_of",
+    "check_encoding",
+    "operation",
+    "operation_of",
+    "query_of",
+]
 
 BODY_MOST_BYTES: Final = 1024 * 1024
 
@@ -79,22 +89,37 @@ def operation_of(resource: object, method: str) -> Operation | None:
 def body_of(req: falcon.Request, model: type[Model]) -> Model:
     """The request's JSON, checked; an empty body counts as `{}`.
 
-    Raises:
-        Problem: it is too large, or no JSON.
-        ValidationError: it is not what `model` takes.
+    Raises Problem: it is too large, compressed, no JSON, or not what `model` takes.
     """
+    check_encoding(req.get_header("Content-Encoding"))
     raw = req.bounded_stream.read(BODY_MOST_BYTES + 1)
     if len(raw) > BODY_MOST_BYTES:
         raise Problem(413, "too_large", f"the body of this call has at most {BODY_MOST_BYTES} bytes")
     if not raw.strip():
-        return model.model_validate({})
+        return _checked(model, {}, "field")
     try:
-        return model.model_validate(orjson.loads(raw))
+        given = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise Problem(400, "bad_json", f"the body is not JSON: {error}") from None
+        raise Problem(400, "bad_json", f"the body is not JSON: {error}: send a JSON object, or no body") from None
+    return _checked(model, given, "field")
 
 
 def query_of(req: falcon.Request, model: type[Model]) -> Model:
-    """The request's query, checked. Raises ValidationError, also for a name that is not known."""
+    """The request's query, checked. Raises Problem, also for a name that is not known."""
     given = {name: value[-1] if isinstance(value, list) else value for name, value in req.params.items()}
-    return model.model_validate(given, strict=False)
+    return _checked(model, given, "parameter", strict=False)
+
+
+def check_encoding(encoding: str | None) -> None:
+    """Raises Problem where a body is encoded as its Content-Encoding says: nothing here decodes it."""
+    if encoding and encoding.strip().lower() != "identity":
+        detail = f"a body with Content-Encoding {encoding[:40]!r} is not taken: send it as it is, without that header"
+        raise Problem(415, "encoded_body", detail)
+
+
+def _checked(model: type[Model], given: object, kind: str, *, strict: bool | None = None) -> Model:
+    try:
+        return model.model_validate(given, strict=strict)
+    except ValidationError as error:
+        names = [field.alias or name for name, field in model.model_fields.items()]
+        raise invalid(error, kind, names) from None

@@ -1,7 +1,7 @@
 """Errors as `application/problem+json` (RFC 9457), each with a stable `type`, the request's id and what to do next."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import falcon
@@ -21,10 +21,11 @@ from engine.errors import (
 )
 from engine.logs import get_logger
 
-__all__ = ["Problem", "RequestIds", "install", "problem_body", "problem_headers", "request_id_of"]
+__all__ = ["Problem", "RequestIds", "install", "invalid", "problem_body", "problem_headers", "request_id_of"]
 
 TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5
+METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 SECURITY_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
@@ -83,7 +84,6 @@ def install(app: "falcon.App[Any, Any]") -> None:
     app.add_error_handler(Exception, _unexpected)
     app.add_error_handler(falcon.HTTPError, _http)
     app.add_error_handler(HeadraceError, _ours)
-    app.add_error_handler(ValidationError, _invalid)
     app.add_error_handler(Problem, _problem)
 
 
@@ -110,7 +110,7 @@ def _answer(req: falcon.Request, resp: falcon.Response, problem: Problem) -> Non
     resp.status = problem.status
     resp.text = None
     _, body = problem_body(problem, _id(req))
-    if problem.status in (429, 503):
+    if problem.status in (429, 503) and req.method != "HEAD":
         # An answer whose length is not told ends the connection: a crowd that is turned away does not keep others out.
         resp.data, resp.stream = None, iter((body,))
     else:
@@ -140,13 +140,18 @@ def _ours(req: falcon.Request, resp: falcon.Response, error: HeadraceError, para
     _answer(req, resp, Problem(status, error.code, detail))
 
 
-def _invalid(req: falcon.Request, resp: falcon.Response, error: ValidationError, params: dict[str, Any]) -> None:
+def invalid(error: ValidationError, kind: str, names: Sequence[str]) -> Problem:
+    """A problem that names each fault; `names` are those of the fields or parameters (`kind`) that there are."""
+    unknown = f"there is no such {kind}; there are {', '.join(names)}"
     faults = [
-        {"field": ".".join(map(str, fault["loc"])) or "body", "message": fault["msg"].removeprefix("Value error, ")}
+        {
+            "field": ".".join(map(str, fault["loc"])) or "body",
+            "message": unknown if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, "),
+        }
         for fault in error.errors(include_url=False, include_input=False, include_context=False)
     ]
     detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
-    _answer(req, resp, Problem(422, "invalid_request", detail, errors=faults))
+    return Problem(422, "invalid_request", detail, errors=faults)
 
 
 def _http(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: dict[str, Any]) -> None:
@@ -157,6 +162,8 @@ def _http(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, p
         detail = f"there is nothing at {req.path[:200]!r}: see the README for the calls there are"
     elif status == 405:
         detail = f"{req.method} is not possible at {req.path[:200]!r}: see the Allow header"
+    elif req.method not in METHODS:
+        detail = f"{req.method[:40]!r} is no method that is known here: use {', '.join(METHODS)}"
     else:
         detail = error.description or error.title or "the request cannot be handled"
     code = re.sub(r"[^a-z]+", "_", falcon.util.code_to_http_status(status).split(" ", 1)[1].lower())

@@ -27,6 +27,7 @@ EXTENSION_MOST: Final = 20
 """Characters behind the last dot of a name, beyond which they are no extension."""
 
 REST_BYTES: Final = 256 * 1024
+MISSING: Final = "the form has no part named `file`: send the file in one"
 
 
 def reduced(name: str) -> str:
@@ -81,13 +82,18 @@ class Uploads:
         if kind != "multipart/form-data":
             raise Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
         try:
+            if not req.content_length:
+                raise Problem(400, "missing_file", MISSING)
             form: MultipartForm = req.get_media()
             stored = self._store(form, req.env.get("waitress.client_disconnected", lambda: False))
         except (MultipartParseError, falcon.HTTPBadRequest) as error:
             detail = error.description or "the form cannot be read"
             raise Problem(400, "malformed_form", f"{detail}: send multipart/form-data, complete to its end") from None
-        except (UnicodeDecodeError, ValueError) as error:
-            detail = f"the form cannot be read ({type(error).__name__}): send multipart/form-data, complete to its end"
+        except UnicodeDecodeError:
+            detail = "a name in the form is not UTF-8: send the names of parts and files in UTF-8"
+            raise Problem(400, "malformed_form", detail) from None
+        except ValueError:
+            detail = "the form cannot be read: send multipart/form-data, complete to its end"
             raise Problem(400, "malformed_form", detail) from None
         finally:
             if leave := req.env.get(LEAVE):
@@ -123,7 +129,7 @@ class Uploads:
                     self._objects.delete(stored.key)
                     go_on()
                 return stored
-        raise Problem(400, "missing_file", "the form has no part named `file`: send the file in one")
+        raise Problem(400, "missing_file", MISSING)
 
 
 class _Watched:
