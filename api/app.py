@@ -41,12 +41,12 @@ def create_app(
     rejects: Rejects,
     uploads: DirectUploads,
     guard: Guard,
+    durations: Durations,
     stopping: threading.Event,
 ) -> "falcon.App[Any, Any]":
     """The WSGI application over these; `stopping` is set when the process is to stop."""
     history, batches = History(store), JobBatches(store)
     registry = CollectorRegistry()
-    durations = Durations(store)
     app = falcon.App(
         middleware=cast("Any", [RequestIds(), durations, _WholePath(), guard]),
     )
@@ -57,7 +57,7 @@ def create_app(
     app.resp_options.media_handlers["application/json"] = json
     install(app)
     depth = Depth(queue, settings.api_max_open_jobs)
-    watch = Watch(queue, Slots(settings.api_max_watchers, 429, "waiting requests"))
+    watch = Watch(queue, Slots(settings.api_max_watchers, 429, "waiting requests"), stopping)
     api = OpenApi()
     job, key = {"jobId": "Of the job"}, {"fileKey": "Of the object; it may hold slashes"}
     upload = {"uploadId": "Of the upload"}
@@ -93,12 +93,19 @@ def create_app(
         ("/openapi.json", api, {}),
     ]
     for path, resource, _ in routes:
-        app.add_route(path, resource)
+        _add(app, path, resource)
     docs = Docs()
-    app.add_route("/docs", docs)
-    app.add_route("/docs/{asset}", docs)
+    _add(app, "/docs", docs)
+    _add(app, "/docs/{asset}", docs)
     api.describe(routes)
     return app
+
+
+def _add(app: "falcon.App[Any, Any]", path: str, resource: Any) -> None:
+    """A route. HEAD is answered as GET, with what goes for it, but for streams, which nobody would close."""
+    if hasattr(resource, "on_get") and not isinstance(resource, Events):
+        resource.on_head = resource.on_get
+    app.add_route(path, resource)
 
 
 class _WholePath:

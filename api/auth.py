@@ -21,7 +21,7 @@ from api.problems import Problem
 from engine.errors import SettingsError
 from engine.settings import Settings
 
-__all__ = ["Guard", "Head", "Token", "draw", "is_loopback", "tokens_of"]
+__all__ = ["EVERYBODY", "Guard", "Head", "Token", "draw", "is_loopback", "tokens_of"]
 
 _ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
@@ -38,6 +38,10 @@ class Token:
     def may(self, scope: Scope) -> bool:
         """Whether it may do what needs this scope."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
+
+
+EVERYBODY: Final = Token("", frozenset({Scope.ADMIN}), "")
+"""Who calls where there are no tokens."""
 
 
 def draw(name: str, scopes: Sequence[Scope]) -> tuple[str, str]:
@@ -86,14 +90,14 @@ class Head:
 
     authorization: str | None
     origin: str | None
-    fetch_site: str | None
-    host: str
+    host: str | None
 
 
 class Guard:
     """Middleware: a call that needs a scope gets it from a token, or does not happen.
 
-    Without tokens everything is allowed, but to pages of other sites in a browser on this machine.
+    Without tokens everything is allowed, but to pages of other sites in a browser on this machine. A responder finds in the
+    request's context the name of its `caller`, and whether the caller `may` do what needs a scope.
     """
 
     def __init__(self, tokens: Sequence[Token]) -> None:
@@ -106,18 +110,19 @@ class Guard:
         operation = operation_of(resource, req.method)
         if operation is None or operation.scope is None:
             return
-        head = Head(
-            req.auth, req.get_header("Origin"), req.get_header("Sec-Fetch-Site"), req.get_header("Host") or req.host
-        )
-        req.context.caller = self.check(head, operation.scope)
+        token = self.check(Head(req.auth, req.get_header("Origin"), req.get_header("Host")), operation.scope)
+        req.context.caller, req.context.may = token.name, token.may
 
-    def check(self, head: Head, scope: Scope) -> str:
-        """The name of the caller, "" where everybody may call. Raises Problem: 401, or 403."""
+    def check(self, head: Head, scope: Scope) -> Token:
+        """The token of the caller. Raises Problem: 401, or 403."""
         if not self._tokens:
             if _from_elsewhere(head):
-                detail = "without tokens a page of another site may not call this: set API_TOKENS"
+                detail = (
+                    "without tokens this is called at localhost or 127.0.0.1 only, and not by a page of another site: use "
+                    "that address, or set API_TOKENS"
+                )
                 raise Problem(403, "untrusted_origin", detail)
-            return ""
+            return EVERYBODY
         token = self._token(head)
         if token is None:
             raise Problem(
@@ -130,7 +135,7 @@ class Guard:
             raise Problem(
                 403, "forbidden", f"token {token.name!r} lacks the scope {scope.value!r}: ask for one that has it"
             )
-        return token.name
+        return token
 
     def _token(self, head: Head) -> Token | None:
         kind, _, given = (head.authorization or "").partition(" ")
@@ -146,12 +151,14 @@ class Guard:
 
 
 def _from_elsewhere(head: Head) -> bool:
-    """Whether a browser sent this for a page that did not come from this machine, under whatever name it was led here."""
-    if head.origin is None and head.fetch_site is None:
-        return False
+    """Whether this may be of a page that did not come from this machine.
+
+    A name that leads here and is none of this machine's is one that a foreign page was given for it (DNS rebinding): then
+    the browser takes this for the page's own site, and sends no Origin.
+    """
+    places = [f"//{head.host}"] if head.host else []
+    places += [head.origin] if head.origin is not None else []
     try:
-        hosts = [urlsplit(f"//{head.host}").hostname or ""]
-        hosts += [urlsplit(head.origin).hostname or ""] if head.origin is not None else []
+        return not all(is_loopback(urlsplit(place).hostname or "") for place in places)
     except ValueError:
         return True
-    return not all(map(is_loopback, hosts))

@@ -16,7 +16,8 @@ from waitress.utilities import Error
 
 from api.auth import Guard, Head
 from api.limits import LEAVE
-from api.operations import BODY_MOST_BYTES, Scope
+from api.metrics import Durations
+from api.operations import BODY_MOST_BYTES, Scope, check_encoding
 from api.problems import Problem, problem_body, problem_headers, request_id_of
 from engine.logs import get_logger
 from engine.settings import Settings
@@ -24,6 +25,7 @@ from engine.settings import Settings
 __all__ = ["open_door"]
 
 UPLOAD: Final = "/upload"
+UNKNOWN: Final = "unknown"
 
 log = get_logger()
 
@@ -49,13 +51,14 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
     settings: ClassVar[Settings]
     guard: ClassVar[Guard]
+    durations: ClassVar[Durations]
     uploads: ClassVar[threading.BoundedSemaphore]
     small: ClassVar[Adjustments]
     """As the server's, but for the size of a body."""
 
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)
-        if (self.command, self.path) != ("POST", UPLOAD):
+        if self.command != "POST" or self._route() != UPLOAD:
             # Waitress holds the server's bound against each body: all but uploads have a smaller one.
             self.adj = self.small
             return
@@ -64,11 +67,15 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         except Problem as problem:
             self._refuse(problem)
 
+    def _route(self) -> str:
+        """Where the application will take the request, as far as it matters here: it drops slashes at the beginning."""
+        return UPLOAD if getattr(self, "path", "").lstrip("/") == UPLOAD.lstrip("/") else UNKNOWN
+
     def _look(self) -> None:
         """Raises Problem where this file is not to be taken in."""
         get = self.headers.get
-        head = Head(get("AUTHORIZATION"), get("ORIGIN"), get("SEC_FETCH_SITE"), get("HOST", ""))
-        self.guard.check(head, Scope.SUBMIT)
+        self.guard.check(Head(get("AUTHORIZATION"), get("ORIGIN"), get("HOST")), Scope.SUBMIT)
+        check_encoding(get("CONTENT_ENCODING"))
         if self.content_length >= self.adj.max_request_body_size:
             raise _too_large(self.settings)
         if not self.uploads.acquire(blocking=False):
@@ -80,17 +87,21 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     def received(self, data: bytes) -> int:
         """Bytes of the request; what waitress refuses is told as a problem."""
         taken = int(super().received(data))
-        if self.error is not None and not isinstance(self.error, _Refusal):
+        if (refusal := getattr(self, "_refusal", None)) is not None:
+            self.error = refusal  # waitress has looked at the size since
+        elif self.error is not None:
             self._refuse(_problem_of(self.error, self.settings, uploading=self.adj is not self.small))
         return taken
 
     def _refuse(self, problem: Problem) -> None:
         request_id = request_id_of(self.headers.get("X_REQUEST_ID"))
-        self.error = _Refusal(problem, request_id)
+        self.error = self._refusal = _Refusal(problem, request_id)
         self.completed = True
         self.expect_continue = False  # or the client would be asked for the body after all
         path = getattr(self, "path", "")
         log.info("refused", action="request", request=request_id, path=path, status=problem.status)
+        # The application never sees it, which is where the others are counted.
+        self.durations.count(getattr(self, "command", ""), self._route(), problem.status, 0.0)
 
     def close(self) -> None:
         """The request is over."""
@@ -133,10 +144,13 @@ def _problem_of(error: Any, settings: Settings, *, uploading: bool) -> Problem:
         return Problem(413, "too_large", f"the body of this call has at most {BODY_MOST_BYTES} bytes")
     if status == 431:
         return Problem(431, "headers_too_large", "the headers of the request are too large: send fewer or shorter ones")
+    if error.body == "Bad URI":
+        detail = "the path has a byte that is no ASCII, or cannot be read: percent-encode it"
+        return Problem(status, "malformed_request", detail)
     return Problem(status, "malformed_request", f"the request cannot be read ({error.body}): see that it is HTTP/1.1")
 
 
-def open_door(server: Any, settings: Settings, guard: Guard) -> None:
+def open_door(server: Any, settings: Settings, guard: Guard, durations: Durations) -> None:
     """Let every request to a server of waitress's through this door."""
 
     class Parser(_Parser):
@@ -147,7 +161,7 @@ def open_door(server: Any, settings: Settings, guard: Guard) -> None:
 
     servers = [each for each in getattr(server, "map", {}).values() if hasattr(each, "channel_class")] or [server]
     small = Adjustments(max_request_body_size=BODY_MOST_BYTES + 1)
-    Parser.settings, Parser.guard, Parser.small = settings, guard, small
+    Parser.settings, Parser.guard, Parser.durations, Parser.small = settings, guard, durations, small
     Parser.uploads = threading.BoundedSemaphore(settings.api_max_uploads)
     for each in servers:
         each.channel_class = Channel

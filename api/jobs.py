@@ -11,9 +11,9 @@ from api.limits import Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
 from api.told import job_detail, job_status
-from api.watch import PREFER, Watch
+from api.watch import PREFER, TOLD, Watch
 from engine.history import History
-from engine.model import TERMINAL, JobState
+from engine.model import TERMINAL, Job, JobState
 from engine.queue import Queue
 from engine.rejects import Rejects
 
@@ -32,8 +32,8 @@ class Status:
         scope=Scope.READ,
         headers=PREFER,
         answers={
-            200: Answer("The job", JobStatus, headers={"ETag": "Of this state"}),
-            304: Answer("It is as If-None-Match says"),
+            200: Answer("The job", JobStatus, headers=TOLD),
+            304: Answer("It is as If-None-Match says", headers=TOLD),
         },
         errors=(404, 429),
     )
@@ -56,8 +56,8 @@ class Detail:
         scope=Scope.READ,
         headers=PREFER,
         answers={
-            200: Answer("The job", JobDetail, headers={"ETag": "Of this state"}),
-            304: Answer("It is as If-None-Match says"),
+            200: Answer("The job", JobDetail, headers=TOLD),
+            304: Answer("It is as If-None-Match says", headers=TOLD),
         },
         errors=(404, 429),
     )
@@ -97,6 +97,12 @@ class Jobs:
         resp.media = told
 
 
+def _told(req: falcon.Request, job: Job) -> JobStatus:
+    """A job; to a caller who may not read, without its rejects, since they hold raw lines."""
+    told = job_status(job)
+    return told if req.context.may(Scope.READ) else {**told, "errors": []}
+
+
 class Cancel:
     """POST /jobs/{jobId}/cancel."""
 
@@ -113,7 +119,7 @@ class Cancel:
     def on_post(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """202 with the job as it is now."""
         resp.status = 202
-        resp.media = job_status(self._queue.cancel(job_id))
+        resp.media = _told(req, self._queue.cancel(job_id))
 
 
 class Retry:
@@ -132,7 +138,7 @@ class Retry:
     def on_post(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """202 with the job as it is now."""
         resp.status = 202
-        resp.media = job_status(self._queue.retry(job_id))
+        resp.media = _told(req, self._queue.retry(job_id))
 
 
 class RejectLines:
@@ -150,7 +156,10 @@ class RejectLines:
         query=RejectsQuery,
         answers={
             200: Answer(
-                "A page of rejects; with format=ndjson all raw lines", RejectPage, other_media="application/x-ndjson"
+                "A page of rejects; with format=ndjson all raw lines",
+                RejectPage,
+                other_media="application/x-ndjson",
+                headers={"Content-Disposition": "With format=ndjson, the name of a file for them"},
             )
         },
         errors=(404, 422, 429),
@@ -161,6 +170,8 @@ class RejectLines:
         job = self._queue.get(job_id)
         plain = "format" not in req.params and "application/x-ndjson" in req.accept
         if query.format == "ndjson" or plain:
+            if req.method == "HEAD":
+                raise falcon.HTTPMethodNotAllowed(["GET"])  # nobody would close the stream
             self._slots.take()
             stream = _Download(self._rejects.lines(job.id), self._slots)
             try:

@@ -114,13 +114,14 @@ class Durations(Collector):
         began = getattr(req.context, "began", None)
         if began is None:
             return
-        seconds = time.perf_counter() - began
-        method = req.method if req.method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
+        self.count(req.method, req.uri_template or "unknown", resp.status_code, time.perf_counter() - began)
+
+    def count(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Note one request."""
+        method = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
         with self._lock:
             # For each bound how many took no longer, all of them, and their sum.
-            row = self._seen.setdefault(
-                (method, req.uri_template or "unknown", str(resp.status_code)), [0.0] * (len(BOUNDS) + 2)
-            )
+            row = self._seen.setdefault((method, route, str(status)), [0.0] * (len(BOUNDS) + 2))
             for index in range(bisect_left(BOUNDS, seconds), len(BOUNDS) + 1):
                 row[index] += 1
             row[-1] += seconds

@@ -12,6 +12,7 @@ import waitress
 from api.app import create_app
 from api.auth import Guard, Token, is_loopback, tokens_of
 from api.door import open_door
+from api.metrics import Durations
 from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
@@ -85,8 +86,8 @@ def serve(settings: Settings) -> int:
     part_bytes = max(settings.api_part_bytes, -(-settings.api_max_upload_bytes // PARTS_MOST))
     objects = Objects(s3, bucket, part_bytes, settings.api_upload_parallel)
     uploads = DirectUploads(store, s3, bucket, settings.api_part_bytes)
-    guard, stopping = Guard(tokens), threading.Event()
-    app = create_app(settings, store, queue, objects, Rejects(store, ledger), uploads, guard, stopping)
+    guard, durations, stopping = Guard(tokens), Durations(store), threading.Event()
+    app = create_app(settings, store, queue, objects, Rejects(store, ledger), uploads, guard, durations, stopping)
     check_port(settings.port, settings.api_host)
     store.prepare()
     try:
@@ -112,7 +113,7 @@ def serve(settings: Settings) -> int:
             ) from None
         raise StartError(f"cannot listen on {settings.api_host}:{settings.port}: {error.strerror}") from None
 
-    open_door(server, settings, guard)
+    open_door(server, settings, guard, durations)
 
     def told(number: int, frame: object) -> None:
         stopping.set()

@@ -5,6 +5,7 @@ A client that waits holds a thread, so only so many may wait at a time; the othe
 
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
@@ -19,7 +20,7 @@ from engine.errors import HeadraceError
 from engine.model import TERMINAL
 from engine.queue import Queue
 
-__all__ = ["PREFER", "Events", "Watch"]
+__all__ = ["PREFER", "TOLD", "Events", "Watch"]
 
 WAIT_MOST_SECONDS: Final = 60
 LOOK_SECONDS: Final = 0.25
@@ -27,10 +28,17 @@ EVENTS_SECONDS: Final = 600.0
 """How long one stream of events lasts; the client asks for the next one by itself."""
 
 HEARTBEAT_SECONDS: Final = 5.0
+RETRY_MILLISECONDS: Final = 3000
+"""After which a client whose stream has ended asks for the next one."""
 
 PREFER: Final[Mapping[str, str]] = {
     "Prefer": "wait=N: answer when the job has ended, or is no longer as If-None-Match says, or after N seconds (60 at most)",
     "If-None-Match": "The ETag of an answer before",
+}
+
+TOLD: Final[Mapping[str, str]] = {
+    "ETag": "Of this state",
+    "Preference-Applied": "The wait that was asked for, as far as it is granted",
 }
 
 _WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)
@@ -46,11 +54,13 @@ class Watch:
     Args:
         queue: the jobs.
         slots: how many may wait at a time.
+        stopping: is set when the process is to stop: then nobody waits any longer.
     """
 
-    def __init__(self, queue: Queue, slots: Slots) -> None:
+    def __init__(self, queue: Queue, slots: Slots, stopping: threading.Event) -> None:
         self._queue = queue
         self.slots = slots
+        self.stopping = stopping
 
     def status(self, job_id: str) -> tuple[dict[str, Any], bool]:
         """A job as clients see it, and whether it has ended."""
@@ -70,7 +80,8 @@ class Watch:
             try:
                 end = time.monotonic() + seconds
                 while time.monotonic() < end and not ended and (not known or tag in known):
-                    time.sleep(min(LOOK_SECONDS, max(end - time.monotonic(), 0)))
+                    if self.stopping.wait(min(LOOK_SECONDS, max(end - time.monotonic(), 0))):
+                        break
                     body, ended = told()
                     tag = tag_of(body)
             finally:
@@ -113,26 +124,39 @@ class Events:
         summary="A job's progress as server-sent events, to its end",
         group="jobs",
         scope=Scope.READ,
-        answers={200: Answer("Events `progress`, then one `end`, each with the job as data", str, "text/event-stream")},
+        headers={"Last-Event-ID": "The id of the last event that came: what it told is not told again"},
+        answers={
+            200: Answer(
+                "Events `progress`, then one `end`, each with the job as data; or `failed` with a code and a sentence",
+                str,
+                "text/event-stream",
+            ),
+            204: Answer("The job has ended, and Last-Event-ID is that of its end: there is nothing more to ask for"),
+        },
         errors=(404, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """200 with a stream."""
-        self._watch.status(job_id)  # 404 before the stream begins
+        """200 with a stream; 204, upon which a browser asks no more, where its end has been told."""
+        body, ended = self._watch.status(job_id)  # 404 before the stream begins
+        known = req.get_header("Last-Event-ID") or ""
+        if ended and tag_of(body) == known:
+            resp.status = 204
+            return
         self._watch.slots.take()
         resp.content_type = "text/event-stream"
         resp.cache_control = ["no-store"]
-        resp.stream = _Stream(self._watch, job_id)
+        resp.stream = _Stream(self._watch, job_id, known)
 
 
 class _Stream:
     """The events of one client; `close` is called by the server when the client has left, or the stream has ended."""
 
-    def __init__(self, watch: Watch, job_id: str) -> None:
+    def __init__(self, watch: Watch, job_id: str, known: str) -> None:
         self._watch = watch
         self._job_id = job_id
-        self._tag = ""
+        self._tag = known
         self._open = True
+        self._begun = False
         self._ended = False
         self._until = time.monotonic() + EVENTS_SECONDS
         self._said_at = time.monotonic()
@@ -141,12 +165,15 @@ class _Stream:
         return self
 
     def __next__(self) -> bytes:
-        while not self._ended and time.monotonic() < self._until:
+        if not self._begun:
+            self._begun = True
+            return b"retry: %d\n\n" % RETRY_MILLISECONDS
+        while not self._ended and time.monotonic() < self._until and not self._watch.stopping.is_set():
             try:
                 body, ended = self._watch.status(self._job_id)
             except HeadraceError as error:
                 self._ended = True
-                return b"event: error\ndata: %b\n\n" % orjson.dumps({"code": error.code, "detail": str(error)})
+                return b"event: failed\ndata: %b\n\n" % orjson.dumps({"code": error.code, "detail": str(error)})
             tag = tag_of(body)
             if ended or tag != self._tag:
                 self._tag, self._ended, self._said_at = tag, ended, time.monotonic()
@@ -156,7 +183,7 @@ class _Stream:
                 # Only a write shows that a client has left.
                 self._said_at = time.monotonic()
                 return b": still here\n\n"
-            time.sleep(LOOK_SECONDS)
+            self._watch.stopping.wait(LOOK_SECONDS)
         raise StopIteration
 
     def close(self) -> None:

@@ -101,6 +101,9 @@ def test_an_object_that_does_not_exist_is_not_found(live, key):
         ({"maxErrors": 1.5}, "maxErrors"),
         ({"maxErrors": "lots"}, "maxErrors"),
         ({"maxErrors": "101%"}, "maxErrors"),
+        ({"maxErrors": ".5%"}, "maxErrors"),
+        ({"maxErrors": "5.%"}, "maxErrors"),
+        ({"maxErrors": "0.1234567%"}, "maxErrors"),
         ({"maxErrors": True}, "maxErrors"),
         ({"maxErrors": None}, "maxErrors"),
         ({"priority": "high"}, "priority"),
@@ -118,6 +121,43 @@ def test_an_unknown_field_or_a_wrong_type_is_named(live, body, field):
     assert answer.status_code == 422
     assert field in [fault["field"] for fault in answer.json()["errors"]]
     assert field in answer.json()["detail"]
+
+
+def test_what_is_not_known_is_told_what_is(live):
+    put(live, b"{}\n", "body.ndjson")
+    told = process(live, "body.ndjson", colection="x").json()["detail"]
+    assert "collection, format, maxErrors, priority" in told
+    told = live.http.get("/jobs", params={"x": 1}).json()["detail"]
+    assert "status, file, collection, batch, limit, cursor" in told
+    answer = live.http.request("FOO", "/jobs")
+    assert (answer.status_code, "use GET" in answer.json()["detail"]) == (400, True)
+
+
+def test_a_body_that_is_compressed_is_refused_with_a_sentence(live):
+    for path in ("/process/body.ndjson", "/upload"):
+        headers = {"Content-Encoding": "gzip", "Content-Type": "multipart/form-data; boundary=x"}
+        answer = live.http.post(path, content=b"\x1f\x8b", headers=headers)
+        assert (answer.status_code, "without that header" in answer.json()["detail"]) == (415, True)
+
+
+def test_a_byte_of_a_path_that_is_no_ascii_is_to_be_percent_encoded(raw):
+    answer = raw("GET /files/ü HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    assert b" 400 " in answer.split(b"\r\n", 1)[0]
+    assert b"percent-encode" in answer
+
+
+def test_head_is_answered_as_get_without_a_body(live, finish):
+    put(live, b"{}\n", "body.ndjson")
+    job_id = process(live, "body.ndjson", collection="head").json()["jobId"]
+    finish(job_id)
+    for path in ("/jobs", f"/jobs/{job_id}", f"/status/{job_id}", "/files", "/files/body.ndjson", "/healthz", "/docs"):
+        asked, told = live.http.head(path), live.http.get(path)
+        assert (asked.status_code, asked.content) == (200, b"")
+        assert asked.headers["Content-Length"] == told.headers["Content-Length"]
+        assert asked.headers["Content-Type"] == told.headers["Content-Type"]
+    assert live.http.head("/jobs/nothing").status_code == 404
+    for path in ("events", "rejects?format=ndjson"):
+        assert live.http.head(f"/jobs/{job_id}/{path}").status_code == 405
 
 
 @pytest.mark.parametrize(

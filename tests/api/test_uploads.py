@@ -31,7 +31,7 @@ def form(data, name=b"file", filename=b'filename="a.ndjson"', end=b"--"):
 def request(body, length=None, kind=b"multipart/form-data; boundary=" + BOUNDARY):
     size = str(len(body) if length is None else length).encode()
     return (
-        b"POST /upload HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: "
+        b"POST /upload HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: "
         + kind
         + b"\r\nContent-Length: "
         + size
@@ -180,6 +180,7 @@ def test_a_form_that_was_cut_short_in_transit_is_refused_and_leaves_nothing(live
         (form(b"x", filename=b'filename="\xff\xfe"'), None, 400),
         (b"", None, 400),
         (b"no form at all", None, 400),
+        (form(b"x", name=b"file\xff"), None, 400),
         (form(b"x"), b"multipart/form-data", 400),
         (form(b"x"), b"multipart/form-data; boundary=", 400),
         (form(b"x"), b"multipart/form-data; boundary=other", 400),
@@ -198,6 +199,35 @@ def test_a_malformed_form_is_answered_as_a_problem_and_leaves_nothing(live, raw,
     if status != 201:
         assert b"application/problem+json" in answer
         assert stored(live) == before
+
+
+def test_a_form_without_a_body_has_no_file(live, raw):
+    kind = b"Content-Type: multipart/form-data; boundary=x\r\n"
+    answer = raw(b"POST /upload HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + kind + b"\r\n")
+    assert b" 400 " in answer.split(b"\r\n", 1)[0]
+    assert b"missing_file" in answer
+    assert b"missing_file" in raw(request(b""))
+
+
+def test_a_name_that_is_not_utf_8_is_told_without_words_of_python(raw):
+    answer = raw(request(form(b"x", filename=b'filename="\xff\xfe"')))
+    assert b"Error" not in answer
+    assert b"UTF-8" in answer
+
+
+@pytest.mark.parametrize("path", [b"/upload", b"//upload", b"upload", b"///%75pload"])
+def test_what_leads_to_the_upload_goes_through_its_door_and_is_counted(live, raw, path):
+    def counted():
+        text = live.http.get("/metrics").text
+        label = 'headrace_http_request_seconds_count{method="POST",route="/upload",status="413"}'
+        return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(label)), 0)
+
+    before = counted()
+    kind = b"Content-Type: multipart/form-data; boundary=x\r\n"
+    answer = raw(b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\n" + kind + b"Content-Length: 99999999999\r\n\r\n")
+    assert b" 413 " in answer.split(b"\r\n", 1)[0]
+    assert b"API_MAX_UPLOAD_BYTES" in answer
+    assert counted() == before + 1
 
 
 def test_a_body_over_the_limit_is_refused_and_leaves_nothing(live):
@@ -250,7 +280,7 @@ def answered(live):
 
 
 def test_a_body_that_no_call_takes_is_refused_when_its_head_is_there(live):
-    head = b"POST /process/x HTTP/1.1\r\nHost: h\r\nX-Request-ID: early-1\r\nContent-Length: 1000000000\r\n\r\n"
+    head = b"POST /process/x HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: early-1\r\nContent-Length: 1000000000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
         line.sendall(head)
         answer = line.recv(65536)
@@ -261,7 +291,7 @@ def test_a_body_that_no_call_takes_is_refused_when_its_head_is_there(live):
 
 def test_a_client_that_asks_first_is_not_asked_for_a_body_that_is_refused(live):
     head = (
-        b"POST /upload HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        b"POST /upload HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Type: multipart/form-data; boundary=x\r\n"
         b"Content-Length: 99999999999\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
@@ -270,7 +300,7 @@ def test_a_client_that_asks_first_is_not_asked_for_a_body_that_is_refused(live):
 
 
 def test_one_upload_too_many_is_refused_before_it_is_sent(live):
-    head = b"POST /upload HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n"
+    head = b"POST /upload HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n"
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=10)) for _ in range(5)]
         for line in lines:

@@ -1,6 +1,7 @@
 """Waiting costs little: ETags, long polls, streams of events, and a bound that keeps uploads possible."""
 
 import io
+import re
 import resource
 import socket
 import threading
@@ -11,7 +12,9 @@ import httpx
 import orjson
 import pytest
 
-from tests.running import until
+from engine.local import free_port
+from tests.api.conftest import answers as ready
+from tests.running import Running, until
 
 
 @pytest.fixture
@@ -67,6 +70,57 @@ def test_events_tell_the_progress_to_its_end(live):
     assert lines == sorted(lines)
 
 
+def test_a_stream_goes_on_where_the_last_one_was(live, waiting):
+    def first(known):
+        """What is told first, beside the time after which to come again."""
+        pieces = b""
+        with live.http.stream("GET", f"/jobs/{waiting}/events", headers={"Last-Event-ID": known}) as answer:
+            for piece in answer.iter_raw():
+                pieces += piece
+                if pieces.count(b"\n\n") >= 2:
+                    return pieces
+        return pieces
+
+    told = first("")
+    assert told.startswith(b"retry: 3000\n\n")
+    tag = re.search(rb"id: (\w+)\nevent: progress\n", told)[1].decode()
+    threading.Timer(1, lambda: live.http.post(f"/jobs/{waiting}/cancel")).start()
+    told = first(tag)
+    assert b"event: end\n" in told  # and no progress that is known already
+    end = re.search(rb"id: (\w+)", told)[1].decode()
+    assert live.http.get(f"/jobs/{waiting}/events", headers={"Last-Event-ID": end}).status_code == 204
+    assert live.http.get(f"/jobs/{waiting}/events", headers={"Last-Event-ID": tag}).status_code == 200
+
+
+def test_a_stop_waits_for_nobody_who_watches(live, waiting, tmp_path):
+    port, answers = free_port(), []
+    api = Running("api", live.settings, tmp_path / "api.log", port=port)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            until(lambda: ready(http), what="the API's first answer")
+            asked = {f"/status/{waiting}": {"Prefer": "wait=50"}, f"/jobs/{waiting}/events": {}}
+            watchers = [
+                threading.Thread(
+                    target=lambda path=path, headers=headers: answers.append(http.get(path, headers=headers))
+                )
+                for path, headers in asked.items()
+            ]
+            for watcher in watchers:
+                watcher.start()
+            time.sleep(1)
+            began = time.monotonic()
+            assert api.stop() == 0
+            assert time.monotonic() - began < 3
+            for watcher in watchers:
+                watcher.join(5)
+    finally:
+        api.end()
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert "PENDING" in answers[0].text
+    assert "PENDING" in answers[1].text
+    assert "Traceback" not in api.log.read_text()
+
+
 def test_a_long_poll_is_asked_for_in_any_case_of_letters_and_a_star_knows_whatever_there_is(live, waiting):
     assert live.http.get(f"/status/{waiting}", headers={"If-None-Match": "*"}).status_code == 304
     answer = live.http.get(f"/status/{waiting}", headers={"Prefer": "WAIT=1", "If-None-Match": "*"})
@@ -74,7 +128,7 @@ def test_a_long_poll_is_asked_for_in_any_case_of_letters_and_a_star_knows_whatev
 
 
 def test_a_thousand_watchers_do_not_stop_an_upload(live, waiting):
-    request = f"GET /jobs/{waiting}/events HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+    request = f"GET /jobs/{waiting}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # of this test, which is all of the watchers
     lines = []
