@@ -1,8 +1,11 @@
 """What goes over the wire: the bodies of answers, which are described by these; the type checker holds the code to them."""
 
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
+
+from engine.model import Format, JobState, Reason
 
 __all__ = [
     "BatchAnswer",
@@ -25,15 +28,21 @@ __all__ = [
 ]
 
 
+_State = Annotated[str, Field(json_schema_extra={"enum": [str(state) for state in JobState]})]
+_Format = Annotated[str, Field(json_schema_extra={"enum": [str(format) for format in Format]})]
+_Reason = Annotated[str, Field(json_schema_extra={"enum": [str(reason) for reason in Reason]})]
+_Moment = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
 class ProblemBody(TypedDict):
     """An error, as RFC 9457 has it."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
-    requestId: str
-    errors: NotRequired[list[dict[str, str]]]
+    type: Annotated[str, Field(description="Stable: match on it")]
+    title: Annotated[str, Field(description="Of the status")]
+    status: Annotated[int, Field(description="As the answer's")]
+    detail: Annotated[str, Field(description="What happened, and what to do next")]
+    requestId: Annotated[str, Field(description="As in X-Request-ID and in the log")]
+    errors: NotRequired[Annotated[list[dict[str, str]], Field(description="Each `field` that is wrong, and why")]]
 
 
 class Failed(TypedDict):
@@ -46,60 +55,67 @@ class Failed(TypedDict):
 class RejectBody(TypedDict):
     """A line that did not become a document. `raw` is base64 where `encoding` says so."""
 
-    line: int | None
-    offset: int
-    length: int
-    reason: str
-    detail: str
-    raw: str
-    encoding: NotRequired[str]
-    rawLength: NotRequired[int]
-    code: NotRequired[int]
+    line: Annotated[int | None, Field(description="Its number in the file, from 1; null while it is not known")]
+    offset: Annotated[int, Field(description="Of its first byte in the file")]
+    length: Annotated[int, Field(description="Bytes, without what ends it")]
+    reason: Annotated[_Reason, Field(description="Stable: match on it")]
+    detail: Annotated[str, Field(description="What is wrong with it")]
+    raw: Annotated[str, Field(description="The line as it is, or its beginning")]
+    encoding: NotRequired[Annotated[str, Field(description="base64 where `raw` is that, since the line is not UTF-8")]]
+    rawLength: NotRequired[Annotated[int, Field(description="Bytes of the whole line, where `raw` is cut short")]]
+    code: NotRequired[Annotated[int, Field(description="Of MongoDB's error, where it refused the document")]]
 
 
 class ProgressBody(TypedDict):
     """How far a job is. inserted + duplicates + rejected + blank = lines."""
 
-    bytesTotal: int
-    bytesDone: int
-    rangesTotal: int
-    rangesDone: int
-    lines: int
-    inserted: int
-    duplicates: int
-    rejected: int
-    blank: int
-    percent: float
-    recordsPerSecond: float
-    secondsLeft: float | None
+    bytesTotal: Annotated[int, Field(description="Size of the object")]
+    bytesDone: Annotated[int, Field(description="Bytes whose lines are through")]
+    rangesTotal: Annotated[int, Field(description="Ranges that the object is cut into; 0 until it is planned")]
+    rangesDone: Annotated[int, Field(description="Ranges that are through")]
+    lines: Annotated[int, Field(description="Lines that are through")]
+    inserted: Annotated[int, Field(description="Lines that became documents")]
+    duplicates: Annotated[int, Field(description="Lines whose documents were there already")]
+    rejected: Annotated[int, Field(description="Lines that did not become documents")]
+    blank: Annotated[int, Field(description="Lines of white space")]
+    percent: Annotated[float, Field(description="Of the bytes")]
+    recordsPerSecond: Annotated[float, Field(description="Lately; of a job that has ended, over all of it")]
+    secondsLeft: Annotated[float | None, Field(description="A guess; null where there is none yet")]
 
 
 class JobStatus(TypedDict):
     """A job."""
 
-    jobId: str
-    fileKey: str
-    status: str
-    stopping: bool
-    collection: str
-    format: str
-    validate: bool
-    priority: int
-    runAt: str | None
-    batchId: str | None
-    createdAt: str | None
-    startedAt: str | None
-    finishedAt: str | None
-    error: Failed | None
-    errors: list[RejectBody]
-    alreadyLoadedBy: str | None
-    progress: ProgressBody
+    jobId: Annotated[str, Field(description="24 hexadecimal digits")]
+    fileKey: Annotated[str, Field(description="Of the object that is loaded")]
+    status: Annotated[
+        _State, Field(description="COMPLETED, FAILED and CANCELLED are ends; a retry leads out of the last two")
+    ]
+    stopping: Annotated[bool, Field(description="It will end as soon as its workers have let go")]
+    collection: Annotated[str, Field(description="Takes the documents")]
+    format: Annotated[_Format, Field(description="How lines become documents; auto until that is decided")]
+    validate: Annotated[bool, Field(description="Nothing is written")]
+    priority: Annotated[int, Field(description="Higher goes first")]
+    runAt: Annotated[_Moment | None, Field(description="It does not start before")]
+    batchId: Annotated[str | None, Field(description="Of the call that made it together with others")]
+    createdAt: Annotated[_Moment | None, Field(description="When it was submitted")]
+    startedAt: Annotated[_Moment | None, Field(description="When the first worker joined it")]
+    finishedAt: Annotated[_Moment | None, Field(description="When it ended")]
+    error: Annotated[Failed | None, Field(description="Why it failed, or is about to")]
+    errors: Annotated[
+        list[RejectBody],
+        Field(description="The first rejects, cut short; empty in answers to tokens that may not read"),
+    ]
+    alreadyLoadedBy: Annotated[
+        str | None, Field(description="The job that loaded this version of the object into this collection before")
+    ]
+    progress: Annotated[ProgressBody, Field(description="How far it is")]
 
 
 class EventBody(TypedDict):
     """Something that happened to a job."""
 
-    at: str | None
+    at: _Moment | None
     what: str
 
 
@@ -133,7 +149,7 @@ class ProcessAnswer(TypedDict):
 
     message: str
     jobId: str
-    status: str
+    status: _State
 
 
 class BatchAnswer(TypedDict):
@@ -148,8 +164,8 @@ class BatchStatus(TypedDict):
     """A batch: its jobs by state, and their progress summed. `status` is PROCESSING until all have ended."""
 
     batchId: str
-    status: str
-    createdAt: str | None
+    status: _State
+    createdAt: _Moment | None
     jobs: int
     states: dict[str, int]
     bytesTotal: int
@@ -187,14 +203,14 @@ class StoredPart(TypedDict):
 class DirectUpload(TypedDict):
     """An upload under way: PUT each part to its URL with these headers, then complete it."""
 
-    uploadId: str
-    fileKey: str
-    size: int | None
-    partBytes: int
-    parts: int
-    headers: dict[str, str]
-    urls: list[SignedPart]
-    stored: list[StoredPart]
+    uploadId: Annotated[str, Field(description="Names it in the other calls")]
+    fileKey: Annotated[str, Field(description="That the object will have")]
+    size: Annotated[int | None, Field(description="Bytes of the file, where they are known")]
+    partBytes: Annotated[int, Field(description="Bytes of each part but the last, which may be shorter")]
+    parts: Annotated[int, Field(description="How many there are; where the size is not known, how many there may be")]
+    headers: Annotated[dict[str, str], Field(description="To send with each part")]
+    urls: Annotated[list[SignedPart], Field(description="Where to PUT parts; GET the upload for more")]
+    stored: Annotated[list[StoredPart], Field(description="Parts that are there, and need not be sent again")]
 
 
 class FileBody(TypedDict):
@@ -203,7 +219,7 @@ class FileBody(TypedDict):
     fileKey: str
     size: int
     etag: str
-    modifiedAt: str | None
+    modifiedAt: _Moment | None
 
 
 class FilePage(TypedDict):
@@ -234,15 +250,15 @@ class QueueState(TypedDict):
 class WorkerBody(TypedDict):
     """A worker that is alive: what it does now, its rate in lines a second, memory in bytes, and all that it counted."""
 
-    name: str
-    host: str
-    slot: int
-    pid: int
-    doing: dict[str, Any]
-    rate: float
-    memory: int
-    memoryPeak: int
-    counts: dict[str, float]
+    name: Annotated[str, Field(description="Its own, among all workers there have been")]
+    host: Annotated[str, Field(description="The machine that it runs on")]
+    slot: Annotated[int, Field(description="Its number in its engine")]
+    pid: Annotated[int, Field(description="Of its process")]
+    doing: Annotated[dict[str, Any], Field(description="The job, the range and how far it is; empty where it is idle")]
+    rate: Annotated[float, Field(description="Lines a second, lately")]
+    memory: Annotated[int, Field(description="Resident bytes")]
+    memoryPeak: Annotated[int, Field(description="The most resident bytes there have been")]
+    counts: Annotated[dict[str, float], Field(description="Lines, bytes, rejects and seconds by stage since it began")]
 
 
 class WorkerPage(TypedDict):

@@ -43,7 +43,11 @@ class Begin:
         group="uploads",
         scope=Scope.SUBMIT,
         body=UploadBegin,
-        answers={201: Answer("The upload, with signed URLs of its first parts", DirectUpload)},
+        answers={
+            201: Answer(
+                "The upload, with signed URLs of its first parts", DirectUpload, headers={"Location": "Where it is"}
+            )
+        },
         errors=(422,),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:

@@ -40,7 +40,16 @@ _PROBLEMS: Final = {
 _HEADERS: Final[dict[str, dict[str, Any]]] = {
     "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,200}$", "minLength": 1, "maxLength": 200},
     "If-None-Match": {"type": "string"},
+    "Last-Event-ID": {"type": "string"},
     "Prefer": {"type": "string"},
+}
+
+_REQUEST_ID: Final = {"X-Request-ID": "The request's id, as in the log"}
+_RETRY: Final = {"Retry-After": "Seconds after which to come again"}
+_PROBLEM_HEADERS: Final[dict[int, dict[str, str]]] = {
+    401: {"WWW-Authenticate": "The kind of token that is asked for"},
+    429: _RETRY,
+    503: _RETRY,
 }
 
 _ASSETS: Final = {
@@ -126,7 +135,8 @@ def _operation(
     }
     problems = {*told.errors, 500}
     if told.body is not None:
-        problems |= {400, 413, 422}
+        problems |= {400, 413, 415}
+        problems |= {422} if told.body_media == "application/json" else set()
         content = {told.body_media: {"schema": names[id(told.body)]}}
         made["requestBody"] = {"content": content, "required": not _takes_nothing(told.body)}
     if told.query is not None:
@@ -137,7 +147,8 @@ def _operation(
         made["description"] = f"Needs the scope `{told.scope.value}` where the API has tokens."
     problem = {"application/problem+json": {"schema": names[id(ProblemBody)]}}
     for status in sorted(problems - set(told.answers)):
-        made["responses"][str(status)] = {"description": _PROBLEMS[status], "content": problem}
+        headers = _headers(_PROBLEM_HEADERS.get(status, {}))
+        made["responses"][str(status)] = {"description": _PROBLEMS[status], "headers": headers, "content": problem}
     given = [
         {
             "name": name,
@@ -182,14 +193,18 @@ def _plain(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(answer: Answer, names: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {"description": answer.what}
-    headers = {"X-Request-ID": "The request's id, as in the log"} | dict(answer.headers)
-    made["headers"] = {name: {"description": what, "schema": {"type": "string"}} for name, what in headers.items()}
+    made: dict[str, Any] = {"description": answer.what, "headers": _headers(answer.headers)}
     if answer.body is not None:
         made["content"] = {answer.media: {"schema": names[id(answer.body)]}}
         if answer.other_media is not None:
             made["content"][answer.other_media] = {"schema": {"type": "string", "format": "binary"}}
     return made
+
+
+def _headers(own: Mapping[str, str]) -> dict[str, Any]:
+    """The headers of an answer: its own, and that of all of them."""
+    headers = {**_REQUEST_ID, **own}
+    return {name: {"description": what, "schema": {"type": "string"}} for name, what in headers.items()}
 
 
 def _camel(name: str) -> str:

@@ -45,6 +45,26 @@ def test_the_description_is_openapi_3_1_with_every_call(described):
     assert len(ids) == len(set(ids))
 
 
+def test_headers_states_times_and_fields_are_described(described):
+    answers = [
+        (status, answer, f"{method} {path}")
+        for path, methods in described["paths"].items()
+        for method, call in methods.items()
+        for status, answer in call["responses"].items()
+    ]
+    asked = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After", "304": "ETag"}
+    for status, answer, where in answers:
+        assert "X-Request-ID" in answer["headers"], where
+        assert asked.get(status, "X-Request-ID") in answer["headers"], where
+    assert "Location" in described["paths"]["/uploads"]["post"]["responses"]["201"]["headers"]
+    assert "422" not in described["paths"]["/upload"]["post"]["responses"]
+    schemas = described["components"]["schemas"]
+    assert "COMPLETED" in schemas["JobStatus"]["properties"]["status"]["enum"]
+    assert {"type": "string", "format": "date-time"} in schemas["JobStatus"]["properties"]["runAt"]["anyOf"]
+    for name in ("JobStatus", "ProgressBody", "RejectBody", "DirectUpload", "WorkerBody", "ProblemBody"):
+        assert all("description" in field for field in schemas[name]["properties"].values()), name
+
+
 def test_the_page_needs_no_internet(live):
     page = live.http.get("/docs")
     assert page.headers["Content-Type"].startswith("text/html")

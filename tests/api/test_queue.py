@@ -151,7 +151,20 @@ def test_a_job_does_not_run_before_its_time(live, finish):
     assert datetime.fromisoformat(told["startedAt"]) >= at - timedelta(milliseconds=5)
 
 
-@pytest.mark.parametrize("at", ["tomorrow", 5, "2026-11-24T09:00:00", "0001-01-01T00:00:00Z", {"$gt": 1}, ""])
+@pytest.mark.parametrize(
+    "at",
+    [
+        "tomorrow",
+        5,
+        "2026-11-24T09:00:00",
+        "2026-11-24 09:00:00Z",
+        "20261124T090000Z",
+        "2026-02-30T09:00:00Z",
+        "0001-01-01T00:00:00Z",
+        {"$gt": 1},
+        "",
+    ],
+)
 def test_a_time_that_is_none_is_named(live, at):
     answer = process(live, put(live), runAt=at)
     assert (answer.status_code, "runAt" in answer.json()["detail"]) == (422, True)
@@ -304,6 +317,8 @@ def test_no_more_jobs_are_let_in_than_may_be_open_batch_by_batch(live, settings,
             made = [answer.status_code for answer in found].count(202)
             assert {answer.status_code for answer in found} == {202, 503}
             assert all(answer.headers["Retry-After"] for answer in found if answer.status_code == 503)
+            whole = http.post("/process", json=body | {"fileKeys": [*keys, put(live), put(live)]})
+            assert (whole.status_code, "API_MAX_OPEN_JOBS=5" in whole.json()["detail"]) == (422, True)
             mine = live.store.jobs.count_documents({"source.key": {"$in": keys}, "open": True})
             assert made >= 1
             assert mine <= 5
