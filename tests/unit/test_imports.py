@@ -36,6 +36,7 @@ FLOORS = (
     ("api.jobs", "api.files", "api.direct", "api.door"),
     ("api.app",),
     ("api.server", "api.up", "api.doctor", "api.loader"),
+    ("api.commands",),
     ("api.cli",),
 )
 
