@@ -12,12 +12,12 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from api.client import TERMINAL, Client, is_stream
+from api.client import TERMINAL, CallFailed, Client, is_stream
 from api.show import Bars, bars
-from api.transfer import Note, Transfer
+from api.transfer import Note, Transfer, forget_old
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["EXIT_INTERRUPTED", "Loaded", "Loader"]
+__all__ = ["EXIT_INTERRUPTED", "STDIN", "Loaded", "Loader"]
 
 EXIT_INTERRUPTED: Final = 130
 FILES_AT_A_TIME: Final = 4
@@ -34,10 +34,12 @@ class Loaded:
     status: dict[str, Any] | None = None
     error: HeadraceError | None = None
     note: Note | None = None
+    reused: bool = False
+    """Whether the object of an earlier command is taken for it."""
 
     def told(self) -> dict[str, Any]:
         """For a script to read."""
-        if self.status is not None:
+        if self.status is not None and self.error is None:
             return {"file": self.file, **self.status}
         known = {"file": self.file, "jobId": self.job_id, "fileKey": self.key}
         return known | ({"error": {"code": self.error.code, "message": str(self.error)}} if self.error else {})
@@ -55,6 +57,7 @@ class Loader:
 
     def run(self, files: list[str]) -> list[Loaded]:
         """Load them; returns what became of each. One that fails does not keep the others."""
+        forget_old()
         console = Console(highlight=False, stderr=True)
         pool = ThreadPoolExecutor(min(FILES_AT_A_TIME, len(files)), thread_name_prefix="file")
         loads = [Loaded(file) for file in files]
@@ -91,32 +94,41 @@ class Loader:
         task = shown.add("standard input" if load.file == STDIN else Path(load.file).name)
         try:
             load.key = self._key(load, shown, task)
-            ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)
-            load.job_id = self._client.process(load.key, self._options, ticket)
+            try:
+                load.job_id = self._submit(load, load.key)
+            except CallFailed as error:
+                if error.status != 404 or load.note is None or not load.reused:
+                    raise
+                # A token that may not look could not tell that the object is gone.
+                load.note.forget()
+                load.key = self._key(load, shown, task)
+                load.job_id = self._submit(load, load.key)
             if self._wait:
                 for status in self._client.states(load.job_id):
                     load.status = status
                     shown.processed(task, status)
             if load.note is not None:
-                load.note.done(well=not self._wait or status["status"] == "COMPLETED")
+                load.note.done()
         except HeadraceError as error:
             load.error = error
         except OSError as error:
-            load.error = StartError(f"{load.file} cannot be read: {error.strerror}")
+            load.error = StartError(f"it cannot be read: {error.strerror}")
+
+    def _submit(self, load: Loaded, key: str) -> str:
+        ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)
+        return self._client.process(key, self._options, ticket)
 
     def _key(self, load: Loaded, shown: Bars, task: Any) -> str:
         file = load.file
         if file.startswith("s3://"):
-            bucket, _, key = file.removeprefix("s3://").partition("/")
-            there = self._client.ask("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
+            bucket, _, name = file.removeprefix("s3://").partition("/")
+            there = self._client.ask("GET", "/files", params={"prefix": name, "limit": 1})["bucket"]
             if bucket != there:
-                raise StartError(
-                    f"{file}: this API reads bucket {there} only; put the object there, or ask another API"
-                )
-            stamp = [self._client.ask("GET", f"/files/{quote(key, safe='/')}")["etag"]]
+                raise StartError(f"this API reads bucket {there} only; put the object there, or ask another API")
+            stamp = [self._client.ask("GET", f"/files/{quote(name, safe='/')}")["etag"]]
             load.note = Note(self._client.url, file, stamp)
             load.note.put()
-            return key
+            return name
         path = Path(file)
         size = None if file == STDIN or is_stream(path) else path.stat().st_size
         began, count = time.monotonic(), [0]
@@ -130,7 +142,16 @@ class Loader:
         if size is None:
             with path.open("rb") as content:
                 return self._transfer.stream(content, path.name, sent)
-        if self._through_api:
-            return self._client.upload(path)
-        load.note = Note(self._client.url, str(path.resolve()), [size, path.stat().st_mtime_ns])
-        return self._transfer.file(path, load.note, sent)
+        note = Note(self._client.url, str(path.resolve()), [size, path.stat().st_mtime_ns])
+        key: str | None = self._transfer.there(note, size)
+        load.reused = key is not None
+        if key is not None:
+            sent(size)
+        elif self._through_api:
+            key = self._client.upload(path)
+            note.put(key=key)
+        else:
+            load.note = note  # from its first part on it can be resumed
+            key = self._transfer.file(path, note, sent)
+        load.note = note
+        return key

@@ -1,13 +1,14 @@
 """A file from here to S3, directly: its parts in parallel, to URLs that the API signs; what was sent once is not sent again.
 
-Where a file stands, from its first part to the end of its job, is noted in the user's state folder, so that the same command goes
-on where the last one was stopped.
+Where a file stands is noted in the user's state folder: the same command goes on where the last one was stopped, and loads the
+object that is there where the file has not changed since.
 """
 
 import hashlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -21,7 +22,7 @@ import orjson
 from api.client import CallFailed, Client
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["Note", "Transfer"]
+__all__ = ["Note", "Transfer", "forget_old"]
 
 PARALLEL: Final = 4
 TRIES: Final = 5
@@ -29,11 +30,27 @@ URLS: Final = 100
 STREAM_PART_BYTES: Final = 16 * 1024 * 1024
 """Parts of a stream of unknown length: ten thousand of them are 160 GB."""
 
+KEEP_SECONDS: Final = 30 * 24 * 3600.0
+"""How long a file is remembered that is not loaded again."""
+
 Sent = Callable[[int], None]
 
 
+def _folder() -> Path:
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "headrace" / "loads"
+
+
+def forget_old() -> None:
+    """Forget the files that have not been loaded for long."""
+    with suppress(OSError):
+        for note in _folder().iterdir():
+            if time.time() - note.stat().st_mtime > KEEP_SECONDS:
+                note.unlink(missing_ok=True)
+
+
 class Note:
-    """What is known of a file on its way: `uploadId`, then `key`, and a `ticket` that makes its job once.
+    """What is known of a file: `uploadId` while it is on its way, then `key`, and a `ticket` that makes its job once.
 
     Args:
         url: of the API.
@@ -42,8 +59,7 @@ class Note:
     """
 
     def __init__(self, url: str, name: str, stamp: list[Any]) -> None:
-        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        self._file = Path(home) / "headrace" / "loads" / hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()
+        self._file = _folder() / hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()
         self._state: dict[str, Any] = {"stamp": stamp, "ticket": secrets.token_hex(16)}
         with suppress(OSError, ValueError, TypeError, KeyError):
             known = orjson.loads(self._file.read_bytes())
@@ -67,11 +83,13 @@ class Note:
         whole = orjson.dumps([self._state["ticket"], options], option=orjson.OPT_SORT_KEYS)
         return hashlib.sha256(whole).hexdigest()
 
-    def done(self, *, well: bool) -> None:
-        """The command is through: the file is loaded; or else it need not be uploaded again for another job."""
-        if not well:
-            self.put(ticket=secrets.token_hex(16))
-            return
+    def done(self) -> None:
+        """The command is through: the next one is a job of its own, of the object that is there."""
+        self.put(ticket=secrets.token_hex(16))
+
+    def forget(self) -> None:
+        """What was uploaded is gone: the file is to be uploaded again, for a job of its own."""
+        self._state = {"stamp": self._state["stamp"], "ticket": secrets.token_hex(16)}
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
 
@@ -102,9 +120,6 @@ class Transfer:
             CallFailed: of the API.
         """
         size = file.stat().st_size
-        if (key := note.get("key")) is not None and self._is_there(key, size):
-            sent(size)
-            return key
         state = self._resumed(note)
         if state is None:
             state = self._client.ask("POST", "/uploads", json={"fileName": file.name, "size": size})
@@ -131,16 +146,23 @@ class Transfer:
         finally:
             self._streams.discard(state["uploadId"])
 
-    def _is_there(self, key: str, size: int) -> bool:
-        """Whether the object of an earlier upload still is. A token that may only submit cannot look: then it is believed."""
+    def there(self, note: Note, size: int) -> str | None:
+        """The key of the object that an earlier command made of this very file, where it still is; else it is forgotten.
+
+        A token that may only submit cannot look: then it is believed.
+        """
+        if (key := note.get("key")) is None:
+            return None
         try:
-            return bool(self._client.ask("GET", f"/files/{quote(key, safe='/')}")["size"] == size)
+            if self._client.ask("GET", f"/files/{quote(key, safe='/')}")["size"] == size:
+                return key
         except CallFailed as error:
             if error.status == 403:
-                return True
-            if error.status == 404:
-                return False
-            raise
+                return key
+            if error.status != 404:
+                raise
+        note.forget()
+        return None
 
     def _resumed(self, note: Note) -> dict[str, Any] | None:
         """The upload that an earlier command began of this very file, where it is still under way."""
