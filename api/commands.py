@@ -3,13 +3,15 @@
 Exit codes: 0 done; 1 it could not be done; 2 wrong usage; 3 the job FAILED; 4 it was CANCELLED; 130 interrupted.
 """
 
+import errno
 import os
+import re
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import typer
 from dotenv import dotenv_values
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from api.auth import draw
 from api.client import Client, check_file, reachable
-from api.loader import EXIT_INTERRUPTED, Loader
+from api.loader import EXIT_INTERRUPTED, STDIN, Loader
 from api.models import ProcessRequest
 from api.operations import Scope
 from api.show import (
@@ -33,8 +35,9 @@ from api.show import (
     workers_table,
 )
 from engine.admission import check_collection_name
-from engine.errors import HeadraceError, SettingsError, StartError
+from engine.errors import HeadraceError, Refused, SettingsError, StartError
 from engine.logs import configure, get_logger, mask
+from engine.model import Format, JobState
 from engine.settings import Settings
 from engine.settings import load as load_settings
 
@@ -80,9 +83,27 @@ def _console() -> Console:
 
 
 def _client(url: str | None) -> Client:
+    if url is not None and not _is_url(url):
+        raise typer.BadParameter("write it as http://host:port or https://host:port", param_hint="--url")
     settings = _settings(needs_servers=False)
+    if settings.api_url is not None and not _is_url(settings.api_url):
+        raise SettingsError("API_URL: write it as http://host:port or https://host:port")
     token = settings.api_token.get_secret_value() if settings.api_token else None
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise SettingsError(
+            "API_TOKEN: a token has neither spaces nor line ends nor letters beyond ASCII: copy it as `headrace token` showed it"
+        )
     return Client(url or settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}", token)
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
+        )
+    except ValueError:
+        return False
 
 
 @app.command()
@@ -121,9 +142,13 @@ def load(
     files: Annotated[list[str], typer.Argument(help="Files, s3://bucket/key for objects, - for standard input.")],
     wait: Annotated[bool, typer.Option("--wait", help="Watch the jobs to their end.")] = False,
     collection: Annotated[str, typer.Option(help="Takes the documents.")] = "records",
-    format: Annotated[str, typer.Option(help="auto, ndjson or text.")] = "auto",
+    format: Annotated[Format, typer.Option(case_sensitive=False, help="How a line becomes a document.")] = Format.AUTO,
     max_errors: Annotated[str, typer.Option(help="A count, or a percentage such as 2%.")] = "1000",
     priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    run_at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Not before this time, such as 2026-11-24T09:00:00Z.")
+    ] = None,
+    timeout_seconds: Annotated[int | None, typer.Option(help="Fail when it runs for longer.")] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Read and judge, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Load a second copy of what is loaded.")] = False,
     skip_loaded: Annotated[bool, typer.Option("--skip-loaded", help="Skip what is loaded already.")] = False,
@@ -133,24 +158,26 @@ def load(
 ) -> None:
     """Upload files and process them. Run it again after an interruption, and it goes on where it was."""
     budget: Any = int(max_errors) if max_errors.isdecimal() else max_errors
-    options = {"collection": collection, "format": format, "maxErrors": budget, "priority": priority}
+    options = {"collection": collection, "format": format.value, "maxErrors": budget, "priority": priority}
     options |= {"validate": validate, "force": force, "ifLoaded": "skip" if skip_loaded else "load"}
-    client = _client(url)
+    options |= {"runAt": run_at} if run_at is not None else {}
+    options |= {"timeoutSeconds": timeout_seconds} if timeout_seconds is not None else {}
     _check_options(options)
-    for file in files:
-        if file != "-" and not file.startswith("s3://"):
-            check_file(Path(file))
+    _check_files(files)
+    client = _client(url)
     loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
     if as_json:
         print_json([load.told() for load in loads])
-    elif not wait:
+    else:
         for load in loads:
-            if load.job_id is not None:
+            # Of one that cannot be watched to its end, the id is all that there is to go on with.
+            if load.job_id is not None and (not wait or load.error is not None):
                 print(load.job_id)
     exits = [0]
     for load in loads:
         if load.error is not None:
-            plainly(StartError(f"{load.file}: {load.error}"))
+            goes_on = f"; job {load.job_id} goes on without you: `headrace status {load.job_id}`" if load.job_id else ""
+            plainly(StartError(f"{load.file}: {load.error}{goes_on}"))
             exits.append(1)
         elif load.status is not None:
             exits.append(EXIT_OF.get(load.status["status"], 0))
@@ -160,30 +187,51 @@ def load(
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Raises StartError for what the API would not take: before a file is uploaded for nothing."""
+    """Raises BadParameter for what the API would not take: before a file is uploaded for nothing."""
     try:
         check_collection_name(ProcessRequest.model_validate(options).collection)
+    except Refused as error:
+        raise typer.BadParameter(str(error), param_hint="--collection") from None
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
-        raise StartError("; ".join(faults)) from None
+        fault = error.errors()[0]
+        option = "--" + re.sub("[A-Z]", lambda capital: "-" + capital.group().lower(), str(fault["loc"][0]))
+        raise typer.BadParameter(fault["msg"].removeprefix("Value error, "), param_hint=option) from None
+
+
+def _check_files(files: list[str]) -> None:
+    """Raises StartError for one that cannot be read, BadParameter for one that is named twice."""
+    seen = set()
+    for file in files:
+        here = file != STDIN and not file.startswith("s3://")
+        if here:
+            check_file(Path(file))
+        place = str(Path(file).resolve()) if here else file
+        if place in seen:
+            raise typer.BadParameter(f"{file} is named twice: name each file once", param_hint="FILES...")
+        seen.add(place)
 
 
 @app.command()
 def jobs(
-    status: Annotated[str | None, typer.Option(help="PENDING, PROCESSING, COMPLETED, FAILED or CANCELLED.")] = None,
+    status: Annotated[JobState | None, typer.Option(case_sensitive=False, help="Only jobs in this state.")] = None,
     file: Annotated[str | None, typer.Option(help="Only jobs of this key.")] = None,
     collection: Annotated[str | None, typer.Option(help="Only jobs of this collection.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Only jobs of this batch.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    asked = {"status": status.upper() if status else None, "file": file, "collection": collection, "limit": limit}
+    asked: dict[str, Any] = {"status": status.value if status else None, "file": file, "collection": collection}
+    asked |= {"batch": batch, "limit": limit, "cursor": cursor}
     page = _client(url).ask("GET", "/jobs", params={name: value for name, value in asked.items() if value is not None})
     if as_json:
         print_json(page)
     else:
         _console().print(jobs_table(page["jobs"]))
+        if page["next"]:
+            print(f"headrace: there are more: the same with --cursor {page['next']}", file=sys.stderr)
 
 
 @app.command(name="status")
@@ -344,6 +392,8 @@ def config(as_json: AsJson = False) -> None:
         name, value = field.upper(), getattr(settings, field)
         origin = "environment" if name in environment else ".env" if name in in_file else "default"
         shown = None if value is None else "***" if isinstance(value, SecretStr) else mask(str(value))
+        if name == "MONGO_URI" and value is not None:
+            shown = _without_secrets(value.get_secret_value())
         rows.append({"name": name, "value": shown, "from": origin})
     if as_json:
         print_json(rows)
@@ -352,6 +402,12 @@ def config(as_json: AsJson = False) -> None:
     for row in rows:
         table.add_row(str(row["name"]), row["value"] if row["value"] is not None else "–", str(row["from"]))
     _console().print(table)
+
+
+def _without_secrets(uri: str) -> str:
+    """A URI of MongoDB without what stands before the @, and without the values of options that may hold a secret."""
+    uri = re.sub(r"(?<=://).*@", "***@", uri, flags=re.DOTALL)
+    return re.sub(r"(?i)([?&;][^=&;]*(?:password|properties|token|secret)[^=&;]*=)[^&;]*", r"\1***", uri)
 
 
 @app.command()
@@ -377,7 +433,9 @@ def token(
 ) -> None:
     """Draw a token for the API, and the entry of API_TOKENS that accepts it. The token is shown here and nowhere else."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
-        raise SettingsError("a token's name has up to 64 letters, digits, dots, dashes and underscores")
+        raise typer.BadParameter(
+            "a token's name has up to 64 letters, digits, dots, dashes and underscores", param_hint="NAME"
+        )
     secret, entry = draw(name, scope)
     if as_json:
         print_json({"token": secret, "entry": entry})
@@ -402,20 +460,30 @@ def _root(
 
 
 def main() -> None:
-    """Run the command; every error that a person can cause is a sentence and exit code 1."""
+    """Run a command; every error that a person can cause is a sentence, and exit code 1, or 2 where its usage is wrong."""
     configure()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where it can still be told that it fails
     except HeadraceError as error:
         plainly(error)
         sys.exit(1)
     except BrokenPipeError:
         # Who read what is printed has enough of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 (a person is shown a sentence, whatever it is)
         get_logger().debug("the command failed", action="command", exc_info=error)
-        plainly(
-            StartError(f"something unexpected happened ({type(error).__name__}): ENGINE_LOG_LEVEL=debug shows where")
-        )
+        said = f"something unexpected happened ({type(error).__name__}): ENGINE_LOG_LEVEL=debug shows where"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _drop_output()
+            said = "there is no room where the output goes: free some, or let it go elsewhere"
+        plainly(StartError(said))
         sys.exit(1)
+
+
+def _drop_output() -> None:
+    """Let nothing more be written to standard output: what is in its buffer would fail again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from api.auth import is_loopback, tokens_of
-from engine.errors import HeadraceError
+from engine.errors import HeadraceError, WrongClock
 from engine.objects import Objects, connect
 from engine.settings import Settings
 from engine.store import Store, translated
@@ -69,6 +69,7 @@ def _mongodb(settings: Settings) -> Finding:
 def _clock(settings: Settings) -> Finding:
     """This machine's clock beside those of the servers: S3 refuses signatures of a time that is minutes off."""
     now: dict[str, datetime] = {}
+    silent = ""
     if settings.mongo_uri is not None:
         store = Store(settings, pool=2)
         try:
@@ -77,13 +78,22 @@ def _clock(settings: Settings) -> Finding:
         finally:
             store.close()
     if settings.aws_bucket_name is not None:
-        now["S3"] = Objects(connect(settings), settings.aws_bucket_name).time()
+        try:
+            now["S3"] = Objects(connect(settings), settings.aws_bucket_name).time()
+        except WrongClock:
+            raise
+        except HeadraceError:
+            silent = "S3 cannot be asked for the time: do what the line of S3 says, and look again"
+    if not now and silent:
+        return Finding("clock", "warning", silent)
     if not now:
         return Finding("clock", "warning", "there is no server to compare with: set MONGO_URI or AWS_BUCKET_NAME")
     off = {name: (datetime.now(UTC) - at).total_seconds() for name, at in now.items()}
     told = " and ".join(f"{seconds:+.0f} s from that of {name}" for name, seconds in off.items())
     if max(map(abs, off.values())) > CLOCK_SECONDS:
         return Finding("clock", "warning", f"this machine's clock is {told}: set them, for example with NTP")
+    if silent:
+        return Finding("clock", "warning", f"this machine's clock is {told}; {silent}")
     return Finding("clock", "ok", f"this machine's clock is {told}")
 
 

@@ -79,7 +79,11 @@ def test_load_and_wait_shows_the_way_and_ends_as_the_job_did(run, file, live):
     done = run("load", file, "--wait", "--collection", "cli")
     assert "COMPLETED" in done.err
     [status] = json.loads(run("load", file, "--wait", "--json", "--collection", "cli").out)
-    assert (status["status"], status["progress"]["inserted"], status["progress"]["rejected"]) == ("COMPLETED", 5000, 1)
+    assert (status["status"], status["progress"]["duplicates"], status["progress"]["rejected"]) == (
+        "COMPLETED",
+        5000,
+        1,
+    )
     failed = run("load", file, "--wait", "--max-errors", "0", "--collection", "cli", code=3)
     assert "maxErrors" in failed.err
 
@@ -145,7 +149,7 @@ def test_config_tells_where_each_value_came_from_and_no_secret(run, tmp_path):
     (tmp_path / ".env").write_text("ENGINE_WORKERS=3\n")
     rows = {row["name"]: row for row in json.loads(run("config", "--json", MONGO_URI="mongodb://u:geheim@h/x").out)}
     assert rows["ENGINE_WORKERS"] == {"name": "ENGINE_WORKERS", "value": "3", "from": ".env"}
-    assert rows["MONGO_URI"] == {"name": "MONGO_URI", "value": "***", "from": "environment"}
+    assert rows["MONGO_URI"] == {"name": "MONGO_URI", "value": "mongodb://***@h/x", "from": "environment"}
     assert rows["PORT"]["from"] == "default"
     assert "ENGINE_WORKERS" in run("config", COLUMNS="200").out
 
@@ -163,6 +167,9 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
     assert (found["MongoDB"], found["S3"]) == ("ok", "ok")
     wrong = run("doctor", code=1, **right | {"AWS_BUCKET_NAME": "nowhere", "ENGINE_WORKERS": "500"})
     assert "there is no bucket nowhere" in wrong.out
+    [clock] = [line for line in wrong.out.splitlines() if " clock " in line]
+    assert clock.startswith("warning")
+    assert "do what the line of S3 says" in clock
     assert "ENGINE_WORKERS=500" in wrong.out
     assert found["clock"] == "ok"
 
@@ -173,19 +180,110 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
         (["status", "nothing"], "there is no job"),
         (["status", "6b04fa6b779ece9e9d7d9cbc"], "there is no job"),
         (["load", "no-such-file"], "cannot be read"),
-        (["load", "/dev/null", "--format", "csv"], "format"),
-        (["load", "/dev/null", "--max-errors", "5x"], "maxErrors"),
-        (["load", "/dev/null", "--collection", "system.users"], "collection"),
-        (["load", "/dev/null", "--collection", "a..b"], "collection"),
-        (["load", "/dev/null", "--priority", "9999999"], "priority"),
         (["load", "."], "is a folder"),
         (["load", "s3://"], "reads bucket"),
-        (["jobs", "--status", "done"], "status"),
-        (["token", "a b", "--scope", "read"], "name"),
     ],
 )
 def test_what_a_person_gets_wrong_is_a_sentence(run, arguments, said):
     assert said in run(*arguments, code=1).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["load", "/dev/null", "--format", "bogus"], "--format"),
+        (["load", "/dev/null", "--max-errors", "5x"], "--max-errors"),
+        (["load", "/dev/null", "--collection", "system.users"], "--collection"),
+        (["load", "/dev/null", "--collection", "$x"], "--collection"),
+        (["load", "/dev/null", "--priority", "5000"], "--priority"),
+        (["load", "/dev/null", "--run-at", "tomorrow"], "--run-at"),
+        (["load", "/dev/null", "--timeout-seconds", "0"], "--timeout-seconds"),
+        (["load", "-", "-"], "named twice"),
+        (["load", "a", "./a"], "named twice"),
+        (["jobs", "--status", "bogus"], "--status"),
+        (["jobs", "--url", "notaurl"], "--url"),
+        (["token", "a b", "--scope", "read"], "NAME"),
+    ],
+)
+def test_wrong_usage_names_the_option(run, tmp_path, arguments, said):
+    (tmp_path / "a").write_text("{}\n")
+    assert said in run(*arguments, code=2).err
+
+
+@pytest.mark.parametrize("token", ["é", "hr_x\n", "a b"])
+def test_a_token_or_an_address_that_cannot_be_one_is_named(run, token):
+    assert "API_TOKEN" in run("jobs", code=1, API_TOKEN=token).err
+    assert "API_URL" in run("jobs", code=1, API_URL="notaurl").err
+
+
+def test_a_place_without_room_is_told(live):
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m api.cli jobs > /dev/full'],
+        env=os.environ | {"API_URL": f"http://127.0.0.1:{live.port}", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.startswith("headrace: there is no room")) == (1, True)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_message_names_the_file_once(run):
+    assert run("load", "s3://elsewhere/key", code=1).err.count("s3://elsewhere/key") == 1
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["api"], ["load", "-"]])
+def test_an_interruption_in_the_first_moments_is_quiet(start, command):
+    for seconds in (0.15, 0.3, 0.5):
+        process = start(*command, stdin=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1].decode()
+        assert process.returncode in (130, 1, 0), said  # the last two where it was through already
+        assert "Traceback" not in said
+
+
+def test_what_is_loaded_is_not_uploaded_again(run, file, live):
+    def load(*options):
+        [status] = json.loads(run("load", file, "--wait", "--json", "--collection", "twice", *options).out)
+        return status
+
+    first, again, skipped = load(), load(), load("--skip-loaded")
+    assert {first["fileKey"]} == {again["fileKey"], skipped["fileKey"]}
+    assert len({first["jobId"], again["jobId"], skipped["jobId"]}) == 3
+    assert (again["alreadyLoadedBy"], again["progress"]["duplicates"]) == (first["jobId"], 5000)
+    assert skipped["progress"]["lines"] == 0
+    assert live.data["twice"].count_documents({}) == 5000
+    forced = load("--force")
+    assert (forced["fileKey"], forced["progress"]["inserted"]) == (first["fileKey"], 5000)
+    live.objects.delete(first["fileKey"])
+    anew = load()
+    assert anew["fileKey"] != first["fileKey"]
+    file.write_bytes(b'{"n":1}\n')
+    assert load()["fileKey"] != anew["fileKey"]
+
+
+def test_files_that_were_not_loaded_for_long_are_forgotten(run, file, tmp_path):
+    run("load", file, "--collection", "cli")
+    [note] = tmp_path.glob("headrace/loads/*")
+    old = note.with_name("old")
+    old.write_text("{}")
+    os.utime(old, (time.time() - 31 * 86400,) * 2)
+    run("load", file, "--collection", "cli")
+    assert list(tmp_path.glob("headrace/loads/*")) == [note]
+
+
+def test_pages_of_jobs_follow_each_other(run, live):
+    keys = [live.objects.upload(io.BytesIO(b"{}\n"), f"cli/{uuid.uuid4().hex}").key for _ in range(3)]
+    batch = live.http.post("/process", json={"fileKeys": keys, "collection": "paged"}).json()["batchId"]
+    first = json.loads(run("jobs", "--batch", batch, "--limit", "2", "--json").out)
+    rest = json.loads(run("jobs", "--batch", batch, "--cursor", first["next"], "--json").out)
+    assert len({job["jobId"] for job in first["jobs"] + rest["jobs"]}) == 3
+    assert f"--cursor {first['next']}" in run("jobs", "--batch", batch, "--limit", "2").err
+
+
+def test_a_load_may_wait_for_its_time(run, file):
+    job_id = run("load", file, "--run-at", "2099-01-01T00:00:00z", "--timeout-seconds", "9").out.strip()
+    assert json.loads(run("cancel", job_id, "--json").out)["runAt"] == "2099-01-01T00:00:00.000Z"
 
 
 def test_an_api_that_is_not_there_is_told(run):
@@ -223,7 +321,6 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, s
     [status] = json.loads(run("load", path, "--collection", "resumed", "--wait", "--json").out)
     assert status["progress"]["inserted"] == 60_000
     assert live.http.get(f"/uploads/{upload}").status_code == 404  # the same upload, completed
-    assert not list(tmp_path.glob("headrace/loads/*"))
     assert live.objects.head(status["fileKey"]).size == path.stat().st_size
 
 
@@ -241,7 +338,7 @@ def test_one_file_that_fails_does_not_keep_the_others_and_both_are_told(run, fil
 def test_a_wrong_option_is_told_before_anything_is_uploaded(run, file, live):
     before = live.store.uploads.count_documents({})
     for wrong in (["--format", "csv"], ["--max-errors", "5x"], ["--collection", "system.x"]):
-        run("load", file, *wrong, code=1)
+        run("load", file, *wrong, code=2)
     assert live.store.uploads.count_documents({}) == before
 
 
@@ -308,10 +405,11 @@ def test_rejects_go_to_standard_output_where_a_dash_is_named(run, file):
 
 
 def test_config_masks_what_is_secret_in_an_address(run):
-    rows = {
-        r["name"]: r["value"] for r in json.loads(run("config", "--json", AWS_ENDPOINT_URL="http://u:pw77@h:1").out)
-    }
-    assert "pw77" not in rows["AWS_ENDPOINT_URL"]
+    uri = "mongodb://u:pw77@h1,h2/x?replicaSet=r&tlsCertificateKeyFilePassword=pw77&tls=true"
+    told = run("config", "--json", AWS_ENDPOINT_URL="http://u:pw77@h:1", MONGO_URI=uri).out
+    rows = {r["name"]: r["value"] for r in json.loads(told)}
+    assert "pw77" not in told
+    assert rows["MONGO_URI"] == "mongodb://***@h1,h2/x?replicaSet=r&tlsCertificateKeyFilePassword=***&tls=true"
 
 
 def test_workers_show_in_the_process_list_what_they_do(live):
