@@ -72,10 +72,13 @@ class Loader:
         return loads
 
     def _interrupted(self, loads: list[Loaded]) -> None:
+        going = [
+            load for load in loads if load.error is None
+        ]  # looked at before: to those that are sent, a stop is an error
         self._transfer.stop()
-        for load in loads:
+        for load in going:
             ended = load.status is not None and load.status["status"] in TERMINAL
-            if ended or load.error is not None or (load.job_id is not None and not self._wait):
+            if ended or (load.job_id is not None and not self._wait):
                 continue
             if load.job_id is not None:
                 said = f"its job goes on without you: watch it with `headrace status {load.job_id} --wait`"
