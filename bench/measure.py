@@ -3,7 +3,6 @@
 Walls are in seconds, CPU in seconds, memory in MB. A ratio is always of two figures of one and the same round.
 """
 
-import gc
 import os
 import shutil
 import statistics
@@ -11,31 +10,42 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+import boto3
 import bson
 import orjson
 
 from bench import ceiling, shapes
 from bench.rig import ROOT, Rig, Taken, cpu_of
 from engine.job_batches import JobBatches
-from engine.model import JobOptions
+from engine.model import JobOptions, JobState, Source
 from engine.stats import STAGES, totals
 
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
 __all__ = [
+    "Load",
+    "Spent",
     "Spread",
     "base_cpu",
+    "defaults",
     "idle",
     "ladder",
     "latency",
+    "load",
     "memory",
     "pickup",
+    "plain_s3",
+    "room_for",
     "scale",
     "shape",
     "small_files",
@@ -43,7 +53,11 @@ __all__ = [
 ]
 
 CONNECTIONS: Final = (2, 3, 4)
-IMPORT_WORKERS: Final = (1, 2, 4)
+IMPORT_WORKERS: Final = (1, 2, 4, 8)
+VARIED: Final[dict[str, tuple[int, ...]]] = {
+    "engine_writers": (1, 2, 4, 8, 16),
+    "engine_read_bytes": (256 * 1024, 1024 * 1024, 4 * 1024 * 1024),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +77,61 @@ class Spread:
         return f"{self.median:,.{digits}f} ({min(self.values):,.{digits}f}–{max(self.values):,.{digits}f})"
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load by engines of its own: what it took, and by stage the microseconds of a thread for each line."""
+
+    taken: Taken
+    stages: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a load took, to judge by what it waited for.
+
+    `wall` in seconds; `cpu` in seconds by program (mongod, workers, S3 server); `stages` as of a Load; `writers` is how many
+    batches of one worker may wait for the database at a time.
+    """
+
+    wall: float
+    cpu: dict[str, float]
+    stages: dict[str, float]
+    cores: int
+    writers: int
+
+    @classmethod
+    def of(cls, loads: Sequence[Load], writers: int) -> "Spent":
+        """The medians of several loads."""
+        servers = {"mongod": "mongod", "S3 server": "weed"}
+        cpu = {name: statistics.median(one.taken.servers[server] for one in loads) for name, server in servers.items()}
+        return cls(
+            statistics.median(one.taken.wall for one in loads),
+            cpu | {"workers": statistics.median(one.taken.cpu for one in loads)},
+            {stage: statistics.median(one.stages[stage] for one in loads) for stage in STAGES},
+            len(os.sched_getaffinity(0)),
+            writers,
+        )
+
+
+def load(rig: Rig, source: Source, *sizes: int, **changes: Any) -> Load:
+    """Load an object by engines that are started for it, of so many workers each; `changes` are settings of theirs."""
+    before = totals(rig.store)
+    with ExitStack() as stack:
+        taken = rig.load(source, *(stack.enter_context(rig.engine(size, **changes)) for size in sizes))
+    after = totals(rig.store)  # engines tell their last figures on leaving
+    rig.check(taken.job)
+    seconds = {stage: after.get(f"seconds_{stage}", 0) - before.get(f"seconds_{stage}", 0) for stage in STAGES}
+    return Load(taken, {stage: 1e6 * spent / taken.lines for stage, spent in seconds.items()})
+
+
 def base_cpu(path: Path) -> tuple[float, float]:
     """CPU seconds of parsing and encoding the same lines in batches of 1000, on one core and nothing else.
 
-    Returns it as Python runs it, with its garbage collector, and with the collector off.
+    Returns it as Python runs it, with its garbage collector, and with the collector off; medians of three passes.
     """
-
-    def run() -> float:
-        began = time.process_time()
-        for at in range(0, len(lines), 1000):
-            bson.encode({"documents": [orjson.loads(line) for line in lines[at : at + 1000]]})
-        return time.process_time() - began
-
-    with path.open("rb") as file:
-        lines = list(file)
-    gc.collect()
-    collected = run()
-    gc.disable()
-    try:
-        return collected, run()
-    finally:
-        gc.enable()
+    command = [sys.executable, "-m", "bench.base", str(path)]
+    found = orjson.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout)
+    return statistics.median(found["on"]), statistics.median(found["off"])
 
 
 class Ceiling:
@@ -91,11 +139,14 @@ class Ceiling:
 
     def __init__(self, rig: Rig, path: Path) -> None:
         self._rig = rig
-        self._work = ceiling.batches(_lines(path))
+        with path.open("rb") as file:
+            self._work = ceiling.batches(file)
         self.database: list[float] = []
-        walls = {connections: self._send(connections) for connections in CONNECTIONS * 2}  # the second pass counts
-        self.connections = min(walls, key=lambda connections: walls[connections])
-        self.database.clear()
+        self._send(max(CONNECTIONS))  # what comes first finds everything cold
+        walls: dict[int, list[float]] = {connections: [] for connections in CONNECTIONS}
+        for connections in CONNECTIONS * 3:
+            walls[connections].append(self._send(connections))
+        self.connections = min(walls, key=lambda connections: statistics.median(walls[connections]))
 
     def seconds(self) -> float:
         """Wall seconds of one pass; the CPU seconds of the database are added to `database`."""
@@ -109,36 +160,30 @@ class Ceiling:
         self._rig.store.data.drop_collection(name)
         return seconds
 
-    def beside(self, load: Callable[[], Taken]) -> tuple[float, Taken]:
+    def beside(self, load: Callable[[], Load]) -> tuple[float, Load]:
         """The ceiling before and after a load, averaged, since the speed of a machine drifts; and the load."""
         before = self.seconds()
         taken = load()
         return (before + self.seconds()) / 2, taken
 
 
-def ladder(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
-    """The same file by the ceiling, by Headrace, and by the import tool; and where a worker's time goes."""
+def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any]:
+    """The same file by the ceiling, by Headrace, and by the import tool; and what Headrace spent.
+
+    The import tool's best number of workers is found in the first round; where it fails, `import note` says why and there are
+    no figures of it.
+    """
     source = rig.upload(path)
     ceilings = Ceiling(rig, path)
     rows: dict[str, list[float]] = {}
-    tool = os.environ.get("MONGOIMPORT")
-    stages: dict[str, float] = {}
-    records = peak = 0
-
-    def load() -> Taken:
-        engine = rig.engine()
-        taken = rig.load(source, engine)
-        engine.stop()  # it tells its last figures on leaving
-        return taken
-
+    loads: list[Load] = []
+    candidates: tuple[int, ...] = IMPORT_WORKERS if tool else ()
+    note = _version(tool) if tool else "MONGOIMPORT names no tool"
     for _ in range(rounds):
         base, base_off = base_cpu(path)
-        before = totals(rig.store)
-        top, taken = ceilings.beside(load)
-        after = totals(rig.store)
-        stages = {s: stages.get(s, 0) + after.get(f"seconds_{s}", 0) - before.get(f"seconds_{s}", 0) for s in STAGES}
-        records += taken.lines
-        peak = max(peak, taken.peak_mb)
+        top, one = ceilings.beside(lambda: load(rig, source, 2))
+        loads.append(one)
+        taken = one.taken
         figures = {
             "ceiling": top,
             "headrace": taken.wall,
@@ -152,32 +197,47 @@ def ladder(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
             "cpu ratio": taken.cpu / base,
             "cpu ratio, collector off": taken.cpu / base_off,
         }
-        if tool:
-            best = min(_import(rig, tool, path, workers) for workers in IMPORT_WORKERS)
-            figures |= {"import": best, "import ratio": best / taken.wall}
+        if tool and candidates:
+            try:
+                walls = {workers: _import(rig, tool, path, workers, taken.lines) for workers in candidates}
+            except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+                candidates, note = (), str(error)
+            else:
+                best = min(walls, key=lambda workers: walls[workers])
+                figures |= {"import": walls[best], "import ratio": walls[best] / taken.wall}
+                candidates = (best,)
         for name, value in figures.items():
             rows.setdefault(name, []).append(value)
+    if candidates:
+        note = f"{note}, -j{candidates[0]}"
+    else:
+        rows = {name: values for name, values in rows.items() if not name.startswith("import")}
     return {name: Spread(tuple(values)) for name, values in rows.items()} | {
-        "stages": {stage: 1e6 * seconds / records for stage, seconds in stages.items()},
-        "peak": peak,
+        "spent": Spent.of(loads, rig.settings.engine_writers),
         "connections": ceilings.connections,
+        "import note": note,
     }
 
 
-def _import(rig: Rig, tool: str, path: Path, workers: int) -> float:
+def _version(tool: str) -> str:
+    said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return said[0].replace(" version:", "") if said else "of an unknown version"
+
+
+def _import(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:
+    """Wall seconds of one import. Raises RuntimeError where not every line became a document."""
     name = f"i{uuid.uuid4().hex[:8]}"
     uri = rig.settings.mongo_uri.get_secret_value() if rig.settings.mongo_uri else ""
     command = [tool, f"--uri={uri}", f"--collection={name}", f"--file={path}", f"-j{workers}", "--quiet"]
     began = time.perf_counter()
-    subprocess.run([*command, '--writeConcern={"w":"majority"}'], check=True)
+    ended = subprocess.run([*command, '--writeConcern={"w":"majority"}'], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
+    documents = rig.store.data[name].count_documents({})
     rig.store.data.drop_collection(name)
+    if ended.returncode or documents != lines:
+        words = (ended.stderr.strip() or "no words").splitlines()[-1]
+        raise RuntimeError(f"-j{workers} ended with {ended.returncode} and {documents} of {lines} documents: {words}")
     return seconds
-
-
-def _lines(path: Path) -> list[bytes]:
-    with path.open("rb") as file:
-        return list(file)
 
 
 def shape(rig: Rig, path: Path, rounds: int) -> Spread:
@@ -185,49 +245,80 @@ def shape(rig: Rig, path: Path, rounds: int) -> Spread:
     source = rig.upload(path)
     ceilings = Ceiling(rig, path)
     ratios = []
-    engine = rig.engine()
     for _ in range(rounds):
-        top, taken = ceilings.beside(lambda: rig.load(source, engine))
-        ratios.append(taken.wall / top)
-    engine.stop()
+        top, one = ceilings.beside(lambda: load(rig, source, 2))
+        ratios.append(one.taken.wall / top)
     return Spread(tuple(ratios))
 
 
-def scale(rig: Rig, path: Path, rounds: int) -> dict[str, Spread]:
-    """Walls by the number of processes, and of two engines of one process each."""
+def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
+    """Walls, and what was spent, by the number of processes, and of two engines of one process each."""
     source = rig.upload(path)
-    walls: dict[str, list[float]] = {}
+    loads: dict[str, list[Load]] = {}
     for _ in range(rounds):
         for name, sizes in {"1": [1], "2": [2], "4": [4], "two engines of 1": [1, 1]}.items():
-            engines = [rig.engine(size) for size in sizes]
-            walls.setdefault(name, []).append(rig.load(source, *engines).wall)
-            for engine in engines:
-                engine.stop()
-    return {name: Spread(tuple(values)) for name, values in walls.items()}
+            loads.setdefault(name, []).append(load(rig, source, *sizes))
+    return {
+        name: (Spread(tuple(one.taken.wall for one in some)), Spent.of(some, rig.settings.engine_writers))
+        for name, some in loads.items()
+    }
+
+
+def defaults(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
+    """Walls with one setting changed, over those with the defaults, which run first and last in each round.
+
+    `noise` is the most by which these two differed, as a share.
+    """
+    source = rig.upload(path)
+    ratios: dict[tuple[str, int], list[float]] = {}
+    differences = []
+
+    def wall(**changes: Any) -> float:
+        return load(rig, source, 2, **changes).taken.wall
+
+    for _ in range(rounds):
+        first = wall()
+        walls = {
+            (name, value): wall(**{name: value})
+            for name, values in VARIED.items()
+            for value in values
+            if value != getattr(rig.settings, name)
+        }
+        last = wall()
+        differences.append(abs(last - first) / min(first, last))
+        for which, seconds in walls.items():
+            ratios.setdefault(which, []).append(2 * seconds / (first + last))
+    return {"ratios": {which: Spread(tuple(some)) for which, some in ratios.items()}, "noise": max(differences)}
 
 
 def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Spread]:
-    """Jobs a second, from the start of the engine to the last COMPLETED; and the share of the queue in the workers' time."""
-    folder = rig.folder / "small"
-    folder.mkdir(exist_ok=True)
-    path = folder / "small.ndjson"
+    """Jobs a second, from the start of the engine to the last COMPLETED; and the share of the queue in the workers' time.
+
+    Every round has objects of its own: those that were loaded before are planned one by one.
+    """
+    path = rig.folder / "small.ndjson"
     shapes.write(str(path), "ordinary", records)
-    sources = [rig.upload(path) for _ in range(files)]
+    batches = JobBatches(rig.store)
     rates, shares = [], []
     for _ in range(rounds):
-        batch = JobBatches(rig.store).submit(sources, JobOptions(collection=f"s{uuid.uuid4().hex[:8]}"))
+        name = f"s{uuid.uuid4().hex[:8]}"
+        batch = batches.submit([rig.upload(path) for _ in range(files)], JobOptions(collection=name))
         before = totals(rig.store)
         began = time.time()
-        engine = rig.engine()
-        while rig.store.jobs.count_documents({"open": True}, limit=1):
-            time.sleep(0.05)
-        [last] = rig.store.jobs.find({"batch": bson.ObjectId(batch.id)}).sort("finishedAt", -1).limit(1)
-        engine.stop()
+        with rig.engine() as engine:
+            workers = len(engine.workers())
+            while rig.store.jobs.count_documents({"open": True}, limit=1):
+                time.sleep(0.05)
         after = totals(rig.store)
+        states, documents = batches.get(batch.id).states, rig.store.data[name].count_documents({})
+        if states != {JobState.COMPLETED: files} or documents != files * records:
+            raise RuntimeError(f"{files} jobs of {records} lines ended as {states} with {documents} documents")
+        [last] = rig.store.jobs.find({"batch": bson.ObjectId(batch.id)}).sort("finishedAt", -1).limit(1)
         seconds = last["finishedAt"].replace(tzinfo=UTC).timestamp() - began
         rates.append(files / seconds)
-        shares.append(100 * (after.get("seconds_queue", 0) - before.get("seconds_queue", 0)) / (2 * seconds))
-        rig.store.data.drop_collection(last["options"]["collection"])
+        queue = after.get("seconds_queue", 0) - before.get("seconds_queue", 0)
+        shares.append(100 * queue / (workers * seconds))
+        rig.store.data.drop_collection(name)
     return {"jobs/s": Spread(tuple(rates)), "queue %": Spread(tuple(shares))}
 
 
@@ -237,8 +328,7 @@ def pickup(rig: Rig, times: int) -> Spread:
     path.write_bytes(b'{"n":1}\n' * 1000)
     source = rig.upload(path)
     found = []
-    engine = rig.engine()
-    with rig.api() as client:
+    with rig.engine(), rig.api() as (client, _):
         for _ in range(times):
             time.sleep(0.4)
             began = time.time()
@@ -246,48 +336,71 @@ def pickup(rig: Rig, times: int) -> Spread:
             while (job := rig.queue.get(job_id)).started_at is None:
                 time.sleep(0.005)
             found.append(1000 * (job.started_at.timestamp() - began))
-    engine.stop()
     rig.store.data.drop_collection("pickup")
     return Spread(tuple(found))
 
 
 def idle(rig: Rig, seconds: float) -> float:
     """Percent of one core that an idle engine takes, supervisor and workers together."""
-    engine = rig.engine()
-    time.sleep(3)
+    with rig.engine() as engine:
+        time.sleep(3)
 
-    def spent() -> float:
-        return engine.cpu() + cpu_of(engine.process.pid)
+        def spent() -> float:
+            return engine.cpu() + cpu_of(engine.process.pid)
 
-    before = spent()
-    time.sleep(seconds)
-    share = 100 * (spent() - before) / seconds
-    engine.stop()
-    return share
+        before = spent()
+        time.sleep(seconds)
+        return 100 * (spent() - before) / seconds
+
+
+def plain_s3(rig: Rig) -> "S3Client":
+    """The client that boto3 makes where nobody tells it how."""
+    found = rig.settings
+    return boto3.client(
+        "s3",
+        endpoint_url=found.aws_endpoint_url,
+        region_name=found.aws_region,
+        aws_access_key_id=found.aws_access_key_id,
+        aws_secret_access_key=found.aws_secret_access_key.get_secret_value() if found.aws_secret_access_key else None,
+    )
 
 
 def upload(rig: Rig, size: int, rounds: int) -> dict[str, Spread]:
-    """MB a second of POST /upload and of boto3's own upload_file, of one file."""
+    """MB a second of POST /upload, of boto3's own upload_file as it comes, and of it with Headrace's settings; of one file.
+
+    Who is first changes from round to round.
+    """
     path = rig.folder / "upload.ndjson"
     line = b"".join(shapes.SHAPES["ordinary"](4000))
     with path.open("wb") as file:
         while file.tell() < size:
             file.write(line)
-    api, bare = [], []
-    with rig.api() as client:
-        for _ in range(rounds):
-            began = time.perf_counter()
-            key = client.upload(path)
-            api.append(path.stat().st_size / (time.perf_counter() - began) / 1e6)
-            rig.objects.delete(key)
-            key = f"{uuid.uuid4().hex}.ndjson"
-            began = time.perf_counter()
-            rig.s3.upload_file(str(path), rig.bucket, key)
-            bare.append(path.stat().st_size / (time.perf_counter() - began) / 1e6)
-            rig.objects.delete(key)
+
+    def bare(s3: "S3Client") -> str:
+        key = f"{uuid.uuid4().hex}.ndjson"
+        s3.upload_file(str(path), rig.bucket, key)
+        return key
+
+    rates: dict[str, list[float]] = {}
+    with rig.api() as (client, _):
+        ways: list[tuple[str, Callable[[], str]]] = [
+            ("api", lambda: client.upload(path)),
+            ("boto3", partial(bare, plain_s3(rig))),
+            ("boto3, tuned", partial(bare, rig.s3)),
+        ]
+        for turn in range(rounds):
+            first = turn % len(ways)
+            for name, way in ways[first:] + ways[:first]:
+                began = time.perf_counter()
+                key = way()
+                rates.setdefault(name, []).append(path.stat().st_size / (time.perf_counter() - began) / 1e6)
+                rig.objects.delete(key)
     path.unlink()
-    ratios = [one / other for one, other in zip(api, bare, strict=True)]
-    return {"api": Spread(tuple(api)), "boto3": Spread(tuple(bare)), "ratio": Spread(tuple(ratios))}
+    ratios = {
+        f"over {name}": [one / other for one, other in zip(rates["api"], rates[name], strict=True)]
+        for name in ("boto3", "boto3, tuned")
+    }
+    return {name: Spread(tuple(values)) for name, values in (rates | ratios).items()}
 
 
 @contextmanager
@@ -307,25 +420,30 @@ def latency(rig: Rig, path: Path, rounds: int, milliseconds: float = 20) -> dict
     source = rig.upload(path)
     s3_port = urlsplit(rig.settings.aws_endpoint_url or "").port or 0
     rates: dict[str, list[float]] = {"0 ms": [], "added": []}
-    for _ in range(rounds):
-        for name, delay in (("0 ms", 0.0), ("added", milliseconds)):
+    ways = [("0 ms", 0.0), ("added", milliseconds)]
+    for turn in range(rounds):
+        for name, delay in ways[:: -1 if turn % 2 else 1]:
             with _delayed(rig.primary()[1], delay) as mongo, _delayed(s3_port, delay) as s3:
                 uri = f"mongodb://127.0.0.1:{mongo}/{rig.store.data.name}?directConnection=true"
-                engine = rig.engine(mongo_uri=uri, aws_endpoint_url=f"http://127.0.0.1:{s3}")
-                taken: Taken = rig.load(source, engine)
+                taken = load(rig, source, 2, mongo_uri=uri, aws_endpoint_url=f"http://127.0.0.1:{s3}").taken
                 rates[name].append(taken.lines / taken.wall)
-                engine.stop()
     shares = [one / other for one, other in zip(rates["added"], rates["0 ms"], strict=True)]
     return {name: Spread(tuple(values)) for name, values in rates.items()} | {"share": Spread(tuple(shares))}
 
 
-def memory(rig: Rig, sizes: list[int]) -> dict[int, int]:
-    """Peak MB of a worker by the size of the file in bytes; one line in a thousand has 1 MiB."""
-    found: dict[int, int] = {}
+def room_for(size: int) -> int:
+    """Bytes of disk that the memory test of a file of this size needs: the file, the object, the documents, the journals."""
+    return 4 * size + 2 * 10**9
+
+
+def memory(rig: Rig, sizes: list[int]) -> dict[int, int | None]:
+    """Peak MB of a worker by the size of the file in bytes; one line in a thousand has 1 MiB. None: the disk has no room."""
+    found: dict[int, int | None] = {}
     plain = b"".join(shapes.SHAPES["ordinary"](1000))
     long = b'{"long":"' + b"x" * (1024 * 1024 - 20) + b'"}\n'
     for size in sizes:
-        if shutil.disk_usage(rig.folder).free < 4 * size + 2 * 10**9:
+        if shutil.disk_usage(rig.folder).free < room_for(size):
+            found[size] = None
             continue
         path = rig.folder / "memory.ndjson"
         with path.open("wb") as file:
@@ -334,8 +452,6 @@ def memory(rig: Rig, sizes: list[int]) -> dict[int, int]:
                 file.write(long)
         source = rig.upload(path)
         path.unlink()
-        engine = rig.engine()
-        found[size] = rig.load(source, engine).peak_mb
-        engine.stop()
+        found[size] = load(rig, source, 2).taken.peak_mb
         rig.objects.delete(source.key)
     return found

@@ -1,9 +1,11 @@
 """Real servers, a real engine in processes of its own, and what it took: wall time, CPU and memory of the workers."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,22 +24,27 @@ from engine.queue import Queue
 from engine.settings import Settings
 from engine.store import Store
 
-__all__ = ["Engine", "Rig", "Taken", "cpu_of"]
+__all__ = ["Engine", "Rig", "Taken", "cpu_of", "forget_peak", "peak_mb"]
 
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
+POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What a load took: seconds from submission to COMPLETED by the database's clock, CPU seconds and peak MB of workers, and
-    CPU seconds of the servers by name."""
+    CPU seconds of the servers by name; and the job, as it ended."""
 
     wall: float
     cpu: float
     peak_mb: int
-    lines: int
     servers: dict[str, float]
+    job: Job
+
+    @property
+    def lines(self) -> int:
+        return self.job.progress.tally.lines
 
 
 def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:
@@ -54,8 +61,19 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def peak_mb(pid: int) -> int:
+    """The highest resident memory that a process has had, in MB of 1e6 bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 // 10**6
+
+
+def forget_peak(pid: int) -> None:
+    """Let the peak of a process begin anew at what it has now, so that it tells of what comes."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
 class Engine:
-    """`headrace engine` as a process; `changes` are settings by name."""
+    """`headrace engine` as a process; `changes` are settings by name. Leave its context to stop it."""
 
     def __init__(self, settings: Settings, log: Path, changes: dict[str, Any]) -> None:
         environment = _environment(settings, changes)
@@ -87,12 +105,8 @@ class Engine:
         return sum(map(cpu_of, self.workers()))
 
     def peak_mb(self) -> int:
-        """The highest resident memory that any worker has had."""
-        peaks = []
-        for pid in self.workers():
-            status = Path(f"/proc/{pid}/status").read_text()
-            peaks.append(int(status.split("VmHWM:")[1].split()[0]) // 1024)
-        return max(peaks)
+        """The highest resident memory that any worker has had, in MB of 1e6 bytes."""
+        return max(map(peak_mb, self.workers()))
 
     def stop(self) -> None:
         """TERM, and wait."""
@@ -100,9 +114,15 @@ class Engine:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(60)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
 
 class Rig:
-    """Servers under `folder`, and clients of them. Use it as a context manager."""
+    """Servers under `folder`, and clients of them. Use it as a context manager: it leaves nothing of the folder."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         self._stack = ExitStack()
@@ -119,13 +139,18 @@ class Rig:
         self.s3 = connect(self.settings)
         self.bucket = self.settings.aws_bucket_name or ""
         self.objects = Objects(self.s3, self.bucket)
+        self._lines: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        weed = self._servers.pids["weed"]
         self.store.close()
         self._stack.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for log in Path(tempfile.gettempdir()).glob(f"weed.*.{weed}"):
+            log.unlink(missing_ok=True)
 
     def engine(self, workers: int = 2, **changes: Any) -> Engine:
         """An engine that has booted; it is stopped with the rig at the latest."""
@@ -136,8 +161,8 @@ class Rig:
         return engine
 
     @contextmanager
-    def api(self) -> Iterator[Client]:
-        """The HTTP API on a free port, and a client of it."""
+    def api(self) -> Iterator[tuple[Client, int]]:
+        """The HTTP API on a free port: a client of it, and its pid."""
         port = free_port()
         environment = _environment(self.settings, {"port": port, "api_max_upload_bytes": "10GiB"})
         with (self.folder / "api.log").open("ab") as output:
@@ -148,47 +173,61 @@ class Rig:
                 stderr=output,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
             )
+        client = Client(f"http://127.0.0.1:{port}")
         try:
-            client = Client(f"http://127.0.0.1:{port}")
             end = time.monotonic() + 30
             while not client.ready():
                 if time.monotonic() > end or process.poll() is not None:
                     raise RuntimeError(f"the API did not start: {(self.folder / 'api.log').read_text()[-500:]}")
                 time.sleep(0.05)
-            yield client
+            yield client, process.pid
         finally:
+            client._http.close()  # noqa: SLF001 (commands end with their client, and have no need to close it)
             process.terminate()
             process.wait(30)
 
     def upload(self, path: Path) -> Source:
         """Put a file into S3."""
         with path.open("rb") as content:
-            return self.objects.upload(content, f"{uuid.uuid4().hex}-{path.name}")
+            lines = sum(piece.count(b"\n") for piece in iter(lambda: content.read(1024 * 1024), b""))
+            content.seek(0)
+            source = self.objects.upload(content, f"{uuid.uuid4().hex}-{path.name}")
+        self._lines[source.key] = lines
+        return source
+
+    def _submit(self, source: Source) -> Job:
+        """Put a job for an object on the queue, into a collection of its own."""
+        return self.queue.submit(source, JobOptions(collection=f"c{uuid.uuid4().hex[:8]}", force=True))
+
+    def _wait(self, job: Job) -> Job:
+        """Until the job has COMPLETED."""
+        while (found := self.queue.get(job.id)).state not in TERMINAL:
+            time.sleep(POLL_SECONDS)
+        if found.state != "COMPLETED":
+            raise RuntimeError(f"the job ended as {found.state}: {found.failure}")
+        return found
+
+    def check(self, job: Job) -> None:
+        """See that each line of the object has become a document, and drop the collection."""
+        name = job.options.collection
+        documents, lines = self.store.data[name].count_documents({}), self._lines[job.source.key]
+        if not documents == job.progress.tally.lines == lines:
+            raise RuntimeError(f"{documents} documents, {job.progress.tally.lines} lines told, {lines} in the file")
+        self.store.data.drop_collection(name)
 
     def load(self, source: Source, *engines: Engine) -> Taken:
-        """Load an object into a collection that is dropped afterwards."""
-        name = f"c{uuid.uuid4().hex[:8]}"
+        """Load an object into a collection of its own, which `check` drops."""
         before, servers = sum(engine.cpu() for engine in engines), self.servers_cpu()
-        job = self.wait(self.queue.submit(source, JobOptions(collection=name, force=True)))
+        job = self._wait(self._submit(source))
         cpu = sum(engine.cpu() for engine in engines) - before
         taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}
         peak = max((engine.peak_mb() for engine in engines), default=0)
-        self.store.data.drop_collection(name)
         assert job.finished_at is not None
-        wall = (job.finished_at - job.created_at).total_seconds()
-        return Taken(wall, cpu, peak, job.progress.tally.lines, taken_by)
+        return Taken((job.finished_at - job.created_at).total_seconds(), cpu, peak, taken_by, job)
 
     def servers_cpu(self) -> dict[str, float]:
         """CPU seconds of the database and the S3 server until now, by name."""
         return {name: cpu_of(pid) for name, pid in self._servers.pids.items()}
-
-    def wait(self, job: Job) -> Job:
-        """Until the job has COMPLETED."""
-        while (found := self.queue.get(job.id)).state not in TERMINAL:
-            time.sleep(0.1)
-        if found.state != "COMPLETED":
-            raise RuntimeError(f"the job ended as {found.state}: {found.failure}")
-        return found
 
     def primary(self) -> tuple[str, int]:
         """Address of the database."""
@@ -196,3 +235,7 @@ class Rig:
         found = self.store.client.primary
         assert found is not None
         return found[0], found[1]
+
+    def cache_bytes(self) -> int:
+        """What the database may use as its cache."""
+        return int(self.store.client.admin.command("serverStatus")["wiredTiger"]["cache"]["maximum bytes configured"])

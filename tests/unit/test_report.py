@@ -1,0 +1,80 @@
+"""The report's sentences follow from the figures, whichever way these fall."""
+
+import pytest
+
+from bench.measure import Spent, Spread
+from bench.report import Report, bottleneck, fastest, flat, scaling
+
+STAGES = {"read": 1.0, "split": 0.2, "decode": 2.0, "encode": 3.0, "wait": 40.0, "stall": 6.0, "queue": 0.1}
+
+
+def spent(stages=None, mongod=4.0, workers=3.0, s3=1.0):
+    cpu = {"mongod": mongod, "workers": workers, "S3 server": s3}
+    return Spent(wall=10.0, cpu=cpu, stages=STAGES | (stages or {}), cores=2, writers=8)
+
+
+def test_taken_cores_are_what_stops_a_load_whatever_its_threads_wait_for():
+    told = bottleneck(spent({"read": 20.0}, mongod=10.0, workers=7.0, s3=2.0))
+    assert told == "the cores, 95 % of whose time is taken: mongod 50, workers 35, S3 server 10"
+
+
+@pytest.mark.parametrize(
+    ("stages", "named"),
+    [
+        ({"read": 20.0, "stall": 1.0}, "S3:"),
+        ({"wait": 80.0}, "MongoDB:"),
+        ({"wait": 16.0}, "the workers' CPU:"),
+    ],
+)
+def test_with_cores_to_spare_the_reader_and_the_writers_tell_what_they_wait_for(stages, named):
+    told = bottleneck(spent(stages))
+    assert told.startswith(named)
+    assert "40 %" in told
+
+
+def test_writers_wait_side_by_side():
+    # 40 µs by eight at a time are 5 of a worker's, less than the 5.2 of its own work.
+    assert bottleneck(spent()).startswith("the workers' CPU: MongoDB's answers take 5.0 µs")
+
+
+def test_what_stops_two_processes_is_told_only_where_something_does():
+    assert scaling({"1": 10.0, "2": 5.2}, spent()) == "Two processes take 0.52 of the time of one."
+    assert "halving it: the cores" in scaling({"1": 10.0, "2": 9.0}, spent(mongod=12.0, workers=7.0))
+
+
+@pytest.mark.parametrize(
+    ("peaks", "met"),
+    [
+        ({1: 100, 2: 110}, True),
+        ({1: 100, 2: 120}, False),
+        ({1: 199, 2: 200}, False),
+        ({1: 200, 2: None}, False),
+        ({1: 100, 2: None}, None),
+        ({1: None, 2: None}, None),
+    ],
+)
+def test_memory_is_flat_only_where_two_sizes_agree(peaks, met):
+    assert flat(peaks)[1] is met
+
+
+def test_a_size_without_room_is_told():
+    assert flat({10**10: None})[0] == "not measured at 10 GB: needs 42 GB free"
+
+
+def test_defaults_are_called_the_fastest_only_within_the_noise():
+    ratios = {("engine_writers", 4): Spread((0.97, 0.96, 1.1)), ("engine_writers", 16): Spread((0.9,))}
+    assert "the fastest that was tried" in fastest(ratios, 0.11)
+    told = fastest(ratios, 0.05)
+    assert told.startswith("Faster here than the defaults")
+    assert "ENGINE_WRITERS=16 (0.90)" in told
+
+
+def test_a_section_that_fails_stands_in_the_table_and_costs_no_other(capsys):
+    report = Report()
+    report.measure("first", lambda: 1 // 0, ("what", "< 1", lambda found: ("never", True)))
+    report.measure("second", lambda: 2, ("other", "< 3", lambda found: (str(found), found < 3)))
+    [(_, _, why, met), other] = report.rows
+    assert why.startswith("not measured: ZeroDivisionError")
+    assert met is None
+    assert (other, report.found) == (("other", "< 3", "2", True), {"second": 2})
+    assert list(report.wrong) == ["first"]
