@@ -1,7 +1,8 @@
 """Servers, files and notes for the suites. `--quick` makes everything small."""
 
 import gc
-import resource
+import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import shapes
-from bench.rig import ROOT, Rig
+from bench.rig import ROOT, Rig, forget_peak, peak_mb
 
 Measure = Callable[..., Any]
 
@@ -19,6 +20,17 @@ Measure = Callable[..., Any]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--quick`."""
     parser.addoption("--quick", action="store_true", help="small files and few rounds: under two minutes in all")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`records` or `size` of a test come from `SIZES` of its module: (full, quick).
+
+    They are in the names, so that what `--quick` measured is never held against a full run.
+    """
+    sizes = getattr(metafunc.module, "SIZES", {}).get(metafunc.function.__name__)
+    if sizes is not None:
+        names, full, quick = sizes
+        metafunc.parametrize(names, quick if metafunc.config.getoption("--quick") else full)
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +47,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="session")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], Path]]:
     """Files of a shape and a number of records, made once."""
-    folder = tmp_path_factory.mktemp("files")
+    folder = tmp_path_factory.mktemp("lines")
 
     def make(shape: str, count: int) -> Path:
         path = folder / f"{shape}-{count}.ndjson"
@@ -45,7 +57,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]
             shapes.write(str(path), shape, count)
         return path
 
-    return make
+    yield make
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
@@ -60,23 +73,34 @@ def commit() -> str:
 def measure(benchmark: BenchmarkFixture, commit: str) -> Measure:
     """Run a function under the benchmark, and note what its time was spent on.
 
-    `size` in bytes and `records` are of one call; `rounds` where one call takes seconds. Everything else goes into
-    `extra_info` as it is. Returns what the function returned.
+    `size` in bytes and `records` are of one call; `rounds` where one call takes seconds, or where `setup` makes what it is
+    called with. The peak of the memory is that of process `pid`, this one if none is named, while it ran. Everything else goes
+    into `extra_info` as it is. Returns what the function returned.
     """
 
-    def run(function: Callable[..., Any], *given: Any, size: int, records: int, rounds: int = 0, **more: Any) -> Any:
+    def run(
+        function: Callable[..., Any],
+        *,
+        size: int,
+        records: int,
+        rounds: int = 0,
+        setup: Callable[[], Any] | None = None,
+        pid: int = 0,
+        **more: Any,
+    ) -> Any:
         gc.collect()
-        if rounds:
-            result = benchmark.pedantic(  # type: ignore[no-untyped-call]
-                function, given, rounds=rounds, iterations=1, warmup_rounds=0
-            )
-        else:
-            result = benchmark(function, *given)
-        info: dict[str, Any] = {"bytes": size, "records": records, "processes": 1, "commit": commit} | more
+        pid = pid or os.getpid()
+        forget_peak(pid)
+        result = (
+            benchmark.pedantic(function, setup=setup, rounds=rounds)  # type: ignore[no-untyped-call]
+            if rounds
+            else benchmark(function)
+        )
+        info: dict[str, Any] = {"bytes": size, "records": records, "processes": 1, "commit": commit}
+        info |= {"batch": None, "shape": None, "peak_rss_mb": peak_mb(pid)} | more
         if benchmark.stats is not None:
             seconds = benchmark.stats.stats.median
             info |= {"MB/s": round(size / seconds / 1e6, 1), "records/s": round(records / seconds, 1)}
-        info.setdefault("peak_rss_mb", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         benchmark.extra_info.update(info)
         return result
 

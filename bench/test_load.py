@@ -1,5 +1,6 @@
 """End to end: an object in S3 to documents in MongoDB, by an engine in processes of its own."""
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.rig import Rig
+from bench.rig import Rig, Taken
+from engine.stats import totals
 
 Files = Callable[[str, int], Path]
 
-COUNTS = {"ordinary": 1_000_000, "tiny": 1_000_000, "wide": 60_000, "large": 20_000}
-QUICK = {"ordinary": 100_000, "tiny": 100_000, "wide": 6000, "large": 2000}
+# Each in quick is cut into as many ranges, too, that two processes have work: 8 MiB and more a range.
+FULL = {"ordinary": 1_000_000, "tiny": 1_000_000, "wide": 60_000, "large": 20_000}
+QUICK = {"ordinary": 100_000, "tiny": 600_000, "wide": 6000, "large": 2000}
 
 CASES = [
     *(("ordinary", workers, "64MiB", 1000) for workers in (1, 2, 4)),
@@ -20,10 +23,15 @@ CASES = [
     *(("ordinary", 2, "64MiB", batch) for batch in (100, 10_000)),
     *((shape, 2, "64MiB", 1000) for shape in ("tiny", "wide", "large")),
 ]
+SIZES = {
+    "test_load": (
+        ("shape", "records", "workers", "range_bytes", "batch"),
+        *([(shape, counts[shape], *rest) for shape, *rest in CASES] for counts in (FULL, QUICK)),
+    )
+}
 
 
 @pytest.mark.benchmark(group="end to end")
-@pytest.mark.parametrize(("shape", "workers", "range_bytes", "batch"), CASES)
 def test_load(
     benchmark: BenchmarkFixture,
     measure: Any,
@@ -31,29 +39,49 @@ def test_load(
     file: Files,
     quick: bool,
     shape: str,
+    records: int,
     workers: int,
     range_bytes: str,
     batch: int,
 ) -> None:
     """From the submission to COMPLETED; the engine runs already."""
-    count = (QUICK if quick else COUNTS)[shape]
-    path = file(shape, count)
-    source = rig.upload(path)
-    changes = {"engine_range_bytes": range_bytes, "engine_batch_records": batch}
-    engine = rig.engine(workers, **changes)
-    peak = []
+    source = rig.upload(file(shape, records))
+    changes: dict[str, Any] = {"engine_range_bytes": range_bytes, "engine_batch_records": batch}
+    if batch > 1000:
+        changes["engine_batch_bytes"] = "4MiB"  # else a batch is full before it has so many lines
+    taken: list[Taken] = []
+    before = totals(rig.store)
 
-    def load() -> int:
-        taken = rig.load(source, engine)
-        peak.append(taken.peak_mb)
-        return taken.lines
+    def forget() -> None:
+        """See that the last load is right, and let the next begin without it."""
+        if taken:
+            rig.check(taken[-1].job)
 
-    try:
-        lines = measure(
-            load, size=source.size, records=count, rounds=1 if quick else 3, processes=workers, batch=batch,
-            range_bytes=range_bytes, shape=shape,
+    with rig.engine(workers, **changes) as engine:
+        measure(
+            lambda: taken.append(rig.load(source, engine)),
+            size=source.size, records=records, rounds=2 if quick else 3, setup=forget, processes=workers, shape=shape,
         )  # fmt: skip
-        assert lines == count
-        benchmark.extra_info["peak_rss_mb"] = max(peak)
-    finally:
-        engine.stop()
+    forget()
+    after = totals(rig.store)  # the engine tells its last figures on leaving
+
+    def median(figure: Callable[[Taken], float]) -> float:
+        return round(statistics.median(map(figure, taken)), 3)
+
+    plan = taken[-1].job.plan
+    assert plan is not None
+    lines, batches = (after[name] - before.get(name, 0) for name in ("lines", "batches"))
+    benchmark.extra_info.update(
+        {
+            "batch": round(lines / batches),
+            "batch_most": batch,
+            "ranges": plan.range_count,
+            "range_bytes": plan.range_bytes,
+            "range_bytes_most": range_bytes,
+            "wall": median(lambda one: one.wall),
+            "worker_cpu": median(lambda one: one.cpu),
+            "mongod_cpu": median(lambda one: one.servers["mongod"]),
+            "s3_cpu": median(lambda one: one.servers["weed"]),
+            "peak_rss_mb": max(one.peak_mb for one in taken),
+        }
+    )

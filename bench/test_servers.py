@@ -1,51 +1,75 @@
 """One process against real servers: write, range read, queue operations, upload."""
 
 import io
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bson
 import pytest
+from bson.raw_bson import RawBSONDocument
 
 from api.client import Client
+from bench.measure import plain_s3
 from bench.rig import Rig
 from engine.batches import Batcher
 from engine.decode import decode
+from engine.job_batches import JobBatches
 from engine.lines import Splitter
-from engine.model import ByteRange, Format, JobOptions, Plan, Tally
+from engine.model import ByteRange, Format, Job, JobOptions, Lease, Plan, Tally
 from engine.sink import Sink
 
 MIB = 1024 * 1024
+TOGETHER = 16
 Files = Callable[[str, int], Path]
+
+SIZES = {
+    "test_write": ("records", [50_000], [10_000]),
+    "test_range_read": ("size", [MIB, 8 * MIB, 64 * MIB], [MIB, 8 * MIB, 16 * MIB]),
+    "test_upload": ("records", [1_000_000], [100_000]),
+}
 
 
 @pytest.mark.benchmark(group="write")
 @pytest.mark.parametrize("batch", [100, 1000, 10_000])
-def test_write(measure: Any, rig: Rig, file: Files, quick: bool, batch: int) -> None:
-    """Batches into MongoDB one after the other, unordered, `w: majority`; parsing included."""
-    count = 10_000 if quick else 50_000
-    data = file("ordinary", count).read_bytes()
+@pytest.mark.parametrize("what", ["decode, encode and write", "write ready-made BSON"])
+def test_write(measure: Any, rig: Rig, file: Files, what: str, records: int, batch: int) -> None:
+    """Batches into MongoDB one after the other, unordered, `w: majority`: as a writer does it, and the write alone."""
+    data = file("ordinary", records).read_bytes()
     splitter, batcher = Splitter(0, len(data), 1 << 25), Batcher(batch, 4 * MIB)
     batches = [b for block in splitter.feed(data) for b in batcher.add(block)] + list(batcher.flush())
+    tag = uuid.uuid4().bytes[:6]
+    ready = what == "write ready-made BSON"
+    decoded = (decode(b, Format.NDJSON, tag, "key") for b in batches if ready)
+    made = [[RawBSONDocument(bson.encode(document)) for document in documents] for documents in decoded]
+    names: list[str] = []
+
+    def fresh() -> None:
+        for name in names:
+            rig.store.data.drop_collection(name)
+        names[:] = [f"w{uuid.uuid4().hex[:8]}"]
+
+    def all_of_it() -> int:
+        sink = Sink(rig.store, names[0], Plan(Format.NDJSON, tag, len(data), 1, True, 1 << 25), 10)
+        return sum(sink.write(decode(b, Format.NDJSON, tag, "key"))[0].inserted for b in batches)
 
     def write() -> int:
-        tag = uuid.uuid4().bytes[:6]
-        name = f"w{uuid.uuid4().hex[:8]}"
-        sink = Sink(rig.store, name, Plan(Format.NDJSON, tag, len(data), 1, True, 1 << 25), 10)
-        inserted = sum(sink.write(decode(b, Format.NDJSON, tag, "key"))[0].inserted for b in batches)
-        rig.store.data.drop_collection(name)
-        return inserted
+        command = {"insert": names[0], "ordered": False, "writeConcern": {"w": "majority"}}
+        return sum(rig.store.data.command(command | {"documents": documents})["n"] for documents in made)
 
-    assert measure(write, size=len(data), records=count, batch=batch, rounds=3) == count
+    told = {"batch": batch, "shape": "ordinary"}
+    assert (
+        measure(write if ready else all_of_it, size=len(data), records=records, rounds=3, setup=fresh, **told)
+        == records
+    )
+    fresh()
 
 
 @pytest.mark.benchmark(group="range read")
-@pytest.mark.parametrize("size", [1 * MIB, 8 * MIB, 64 * MIB])
-def test_range_read(measure: Any, rig: Rig, quick: bool, size: int) -> None:
+def test_range_read(measure: Any, rig: Rig, size: int) -> None:
     """One ranged GET read to its end, in pieces of 1 MiB."""
-    if quick:
-        size = min(size, 16 * MIB)
     source = rig.objects.upload(io.BytesIO(b'{"n":1}\n' * (size // 8)), f"{uuid.uuid4().hex}.ndjson")
 
     def read() -> int:
@@ -84,25 +108,75 @@ def test_queue(measure: Any, rig: Rig, what: str) -> None:
             rig.store.control[name].delete_many({})
 
 
+@pytest.mark.benchmark(group="queue")
+@pytest.mark.parametrize("what", ["claim", "plan and lease", "close and finish"])
+def test_small_jobs(measure: Any, rig: Rig, quick: bool, what: str) -> None:
+    """What a worker asks of the database for 16 small jobs that it takes on together, `w: majority`."""
+    size = 27_000
+    sources = [rig.objects.upload(io.BytesIO(b"x" * size), f"{uuid.uuid4().hex}.txt") for _ in range(TOGETHER)]
+    plan = Plan(Format.TEXT, bytes(6), size, 1, True, 1 << 25)
+    jobs: list[Job] = []
+    leases: dict[str, Lease] = {}
+
+    def submit() -> None:
+        for name in ("jobs", "ranges"):
+            rig.store.control[name].delete_many({})
+        JobBatches(rig.store).submit(sources, JobOptions(collection="queue"))
+        jobs[:] = next(rig.queue.open_jobs())
+
+    def claim() -> int:
+        jobs[:] = rig.queue.claim(jobs, "bench")
+        return len(jobs)
+
+    def start() -> int:
+        jobs[:] = rig.queue.fix_plans([(job, plan, None) for job in jobs])
+        leases.update(rig.ledger.open_leased({job.id: ByteRange(0, 0, size) for job in jobs}, "bench"))
+        return len(jobs)
+
+    def finish() -> int:
+        assert rig.ledger.close_all([(leases[job.id], Tally()) for job in jobs])
+        return len(rig.queue.finish_all([(job, Tally()) for job in jobs]))
+
+    steps = {"claim": claim, "plan and lease": start, "close and finish": finish}
+
+    def before() -> None:
+        submit()
+        for name, step in steps.items():
+            if name == what:
+                return
+            step()
+
+    try:
+        assert measure(steps[what], size=0, records=TOGETHER, rounds=5 if quick else 50, setup=before) == TOGETHER
+    finally:
+        for name in ("jobs", "ranges", "batches"):
+            rig.store.control[name].delete_many({})
+
+
 @pytest.fixture(scope="module")
-def http(rig: Rig) -> Iterator[Client]:
-    """The HTTP API, in a process of its own."""
-    with rig.api() as client:
-        yield client
+def http(rig: Rig) -> Iterator[tuple[Client, int]]:
+    """The HTTP API, in a process of its own, and its pid."""
+    with rig.api() as served:
+        yield served
 
 
 @pytest.mark.benchmark(group="upload")
-@pytest.mark.parametrize("through", ["POST /upload", "boto3 upload_file"])
-def test_upload(measure: Any, rig: Rig, http: Client, file: Files, quick: bool, through: str) -> None:
-    """A file into S3: through the API, and as boto3 does it by itself."""
-    count = 100_000 if quick else 1_000_000
-    path = file("ordinary", count)
+@pytest.mark.parametrize("through", ["POST /upload", "boto3 upload_file", "boto3 upload_file, Headrace's settings"])
+def test_upload(
+    measure: Any, rig: Rig, http: tuple[Client, int], file: Files, quick: bool, through: str, records: int
+) -> None:
+    """A file into S3: through the API, as boto3 does it by itself, and as it does with the settings that Headrace gives it."""
+    path = file("ordinary", records)
+    client, pid = http
+    s3 = rig.s3 if "settings" in through else plain_s3(rig)
+    posted = through == "POST /upload"
 
     def upload() -> str:
-        if through == "POST /upload":
-            return http.upload(path)
+        if posted:
+            return client.upload(path)
         key = f"{uuid.uuid4().hex}.ndjson"
-        rig.s3.upload_file(str(path), rig.bucket, key, ExtraArgs={"ContentType": "application/json"})
+        s3.upload_file(str(path), rig.bucket, key, ExtraArgs={"ContentType": "application/json"})
         return key
 
-    assert measure(upload, size=path.stat().st_size, records=count, rounds=2, through=through)
+    told = {"shape": "ordinary", "through": through, "pid": pid if posted else os.getpid()}
+    assert measure(upload, size=path.stat().st_size, records=records, rounds=3, **told)

@@ -17,6 +17,12 @@ TAG = b"\0\0\0\0\0\0"
 BATCHES = [100, 1000, 10_000]
 COUNTS = {"ordinary": 20_000, "tiny": 20_000, "wide": 1000, "large": 500}
 
+SHAPED = ("shape", "records", "batch")
+CASES = [
+    *(("ordinary", COUNTS["ordinary"], n) for n in BATCHES),
+    *((s, COUNTS[s], 1000) for s in SHAPES if s != "ordinary"),
+]
+
 Files = Callable[[str, int], Path]
 
 
@@ -27,45 +33,41 @@ def _batches(data: bytes, records: int) -> list[Batch]:
 
 
 @pytest.mark.benchmark(group="split")
+@pytest.mark.parametrize("records", [COUNTS["ordinary"]])
 @pytest.mark.parametrize("chunk", [64 * 1024, 1024 * 1024])
-def test_split(measure: Any, file: Files, chunk: int) -> None:
+def test_split(measure: Any, file: Files, chunk: int, records: int) -> None:
     """Chunks of bytes into lines."""
-    count = COUNTS["ordinary"]
-    data = file("ordinary", count).read_bytes()
+    data = file("ordinary", records).read_bytes()
 
     def split() -> int:
         splitter = Splitter(0, len(data), 1 << 25)
         blocks = (block for at in range(0, len(data), chunk) for block in splitter.feed(data[at : at + chunk]))
         return sum(len(block.ends) for block in blocks if isinstance(block, Block))
 
-    assert measure(split, size=len(data), records=count, chunk=chunk) == count
+    assert measure(split, size=len(data), records=records, chunk=chunk, shape="ordinary") == records
 
 
 @pytest.mark.benchmark(group="parse")
-@pytest.mark.parametrize(
-    ("shape", "batch"), [*(("ordinary", n) for n in BATCHES), *((s, 1000) for s in SHAPES if s != "ordinary")]
-)
-def test_parse(measure: Any, file: Files, shape: str, batch: int) -> None:
+@pytest.mark.parametrize(SHAPED, CASES)
+def test_parse(measure: Any, file: Files, shape: str, records: int, batch: int) -> None:
     """Lines into documents with their ids."""
-    data = file(shape, COUNTS[shape]).read_bytes()
+    data = file(shape, records).read_bytes()
     batches = _batches(data, batch)
 
     def parse() -> int:
         return sum(sum(1 for _ in decode(b, Format.NDJSON, TAG, "key")) for b in batches)
 
-    assert measure(parse, size=len(data), records=COUNTS[shape], batch=batch, shape=shape) == COUNTS[shape]
+    assert measure(parse, size=len(data), records=records, batch=batch, shape=shape) == records
 
 
 @pytest.mark.benchmark(group="encode")
-@pytest.mark.parametrize(
-    ("shape", "batch"), [*(("ordinary", n) for n in BATCHES), *((s, 1000) for s in SHAPES if s != "ordinary")]
-)
-def test_encode(measure: Any, file: Files, shape: str, batch: int) -> None:
+@pytest.mark.parametrize(SHAPED, CASES)
+def test_encode(measure: Any, file: Files, shape: str, records: int, batch: int) -> None:
     """Documents into BSON, a command's worth at a time."""
-    data = file(shape, COUNTS[shape]).read_bytes()
+    data = file(shape, records).read_bytes()
     decoded = [list(decode(b, Format.NDJSON, TAG, "key")) for b in _batches(data, batch)]
 
     def encode() -> int:
         return sum(len(bson.encode({"documents": documents})) for documents in decoded)
 
-    assert measure(encode, size=len(data), records=COUNTS[shape], batch=batch, shape=shape)
+    assert measure(encode, size=len(data), records=records, batch=batch, shape=shape)
