@@ -45,6 +45,9 @@ __all__ = ["app", "main"]
 
 EXIT_OF: Final = {"COMPLETED": 0, "FAILED": 3, "CANCELLED": 4}
 TOP_SECONDS: Final = 1.0
+PROFILE_SECONDS: Final = 4.0
+"""Workers tell every two seconds: at least one whole such time lies within."""
+
 WIDE: Final = 240
 
 app = typer.Typer(
@@ -372,13 +375,22 @@ def top(
 
 
 @app.command()
-def profile(url: Url = None, as_json: AsJson = False) -> None:
-    """Show where the time of the live workers went, stage by stage."""
-    workers = _client(url).ask("GET", "/workers")["workers"]
+def profile(
+    seconds: Annotated[float, typer.Option(min=0, help="Over how long; 0: since they started.")] = PROFILE_SECONDS,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the time of the live workers goes, stage by stage; as JSON, their counters since they started."""
+    client = _client(url)
+    workers = client.ask("GET", "/workers")["workers"]
     if as_json:
         print_json({"workers": workers})
-    else:
-        _console().print(profile_table(workers))
+        return
+    before = []
+    if seconds:
+        time.sleep(seconds)
+        before, workers = workers, client.ask("GET", "/workers")["workers"]
+    _console().print(profile_table(workers, before))
 
 
 @app.command()

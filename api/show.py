@@ -170,17 +170,34 @@ def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def profile_table(workers: Sequence[dict[str, Any]]) -> Table:
-    """Where the workers' time went: for each stage its microseconds per line, and its share of all stages."""
-    table = Table("worker", "lines", *STAGES, title="microseconds per line (share of the threads' time)")
-    for worker in [*workers, _sum(workers)] if len(workers) > 1 else workers:
+def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] = ()) -> Table:
+    """Where the workers' time went since `before`, or since they started: for each stage its microseconds per line, and its
+    share of all stages but `stall`, in which nothing is spent."""
+    table = Table(
+        "worker",
+        "lines",
+        *STAGES,
+        title="microseconds per line (share of the threads' time)",
+        caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time, while it goes on with others. `stall` is the "
+        "reader's wait for room among them, and has no share.",
+    )
+    earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
+    since = [_since(worker, earlier.get((worker["host"], worker["pid"]), {})) for worker in workers]
+    for worker in [*since, _sum(since)] if len(since) > 1 else since:
         counts = worker["counts"]
         lines = counts.get("lines", 0)
-        seconds = [counts.get(f"seconds_{stage}", 0.0) for stage in STAGES]
-        whole = sum(seconds) or 1.0
-        cells = [f"{1e6 * s / lines:.2f} ({100 * s / whole:.0f} %)" if lines else "–" for s in seconds]
+        seconds = {stage: counts.get(f"seconds_{stage}", 0.0) for stage in STAGES}
+        whole = sum(seconds.values()) - seconds["stall"] or 1.0
+        cells = [
+            f"{1e6 * s / lines:.2f}" + ("" if stage == "stall" else f" ({100 * s / whole:.0f} %)") if lines else "–"
+            for stage, s in seconds.items()
+        ]
         table.add_row(str(worker["slot"]), f"{lines:,.0f}", *cells)
     return table
+
+
+def _since(worker: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:
+    return worker | {"counts": {name: value - before.get(name, 0) for name, value in worker["counts"].items()}}
 
 
 def _sum(workers: Sequence[dict[str, Any]]) -> dict[str, Any]:

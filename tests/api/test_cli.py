@@ -142,6 +142,7 @@ def test_top_and_profile_show_the_workers(run, live):
     assert len(json.loads(run("top", "--json").out)["workers"]) == 2
     assert "memory" in run("top", "--once", COLUMNS="160").out
     assert "decode" in run("profile", COLUMNS="200").out
+    assert "has no share" in run("profile", "--seconds", "0", COLUMNS="200").out
     assert json.loads(run("profile", "--json").out)["workers"][0]["counts"]
 
 
