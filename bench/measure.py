@@ -89,8 +89,8 @@ class Load:
 class Spent:
     """What a load took, to judge by what it waited for.
 
-    `wall` in seconds; `cpu` in seconds by program (mongod, workers, S3 server); `stages` as of a Load; `writers` is how many
-    batches of one worker may wait for the database at a time.
+    `wall` in seconds; `cpu` in seconds by program (mongod, S3 server, workers, everything else on the machine); `stages` as of
+    a Load; `writers` is how many batches of one worker may wait for the database at a time.
     """
 
     wall: float
@@ -106,7 +106,9 @@ class Spent:
         cpu = {name: statistics.median(one.taken.servers[server] for one in loads) for name, server in servers.items()}
         return cls(
             statistics.median(one.taken.wall for one in loads),
-            cpu | {"workers": statistics.median(one.taken.cpu for one in loads)},
+            cpu
+            | {"workers": statistics.median(one.taken.cpu for one in loads)}
+            | {"everything else": statistics.median(one.taken.others for one in loads)},
             {stage: statistics.median(one.stages[stage] for one in loads) for stage in STAGES},
             len(os.sched_getaffinity(0)),
             writers,

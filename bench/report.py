@@ -193,7 +193,7 @@ def scaling(walls: dict[str, float], two: Spent) -> str:
 def fastest(ratios: dict[tuple[str, int], Spread], noise: float) -> str:
     """Whether any setting that was tried is quicker than the default by more than the noise."""
     better = [
-        f"{name.upper()}={value} ({spread.median:.2f})"
+        f"{_shown(name, value)} ({spread.median:.2f})"
         for (name, value), spread in ratios.items()
         if spread.median < 1 - noise
     ]
@@ -201,6 +201,10 @@ def fastest(ratios: dict[tuple[str, int], Spread], noise: float) -> str:
     if better:
         return f"Faster here than the defaults, by more than {within}: {', '.join(better)}."
     return f"The defaults are the fastest that was tried, within {within}."
+
+
+def _shown(name: str, value: int) -> str:
+    return f"{name.upper()}={value // 1024}KiB" if name.endswith("_bytes") else f"{name.upper()}={value}"
 
 
 def write(report: Report, command: str, seconds: float, place: Path, cache_bytes: int) -> None:
@@ -280,7 +284,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
         return [
             "| setting | wall, over that with the defaults in the same round |",
             "|---|---|",
-            *(f"| {name.upper()}={value} | {spread.told()} |" for (name, value), spread in ratios.items()),
+            *(f"| {_shown(*which)} | {spread.told()} |" for which, spread in ratios.items()),
             "",
             fastest(ratios, found["noise"]),
         ]

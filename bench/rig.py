@@ -34,12 +34,13 @@ POLL_SECONDS = 0.01
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What a load took: seconds from submission to COMPLETED by the database's clock, CPU seconds and peak MB of workers, and
-    CPU seconds of the servers by name; and the job, as it ended."""
+    CPU seconds of the servers by name, and of everything else on this machine meanwhile; and the job, as it ended."""
 
     wall: float
     cpu: float
     peak_mb: int
     servers: dict[str, float]
+    others: float
     job: Job
 
     @property
@@ -59,6 +60,15 @@ def cpu_of(pid: int) -> float:
     """CPU seconds of a process until now."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def _cpu_of_all() -> float:
+    """CPU seconds of everything, on the cores that this process may use, until now; what other machines took of them too."""
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    ticks = [[int(field) for field in fields[1:9]] for fields in lines if fields[0] in mine]
+    return sum(sum(core) - core[3] - core[4] for core in ticks) / TICKS
 
 
 def peak_mb(pid: int) -> int:
@@ -217,13 +227,14 @@ class Rig:
 
     def load(self, source: Source, *engines: Engine) -> Taken:
         """Load an object into a collection of its own, which `check` drops."""
-        before, servers = sum(engine.cpu() for engine in engines), self.servers_cpu()
+        before, servers, all = sum(engine.cpu() for engine in engines), self.servers_cpu(), _cpu_of_all()
         job = self._wait(self._submit(source))
         cpu = sum(engine.cpu() for engine in engines) - before
         taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}
+        others = max(0.0, _cpu_of_all() - all - cpu - sum(taken_by.values()))
         peak = max((engine.peak_mb() for engine in engines), default=0)
         assert job.finished_at is not None
-        return Taken((job.finished_at - job.created_at).total_seconds(), cpu, peak, taken_by, job)
+        return Taken((job.finished_at - job.created_at).total_seconds(), cpu, peak, taken_by, others, job)
 
     def servers_cpu(self) -> dict[str, float]:
         """CPU seconds of the database and the S3 server until now, by name."""
