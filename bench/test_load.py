@@ -13,9 +13,9 @@ from engine.stats import totals
 
 Files = Callable[[str, int], Path]
 
-# Each in quick is cut into as many ranges, too, that two processes have work: 8 MiB and more a range.
+# Files of more than 8 MiB, so that they are cut into ranges enough for two processes in quick, too.
 FULL = {"ordinary": 1_000_000, "tiny": 1_000_000, "wide": 60_000, "large": 20_000}
-QUICK = {"ordinary": 100_000, "tiny": 600_000, "wide": 6000, "large": 2000}
+QUICK = {"ordinary": 100_000, "tiny": 450_000, "wide": 6000, "large": 2000}
 
 CASES = [
     *(("ordinary", workers, "64MiB", 1000) for workers in (1, 2, 4)),
