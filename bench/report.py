@@ -7,6 +7,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -370,6 +371,7 @@ def main() -> None:
     tool = os.environ.get("MONGOIMPORT") or None
     if tool and not shutil.which(tool):
         parser.error(f"MONGOIMPORT={tool} is no program: name the database's import tool, or unset it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave nothing behind then, either
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     command = "make bench-report" + (f" GIGABYTES={asked.gigabytes}" if asked.gigabytes != GIGABYTES else "")
