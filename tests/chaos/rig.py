@@ -12,6 +12,7 @@ from pathlib import Path
 from bson import ObjectId
 
 from engine.errors import Transient
+from engine.jobs import Ticket
 from engine.ledger import Ledger
 from engine.model import TERMINAL, JobOptions
 from engine.objects import Objects, connect
@@ -87,9 +88,9 @@ class Rig:
         """Put a file into S3 and its job on the queue; each job has a collection of its own."""
         with path.open("rb") as content:
             source = self.objects.upload(content, f"{uuid.uuid4().hex}-{path.name}")
-        return self.queue.submit(
-            source, JobOptions(**{"collection": f"c{uuid.uuid4().hex[:8]}", "max_errors": 10**9} | options)
-        )
+        asked = JobOptions(**{"collection": f"c{uuid.uuid4().hex[:8]}", "max_errors": 10**9} | options)
+        ticket = Ticket(uuid.uuid4().hex, "")  # so that it may be sent again
+        return self._patiently(lambda: self.queue.submit(source, asked, ticket))
 
     def submit_small(self, path, count):
         """A file of its own for each of so many jobs, which workers take on together."""
@@ -99,11 +100,15 @@ class Rig:
         self.objects.upload(io.BytesIO(data), job.source.key)
 
     def ended(self, job):
-        """Whether a job has ended; a database that is away for a moment is asked again."""
+        """Whether a job has ended."""
+        return self._patiently(lambda: self.queue.get(job.id)).state in TERMINAL
+
+    def _patiently(self, ask):
+        """What is answered; a database that is away for a moment is asked again."""
         end = time.monotonic() + 60
         while True:
             try:
-                return self.queue.get(job.id).state in TERMINAL
+                return ask()
             except Transient:
                 if time.monotonic() > end:
                     raise
