@@ -195,14 +195,13 @@ def zombies(settings, folder, short):
                 kill(pid, signal.SIGSTOP)
             stale = {d["_id"]["index"]: d["token"] for d in rig.store.ranges.find({"state": "LEASED"})}
             report.faults["workers stopped"] += len(held)
-            # The other engine comes late, so that what the zombies held is at work when they wake; and is slow, so that it is
+            time.sleep(3 * rig.settings.engine_lease_seconds)
+            # The other engine comes so late that what the zombies held is at work when they wake, and is slow, so that it is
             # met there.
-            time.sleep(2.5 * rig.settings.engine_lease_seconds)
             pace = 0.4 if short else 0.1
             second = rig.engine(
-                engine_range_bytes="256KiB", engine_writers=1, engine_batch_records=500, CHAOS_SLOW=pace
+                ready=False, engine_range_bytes="256KiB", engine_writers=1, engine_batch_records=500, CHAOS_SLOW=pace
             )
-            time.sleep(0.5 * rig.settings.engine_lease_seconds)
 
             def taken(job=job, stale=stale):
                 query = {"job": ObjectId(job.id), "_id.index": {"$in": list(stale)}, "state": "LEASED"}
