@@ -179,6 +179,8 @@ class _Worker:
         self._stats = Stats()
         self._doing: dict[str, Any] = {}
         self._last_error = ""
+        self._littered = False
+        """Whether anything was done, well or not, that may have left cycles: an idle worker does not look for them."""
         self._forgetful = False
         """Whether an error may have hidden from this worker what it holds."""
 
@@ -223,7 +225,7 @@ class _Worker:
                     self._stats.add(seconds_queue=self._store.waited() - waited)
                 self._last_error = ""
             except HeadraceError as error:
-                self._forgetful = True
+                self._forgetful = self._littered = True
                 self._say_once(error)
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         pipeline.close()
@@ -287,8 +289,9 @@ class _Worker:
             self._queue.note(job_id, f"range {first.index}{more} freed: {first.holder} {why}")
 
     def _collect(self) -> None:
-        if time.monotonic() >= self._collect_at:
+        if self._littered and time.monotonic() >= self._collect_at:
             self._collect_at = time.monotonic() + COLLECT_SECONDS
+            self._littered = False
             gc.collect()
 
     def _prune(self) -> None:
@@ -333,6 +336,7 @@ class _Worker:
         return []
 
     def _enter(self, job: Job) -> list[Run]:
+        self._littered = True
         if job.stopping is not None:
             self._queue.settle(job.id)
             return []
