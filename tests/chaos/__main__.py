@@ -12,23 +12,20 @@ import pytest
 
 from engine.local import LocalServers
 from engine.settings import Settings
-from tests.chaos.fuzz import fuzz
 from tests.chaos.rig import Report
 from tests.chaos.scenarios import SCENARIOS
-
-ALL = SCENARIOS | {"fuzz": fuzz}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*ALL, []], help="scenarios; all when none is named")
+    parser.add_argument("names", nargs="*", choices=[*SCENARIOS, []], help="scenarios; all when none is named")
     parser.add_argument("--short", action="store_true", help="the versions that `make test` runs")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="headrace-chaos-"))
     reports = []
     try:
         with LocalServers(Settings(), folder / "servers", ("--setParameter", "enableTestCommands=1")) as servers:
-            for name in asked.names or ALL:
+            for name in asked.names or SCENARIOS:
                 reports.append(run(name, servers, folder / name, asked.short))
                 print(reports[-1].line(), flush=True)
                 for problem in reports[-1].problems:
@@ -48,7 +45,7 @@ def run(name, servers, folder, short):
     settings = Settings.model_validate(servers.overrides | fresh | {"engine_control_db": f"chaos_{name}_control"})
     began = time.monotonic()
     try:
-        report = ALL[name](settings, folder, short)
+        report = SCENARIOS[name](settings, folder, short)
     except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 (the others are to run all the same)
         report = Report(name, problems=["".join(traceback.format_exception(error)[-3:])])
     report.seconds = time.monotonic() - began

@@ -19,6 +19,7 @@ from engine.objects import Objects, connect
 from engine.queue import Queue
 from engine.settings import Settings
 from engine.store import Store
+from tests.chaos import corpus
 from tests.chaos.checker import check
 from tests.running import Running, title
 
@@ -169,3 +170,11 @@ def kill(pid, number=signal.SIGKILL):
     except ProcessLookupError:
         return False
     return True
+
+
+def made(rig, count, seed=1):
+    """A file of so many ordinary records, made once."""
+    path = rig.folder / f"plain-{seed}-{count}.ndjson"
+    if not path.exists():
+        corpus.plain(path, seed, count)
+    return path

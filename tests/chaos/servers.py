@@ -1,0 +1,229 @@
+"""Harm to servers: a MongoDB and an S3 server that are slow, fail, lie, are killed, or change under a running job."""
+
+import json
+import random
+import time
+from contextlib import ExitStack
+
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+from engine.settings import Settings
+from tests.chaos.mongods import Mongods
+from tests.chaos.proxy import Proxy
+from tests.chaos.rig import Report, Rig, made
+from tests.running import until
+
+
+def slow(settings, folder, short):
+    """One command that takes longer than a lease, again and again: no lease goes round, no range is put off."""
+    report = Report("slow", {"slow commands": 0, "stops of the whole database": 0})
+    # The long run waits as long as a person would fear it: 40 seconds at the default lease of 30.
+    lease, watchdog, block = (3, 7, 4) if short else (30, 60, 40)
+    patience = {"engine_lease_seconds": lease, "engine_watchdog_seconds": watchdog}
+    for commands in (["insert"], ["update", "findAndModify"]):
+        with Rig(settings, folder) as rig:
+            path = made(rig, 30_000)
+            engine = rig.engine(engine_range_bytes="1MiB", **patience)
+            # A client without deadlines: a fail point is turned off only when nobody is within it.
+            admin = MongoClient(rig.settings.mongo_uri.get_secret_value(), appname="chaos").admin
+            data = {
+                "failCommands": commands,
+                "appName": "headrace",
+                "blockConnection": True,
+                "blockTimeMS": block * 1000,
+            }
+            job = rig.submit(path)
+            until(lambda rig=rig: rig.store.ranges.find_one({"state": "LEASED"}), what="a lease")
+            before = admin.command({"configureFailPoint": "failCommand", "mode": {"times": 3}, "data": data})["count"]
+            rig.wait(job)
+            report.faults["slow commands"] += (
+                admin.command({"configureFailPoint": "failCommand", "mode": "off"})["count"] - before
+            )
+            for action in ("kill", "lost", "expire", "postpone"):
+                if engine.actions(action):
+                    report.problems.append(f"slow {commands} led to: {engine.actions(action)[0]['event']}")
+            admin.client.close()
+            rig.verify(report, path, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Mongods(folder) as mongods, Rig(_on(mongods, settings), folder) as rig:
+        path = made(rig, 200_000)
+        engine = rig.engine(engine_range_bytes="2MiB", **patience)
+        job = rig.submit(path)
+        until(lambda: rig.holders(engine), what="a lease")
+        mongods.pause(mongods.ports[0], block)
+        report.faults["stops of the whole database"] += 1
+        rig.wait(job)
+        if engine.actions("kill") or rig.store.ranges.count_documents({"state": "FAILED"}):
+            report.problems.append("a database that stood still cost a worker or a range")
+        rig.verify(report, path, job)
+    return report
+
+
+FAIL = (
+    {"closeConnection": True},
+    {"errorCode": 91, "errorLabels": ["RetryableWriteError"]},
+    {"errorCode": 189},
+    {"errorCode": 11600},
+    {"writeConcernError": {"code": 64, "errmsg": "waiting for replication timed out"}},
+)
+COMMANDS = ["insert", "update", "findAndModify", "find", "aggregate", "getMore", "delete"]
+
+
+def failpoints(settings, folder, short):
+    """mongod's own fail points at one command in ten: closed connections, error codes, write-concern errors."""
+    report = Report("failpoints", {})
+    for fault in FAIL:
+        with Rig(settings, folder) as rig:
+            path = made(rig, 15_000 if short else 300_000)
+            engine = rig.engine(engine_range_bytes="512KiB")
+            job = rig.submit(path)
+            admin = rig.store.client.admin
+            data = {"failCommands": COMMANDS, "appName": "headrace"} | fault
+            admin.command({"configureFailPoint": "failCommand", "mode": {"activationProbability": 0.1}, "data": data})
+            try:
+                end = time.monotonic() + 240
+                while True:
+                    try:
+                        if rig.ended(job) or time.monotonic() > end:
+                            break
+                    except Exception:  # noqa: BLE001 (the rig's own commands fail, too)
+                        pass
+                    time.sleep(0.2)
+            finally:
+                times = 0
+                while True:
+                    try:
+                        off = rig.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+                        times = off["count"]
+                        break
+                    except PyMongoError:
+                        time.sleep(0.2)
+            rig.wait(job)
+            name = (
+                "closed connections"
+                if "closeConnection" in fault
+                else f"code {fault.get('errorCode', 'write concern')}"
+            )
+            report.faults[name] = times
+            if not times:
+                report.problems.append(f"no {name} was injected")
+            rig.verify(report, path, job)
+            engine.stop()
+    return report
+
+
+def _on(mongods, settings):
+    fresh = {"mongo_uri": mongods.uri, "engine_control_db": "chaos_control"}
+    return Settings.model_validate(settings.model_dump() | fresh)
+
+
+def databases(settings, folder, short):
+    """kill -9 of the only mongod during a load, and its restart."""
+    report = Report("databases", {"kills": 0})
+    folder.mkdir(parents=True, exist_ok=True)
+    with Mongods(folder) as mongods, Rig(_on(mongods, settings), folder) as rig:
+        path = made(rig, 200_000 if short else 1_000_000)
+        rig.engine(engine_range_bytes="2MiB")
+        jobs = [rig.submit(path)]
+        draw = random.Random(3)
+        for _ in range(2 if short else 20):
+            if all(map(rig.ended, jobs)):
+                jobs.append(rig.submit(path))
+            time.sleep(0.5 + draw.random())
+            mongods.kill(mongods.ports[0])
+            report.faults["kills"] += 1
+            time.sleep(draw.random())
+            mongods.start(mongods.ports[0])
+            until(mongods.primary, 60, "a primary")
+        rig.wait(*jobs)
+        for job in jobs:
+            rig.verify(report, path, job)
+    return report
+
+
+def replica(settings, folder, short):
+    """Three members: the primary steps down every ten seconds, and is killed now and then."""
+    report = Report("replica", {"step-downs": 0, "kills": 0})
+    folder.mkdir(parents=True, exist_ok=True)
+    kills_wanted, pause = (1, 3) if short else (10, 10)
+    with Mongods(folder, 3) as mongods, Rig(_on(mongods, settings), folder) as rig:
+        path = made(rig, 150_000 if short else 1_000_000)
+        rig.engine(engine_range_bytes="2MiB")
+        jobs = [rig.submit(path)]
+        while report.faults["kills"] < kills_wanted:
+            if all(map(rig.ended, jobs)):
+                jobs.append(rig.submit(path))
+            time.sleep(pause / 2)
+            report.faults["step-downs"] += bool(mongods.step_down())
+            time.sleep(pause / 2)
+            port = until(mongods.primary, 60, "a primary")
+            mongods.kill(port)
+            report.faults["kills"] += 1
+            time.sleep(1)
+            mongods.start(port)
+            until(mongods.primary, 60, "a primary")
+        rig.wait(*jobs)
+        for job in jobs:
+            rig.verify(report, path, job)
+    return report
+
+
+def storage(settings, folder, short):
+    """S3 through a proxy that breaks: busy, resets and short bodies at random bytes, whole bodies, latency, an overwrite."""
+    report = Report("storage", {})
+    plans = [
+        ({"reset": 0.7}, "reset", 200),
+        ({"short": 0.5}, "short", 50),
+        ({"busy": 0.3}, "busy", 50),
+        ({"whole": 0.3, "reset": 0.1}, "whole", 20),
+        ({"delay": 0.05, "short": 0.1}, "short", 1),
+    ]
+    for seed, (plan, kind, most) in enumerate(plans):
+        with ExitStack() as stack:
+            rig = stack.enter_context(Rig(settings, folder))
+            proxy = stack.enter_context(Proxy(settings.aws_endpoint_url, rig.s3, seed, **plan))
+            path = made(rig, 30_000 if short else 300_000)
+            rig.engine(aws_endpoint_url=proxy.url, engine_range_bytes="512KiB")
+            jobs = []
+            while not jobs or proxy.faults[kind] < (1 if short else most):
+                jobs.append(rig.submit(path))
+                rig.wait(*jobs)
+            for job in jobs:
+                rig.verify(report, path, job)
+            for name, count in proxy.faults.items():
+                report.faults[name] = report.faults.get(name, 0) + count
+            if "delay" in plan:
+                report.faults["delayed loads"] = len(jobs)
+    for change, code in (
+        ("overwritten", "object_changed"),
+        ("truncated", "object_changed"),
+        ("deleted", "object_gone"),
+    ):
+        with ExitStack() as stack:
+            rig = stack.enter_context(Rig(settings, folder))
+            proxy = stack.enter_context(Proxy(settings.aws_endpoint_url, rig.s3, 9, delay=0.2))
+            path = made(rig, 30_000 if short else 300_000)
+            rig.engine(aws_endpoint_url=proxy.url, engine_range_bytes="512KiB")
+            job = rig.submit(path)
+            until(lambda rig=rig, job=job: rig.queue.get(job.id).plan, what="the plan")
+            data = path.read_bytes()
+            if change == "deleted":
+                rig.s3.delete_object(Bucket=job.source.bucket, Key=job.source.key)
+            else:
+                rig.overwrite(job, data[::-1] if change == "overwritten" else data[: len(data) // 2])
+            report.faults[change] = 1
+            [ended] = rig.wait(job)
+            if (ended.state, ended.failure and ended.failure.code) != ("FAILED", code):
+                report.problems.append(f"an object {change} in mid-job ended as {ended.state}: {ended.failure}")
+            _of_one_version(report, rig, job, data)
+    return report
+
+
+def _of_one_version(report, rig, job, data):
+    """Every document is the line at its offset in the version that the job pinned."""
+    for found in rig.store.data[job.options.collection].find():
+        at = int.from_bytes(found.pop("_id").binary[6:], "big")
+        if json.loads(data[at : data.index(b"\n", at)]) != found:
+            report.problems.append(f"the document of byte {at} is not of the version that the job pinned")
+            return
