@@ -19,6 +19,7 @@ from engine.decode import decode
 from engine.job_batches import JobBatches
 from engine.lines import Splitter
 from engine.model import ByteRange, Format, Job, JobOptions, Lease, Plan, Tally
+from engine.plans import Plans
 from engine.sink import Sink
 
 MIB = 1024 * 1024
@@ -115,6 +116,7 @@ def test_small_jobs(measure: Any, rig: Rig, quick: bool, what: str) -> None:
     size = 27_000
     sources = [rig.objects.upload(io.BytesIO(b"x" * size), f"{uuid.uuid4().hex}.txt") for _ in range(TOGETHER)]
     plan = Plan(Format.TEXT, bytes(6), size, 1, True, 1 << 25)
+    plans = Plans(rig.store, rig.queue, rig.ledger)
     jobs: list[Job] = []
     leases: dict[str, Lease] = {}
 
@@ -125,11 +127,11 @@ def test_small_jobs(measure: Any, rig: Rig, quick: bool, what: str) -> None:
         jobs[:] = next(rig.queue.open_jobs())
 
     def claim() -> int:
-        jobs[:] = rig.queue.claim(jobs, "bench")
+        jobs[:] = plans.claim(jobs, "bench")
         return len(jobs)
 
     def start() -> int:
-        jobs[:] = rig.queue.fix_plans([(job, plan, None) for job in jobs])
+        jobs[:] = plans.fix([(job, plan, None) for job in jobs])
         leases.update(rig.ledger.open_leased({job.id: ByteRange(0, 0, size) for job in jobs}, "bench"))
         return len(jobs)
 

@@ -21,6 +21,7 @@ from engine.ledger import Ledger
 from engine.logs import expected
 from engine.model import ByteRange, Format, Job, JobState, Lease, Plan
 from engine.objects import Objects
+from engine.plans import Plans
 from engine.queue import Queue
 from engine.ranges import count, cut
 from engine.settings import Settings
@@ -141,7 +142,7 @@ class Planner:
     """Plans jobs.
 
     Args:
-        store, queue, ledger, objects: where things are.
+        store, queue, plans, ledger, objects: where things are.
         settings: `engine_range_bytes` is the most that one range of a new plan holds; an object is cut so that each of
             `engine_workers` gets several ranges, unless these were tiny.
         moved: called while S3 is waited for, within a bound.
@@ -151,6 +152,7 @@ class Planner:
         self,
         store: Store,
         queue: Queue,
+        plans: Plans,
         ledger: Ledger,
         objects: Objects,
         settings: Settings,
@@ -158,6 +160,7 @@ class Planner:
     ) -> None:
         self._sources = store.sources
         self._queue = queue
+        self._plans = plans
         self._ledger = ledger
         self._objects = objects
         self._range_bytes = settings.engine_range_bytes
@@ -193,12 +196,12 @@ class Planner:
             job, plan = draft.job, self._plan(draft, source)
             skip = job.options.if_loaded == "skip" and not job.options.validate
             if plan.range_count == 0 or (source.completed_by and skip):
-                self._queue.complete_unread(job, plan, source.completed_by)
+                self._plans.complete_unread(job, plan, source.completed_by)
                 done.append(Prepared(self._queue.get(job.id)))
             else:
                 plans.append((job, plan, source.completed_by))
         reach(Step.PLAN)
-        planned = {job.id: job for job in self._queue.fix_plans(plans)}
+        planned = {job.id: job for job in self._plans.fix(plans)}
         heads = {draft.job.id: draft.head for draft in drafts}
         single: dict[str, ByteRange] = {}
         for before, plan, _ in plans:

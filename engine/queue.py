@@ -1,4 +1,4 @@
-"""Jobs in MongoDB: submit, plan, stop, cancel, retry, settle.
+"""Jobs in MongoDB: submit, find, stop, end, cancel, retry, prune.
 
 Every change of a job's state is one compare-and-set on the state that it comes from. Looking for work is a read and
 writes nothing. A job becomes terminal only when no range of it is leased.
@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Final
 
 from bson import Binary, ObjectId
-from pymongo import ReturnDocument, UpdateOne, WriteConcern
+from pymongo import ReturnDocument, UpdateOne
 from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
@@ -23,18 +23,16 @@ from engine.jobs import (
     happened,
     job_of,
     new_job,
-    planned,
     progress_document,
     ticket_document,
 )
-from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait_ms
+from engine.ledger import Ledger
 from engine.model import (
     TERMINAL,
     Failure,
     Job,
     JobOptions,
     JobState,
-    Plan,
     Source,
     Stop,
     Tally,
@@ -193,63 +191,6 @@ class Queue:
             if page:
                 yield page
 
-    def claim(self, jobs: Sequence[Job], holder: str) -> list[Job]:
-        """Those of these jobs that `holder` is to plan: nobody else begins to within a lease's time.
-
-        It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
-        majority. A job whose planners have died in a row too often is stopped.
-        """
-        ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING}
-        mine = {"$eq": ["$planner.holder", holder]}  # claimed before, and the answer was lost
-        free = {"$or": [{"$lte": ["$planner.until", "$$NOW"]}, mine]}  # a missing time is less than any
-        lapsed = {"$cond": [{"$or": [mine, {"$lt": ["$planner.holder", ""]}]}, 0, 1]}
-        counts = {name: {"$ifNull": [f"$planner.{name}", 0]} for name in ("deaths", "lapses")}
-        counts["lapses"] = {"$add": [counts["lapses"], lapsed]}
-        claim = {"holder": holder, "until": self._ledger.until(), **counts}
-        with translated("claiming jobs"):
-            quick = self._jobs.with_options(write_concern=WriteConcern(1))
-            if not quick.update_many(ids | {"$expr": free}, [{"$set": {"planner": claim}}]).matched_count:
-                return []
-            found = list(self._jobs.find(ids | {"planner.holder": holder}).sort("_id", 1))
-        left: list[Job] = []
-        for job, planner in ((job_of(document), document["planner"]) for document in found):
-            # A claim that lapsed may be of one who only waits: more of these are needed than of known deaths.
-            if planner["deaths"] < DEATHS and job.planner_deaths < VANISHED:
-                left.append(job)
-                continue
-            message = f"{job.planner_deaths} workers in a row died while they planned the job: look at the object, then retry it"
-            self.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
-        return left
-
-    def disclaim(self, holders: Sequence[str]) -> None:
-        """Let others plan at once what these, who are dead, were about to plan."""
-        if holders:
-            mine = {"open": True, "planner.holder": {"$in": list(holders)}}
-            dead = {"planner.deaths": {"$add": [{"$ifNull": ["$planner.deaths", 0]}, 1]}}
-            with translated("freeing the jobs of a dead worker"):
-                free = {"$unset": ["planner.until", "planner.holder"]}
-                self._jobs.update_many(mine, [{"$set": dead}, free], hint=OPEN_JOBS)
-
-    def fix_plans(self, plans: Sequence[tuple[Job, Plan, str | None]]) -> list[Job]:
-        """Fix plans, PENDING → PROCESSING, all with one command; the third of each is who has loaded the source before.
-
-        Returns the jobs as they are then, in the same order, with the plans that hold, whoever made them.
-        """
-        writes = []
-        for job, plan, already_loaded_by in plans:
-            changes = planned(plan, JobState.PROCESSING, already_loaded_by) | {"planner": "$$REMOVE"}
-            if job.options.timeout_seconds is not None:
-                changes["deadline"] = from_now(job.options.timeout_seconds)
-            changes |= happened(f"planned: {plan.range_count} ranges")
-            writes.append(UpdateOne(_unplanned(job), [{"$set": changes}]))
-        if not writes:
-            return []
-        with translated("planning jobs"):
-            write_all(self._jobs, writes)
-            found = self._jobs.find({"_id": {"$in": [job_key(job.id) for job, _, _ in plans]}})
-            now = {job.id: job for job in map(job_of, found)}
-        return [now[job.id] for job, _, _ in plans if job.id in now]
-
     def open_ranges(self, job: Job) -> None:
         """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
         assert job.plan is not None
@@ -338,25 +279,6 @@ class Queue:
             self.stop(job, Stop(JobState.FAILED, Failure("timeout", message)))
         return len(found)
 
-    def postpone(self, job: Job, failure: Failure, *, spend: bool = True) -> None:
-        """A job that could not be planned waits n⁴ seconds (±10 %); after the last attempt it fails.
-
-        With `spend` false it costs no attempt, and waits for a fixed time.
-        """
-        attempts = job.attempts + spend
-        changes: Document = {
-            "attempts": attempts,
-            "planner": "$$REMOVE",
-            "notBefore": {"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]},
-        }
-        with translated("putting a job off"):
-            self._jobs.update_one(
-                {"_id": job_key(job.id), "state": JobState.PENDING, "round": job.round},
-                [{"$set": changes | happened(f"put off: {failure.message}")}],
-            )
-        if attempts > ATTEMPTS:
-            self.stop(job, Stop(JobState.FAILED, failure))
-
     def settle(self, job_id: str) -> Job:
         """Bring a job to its end where nothing holds it back any more; returns the job. Safe to repeat by anyone."""
         job = self.get(job_id)
@@ -402,15 +324,6 @@ class Queue:
         if matched == len(ended):
             return [replace(job, state=stop.to) for job, stop, _ in judged]
         return [self.settle(job.id) for job, _ in ended]
-
-    def complete_unread(self, job: Job, plan: Plan, already_loaded_by: str | None) -> None:
-        """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
-        changes = planned(plan, JobState.COMPLETED, already_loaded_by)
-        times = {"unread": True, "finishedAt": "$$NOW", "open": "$$REMOVE", "planner": "$$REMOVE"} | happened(
-            JobState.COMPLETED
-        )
-        with translated("ending a job"):
-            self._jobs.update_one(_unplanned(job), [{"$set": changes | times}])
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job: at once where no range of it is leased, else as soon as the holders let go. Safe to repeat.
@@ -549,11 +462,6 @@ class Queue:
         """Write an event into a job's timeline."""
         with translated("writing down what happened to a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
-
-
-def _unplanned(job: Job) -> Document:
-    """Matches a job that is as PENDING as it was when it was read."""
-    return {"_id": job_key(job.id), "state": JobState.PENDING, "round": job.round, "stopping": None}
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

@@ -10,7 +10,6 @@ import random
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,19 +21,20 @@ from pymongo.errors import PyMongoError
 from setproctitle import setproctitle
 
 from engine.beat import Beat
+from engine.chooser import Chooser
 from engine.direct import DirectUploads
-from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient, WrongClock
+from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient
 from engine.ledger import Ledger
-from engine.logs import expected, get_logger
-from engine.model import TERMINAL, Freed, Job, JobState, Lease, Source, Stop
+from engine.logs import get_logger
+from engine.model import TERMINAL, Freed, Job, JobState, Stop
 from engine.objects import Objects, connect
 from engine.pipeline import KEEPER, Ended, Pipeline, Run
-from engine.planner import SMALL_BYTES, Planner, Prepared
+from engine.planner import Planner
+from engine.plans import Plans
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats
-from engine.steps import Step, reach
 from engine.store import Document, Store
 
 __all__ = ["EXIT_BOOT", "EXIT_NOW", "Post", "work"]
@@ -47,12 +47,6 @@ EXIT_NOW: Final = 4
 
 COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
-
-TOGETHER_MOST: Final = 16
-"""Small jobs that a worker takes on together."""
-
-LOOK_SECONDS: Final = 0.5
-"""How long a look at the queue stays good for taking the next job from it."""
 
 PRUNE_SECONDS: Final = 3600.0
 """How often, about, a worker looks for jobs whose history has been kept long enough."""
@@ -121,21 +115,6 @@ def work(settings: Settings, post: Post, beat: Beat) -> int:
         return EXIT_BOOT
 
 
-def _all_held(job: Job, leased: int) -> bool:
-    """Whether there is nothing to do on a job but what its holders do."""
-    return job.stopping is None and job.plan is not None and leased >= job.plan.range_count
-
-
-def _may_go_along(job: Job) -> bool:
-    """Whether a job is small, and nothing is known against working it off together with others."""
-    small = job.source.size <= SMALL_BYTES
-    return small and job.state is JobState.PENDING and job.stopping is None and not job.planner_deaths
-
-
-def _place(job: Job) -> tuple[Source, str]:
-    return job.source, job.options.collection
-
-
 def _keep_memory() -> None:
     """Let the allocator keep what a batch gave back for the next one, up to a bound.
 
@@ -157,32 +136,27 @@ class _Worker:
         self._store = Store(settings, settings.engine_writers + 4, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
+        self._plans = Plans(self._store, self._queue, self._ledger)
         s3, bucket = connect(settings), settings.aws_bucket_name or ""
         self._objects = Objects(s3, bucket)
         self._uploads = DirectUploads(self._store, s3, bucket, settings.api_part_bytes)
         self._rejects = Rejects(self._store, self._ledger)
         self._planner = Planner(
-            self._store,
-            self._queue,
-            self._ledger,
-            self._objects,
-            settings,
-            self._beat.touch,
+            self._store, self._queue, self._plans, self._ledger, self._objects, settings, self._beat.touch
+        )
+        self._chooser = Chooser(
+            self._queue, self._plans, self._ledger, self._planner, post.name, stop, self._beat.touch
         )
         self._expired_at = 0.0
         self._prune_at = 0.0
         self._collect_at = 0.0
-        self._looked_at = 0.0
-        self._seen: deque[Job] = deque()
         self._wakeups: Cursor[Document] | None = None
         self._woken = 0
         self._stats = Stats()
         self._doing: dict[str, Any] = {}
         self._last_error = ""
-        self._littered = False
-        """Whether anything was done, well or not, that may have left cycles: an idle worker does not look for them."""
-        self._forgetful = False
-        """Whether an error may have hidden from this worker what it holds."""
+        self._errors = 0
+        self._collected = 0
 
     def _moved(self) -> None:
         # The commands of these two say nothing of the work.
@@ -210,13 +184,10 @@ class _Worker:
             self._beat.touch()
             try:
                 self._collect()
-                if self._forgetful:
-                    self._ledger.forsake(self._post.name)
-                    self._forgetful = False
                 self._expire()
                 self._prune()
                 waited = self._store.waited()
-                found = self._join()
+                found = self._chooser.take()
                 if not found:
                     self._wait()
                 else:
@@ -225,7 +196,8 @@ class _Worker:
                     self._stats.add(seconds_queue=self._store.waited() - waited)
                 self._last_error = ""
             except HeadraceError as error:
-                self._forgetful = self._littered = True
+                self._errors += 1
+                self._chooser.doubt()
                 self._say_once(error)
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         pipeline.close()
@@ -242,7 +214,7 @@ class _Worker:
             try:
                 self._store.prepare()
                 freed = self._ledger.release(self._post.predecessors)
-                self._queue.disclaim(self._post.predecessors)
+                self._plans.disclaim(self._post.predecessors)
                 self._note(freed, "died")
                 if self._post.slot == 0 and self._store.standalone():
                     log.warning(
@@ -289,9 +261,10 @@ class _Worker:
             self._queue.note(job_id, f"range {first.index}{more} freed: {first.holder} {why}")
 
     def _collect(self) -> None:
-        if self._littered and time.monotonic() >= self._collect_at:
-            self._collect_at = time.monotonic() + COLLECT_SECONDS
-            self._littered = False
+        # An idle worker has left no cycles, and does not look for them.
+        done = self._errors + self._chooser.tried
+        if done != self._collected and time.monotonic() >= self._collect_at:
+            self._collect_at, self._collected = time.monotonic() + COLLECT_SECONDS, done
             gc.collect()
 
     def _prune(self) -> None:
@@ -303,118 +276,6 @@ class _Worker:
             log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)
         if swept := self._uploads.sweep():
             log.info("unfinished uploads were aborted", action="prune", worker=self._post.name, uploads=swept)
-
-    def _join(self) -> list[Run]:
-        """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
-        to do now."""
-        paused = self._queue.paused()
-        if not paused and time.monotonic() - self._looked_at < LOOK_SECONDS:
-            # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
-            while self._seen:
-                if runs := self._enter(self._seen.popleft()):
-                    return runs
-        self._looked_at = time.monotonic()
-        self._seen.clear()
-        if paused:
-            for page in self._queue.open_jobs(stopping=True):
-                for job in page:
-                    self._queue.settle(job.id)
-            return []
-        for page in self._queue.open_jobs():
-            leased = self._ledger.leased(job.id for job in page)
-            # Workers that look at the same page begin at different jobs of it.
-            random.shuffle(page)
-            # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
-            page.sort(key=lambda job: (-job.options.priority, leased.get(job.id, 0)))
-            self._seen = deque(job for job in page if not _all_held(job, leased.get(job.id, 0)))
-            while self._seen:
-                self._beat.touch()
-                if self._stop.is_set():
-                    return []
-                if runs := self._enter(self._seen.popleft()):
-                    return runs
-        return []
-
-    def _enter(self, job: Job) -> list[Run]:
-        self._littered = True
-        if job.stopping is not None:
-            self._queue.settle(job.id)
-            return []
-        head = b""
-        if job.state is JobState.PENDING:
-            prepared = self._prepare([job, *self._small_ones_like(job)])
-            runs = [self._begun(p.job, p.lease, p.head) for p in prepared if p.lease is not None]
-            if runs or len(prepared) != 1 or prepared[0].job.state in TERMINAL:
-                return runs
-            job, head = prepared[0].job, prepared[0].head
-        lease = self._ledger.lease(job.id, self._post.name)
-        if lease is None:
-            if not self._ledger.busy(job.id):
-                self._queue.settle(job.id)
-            return []
-        # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
-        job = self._queue.get(job.id)
-        if job.stopping is not None or job.state is not JobState.PROCESSING:
-            self._ledger.give_back(lease, lease.confirmed, lease.tally)
-            self._queue.settle(job.id)
-            return []
-        return [self._begun(job, lease, head)]
-
-    def _begun(self, job: Job, lease: Lease, head: bytes) -> Run:
-        reach(Step.LEASED)
-        return Run(job, lease, self._stop, self._beat.touch, head)
-
-    def _small_ones_like(self, job: Job) -> list[Job]:
-        """Other small jobs of the last look at the queue that may go along with a small one: each by itself would spend its
-        time waiting for the journal.
-
-        Alone go one whose planners died, since it may kill the next one, too; and of several that load the same object into
-        the same collection each, so that the later ones are told of the first.
-        """
-        together = [job]
-        places = {_place(job)}
-        for other in list(self._seen) if _may_go_along(job) else ():
-            if len(together) == TOGETHER_MOST:
-                break
-            like = other.options.priority == job.options.priority and _may_go_along(other)
-            if like and _place(other) not in places:
-                places.add(_place(other))
-                together.append(other)
-                self._seen.remove(other)
-        return together[1:]
-
-    def _prepare(self, jobs: list[Job]) -> list[Prepared]:
-        """Plan those of these jobs that nobody else is about to; what cannot be planned is put off or stopped."""
-        jobs = self._queue.claim(jobs, self._post.name)
-        if not jobs:
-            return []
-        prepared = self._planned(jobs)
-        for job, trouble in ((p.job, p.error) for p in prepared):
-            if trouble is None:
-                continue
-            (log.warning if isinstance(trouble, Transient) else log.error)(
-                str(trouble), action="plan", job=job.id, worker=self._post.name
-            )
-            try:
-                if isinstance(trouble, Transient):
-                    self._queue.postpone(job, trouble.failure(), spend=not isinstance(trouble, WrongClock))
-                else:
-                    self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
-            except HeadraceError as error:
-                # The others are leased by now. This one is planned again when the claim on it has lapsed.
-                self._say_once(error)
-        return [p for p in prepared if p.error is None]
-
-    def _planned(self, jobs: Sequence[Job]) -> list[Prepared]:
-        try:
-            with expected("planning jobs"):
-                return self._planner.prepare(jobs, self._post.name)
-        except HeadraceError as error:
-            self._forgetful = True
-            if len(jobs) == 1 or isinstance(error, Transient):
-                return [Prepared(job, error=error) for job in jobs]
-        # Whose fault it is shows when each is planned by itself.
-        return [prepared for job in jobs for prepared in self._planned([job])]
 
     def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
         """Work on leases to their end, and bring their jobs to an end where that was the last of them."""

@@ -14,6 +14,7 @@ from engine.errors import Refused, Transient
 from engine.ledger import DEATHS, VANISHED
 from engine.model import ByteRange, Failure, Format, JobOptions, JobState, Plan, Stop, Tally
 from engine.planner import Planner
+from engine.plans import Plans
 from engine.queue import Queue
 from engine.store import Store
 
@@ -24,61 +25,66 @@ def source(objects):
 
 
 @pytest.fixture
-def planner(store, queue, ledger, objects, settings):
-    return Planner(store, queue, ledger, objects, settings)
+def plans(store, queue, ledger):
+    return Plans(store, queue, ledger)
+
+
+@pytest.fixture
+def planner(store, queue, plans, ledger, objects, settings):
+    return Planner(store, queue, plans, ledger, objects, settings)
 
 
 def plan(ranges, tag=b"tagtag"):
     return Plan(Format.NDJSON, tag, 100, ranges, True, 2**25)
 
 
-def test_the_first_plan_holds(queue, source):
+def test_the_first_plan_holds(queue, plans, source):
     job = queue.submit(source, JobOptions())
     other = queue.submit(source, JobOptions())
-    [first] = queue.fix_plans([(job, plan(2), None)])
-    second, _ = queue.fix_plans([(job, plan(5), None), (other, plan(1), None)])
+    [first] = plans.fix([(job, plan(2), None)])
+    second, _ = plans.fix([(job, plan(5), None), (other, plan(1), None)])
     assert second.plan == first.plan == plan(2)
 
 
-def test_one_worker_at_a_time_is_about_to_plan_a_job_and_a_dead_one_makes_room(queue, source):
+def test_one_worker_at_a_time_is_about_to_plan_a_job_and_a_dead_one_makes_room(queue, plans, source):
     job = queue.submit(source, JobOptions())
     others = [queue.submit(source, JobOptions()) for _ in range(2)]
-    claimed = queue.claim([job, others[0]], "first")
+    claimed = plans.claim([job, others[0]], "first")
     assert [claimed_job.id for claimed_job in claimed] == [job.id, others[0].id]
-    assert [claimed_job.id for claimed_job in queue.claim([job, *others], "second")] == [others[1].id]
-    queue.disclaim(["first"])
-    assert [claimed_job.id for claimed_job in queue.claim([job, others[1]], "third")] == [job.id]
+    assert [claimed_job.id for claimed_job in plans.claim([job, *others], "second")] == [others[1].id]
+    plans.disclaim(["first"])
+    assert [claimed_job.id for claimed_job in plans.claim([job, others[1]], "third")] == [job.id]
 
 
-def test_a_job_over_whose_plan_workers_die_is_stopped(queue, source):
+def test_a_job_over_whose_plan_workers_die_is_stopped(queue, plans, source):
     job = queue.submit(source, JobOptions())
     for number in range(DEATHS):
-        assert queue.claim([job], f"dead {number}")
-        queue.disclaim([f"dead {number}"])
-    assert not queue.claim([job], "next")
+        assert plans.claim([job], f"dead {number}")
+        plans.disclaim([f"dead {number}"])
+    assert not plans.claim([job], "next")
     job = queue.get(job.id)
     assert (job.state, job.failure.code) == (JobState.FAILED, "workers_died")
 
 
-def test_a_claim_whose_answer_was_lost_is_had_by_claiming_again(queue, source):
+def test_a_claim_whose_answer_was_lost_is_had_by_claiming_again(queue, plans, source):
     job = queue.submit(source, JobOptions())
     for _ in range(DEATHS + 2):
-        [claimed] = queue.claim([job], "holder")
+        [claimed] = plans.claim([job], "holder")
     assert claimed.planner_deaths == 0
 
 
-def test_claims_that_lapse_may_be_of_some_who_only_wait(store, queue, source):
+def test_claims_that_lapse_may_be_of_some_who_only_wait(store, queue, plans, source):
     """They count, but not as deaths do: it takes more of them, and from the first on the job goes alone."""
     job = queue.submit(source, JobOptions())
     for number in range(VANISHED):
-        [claimed] = queue.claim([job], f"slow {number}")
+        [claimed] = plans.claim([job], f"slow {number}")
         assert claimed.planner_deaths == number
         store.jobs.update_many({}, [{"$set": {"planner.until": "$$NOW"}}])
-    assert not queue.claim([job], "next")
+    assert not plans.claim([job], "next")
     assert queue.get(job.id).failure.code == "workers_died"
 
 
-def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, planner, ledger, source, monkeypatch):
+def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, plans, planner, ledger, source, monkeypatch):
     first = loaded(planner, queue, ledger, source)
     job = queue.submit(source, JobOptions(if_loaded="load"))
     real = planner._register
@@ -86,7 +92,7 @@ def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, planner, le
     def register(drafts):
         """Others are quicker, and skip it."""
         found = real(drafts)
-        queue.complete_unread(job, replace(first.plan, sole=False), first.id)
+        plans.complete_unread(job, replace(first.plan, sole=False), first.id)
         return found
 
     monkeypatch.setattr(planner, "_register", register)
@@ -97,7 +103,9 @@ def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, planner, le
     assert queue.get(job.id).failure is None
 
 
-def test_an_object_that_s3_does_not_show_in_time_holds_up_nobody(queue, ledger, store, objects, settings, source):
+def test_an_object_that_s3_does_not_show_in_time_holds_up_nobody(
+    queue, plans, ledger, store, objects, settings, source
+):
     class Hung:
         def __init__(self):
             self.let_go = threading.Event()
@@ -109,7 +117,7 @@ def test_an_object_that_s3_does_not_show_in_time_holds_up_nobody(queue, ledger, 
 
     hung, moves = Hung(), []
     quick = settings.model_copy(update={"engine_lease_seconds": 3.0})
-    planner = Planner(store, queue, ledger, hung, quick, lambda: moves.append(1))
+    planner = Planner(store, queue, plans, ledger, hung, quick, lambda: moves.append(1))
     others = [objects.upload(io.BytesIO(b"{}"), f"{uuid.uuid4().hex}.json") for _ in range(3)]
     jobs = [queue.submit(each, JobOptions()) for each in (source, *others)]
     found = {each.job.id: each for each in planner.prepare(jobs, "holder")}
@@ -135,15 +143,15 @@ def test_what_a_living_worker_has_forgotten_is_freed_without_a_death(store, queu
     assert (again.deaths, again.number) == (0, 2)
 
 
-def test_a_cancel_between_plan_and_lease_ends_with_nothing_leased(queue, ledger, source):
-    [job] = queue.fix_plans([(queue.submit(source, JobOptions()), plan(1), None)])
+def test_a_cancel_between_plan_and_lease_ends_with_nothing_leased(queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(1), None)])
     assert queue.cancel(job.id).state is JobState.CANCELLED
     assert ledger.open_leased({job.id: ByteRange(0, 0, source.size)}, "planner") == {}
     assert ledger.sum(job.id).leased == 0
 
 
-def test_a_job_ends_only_when_no_range_of_it_is_leased(queue, ledger, source):
-    [job] = queue.fix_plans([(queue.submit(source, JobOptions()), plan(2), None)])
+def test_a_job_ends_only_when_no_range_of_it_is_leased(queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
     queue.open_ranges(job)
     lease = ledger.lease(job.id, "holder")
     assert queue.cancel(job.id).state is JobState.PROCESSING
@@ -239,8 +247,8 @@ def test_what_a_load_depends_on_is_acknowledged_by_a_majority(store):
     assert store.data.write_concern != WriteConcern(1)
 
 
-def test_many_ranges_are_written_down_without_holding_them_all(queue, ledger, source):
-    [job] = queue.fix_plans([(queue.submit(source, JobOptions()), plan(25_000), None)])
+def test_many_ranges_are_written_down_without_holding_them_all(queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(25_000), None)])
     queue.open_ranges(job)
     queue.open_ranges(job)
     assert ledger.sum(job.id).ready == 25_000

@@ -1,0 +1,197 @@
+"""What a worker does next: it looks at the queue, and takes a lease on a range of some job, or leases on several small jobs."""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from engine.errors import HeadraceError, Transient, WrongClock
+from engine.ledger import Ledger
+from engine.logs import expected, get_logger
+from engine.model import TERMINAL, Job, JobState, Lease, Source, Stop
+from engine.pipeline import Run
+from engine.planner import SMALL_BYTES, Planner, Prepared
+from engine.plans import Plans
+from engine.queue import Queue
+from engine.steps import Step, reach
+
+__all__ = ["Chooser"]
+
+TOGETHER_MOST: Final = 16
+"""Small jobs that a worker takes on together."""
+
+LOOK_SECONDS: Final = 0.5
+"""How long a look at the queue stays good for taking the next job from it."""
+
+log = get_logger()
+
+
+class Chooser:
+    """Takes leases for one worker.
+
+    Args:
+        queue, plans, ledger, planner: where jobs and ranges are, and who plans them.
+        holder: the worker's name.
+        stop: is set when the worker is to stop.
+        moved: called whenever something moves.
+
+    `tried` counts the jobs that it has tried to take on.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        plans: Plans,
+        ledger: Ledger,
+        planner: Planner,
+        holder: str,
+        stop: threading.Event,
+        moved: Callable[[], None],
+    ) -> None:
+        self.tried = 0
+        self._queue = queue
+        self._plans = plans
+        self._ledger = ledger
+        self._planner = planner
+        self._holder = holder
+        self._stop = stop
+        self._moved = moved
+        self._looked_at = 0.0
+        self._seen: deque[Job] = deque()
+        self._doubtful = False
+
+    def doubt(self) -> None:
+        """An error may have hidden from the worker what it holds: it is to be freed before anything else is taken."""
+        self._doubtful = True
+
+    def take(self) -> list[Run]:
+        """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
+        to do now."""
+        if self._doubtful:
+            self._ledger.forsake(self._holder)
+            self._doubtful = False
+        paused = self._queue.paused()
+        if not paused and time.monotonic() - self._looked_at < LOOK_SECONDS:
+            # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
+            while self._seen:
+                if runs := self._enter(self._seen.popleft()):
+                    return runs
+        self._looked_at = time.monotonic()
+        self._seen.clear()
+        if paused:
+            for page in self._queue.open_jobs(stopping=True):
+                for job in page:
+                    self._queue.settle(job.id)
+            return []
+        for page in self._queue.open_jobs():
+            leased = self._ledger.leased(job.id for job in page)
+            # Workers that look at the same page begin at different jobs of it.
+            random.shuffle(page)
+            # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
+            page.sort(key=lambda job: (-job.options.priority, leased.get(job.id, 0)))
+            self._seen = deque(job for job in page if not _all_held(job, leased.get(job.id, 0)))
+            while self._seen:
+                self._moved()
+                if self._stop.is_set():
+                    return []
+                if runs := self._enter(self._seen.popleft()):
+                    return runs
+        return []
+
+    def _enter(self, job: Job) -> list[Run]:
+        self.tried += 1
+        if job.stopping is not None:
+            self._queue.settle(job.id)
+            return []
+        head = b""
+        if job.state is JobState.PENDING:
+            prepared = self._prepare([job, *self._small_ones_like(job)])
+            runs = [self._begun(p.job, p.lease, p.head) for p in prepared if p.lease is not None]
+            if runs or len(prepared) != 1 or prepared[0].job.state in TERMINAL:
+                return runs
+            job, head = prepared[0].job, prepared[0].head
+        lease = self._ledger.lease(job.id, self._holder)
+        if lease is None:
+            if not self._ledger.busy(job.id):
+                self._queue.settle(job.id)
+            return []
+        # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
+        job = self._queue.get(job.id)
+        if job.stopping is not None or job.state is not JobState.PROCESSING:
+            self._ledger.give_back(lease, lease.confirmed, lease.tally)
+            self._queue.settle(job.id)
+            return []
+        return [self._begun(job, lease, head)]
+
+    def _begun(self, job: Job, lease: Lease, head: bytes) -> Run:
+        reach(Step.LEASED)
+        return Run(job, lease, self._stop, self._moved, head)
+
+    def _small_ones_like(self, job: Job) -> list[Job]:
+        """Other small jobs of the last look at the queue that may go along with a small one: each by itself would spend its
+        time waiting for the journal.
+
+        Alone go one whose planners died, since it may kill the next one, too; and of several that load the same object into
+        the same collection each, so that the later ones are told of the first.
+        """
+        together = [job]
+        places = {_place(job)}
+        for other in list(self._seen) if _may_go_along(job) else ():
+            if len(together) == TOGETHER_MOST:
+                break
+            like = other.options.priority == job.options.priority and _may_go_along(other)
+            if like and _place(other) not in places:
+                places.add(_place(other))
+                together.append(other)
+                self._seen.remove(other)
+        return together[1:]
+
+    def _prepare(self, jobs: list[Job]) -> list[Prepared]:
+        """Plan those of these jobs that nobody else is about to; what cannot be planned is put off or stopped."""
+        jobs = self._plans.claim(jobs, self._holder)
+        if not jobs:
+            return []
+        prepared = self._planned(jobs)
+        for job, trouble in ((p.job, p.error) for p in prepared):
+            if trouble is None:
+                continue
+            (log.warning if isinstance(trouble, Transient) else log.error)(
+                str(trouble), action="plan", job=job.id, worker=self._holder
+            )
+            try:
+                if isinstance(trouble, Transient):
+                    self._plans.postpone(job, trouble.failure(), spend=not isinstance(trouble, WrongClock))
+                else:
+                    self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
+            except HeadraceError as error:
+                # The others are leased by now. This one is planned again when the claim on it has lapsed.
+                log.warning(str(error), action="plan", job=job.id, worker=self._holder)
+        return [p for p in prepared if p.error is None]
+
+    def _planned(self, jobs: Sequence[Job]) -> list[Prepared]:
+        try:
+            with expected("planning jobs"):
+                return self._planner.prepare(jobs, self._holder)
+        except HeadraceError as error:
+            self.doubt()
+            if len(jobs) == 1 or isinstance(error, Transient):
+                return [Prepared(job, error=error) for job in jobs]
+        # Whose fault it is shows when each is planned by itself.
+        return [prepared for job in jobs for prepared in self._planned([job])]
+
+
+def _all_held(job: Job, leased: int) -> bool:
+    """Whether there is nothing to do on a job but what its holders do."""
+    return job.stopping is None and job.plan is not None and leased >= job.plan.range_count
+
+
+def _may_go_along(job: Job) -> bool:
+    """Whether a job is small, and nothing is known against working it off together with others."""
+    small = job.source.size <= SMALL_BYTES
+    return small and job.state is JobState.PENDING and job.stopping is None and not job.planner_deaths
+
+
+def _place(job: Job) -> tuple[Source, str]:
+    return job.source, job.options.collection
