@@ -67,6 +67,10 @@ class Client:
         timeout = httpx.Timeout(30, read=3600, write=3600)
         self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=headers)
 
+    def close(self) -> None:
+        """Close its connections. A command may leave that to its end."""
+        self._http.close()
+
     def ready(self) -> bool:
         """Whether the API, MongoDB and S3 answer."""
         return self.not_ready() is None

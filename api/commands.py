@@ -11,7 +11,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import typer
 from dotenv import dotenv_values
@@ -38,7 +38,7 @@ from engine.admission import check_collection_name
 from engine.errors import HeadraceError, Refused, SettingsError, StartError
 from engine.logs import configure, get_logger, mask
 from engine.model import Format, JobState
-from engine.settings import Settings
+from engine.settings import Settings, http_url
 from engine.settings import load as load_settings
 
 __all__ = ["app", "main"]
@@ -86,27 +86,13 @@ def _console() -> Console:
 
 
 def _client(url: str | None) -> Client:
-    if url is not None and not _is_url(url):
-        raise typer.BadParameter("write it as http://host:port or https://host:port", param_hint="--url")
-    settings = _settings(needs_servers=False)
-    if settings.api_url is not None and not _is_url(settings.api_url):
-        raise SettingsError("API_URL: write it as http://host:port or https://host:port")
-    token = settings.api_token.get_secret_value() if settings.api_token else None
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise SettingsError(
-            "API_TOKEN: a token has neither spaces nor line ends nor letters beyond ASCII: copy it as `headrace token` showed it"
-        )
-    return Client(url or settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}", token)
-
-
-def _is_url(url: str) -> bool:
     try:
-        parts = urlsplit(url)
-        return (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
-        )
-    except ValueError:
-        return False
+        http_url(url)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--url") from None
+    settings = _settings(needs_servers=False)
+    token = settings.api_token.get_secret_value() if settings.api_token else None
+    return Client(url or settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}", token)
 
 
 @app.command()

@@ -72,9 +72,8 @@ class Loader:
         return loads
 
     def _interrupted(self, loads: list[Loaded]) -> None:
-        going = [
-            load for load in loads if load.error is None
-        ]  # looked at before: to those that are sent, a stop is an error
+        # Looked at before the stop, which is an error to those that are being sent.
+        going = [load for load in loads if load.error is None]
         self._transfer.stop()
         for load in going:
             ended = load.status is not None and load.status["status"] in TERMINAL

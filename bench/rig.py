@@ -192,7 +192,7 @@ class Rig:
                 time.sleep(0.05)
             yield client, process.pid
         finally:
-            client._http.close()  # noqa: SLF001 (commands end with their client, and have no need to close it)
+            client.close()
             process.terminate()
             process.wait(30)
 

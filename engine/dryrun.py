@@ -16,7 +16,7 @@ from pymongo import InsertOne
 from pymongo.errors import DocumentTooLarge, OperationFailure
 
 from engine.model import Plan, Reason
-from engine.sink import MAX_DOCUMENT_BYTES, Sink, Work, encode, unencodable
+from engine.sink import Sink, Work, encode, too_large, unencodable
 from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, job_key, translated, write_all
 
 __all__ = ["DryRun"]
@@ -159,8 +159,7 @@ class DryRun(Sink):
             work.refuse(index, Reason.BAD_ID, "an _id is no array, and has no keys that begin with $")
         elif line.count(b"{") + line.count(b"[") > DEPTH_MOST and _depth(document) > DEPTH_MOST:
             work.refuse(index, Reason.TOO_DEEP, f"the document is nested deeper than {DEPTH_MOST} levels")
-        elif size > MAX_DOCUMENT_BYTES:
-            detail = f"the document has {size} bytes as BSON and MongoDB takes {MAX_DOCUMENT_BYTES}"
+        elif detail := too_large(size):
             work.refuse(index, Reason.TOO_LARGE, detail)
         else:
             return False

@@ -206,13 +206,13 @@ class Planner:
         single: dict[str, ByteRange] = {}
         for before, plan, _ in plans:
             job = planned.get(before.id, before)
-            open = job.state is JobState.PROCESSING and job.plan is not None and job.stopping is None
-            if not open or job.plan is None or job.plan.range_count != 1:
-                if open and job.plan == plan:
-                    self._queue.open_ranges(job)
-                done.append(Prepared(job, None, heads[job.id]))
-            else:
+            holds = job.plan if job.state is JobState.PROCESSING and job.stopping is None else None
+            if holds is not None and holds.range_count == 1:
                 single[job.id] = cut(job.source.size, 1, 0)
+                continue
+            if holds == plan:
+                self._queue.open_ranges(job)
+            done.append(Prepared(job, None, heads[job.id]))
         if single:
             reach(Step.PLANNED)
             leases = self._ledger.open_leased(single, holder)

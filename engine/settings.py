@@ -19,7 +19,7 @@ from pymongo.uri_parser import parse_uri
 
 from engine.errors import SettingsError
 
-__all__ = ["DEFAULT_DATABASE", "Settings", "load"]
+__all__ = ["DEFAULT_DATABASE", "Settings", "http_url", "load"]
 
 DEFAULT_DATABASE: Final = "headrace"
 
@@ -99,7 +99,8 @@ def _like(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _endpoint(value: str | None) -> str | None:
+def http_url(value: str | None) -> str | None:
+    """A URL of a server that speaks HTTP, or none. Raises ValueError, with how to write one, for anything else."""
     if value is not None:
         try:
             parts = urlsplit(value)
@@ -108,6 +109,12 @@ def _endpoint(value: str | None) -> str | None:
             right = False
         if not right or re.search(r"\s", value):
             raise ValueError("write it as http://host:port or https://host:port")
+    return value
+
+
+def _token(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+        raise ValueError("it has spaces, line ends or letters beyond ASCII: copy it as `headrace token` showed it")
     return value
 
 
@@ -149,7 +156,7 @@ class Settings(BaseSettings):
     aws_bucket_name: Annotated[str | None, _like(_BUCKET, "write the name of a bucket, or its ARN")] = _setting(
         None, "Bucket that holds the files"
     )
-    aws_endpoint_url: Annotated[str | None, AfterValidator(_endpoint)] = _setting(
+    aws_endpoint_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
         None, "Address of an S3 server other than that of AWS"
     )
 
@@ -186,8 +193,12 @@ class Settings(BaseSettings):
         None, "Tokens that the HTTP API accepts, as `headrace token` writes them, parted by spaces or commas"
     )
     api_tokens_file: Path | None = _setting(None, "A file of such tokens, one a line", "file")
-    api_token: SecretStr | None = _setting(None, "Token that the command line sends to the HTTP API")
-    api_url: str | None = _setting(None, "HTTP API that the command line talks to; unset: API_HOST and PORT", "URL")
+    api_token: Annotated[SecretStr | None, AfterValidator(_token)] = _setting(
+        None, "Token that the command line sends to the HTTP API"
+    )
+    api_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
+        None, "HTTP API that the command line talks to; unset: API_HOST and PORT", "URL"
+    )
     api_max_uploads: int = _setting(4, "Uploads through POST /upload at a time", "uploads", ge=1, le=128)
     api_max_watchers: int = _setting(8, "Requests that wait for a job to move, at a time", "requests", ge=0, le=128)
     api_max_downloads: int = _setting(4, "Downloads of rejected lines at a time", "requests", ge=1, le=128)

@@ -21,7 +21,7 @@ from engine.errors import Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, translate, translated
 
-__all__ = ["MAX_DOCUMENT_BYTES", "Sink", "Work", "encode", "unencodable"]
+__all__ = ["Sink", "Work", "encode", "too_large", "unencodable"]
 
 MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 """What the server takes as one document, `_id` included."""
@@ -209,9 +209,8 @@ class Sink:
             except (BSONError, OverflowError, RecursionError, UnicodeEncodeError) as fault:
                 work.refuse(index, *unencodable(fault))
                 continue
-            if size > MAX_DOCUMENT_BYTES:
-                detail = f"the document has {size} bytes as BSON and MongoDB takes {MAX_DOCUMENT_BYTES}"
-                work.refuse(index, Reason.TOO_LARGE, detail)
+            if excess := too_large(size):
+                work.refuse(index, Reason.TOO_LARGE, excess)
                 continue
             good.append(index)
             sizes.append(size)
@@ -222,6 +221,15 @@ class Sink:
             parts = [good[:half], good[half:]]
         for part in parts:
             self._insert_some(work, made, part)
+
+
+def too_large(size: int) -> str | None:
+    """Why MongoDB takes no document of so many bytes of BSON; None where it does."""
+    return (
+        f"the document has {size} bytes as BSON and MongoDB takes {MAX_DOCUMENT_BYTES}"
+        if size > MAX_DOCUMENT_BYTES
+        else None
+    )
 
 
 def _let_go(error: BaseException | None) -> None:
