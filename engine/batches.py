@@ -73,7 +73,7 @@ class Batcher:
         self._max_bytes = max_bytes
         self._ordinal = ordinal
         self._offset = 0
-        self._pieces: list[bytes] = []  # what waits
+        self._pieces: list[memoryview] = []  # what waits
         self._ends: list[Ends] = []  # of its lines, counted from the first byte of the first piece
         self._lines = 0
         self._bytes = 0
@@ -96,7 +96,7 @@ class Batcher:
                 if not self._lines:
                     self._offset = block.offset + start - block.start
                 stop = min(int(block.ends[at + take - 1]) + 1, len(block.data))
-                self._pieces.append(block.data[start:stop])
+                self._pieces.append(memoryview(block.data)[start:stop])
                 self._ends.append(block.ends[at : at + take] + (self._bytes - start))
                 self._lines += take
                 self._bytes += stop - start

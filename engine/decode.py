@@ -272,11 +272,13 @@ def _may_have_wide_digits(data: bytes) -> bool:
     at = 4 * np.flatnonzero(words[:-3] & words[1:-2] & words[2:-1] & words[3:])
     if not len(at):
         return False
+    if at[0] < 3 or at[-1] + 22 > len(data):
+        return True  # no whole neighbourhood to look at
     # Fractions have up to 17 digits, so that there may be many such places: they are looked at all at once.
-    digits = np.frombuffer(b"   %b   " % data, np.uint8) & 0xF0 == 0x30
+    octets = np.frombuffer(data, np.uint8)
     before, behind = (
-        digits[near] * (1 + digits[next] * (1 + digits[last].astype(np.uint8)))
-        for near, next, last in ((at + 2, at + 1, at), (at + 19, at + 20, at + 21))
+        digits[0] * (1 + digits[1] * (1 + digits[2].astype(np.uint8)))
+        for digits in ([octets[at + away] & 0xF0 == 0x30 for away in aways] for aways in ((-1, -2, -3), (16, 17, 18)))
     )
     return bool((before + behind >= 3).any())
 

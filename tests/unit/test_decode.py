@@ -9,7 +9,7 @@ from bson import ObjectId
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.decode import decode
+from engine.decode import _may_have_wide_digits, decode
 from engine.model import Format
 from tests.conftest import batch_of
 
@@ -173,6 +173,18 @@ def test_a_document_is_refused_exactly_when_an_integer_of_it_does_not_fit(values
     decoded = run(b'{"n":1}', line, b'{"n":2}')
     assert [str(r.reason) for r in decoded.rejects] == ([] if fits else ["int_range"])
     assert len(decoded.documents) == (3 if fits else 2)
+
+
+@given(
+    st.lists(st.integers(0, 24), min_size=1, max_size=12), st.sampled_from([b",", b'"x', b"e-", b"."]), st.booleans()
+)
+def test_runs_of_19_digits_are_found_wherever_they_stand(runs, between, alone):
+    data = between.join(b"7" * run for run in runs)
+    found = _may_have_wide_digits(data if alone else b" " * 32 + data + b" " * 32)
+    if max(runs) >= 19:
+        assert found
+    elif not alone:  # at the ends of a batch it may say so without need
+        assert not found
 
 
 FRAGMENTS = [
