@@ -1,7 +1,6 @@
 """`headrace doctor`: look at everything that a load needs, one line each, with what to do where something is amiss."""
 
 import io
-import os
 import shutil
 import tempfile
 import time
@@ -14,7 +13,7 @@ from typing import Final
 from api.auth import is_loopback, tokens_of
 from engine.errors import HeadraceError, WrongClock
 from engine.objects import Objects, connect
-from engine.settings import Settings
+from engine.settings import Settings, cores
 from engine.store import Store, translated
 
 __all__ = ["Finding", "examine"]
@@ -116,11 +115,11 @@ def _s3(settings: Settings) -> Finding:
 
 
 def _processes(settings: Settings) -> Finding:
-    cores, workers = len(os.sched_getaffinity(0)), settings.engine_workers
-    if workers > 2 * cores:
-        said = f"ENGINE_WORKERS={workers} on {cores} cores: more than two a core slow each other down"
+    there, workers = cores(), settings.engine_workers
+    if workers > 2 * there:
+        said = f"ENGINE_WORKERS={workers} on {there} cores: more than two a core slow each other down"
         return Finding("processes", "warning", said)
-    return Finding("processes", "ok", f"{workers} workers on {cores} cores")
+    return Finding("processes", "ok", f"{workers} workers on {there} cores")
 
 
 def _spool(settings: Settings) -> Finding:

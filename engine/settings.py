@@ -4,11 +4,12 @@ The environment wins over `.env`; an empty value counts as unset. Nothing else i
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import quote, quote_plus, urlsplit
 
@@ -19,7 +20,7 @@ from pymongo.uri_parser import parse_uri
 
 from engine.errors import SettingsError
 
-__all__ = ["DEFAULT_DATABASE", "Settings", "http_url", "load"]
+__all__ = ["DEFAULT_DATABASE", "Settings", "cores", "http_url", "load"]
 
 DEFAULT_DATABASE: Final = "headrace"
 
@@ -118,8 +119,21 @@ def _token(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def cores(root: Path = Path("/")) -> int:
+    """Cores' worth of time that this process may take: the cores that it may run on, or less by the quota of its control group
+    (version 2) or of one above it, which is how containers are limited; rounded up. `root` is where proc and sys are."""
+    found = float(len(os.sched_getaffinity(0)))
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        group = PurePath(*(line.removeprefix("0::/") for line in groups if line.startswith("0::/")))
+        for folder in (group, *group.parents):
+            limit = root / "sys/fs/cgroup" / folder / "cpu.max"
+            quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
+            if quota != "max":
+                found = min(found, int(quota) / int(period))
+    except (OSError, ValueError):
+        pass  # what cannot be read limits nothing
+    return max(1, math.ceil(found))
 
 
 def _writers(found: dict[str, Any]) -> int:
@@ -160,7 +174,9 @@ class Settings(BaseSettings):
         None, "Address of an S3 server other than that of AWS"
     )
 
-    engine_workers: int = _setting(_cores, "Worker processes", "processes", "the number of cores", ge=1, le=1024)
+    engine_workers: int = _setting(
+        cores, "Worker processes", "processes", "the number of cores, or of the container's share", ge=1, le=1024
+    )
     engine_control_db: Annotated[str, AfterValidator(_control_db)] = _setting(
         "headrace_control", "Database of the jobs, ranges and rejects", min_length=1
     )
