@@ -106,7 +106,7 @@ def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
 def run(rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None) -> Report:
     """Measure everything."""
     report = Report()
-    rounds, few = (1, 1) if quick else (5, 3)
+    rounds, few = (1, 1) if quick else (9, 3)
     count = 100_000 if quick else 1_000_000
 
     def file(name: str, records: int) -> Path:
