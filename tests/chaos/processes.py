@@ -220,8 +220,7 @@ def supervisors(settings, folder, short):
         path = made(rig, 60_000 if short else 1_000_000)
         jobs = [rig.submit(path)]
         for _ in range(2 if short else 20):
-            if all(map(rig.ended, jobs)):
-                jobs.append(rig.submit(path))
+            rig.keep_busy(path, jobs)
             engine = rig.engine(engine_range_bytes="2MiB")
             until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
             workers = engine.workers()
@@ -231,9 +230,7 @@ def supervisors(settings, folder, short):
             if any(map(alive, workers)):
                 report.problems.append("a worker outlived its supervisor by two seconds")
         rig.engine()
-        rig.wait(*jobs)
-        for job in jobs:
-            rig.verify(report, path, job)
+        rig.settle(report, path, jobs)
     return report
 
 
@@ -245,8 +242,7 @@ def terms(settings, folder, short):
         jobs = [rig.submit(path)]
         draw = random.Random(2)
         for _ in range(2 if short else 50):
-            if all(map(rig.ended, jobs)):
-                jobs.append(rig.submit(path))
+            rig.keep_busy(path, jobs)
             engine = rig.engine(engine_range_bytes="2MiB")
             until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
             time.sleep(draw.random() * 0.5)
@@ -259,9 +255,7 @@ def terms(settings, folder, short):
         if rig.store.ranges.count_documents({"attempts": {"$gt": 0}}):
             report.problems.append("a soft stop spent an attempt")
         rig.engine()
-        rig.wait(*jobs)
-        for job in jobs:
-            rig.verify(report, path, job)
+        rig.settle(report, path, jobs)
     return report
 
 
@@ -273,16 +267,14 @@ def hups(settings, folder, short):
         jobs = [rig.submit(path)]
         engine = rig.engine(engine_range_bytes="1MiB")
         for _ in range(2 if short else 10):
-            if all(map(rig.ended, jobs)):
-                jobs.append(rig.submit(path))
+            rig.keep_busy(path, jobs)
             before = set(engine.workers())
             report.faults["hups"] += kill(engine.pid, signal.SIGHUP)
             until(lambda before=before: not before & set(engine.workers()), 40, "the replacement of every worker")
         rig.wait(*jobs)
         if engine.stop() != 0:
             report.problems.append("the engine did not stop softly")
-        for job in jobs:
-            rig.verify(report, path, job)
+        rig.settle(report, path, jobs)
     return report
 
 

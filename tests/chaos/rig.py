@@ -124,6 +124,17 @@ class Rig:
             time.sleep(0.1)
         return [self.queue.get(job.id) for job in jobs]
 
+    def keep_busy(self, path, jobs):
+        """One more job for this file where all of these have ended: there is always a load to break."""
+        if all(map(self.ended, jobs)):
+            jobs.append(self.submit(path))
+
+    def settle(self, report, path, jobs):
+        """Wait for these jobs for one file, and let the checker judge each."""
+        self.wait(*jobs)
+        for job in jobs:
+            self.verify(report, path, job)
+
     def verify(self, report, path, job, state="COMPLETED", **more):
         """Let the checker judge a job that has ended; what is wrong goes into the report. `more` goes to the checker."""
         job = self.queue.get(job.id)

@@ -128,17 +128,14 @@ def databases(settings, folder, short):
         jobs = [rig.submit(path)]
         draw = random.Random(3)
         for _ in range(2 if short else 20):
-            if all(map(rig.ended, jobs)):
-                jobs.append(rig.submit(path))
+            rig.keep_busy(path, jobs)
             time.sleep(0.5 + draw.random())
             mongods.kill(mongods.ports[0])
             report.faults["kills"] += 1
             time.sleep(draw.random())
             mongods.start(mongods.ports[0])
             until(mongods.primary, 60, "a primary")
-        rig.wait(*jobs)
-        for job in jobs:
-            rig.verify(report, path, job)
+        rig.settle(report, path, jobs)
     return report
 
 
@@ -152,8 +149,7 @@ def replica(settings, folder, short):
         rig.engine(engine_range_bytes="2MiB")
         jobs = [rig.submit(path)]
         while report.faults["kills"] < kills_wanted:
-            if all(map(rig.ended, jobs)):
-                jobs.append(rig.submit(path))
+            rig.keep_busy(path, jobs)
             time.sleep(pause / 2)
             report.faults["step-downs"] += bool(mongods.step_down())
             time.sleep(pause / 2)
@@ -163,9 +159,7 @@ def replica(settings, folder, short):
             time.sleep(1)
             mongods.start(port)
             until(mongods.primary, 60, "a primary")
-        rig.wait(*jobs)
-        for job in jobs:
-            rig.verify(report, path, job)
+        rig.settle(report, path, jobs)
     return report
 
 
@@ -189,8 +183,7 @@ def storage(settings, folder, short):
             while not jobs or proxy.faults[kind] < (1 if short else most):
                 jobs.append(rig.submit(path))
                 rig.wait(*jobs)
-            for job in jobs:
-                rig.verify(report, path, job)
+            rig.settle(report, path, jobs)
             for name, count in proxy.faults.items():
                 report.faults[name] = report.faults.get(name, 0) + count
             if "delay" in plan:
