@@ -4,7 +4,7 @@ import os
 import secrets
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,12 @@ EXIT_INTERRUPTED: Final = 130
 FILES_AT_A_TIME: Final = 4
 STDIN: Final = "-"
 
+LOOK_SECONDS: Final = 0.1
+"""How often the main thread looks whether it was interrupted; less than the end of a stream is doubted for."""
+
+ANSWER_SECONDS: Final = 5.0
+"""How long an interrupted load waits for the job that is being made for it."""
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -36,6 +42,8 @@ class Loaded:
     note: Note | None = None
     reused: bool = False
     """Whether the object of an earlier command is taken for it."""
+    whole: bool = False
+    """Whether all of a stream is there: its job is being made, and an interrupt does not keep it from that."""
 
     def told(self) -> dict[str, Any]:
         """For a script to read."""
@@ -64,6 +72,9 @@ class Loader:
         try:
             with bars(console) as shown:
                 for future in [pool.submit(self._one, load, shown) for load in loads]:
+                    # In short waits: an interrupt that the kernel hands to another thread does not end a long one.
+                    while not wait([future], timeout=LOOK_SECONDS).done:
+                        pass
                     future.result()
         except KeyboardInterrupt:
             self._interrupted(loads)
@@ -75,12 +86,20 @@ class Loader:
         # Looked at before the stop, which is an error to those that are being sent.
         going = [load for load in loads if load.error is None]
         self._transfer.stop()
+        until = time.monotonic() + ANSWER_SECONDS
         for load in going:
-            ended = load.status is not None and load.status["status"] in TERMINAL
-            if ended or (load.job_id is not None and not self._wait):
+            while load.whole and load.job_id is None and load.error is None and time.monotonic() < until:
+                time.sleep(0.02)
+            if load.status is not None and load.status["status"] in TERMINAL:
                 continue
             if load.job_id is not None:
                 said = f"its job goes on without you: watch it with `headrace status {load.job_id} --wait`"
+            elif load.whole and load.error is not None:
+                said = str(load.error)
+            elif load.whole:
+                said = (
+                    "all of it was sent, and nobody answered whether its job was made: look for it with `headrace jobs`"
+                )
             elif load.note is not None:
                 said = "its upload was broken off: run the same command again, and it goes on where it was"
             elif load.file == STDIN:
@@ -139,11 +158,14 @@ class Loader:
             count[0] += number
             shown.uploaded(task, count[0], size, count[0] / max(time.monotonic() - began, 0.001))
 
+        def whole() -> None:
+            load.whole = True
+
         if file == STDIN:
-            return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent)
+            return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, whole)
         if size is None:
             with path.open("rb") as content:
-                return self._transfer.stream(content, path.name, sent)
+                return self._transfer.stream(content, path.name, sent, whole)
         note = Note(self._client.url, str(path.resolve()), [size, path.stat().st_mtime_ns])
         key: str | None = self._transfer.there(note, size)
         load.reused = key is not None

@@ -30,8 +30,13 @@ URLS: Final = 100
 STREAM_PART_BYTES: Final = 16 * 1024 * 1024
 """Parts of a stream of unknown length: ten thousand of them are 160 GB."""
 
+LAST_CALL_SECONDS: Final = 0.3
+"""How long the end of a stream is doubted: a Ctrl-C reaches whoever writes it as well, and ends the stream in its midst."""
+
 KEEP_SECONDS: Final = 30 * 24 * 3600.0
 """How long a file is remembered that is not loaded again."""
+
+STOPPED: Final = "sending was stopped"
 
 Sent = Callable[[int], None]
 
@@ -102,13 +107,16 @@ class Transfer:
         self._http = httpx.Client(timeout=httpx.Timeout(30, write=600, read=600), trust_env=False)
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="part")
         self._stopped = threading.Event()
-        self._streams: set[str] = set()
+        self._deciding = threading.Lock()
+        self._streams: set[str] = set()  # of which the end is not taken for the end yet
 
     def stop(self) -> None:
-        """Send no more parts, and free those of streams, which cannot be resumed."""
-        self._stopped.set()
+        """Send no more parts, and free those of streams, which cannot be resumed. A stream that is not whole by now never is."""
+        with self._deciding:
+            self._stopped.set()
+            streams = list(self._streams)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for upload_id in list(self._streams):
+        for upload_id in streams:
             with suppress(HeadraceError):
                 self._client.ask("DELETE", f"/uploads/{upload_id}", timeout=5)
 
@@ -131,13 +139,26 @@ class Transfer:
         note.put(key=key)
         return key
 
-    def stream(self, content: IO[bytes], name: str, sent: Sent) -> str:
-        """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed."""
+    def stream(self, content: IO[bytes], name: str, sent: Sent, whole: Callable[[], None]) -> str:
+        """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed.
+
+        `whole` is called when its end is taken for the end, which a stop from then on does not undo.
+
+        Raises:
+            StartError: it was stopped before, or S3 cannot be reached from here.
+            CallFailed: of the API.
+        """
         asked = {"fileName": name, "partBytes": STREAM_PART_BYTES}
         state = self._client.ask("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
         try:
             self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
+            self._stopped.wait(LAST_CALL_SECONDS)
+            with self._deciding:
+                if self._stopped.is_set():
+                    raise StartError(STOPPED)
+                self._streams.discard(state["uploadId"])
+                whole()
             return self._complete(state)
         except BaseException:
             with suppress(HeadraceError):
@@ -207,7 +228,7 @@ class Transfer:
         said = ""
         for tries in range(TRIES):
             if self._stopped.is_set():
-                raise StartError("sending was stopped")
+                raise StartError(STOPPED)
             try:
                 answer = self._http.put(url, content=data, headers=headers)
                 if answer.is_success:

@@ -8,11 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
 import pytest
 
+from api.transfer import Transfer
+from engine.errors import StartError
 from tests.running import ROOT, title, until
 
 
@@ -398,6 +401,61 @@ def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
     assert process.returncode == 130
     assert unfinished() == before
     assert live.store.jobs.count_documents({"options.collection": "broken"}) == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
+    asked, wholes = [], []
+
+    class Api:
+        def ask(self, method, path, **_):
+            asked.append(f"{method} {path}")
+            return {
+                "uploadId": "u",
+                "partBytes": 8,
+                "parts": 0,
+                "size": None,
+                "urls": [],
+                "headers": {},
+                "fileKey": "k",
+            }
+
+    transfer = Transfer(Api())
+
+    def whole():
+        wholes.append(True)
+        if late:  # the stop comes when the end was taken for the end already, and has to wait for that
+            stopper = threading.Thread(target=transfer.stop)
+            stopper.start()
+            stops.append(stopper)
+
+    stops = []
+    if late:
+        assert transfer.stream(io.BytesIO(), "s", lambda n: None, whole) == "k"
+        stops[0].join()
+        assert asked == ["POST /uploads", "POST /uploads/u/complete"]
+    else:
+        stopper = threading.Timer(0.05, transfer.stop)  # while the end of the stream is doubted
+        stopper.start()
+        with pytest.raises(StartError):
+            transfer.stream(io.BytesIO(), "s", lambda n: None, whole)
+        stopper.join()
+        assert wholes == []
+        assert "POST /uploads/u/complete" not in asked
+        assert "DELETE /uploads/u" in asked
+
+
+def test_an_interrupt_after_the_end_of_a_stream_tells_of_the_job_that_is_made(live, start, tmp_path):
+    process = start("load", "-", "--collection", "late", "--wait", stdin=subprocess.PIPE)
+    process.stdin.write(b'{"n":1}\n' * 2_000_000)
+    process.stdin.close()
+    process.stdin = None
+    until(lambda: live.store.jobs.count_documents({"options.collection": "late"}), what="the job")
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1].decode()
+    [job] = live.store.jobs.find({"options.collection": "late"})
+    assert process.returncode == 130
+    assert f"headrace status {job['_id']} --wait" in told
 
 
 def test_rejects_of_a_job_that_is_not_there_leave_the_file_as_it_was(run, tmp_path):
