@@ -446,14 +446,14 @@ def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
 
 
 def test_an_interrupt_after_the_end_of_a_stream_tells_of_the_job_that_is_made(live, start, tmp_path):
-    process = start("load", "-", "--collection", "late", "--wait", stdin=subprocess.PIPE)
+    process = start("load", "-", "--collection", "unwatched", "--wait", stdin=subprocess.PIPE)
     process.stdin.write(b'{"n":1}\n' * 2_000_000)
     process.stdin.close()
     process.stdin = None
-    until(lambda: live.store.jobs.count_documents({"options.collection": "late"}), what="the job")
+    until(lambda: live.store.jobs.count_documents({"options.collection": "unwatched"}), what="the job")
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[1].decode()
-    [job] = live.store.jobs.find({"options.collection": "late"})
+    [job] = live.store.jobs.find({"options.collection": "unwatched"})
     assert process.returncode == 130
     assert f"headrace status {job['_id']} --wait" in told
 
