@@ -1,16 +1,16 @@
 """A few bytes that a worker shares with its supervisor: when it last moved, whether it has booted, what it has freed.
 
-Made before the fork. No lock: each field is written by one side and is small enough to be written whole.
+Made before the fork. No lock: each field is written by one store of the processor, so that nobody reads one half written. That
+rules out `struct.pack_into`, which fills with zeros first: a supervisor that looked just then would see a worker that had
+not moved since the machine was started, and kill it.
 """
 
 import mmap
-import struct
 import time
 from typing import Final
 
 __all__ = ["Beat"]
 
-_CLOCK: Final = struct.Struct("=d")
 _BOOTED: Final = 8
 _RELEASED: Final = 9
 
@@ -18,20 +18,20 @@ _RELEASED: Final = 9
 class Beat:
     """Shared between one worker and its supervisor. Times are of the system's monotonic clock, seconds."""
 
-    __slots__ = ("_memory",)
+    __slots__ = ("_clock", "_memory")
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._clock = memoryview(self._memory)[:_BOOTED].cast("d")
         self.touch()
 
     def touch(self) -> None:
         """The worker: I have moved."""
-        _CLOCK.pack_into(self._memory, 0, time.monotonic())
+        self._clock[0] = time.monotonic()
 
     def age(self) -> float:
         """Seconds since the worker last moved."""
-        (at,) = _CLOCK.unpack_from(self._memory, 0)
-        return time.monotonic() - float(at)
+        return time.monotonic() - self._clock[0]
 
     def mark_booted(self) -> None:
         """The worker: I have reached the servers."""
@@ -51,4 +51,5 @@ class Beat:
 
     def close(self) -> None:
         """The supervisor, when the worker is gone."""
+        self._clock.release()
         self._memory.close()

@@ -52,6 +52,7 @@ class _Child:
     beat: Beat
     born: float
     leaving: bool = False  # told to stop softly; not to be replaced by reap
+    silent: bool = False  # killed because it did not move
 
 
 @dataclass(slots=True)
@@ -199,6 +200,7 @@ class Supervisor:
                     "worker has not moved and is killed", action="kill", worker=child.post.name, silent=round(silent, 1)
                 )
                 child.beat.touch()
+                child.silent = True
                 os.kill(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
@@ -232,7 +234,8 @@ class Supervisor:
             log.error("a worker cannot start, so the engine stops", action="stop", worker=child.post.name)
             self._stop(EXIT_BOOT)
         else:
-            log.warning("worker died and is replaced", action="reap", worker=child.post.name, cause=_cause(code))
+            cause = "killed because it did not move" if child.silent else _cause(code)
+            log.warning("worker died and is replaced", action="reap", worker=child.post.name, cause=cause)
 
     def _replace_next(self) -> None:
         """HUP: one at a time, the next only when every place is filled by one that has booted."""

@@ -56,6 +56,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced(engine):
     running.ready(3)
     assert victim not in running.workers()
     assert running.actions("kill")
+    [told] = running.actions("reap")
+    assert told["cause"] == "killed because it did not move"
 
 
 def test_no_worker_outlives_a_killed_supervisor(engine):
