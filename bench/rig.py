@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import orjson
+
 from api.client import Client
 from engine.ledger import Ledger
 from engine.local import LocalServers, die_with_parent, free_port
@@ -83,7 +85,7 @@ def forget_peak(pid: int) -> None:
 
 
 class Engine:
-    """`headrace engine` as a process; `changes` are settings by name. Leave its context to stop it."""
+    """`headrace engine` as a process; `changes` are settings by name. Leave its context to stop it and see that it went well."""
 
     def __init__(self, settings: Settings, log: Path, changes: dict[str, Any]) -> None:
         environment = _environment(settings, changes)
@@ -124,11 +126,19 @@ class Engine:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(60)
 
+    def check(self) -> None:
+        """See that nothing went wrong: a load in which a worker was replaced, or waited for a server, measures that."""
+        told = [orjson.loads(line) for line in self._log.read_bytes().splitlines() if line.startswith(b"{")]
+        if trouble := [line["event"] for line in told if line["level"] not in ("info", "debug")]:
+            raise RuntimeError(f"the engine had trouble, so that its figures tell of that: {'; '.join(trouble)}")
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
+        if error is None:
+            self.check()
 
 
 class Rig:
