@@ -66,12 +66,16 @@ class Chooser:
         """An error may have hidden from the worker what it holds: it is to be freed before anything else is taken."""
         self._doubtful = True
 
-    def take(self) -> list[Run]:
-        """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
-        to do now."""
+    def settle_doubt(self) -> None:
+        """Free what the worker may hold unknowingly. Raises Transient, and the doubt stays."""
         if self._doubtful:
             self._ledger.forsake(self._holder)
             self._doubtful = False
+
+    def take(self) -> list[Run]:
+        """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
+        to do now."""
+        self.settle_doubt()
         paused = self._queue.paused()
         if not paused and time.monotonic() - self._looked_at < LOOK_SECONDS:
             # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.

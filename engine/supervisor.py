@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -90,6 +91,7 @@ class Supervisor:
     _wake: tuple[int, int] = (-1, -1)
     _replacing: deque[int] = field(default_factory=deque)
     _born: int = 0
+    _ever_booted: bool = False
 
     def run(self) -> int:
         """Supervise until told to stop; returns the exit code: 0 after a soft stop in time."""
@@ -159,6 +161,8 @@ class Supervisor:
                 log.info("one worker less", action="shrink", workers=len(self._slots))
                 if slot.pid is not None:
                     self._tell(slot.pid, signal.SIGTERM)
+                else:
+                    self._slots[0].dead += slot.dead  # whoever comes next frees what they held
 
     def _stop(self, exit_code: int = 0) -> None:
         if self._stopping:
@@ -218,6 +222,7 @@ class Supervisor:
         slot = next((slot for slot in self._slots if slot.pid == pid), None)
         names = (() if child.beat.released() else child.post.predecessors) + (() if code == 0 else (child.post.name,))
         booted, age = child.beat.booted(), time.monotonic() - child.born
+        self._ever_booted |= booted or any(other.beat.booted() for other in self._children.values())
         child.beat.close()
         if slot is None and self._slots:
             # Its place is gone (TTOU): any other worker to come may free what it held.
@@ -230,7 +235,7 @@ class Supervisor:
                 slot.not_before = time.monotonic() + min(0.1 * 2**slot.failures, DELAY_MOST_SECONDS)
         if code == 0 or self._stopping:
             log.debug("worker has left", action="reap", worker=child.post.name, exit=code)
-        elif code == EXIT_BOOT:
+        elif code == EXIT_BOOT and not self._ever_booted:
             log.error("a worker cannot start, so the engine stops", action="stop", worker=child.post.name)
             self._stop(EXIT_BOOT)
         else:
@@ -241,8 +246,8 @@ class Supervisor:
         """HUP: one at a time, the next only when every place is filled by one that has booted."""
         if not self._replacing or self._stopping:
             return
-        ready = all(slot.pid in self._children and self._children[slot.pid].beat.booted() for slot in self._slots)
-        if not ready:
+        standing = (self._children.get(slot.pid or 0) for slot in self._slots)
+        if not all(child is not None and not child.leaving and child.beat.booted() for child in standing):
             return
         # Its place is filled when it has gone, by a successor that frees at once what it held if it does not go softly.
         self._tell(self._replacing.popleft(), signal.SIGTERM)
@@ -257,15 +262,26 @@ class Supervisor:
     def _fork(self, slot: _Slot) -> None:
         self._born += 1
         post = Post(self._host, self._boot, slot.number, self._born, slot.dead, os.getpid())
-        beat = Beat()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         # A signal between the fork and the child's own handlers would be noted in a queue that nobody reads.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        pid = os.fork()
-        if pid == 0:
-            self._be_child(post, beat, blocked)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        try:
+            beat = Beat()
+            pid = os.fork()
+        except OSError as error:
+            log.error(
+                "a worker cannot be started for now: see how much memory is free and how many processes are allowed",
+                action="fork",
+                worker=post.name,
+                cause=error.strerror,
+            )
+            slot.not_before = time.monotonic() + DELAY_MOST_SECONDS
+            return
+        else:
+            if pid == 0:
+                self._be_child(post, beat, blocked)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         slot.pid, slot.dead = pid, ()
         self._children[pid] = _Child(post, beat, time.monotonic())
 
@@ -285,9 +301,17 @@ class Supervisor:
         except BaseException:
             log.exception("worker failed", action="crash", worker=post.name)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            try:
+                _flush()
+            finally:
+                os._exit(code)
+
+
+def _flush() -> None:
+    """What is in the buffers, which a fork would double, goes out. Where the log cannot be written, work goes on without."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
 
 
 def _cause(code: int) -> str:

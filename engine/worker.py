@@ -3,6 +3,7 @@
 Clients are built here, after the fork. One worker holds one lease at a time.
 """
 
+import _thread
 import ctypes
 import gc
 import os
@@ -91,15 +92,19 @@ class Post:
 
 
 def work(settings: Settings, post: Post, beat: Beat) -> int:
-    """Work until told to stop; returns the exit code. TERM stops softly, a second one or QUIT at once; INT is ignored."""
+    """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
     stop = threading.Event()
 
     def told(number: int, frame: object) -> None:
-        if number == signal.SIGQUIT or stop.is_set():
+        if number == signal.SIGQUIT:
             os._exit(EXIT_NOW)
-        stop.set()
+        # In a thread: this one may be in the midst of a wait for the event, and hold its lock.
+        _thread.start_new_thread(stop.set, ())
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What a terminal or a service manager sends to all processes is for the supervisor, whose word counts. It may well send
+    # TERM to all of them, and the supervisor's own comes on top.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGQUIT, told)
     # Documents die young and hold no cycles: counting their births to look for cycles is all cost. It is done between
@@ -203,7 +208,12 @@ class _Worker:
         pipeline.close()
         self._planner.close()
         reporter.tell(last=True)
-        self._store.close()
+        try:
+            self._chooser.settle_doubt()
+        except HeadraceError:
+            return EXIT_NOW  # something may be held, which the successor frees
+        finally:
+            self._store.close()
         return 0
 
     def _boot(self) -> bool:

@@ -1,5 +1,6 @@
 """The supervisor, as a real process with real forks: it replaces what dies or hangs, stops softly, and leaves no orphan."""
 
+import errno
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.supervisor import Supervisor, _Slot
 from tests.running import Running, alive, title, until
 
 
@@ -129,3 +131,85 @@ def test_an_engine_waits_for_a_database_that_is_not_there_yet(settings, tmp_path
     until(lambda: running.actions("wait"), 20, "a word about it")
     assert "does not answer" in running.actions("wait")[0]["event"]
     assert running.stop() == 0
+
+
+def test_term_to_all_processes_at_once_stops_softly_too(engine, submit, store, queue):
+    job = submit(b"".join(b'{"n":%d,"text":"%s"}\n' % (n, b"x" * 100) for n in range(400_000)))
+    running = engine(engine_workers=3, engine_range_bytes="1MiB", engine_lease_seconds=20)
+    until(lambda: store.ranges.count_documents({"state": "LEASED"}) == 3, what="work for all")
+    os.killpg(running.pid, signal.SIGTERM)  # as service managers do by default
+    assert running.process.wait(30) == 0
+    assert queue.get(job.id).state == "PROCESSING"
+    assert store.ranges.count_documents({"state": "LEASED"}) == 0
+    assert running.actions("kill") == running.actions("reap") == []
+
+
+def test_workers_pass_over_what_is_meant_for_their_supervisor(engine, submit, queue):
+    running = engine()
+    workers = running.workers()
+    for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGINT):
+        for pid in workers:
+            os.kill(pid, number)
+    job = submit(b'{"n":1}\n')
+    until(lambda: queue.get(job.id).state == "COMPLETED", what="the end of the job")
+    assert running.workers() == workers
+
+
+def test_hup_waits_for_one_to_leave_before_the_next_is_told(engine):
+    running = engine()
+    first, second = running.workers()
+    os.kill(first, signal.SIGSTOP)  # takes its time
+    running.process.send_signal(signal.SIGHUP)
+    time.sleep(2)
+    assert running.workers() == [first, second]
+    os.kill(first, signal.SIGCONT)
+    until(lambda: len(running.workers()) == 2 and not {first, second} & set(running.workers()), what="two others")
+
+
+def test_a_successor_that_cannot_start_does_not_take_the_others_with_it(engine, store, submit, queue):
+    running = engine()
+    schema = store.control["schema"]
+    known = schema.find_one({"_id": "version"})
+    schema.replace_one({"_id": "version"}, {"_id": "version", "version": 999})
+    os.kill(running.workers()[0], signal.SIGKILL)
+    until(lambda: len(running.actions("reap")) > 2, what="some tries")
+    job = submit(b'{"n":1}\n')
+    until(lambda: queue.get(job.id).state == "COMPLETED", what="a job of the other worker")
+    schema.replace_one({"_id": "version"}, known)
+    running.ready(3)
+    assert running.stop() == 0
+
+
+def test_a_log_that_nobody_takes_does_not_end_the_engine(settings, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # or there is no buffer to flush
+    log = tmp_path / "engine.log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    running = Running("engine", settings, log)
+
+    def idle():
+        return [pid for pid in running.workers() if "idle" in title(pid)]
+
+    try:
+        until(lambda: len(idle()) == 2, what="two workers")
+        os.close(reader)
+        for _ in range(2):
+            victim = idle()[0]
+            os.kill(victim, signal.SIGKILL)
+            until(lambda victim=victim: len(idle()) == 2 and victim not in idle(), what="another one in its place")
+        assert running.stop() == 120  # with which Python tells that its last words were lost
+    finally:
+        running.end()
+
+
+def test_a_machine_that_has_no_room_for_a_process_now_is_asked_again(settings, monkeypatch, capsys):
+    def none():
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    supervisor, slot = Supervisor(settings, lambda *_: 0), _Slot(0, dead=("gone",))
+    monkeypatch.setattr(os, "fork", none)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    supervisor._fork(slot)
+    assert (slot.pid, slot.dead) == (None, ("gone",))
+    assert slot.not_before > time.monotonic()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
