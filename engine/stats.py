@@ -75,6 +75,8 @@ class Reporter(threading.Thread):
         self._doing = doing
         self._told: dict[str, float] = {}
         self._told_at = time.monotonic()
+        self._telling = threading.Lock()
+        self._left = False
 
     def run(self) -> None:
         """The thread's loop."""
@@ -83,7 +85,13 @@ class Reporter(threading.Thread):
             time.sleep(REPORT_SECONDS)
 
     def tell(self, *, last: bool = False) -> None:
-        """Tell now; what cannot be told is told the next time. `last`: the worker leaves."""
+        """Tell now; what cannot be told is told the next time. `last`: the worker leaves, and nothing is told after that."""
+        with self._telling:  # two at a time would both tell of the same
+            if not self._left:
+                self._left = last
+                self._tell(last)
+
+    def _tell(self, last: bool) -> None:
         counts = self._stats.counts()
         now = time.monotonic()
         news = {name: value - self._told.get(name, 0) for name, value in counts.items()}
