@@ -44,6 +44,9 @@ PARTS_MOST: Final = 10_000
 DRAIN_BYTES: Final = 256 * 1024
 """An answer with no more than this left is read to its end, so that its connection can be used again."""
 
+SLICE_BYTES: Final = 256 * 1024
+"""So many bytes of a read are waited for at a time."""
+
 PART_TYPE: Final = "application/json"
 """SeaweedFS gzips what looks like text unless each part says that it is this; ranges of gzip are slow to read."""
 
@@ -116,8 +119,10 @@ class RangeReader:
         self._at = start
         self._stop = stop
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, moved: Callable[[], None] = lambda: None) -> bytes:
         """Exactly `size` bytes unless the range ends before; b"" at its end.
+
+        `moved` is called as bytes come: of a slow server, all of them may take longer than a worker may be silent.
 
         Raises:
             Transient: the answer broke off, or nothing came within the deadline.
@@ -125,14 +130,19 @@ class RangeReader:
         size = min(size, self._stop - self._at)
         if size <= 0:
             return b""
+        pieces: list[bytes] = []
+        left = size
         try:
-            data: bytes = self._body.read(size)
+            while left > 0 and (piece := self._body.read(min(left, SLICE_BYTES))):
+                pieces.append(piece)
+                left -= len(piece)
+                moved()
         except (BotoCoreError, HTTPError, OSError) as error:
             raise Transient(f"reading {self._key} broke off at byte {self._at} ({type(error).__name__})") from error
-        if len(data) < size:
-            raise Transient(f"reading {self._key} broke off at byte {self._at + len(data)}: the answer was too short")
+        if left > 0:
+            raise Transient(f"reading {self._key} broke off at byte {self._at + size - left}: the answer was too short")
         self._at += size
-        return data
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
         """Give the connection back, or drop it where much is left unread on it."""

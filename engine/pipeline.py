@@ -385,7 +385,7 @@ class Pipeline:
                     self._stats.add(seconds_read=time.perf_counter() - began)
                     while not splitter.done:
                         began = time.perf_counter()
-                        chunk = reader.read(self._settings.engine_read_bytes)
+                        chunk = reader.read(self._settings.engine_read_bytes, run.move)
                         self._stats.add(seconds_read=time.perf_counter() - began)
                         if not chunk:
                             break

@@ -60,6 +60,15 @@ def test_a_ranged_read_gives_exactly_its_bytes(s3, data):
     assert b"".join(pieces) == whole[start:stop]
 
 
+def test_a_long_read_tells_that_it_moves(s3):
+    objects, _, _ = s3
+    whole, moves = bytes(range(256)) * 4096 + b"end", []
+    source = put(objects, whole, "long")
+    with objects.open(source, 0, len(whole)) as reader:
+        assert reader.read(len(whole), lambda: moves.append(True)) == whole
+    assert len(moves) == 5
+
+
 def test_an_object_that_is_overwritten_or_deleted_is_never_read_as_the_one_that_was_pinned(s3):
     objects, client, bucket = s3
     source = put(objects, b"one", "changing")
