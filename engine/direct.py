@@ -3,6 +3,7 @@
 The state of an upload is S3's; `uploads` in the control database only keeps what S3 does not tell: its size and parts.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ URL_SECONDS: Final = 3600
 
 UNFINISHED_HOURS: Final = 24
 """An upload that is not completed within this is aborted."""
+
+SHOWN_SECONDS: Final = 1.0
+"""How long the object of an upload is looked for whose parts are not there."""
 
 SWEEP_UPLOADS: Final = 1000
 
@@ -126,25 +130,20 @@ class DirectUploads:
         upload = _upload(found)
         parts: dict[int, tuple[tuple[bool, datetime], Part]] = {}
         marker = 0
-        with s3_translated(f"listing the parts of {found['key']}"):
-            try:
-                while True:
-                    page: Any = self._client.list_parts(
-                        Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
-                    )
-                    for part in page.get("Parts", ()):
-                        number, size = part["PartNumber"], part["Size"]
-                        rank = (size == upload.size_of(number), part["LastModified"])
-                        if number not in parts or rank >= parts[number][0]:
-                            parts[number] = (rank, Part(number, size, part["ETag"]))
-                    following = int(page.get("NextPartNumberMarker") or 0)
-                    if not page.get("IsTruncated") or following <= marker:
-                        break
-                    marker = following
-            except ClientError as error:
-                if error.response["Error"]["Code"] == "NoSuchUpload":
-                    raise _gone(upload_id) from None
-                raise
+        with s3_translated(f"listing the parts of {found['key']}"), _known(upload_id):
+            while True:
+                page: Any = self._client.list_parts(
+                    Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
+                )
+                for part in page.get("Parts", ()):
+                    number, size = part["PartNumber"], part["Size"]
+                    rank = (size == upload.size_of(number), part["LastModified"])
+                    if number not in parts or rank >= parts[number][0]:
+                        parts[number] = (rank, Part(number, size, part["ETag"]))
+                following = int(page.get("NextPartNumberMarker") or 0)
+                if not page.get("IsTruncated") or following <= marker:
+                    break
+                marker = following
         return [parts[number][1] for number in sorted(parts)]
 
     def complete(self, upload_id: str) -> Source:
@@ -155,11 +154,35 @@ class DirectUploads:
             Conflict: parts are missing, or not of the size that was said.
         """
         with translated("looking for an upload"):
-            there = self._uploads.find_one({"_id": upload_id, "done": {"$ne": None}})
-        if there is not None:
-            return Source(self._bucket, there["key"], there["done"]["etag"], "", there["done"]["size"])
-        found = self._find(upload_id)
-        upload, parts = _upload(found), self.parts(upload_id)
+            found = self._uploads.find_one({"_id": upload_id})
+        if found is None:
+            raise _gone(upload_id)
+        if done := found.get("done"):
+            return Source(self._bucket, found["key"], done["etag"], "", done["size"])
+        try:
+            self._assemble(found)
+        except (NotFound, Conflict):
+            # S3 may have ended this upload, and nobody have got to write that down. No other has its key: where that is, it was
+            # completed. Another request may be about to: SeaweedFS forgets parts and upload a moment before it shows the object.
+            end = time.monotonic() + SHOWN_SECONDS
+            while time.monotonic() < end:
+                with suppress(NotFound):
+                    return self._completed(found)
+                time.sleep(0.05)
+            raise
+        return self._completed(found)
+
+    def _completed(self, found: Document) -> Source:
+        """The object of an upload, which is noted from now on. Raises NotFound where there is none."""
+        source = self._objects.head(found["key"])
+        done = {"done": {"etag": source.etag, "size": source.size}}
+        with translated("finishing an upload"):
+            self._uploads.update_one({"_id": found["_id"]}, {"$set": done})
+        return source
+
+    def _assemble(self, found: Document) -> None:
+        """Let S3 make the object of the parts. Raises NotFound where S3 does not know the upload any more."""
+        upload, parts = _upload(found), self.parts(found["_id"])
         missing = sorted(set(range(1, (parts[-1].number if parts else 1) + 1)) - {part.number for part in parts})
         if upload.size is not None:
             missing = sorted(set(range(1, upload.parts + 1)) - {part.number for part in parts})
@@ -169,17 +192,13 @@ class DirectUploads:
         total = sum(part.size for part in parts)
         if upload.size is not None and total != upload.size:
             raise Conflict(f"the parts have {total} bytes together, and {upload.size} were announced: send them again")
-        with s3_translated(f"completing the upload of {upload.key}"):
+        with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
             self._client.complete_multipart_upload(
                 Bucket=self._bucket,
                 Key=upload.key,
                 UploadId=found["uploadId"],
                 MultipartUpload={"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]},
             )
-        source = self._objects.head(upload.key)
-        with translated("finishing an upload"):
-            self._uploads.update_one({"_id": upload_id}, {"$set": {"done": {"etag": source.etag, "size": source.size}}})
-        return source
 
     @contextmanager
     def recorded(self, key: str, upload_id: str) -> Iterator[None]:
@@ -187,7 +206,8 @@ class DirectUploads:
         name = f"through {upload_id}"
         self._record(name, {"key": key, "uploadId": upload_id, "size": None, "partBytes": self._part_bytes})
         yield
-        self._forget(name)
+        with suppress(HeadraceError):  # the object is there: what is kept of its upload is swept
+            self._forget(name)
 
     def abort(self, upload_id: str) -> None:
         """Give an upload up; S3 frees its parts. Raises NotFound."""
@@ -229,6 +249,17 @@ class DirectUploads:
     def _forget(self, upload_id: str) -> None:
         with translated("forgetting an upload"):
             self._uploads.delete_one({"_id": upload_id})
+
+
+@contextmanager
+def _known(upload_id: str) -> Iterator[None]:
+    """Raises NotFound where S3 says that it does not know the upload."""
+    try:
+        yield
+    except ClientError as error:
+        if error.response["Error"]["Code"] == "NoSuchUpload":
+            raise _gone(upload_id) from None
+        raise
 
 
 def _gone(upload_id: str) -> NotFound:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -56,6 +57,28 @@ def test_an_upload_tells_what_is_there_and_where_to_send_the_rest(live):
     assert (short.status_code, "announced" in short.json()["detail"]) == (409, True)
     put(told, 3, b"c" * 2 * MIB)
     assert live.http.post(f"/uploads/{state['uploadId']}/complete").json()["size"] == 12 * MIB
+
+
+def test_completing_is_safe_to_repeat_also_where_nobody_got_to_write_it_down(live):
+    state = begin(live, size=MIB)
+    put(state, 1, b"x" * MIB)
+    path = f"/uploads/{state['uploadId']}/complete"
+    first = live.http.post(path)
+    live.store.uploads.update_one({"_id": state["uploadId"]}, {"$unset": {"done": True}})
+    second = live.http.post(path)
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert second.json() == first.json() == live.http.post(path).json()
+
+
+def test_two_that_complete_an_upload_at_once_are_told_the_same(live):
+    for _ in range(5):
+        state = begin(live, size=MIB)
+        put(state, 1, b"x" * MIB)
+        path = f"/uploads/{state['uploadId']}/complete"
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _, path=path: live.http.post(path), range(4)))
+        assert {answer.status_code for answer in answers} == {201}
+        assert {answer.json()["fileKey"] for answer in answers} == {state["fileKey"]}
 
 
 @pytest.mark.parametrize("end", ["abort", "delete"])

@@ -5,10 +5,12 @@ import threading
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 from bson import ObjectId
 from pymongo import WriteConcern
+from pymongo.errors import AutoReconnect
 
 from engine.errors import Refused, Transient
 from engine.ledger import DEATHS, VANISHED
@@ -286,3 +288,12 @@ def test_a_job_that_was_stopped_is_not_finished_with_its_fellows(queue, planner,
         prepared[0].job.id: JobState.COMPLETED,  # every line of it was loaded before anybody looked
         prepared[1].job.id: JobState.COMPLETED,
     }
+
+
+def test_a_job_whose_workers_cannot_be_woken_is_there_all_the_same(queue, submit, store, monkeypatch):
+    def fail(_):
+        raise AutoReconnect("gone")
+
+    monkeypatch.setattr(store, "wakeups", SimpleNamespace(insert_one=fail))
+    job = submit(b'{"n":1}\n')
+    assert queue.get(job.id).state == "PENDING"
