@@ -1,5 +1,6 @@
 """The HTTP API from the other side: what the commands and `headrace up` call."""
 
+import os
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import httpx
 
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["CallFailed", "Client", "check_file", "is_stream", "reachable"]
+__all__ = ["SLOW", "CallFailed", "Client", "check_file", "is_stream", "reachable", "readable"]
 
 WAIT_SECONDS: Final = 20
 """How long the API is asked to wait for a job to move."""
@@ -20,7 +21,16 @@ POLL_SECONDS: Final = 0.5
 PATIENCE_SECONDS: Final = 60.0
 """How long the API may be out of reach before a watch of a job is given up."""
 
+READ_SECONDS: Final = 120.0
+"""How long an answer may take, of most requests."""
+
+SLOW_SECONDS: Final = 3600.0
+"""The same where much is to be done first: a whole file stored, an object made of its parts, the bytes of rejects fetched."""
+
 TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELLED")
+
+
+SLOW: Final = httpx.Timeout(30, read=SLOW_SECONDS, write=SLOW_SECONDS)
 
 
 class CallFailed(HeadraceError):
@@ -46,6 +56,11 @@ def check_file(file: Path) -> None:
         raise StartError(f"{file} cannot be read: {error.strerror}") from None
 
 
+def readable(name: str) -> str:
+    """The name of a file as text, where it may hold bytes that are none."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def reachable(host: str) -> str:
     """How to write, in a URL, the host that a server on this machine listens on."""
     if host in ("0.0.0.0", "::", ""):  # noqa: S104 (not bound here)
@@ -64,7 +79,7 @@ class Client:
     def __init__(self, url: str, token: str | None = None) -> None:
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        timeout = httpx.Timeout(30, read=3600, write=3600)
+        timeout = httpx.Timeout(30, read=READ_SECONDS, write=SLOW_SECONDS)
         self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=headers)
 
     def close(self) -> None:
@@ -87,7 +102,9 @@ class Client:
         """Upload a file through the API; returns its key."""
         check_file(file)
         with file.open("rb") as content:
-            return str(self.ask("POST", "/upload", files={"file": (file.name, content)})["fileKey"])
+            return str(
+                self.ask("POST", "/upload", timeout=SLOW, files={"file": (readable(file.name), content)})["fileKey"]
+            )
 
     def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> str:
         """Submit a job for a key; returns the job's id: that of before where the same ticket came before."""
@@ -116,7 +133,7 @@ class Client:
         while True:
             check()
             try:
-                answer = self._http.get(path, headers=headers)
+                answer = self._http.get(path, headers=headers, timeout=wait + 30)
                 if not answer.is_success and answer.status_code != 304:
                     raise self._problem("GET", path, answer)
             except httpx.HTTPError as error:
@@ -145,7 +162,7 @@ class Client:
         """The raw lines that a job rejected, piece by piece."""
         path = f"/jobs/{quote(job_id, safe='')}/rejects"
         try:
-            with self._http.stream("GET", path, params={"format": "ndjson"}) as answer:
+            with self._http.stream("GET", path, timeout=SLOW, params={"format": "ndjson"}) as answer:
                 if not answer.is_success:
                     answer.read()
                     raise self._problem("GET", path, answer)

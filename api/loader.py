@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from api.client import TERMINAL, CallFailed, Client, is_stream
+from api.client import TERMINAL, CallFailed, Client, is_stream, readable
 from api.show import Bars, bars
 from api.transfer import Note, Transfer, forget_old
 from engine.errors import HeadraceError, StartError
@@ -48,8 +48,8 @@ class Loaded:
     def told(self) -> dict[str, Any]:
         """For a script to read."""
         if self.status is not None and self.error is None:
-            return {"file": self.file, **self.status}
-        known = {"file": self.file, "jobId": self.job_id, "fileKey": self.key}
+            return {"file": readable(self.file), **self.status}
+        known = {"file": readable(self.file), "jobId": self.job_id, "fileKey": self.key}
         return known | ({"error": {"code": self.error.code, "message": str(self.error)}} if self.error else {})
 
 
@@ -134,6 +134,9 @@ class Loader:
             load.error = error
         except OSError as error:
             load.error = StartError(f"it cannot be read: {error.strerror}")
+        except Exception as error:  # noqa: BLE001 (told, and with the file's name)
+            # Nobody thought of this one; the other files are none the worse for it.
+            load.error = StartError(f"something unexpected happened ({type(error).__name__}: {error})")
 
     def _submit(self, load: Loaded, key: str) -> str:
         ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)

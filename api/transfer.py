@@ -7,6 +7,7 @@ object that is there where the file has not changed since.
 import hashlib
 import os
 import secrets
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from urllib.parse import quote
 import httpx
 import orjson
 
-from api.client import CallFailed, Client
+from api.client import SLOW, CallFailed, Client, readable
 from engine.errors import HeadraceError, StartError
 
 __all__ = ["Note", "Transfer", "forget_old"]
@@ -27,6 +28,10 @@ __all__ = ["Note", "Transfer", "forget_old"]
 PARALLEL: Final = 4
 TRIES: Final = 5
 URLS: Final = 100
+
+URLS_FRESH_SECONDS: Final = 1800.0
+"""How long signed URLs are used: they are good for an hour, and a slow sender comes to the last of them late."""
+
 STREAM_PART_BYTES: Final = 16 * 1024 * 1024
 """Parts of a stream of unknown length: ten thousand of them are 160 GB."""
 
@@ -64,7 +69,7 @@ class Note:
     """
 
     def __init__(self, url: str, name: str, stamp: list[Any]) -> None:
-        self._file = _folder() / hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()
+        self._file = _folder() / hashlib.sha256(f"{url}\n".encode() + os.fsencode(name)).hexdigest()
         self._state: dict[str, Any] = {"stamp": stamp, "ticket": secrets.token_hex(16)}
         with suppress(OSError, ValueError, TypeError, KeyError):
             known = orjson.loads(self._file.read_bytes())
@@ -129,8 +134,12 @@ class Transfer:
         """
         size = file.stat().st_size
         state = self._resumed(note)
+        if state is None and (key := self._completed(note, size)) is not None:
+            note.put(key=key)
+            sent(size)
+            return key
         if state is None:
-            state = self._client.ask("POST", "/uploads", json={"fileName": file.name, "size": size})
+            state = self._client.ask("POST", "/uploads", json={"fileName": readable(file.name), "size": size})
             note.put(uploadId=state["uploadId"])
         there = {part["partNumber"]: part for part in state["stored"]}
         with file.open("rb") as content:
@@ -145,14 +154,19 @@ class Transfer:
         `whole` is called when its end is taken for the end, which a stop from then on does not undo.
 
         Raises:
-            StartError: it was stopped before, or S3 cannot be reached from here.
+            StartError: it was stopped before, or S3 cannot be reached from here, or the stream is longer than an upload can be.
             CallFailed: of the API.
         """
-        asked = {"fileName": name, "partBytes": STREAM_PART_BYTES}
+        asked = {"fileName": readable(name), "partBytes": STREAM_PART_BYTES}
         state = self._client.ask("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
         try:
             self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
+            if _exactly(content, 1):
+                most = state["parts"] * state["partBytes"]
+                raise StartError(
+                    f"a stream may have {most / 1e9:,.0f} GB at most: put it into a file, or send it in pieces"
+                )
             self._stopped.wait(LAST_CALL_SECONDS)
             with self._deciding:
                 if self._stopped.is_set():
@@ -196,8 +210,20 @@ class Transfer:
                 raise
         return None
 
+    def _completed(self, note: Note, size: int) -> str | None:
+        """The key of this very file, where its upload was completed and the answer did not get here."""
+        if (upload_id := note.get("uploadId")) is None:
+            return None
+        try:
+            told = self._client.ask("POST", f"/uploads/{quote(upload_id, safe='')}/complete", timeout=SLOW)
+        except CallFailed as error:
+            if error.status != 404:
+                raise
+            return None
+        return str(told["fileKey"]) if told["size"] == size else None
+
     def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> None:
-        urls = {part["partNumber"]: part["url"] for part in state["urls"]}
+        urls, fresh_until = _signed(state)
         flying: set[Future[None]] = set()
         try:
             for number in range(1, state["parts"] + 1):
@@ -208,10 +234,9 @@ class Transfer:
                 if part is not None and part["etag"] == hashlib.md5(data, usedforsecurity=False).hexdigest():
                     sent(len(data))
                     continue
-                if number not in urls:
+                if number not in urls or time.monotonic() > fresh_until:
                     asked = {"first": number, "count": URLS}
-                    more = self._client.ask("GET", f"/uploads/{state['uploadId']}", params=asked)
-                    urls = {part["partNumber"]: part["url"] for part in more["urls"]}
+                    urls, fresh_until = _signed(self._client.ask("GET", f"/uploads/{state['uploadId']}", params=asked))
                 flying.add(self._pool.submit(self._put, urls.pop(number), data, state["headers"], sent))
                 if len(flying) >= PARALLEL:
                     done, flying = wait(flying, return_when=FIRST_COMPLETED)
@@ -247,7 +272,12 @@ class Transfer:
         )
 
     def _complete(self, state: dict[str, Any]) -> str:
-        return str(self._client.ask("POST", f"/uploads/{state['uploadId']}/complete")["fileKey"])
+        return str(self._client.ask("POST", f"/uploads/{state['uploadId']}/complete", timeout=SLOW)["fileKey"])
+
+
+def _signed(state: dict[str, Any]) -> tuple[dict[int, str], float]:
+    """URLs by number of part, and until when they are used, on the monotonic clock."""
+    return {part["partNumber"]: part["url"] for part in state["urls"]}, time.monotonic() + URLS_FRESH_SECONDS
 
 
 def _part(content: IO[bytes], number: int, size: int) -> bytes:
@@ -257,7 +287,13 @@ def _part(content: IO[bytes], number: int, size: int) -> bytes:
 
 def _exactly(content: IO[bytes], size: int) -> bytes:
     pieces: list[bytes] = []
-    while size and (piece := content.read(size)):
+    while size:
+        piece: bytes | None = content.read(size)
+        if piece is None:  # a pipe that another program has made non-blocking has nothing just now
+            select.select([content], [], [])
+            continue
+        if not piece:
+            break
         pieces.append(piece)
         size -= len(piece)
     return b"".join(pieces)

@@ -39,12 +39,22 @@ class _Signals:
 
     def __init__(self) -> None:
         self.count = 0
+        self._before: int | None = None  # how many had come when the stop began
 
     def note(self, number: int, frame: object) -> None:
         """Handle a signal."""
         self.count += 1
-        if self.count == 1:
+        if self.count == 1 and self._before is None:
             raise _Told
+
+    def stopping(self) -> None:
+        """The stop begins: from now on a signal ends nothing, and does not change how the command ends."""
+        if self._before is None:
+            self._before = self.count
+
+    def hurried(self) -> bool:
+        """Whether one has come since the stop began."""
+        return self._before is not None and self.count > self._before
 
 
 class _Child:
@@ -77,7 +87,7 @@ class _Child:
         """TERM; QUIT after so many seconds or when a person is in a hurry; then KILL."""
         end = time.monotonic() + seconds
         self.process.terminate()
-        while self.process.poll() is None and time.monotonic() < end and signals.count < 2:
+        while self.process.poll() is None and time.monotonic() < end and not signals.hurried():
             time.sleep(0.02)
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGQUIT)
@@ -115,7 +125,10 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
     signal.signal(signal.SIGINT, signals.note)
     try:
         with ExitStack() as stack:
-            return _run(settings, file, once, records, console, stack, signals)
+            try:
+                return _run(settings, file, once, records, console, stack, signals)
+            finally:
+                signals.stopping()
     except _Told:
         return 1 if once else 0
     finally:
@@ -176,6 +189,8 @@ def _run(
     except CallFailed:
         _check(children, servers)  # which says more of it, where one of them has ended
         raise
+    if once:
+        signals.stopping()  # what became of the job is known, and how the command ends with it
     _summary(settings, overrides, status, url, key, console)
     if once:
         return 0 if status["status"] == "COMPLETED" else 1

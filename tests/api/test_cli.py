@@ -8,14 +8,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 
 import pytest
 
-from api.transfer import Transfer
-from engine.errors import StartError
 from tests.running import ROOT, title, until
 
 
@@ -336,6 +333,26 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, s
     assert live.objects.head(status["fileKey"]).size == path.stat().st_size
 
 
+def test_an_upload_whose_completion_was_not_heard_of_is_not_sent_again(run, file, live, tmp_path):
+    [first] = json.loads(run("load", file, "--wait", "--json", "--collection", "unheard").out)
+    [note] = tmp_path.glob("headrace/loads/*")
+    known = json.loads(note.read_bytes())
+    del known["key"]  # what is noted when the answer has come
+    note.write_text(json.dumps(known))
+    [second] = json.loads(run("load", file, "--wait", "--json", "--collection", "unheard").out)
+    assert second["fileKey"] == first["fileKey"]
+    assert second["status"] == "COMPLETED"
+
+
+def test_a_name_that_is_no_text_is_loaded_as_any_other(run, file, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.ndjson"
+    with open(odd, "wb") as content:  # noqa: PTH123 (a path of bytes)
+        content.write(b'{"n":1}\n')
+    told = json.loads(run("load", os.fsdecode(odd), file, "--wait", "--json", "--collection", "odd").out)
+    assert [load["status"] for load in told] == ["COMPLETED", "COMPLETED"]
+    assert told[0]["file"].endswith("caf\ufffd.ndjson")
+
+
 def test_one_file_that_fails_does_not_keep_the_others_and_both_are_told(run, file, live, tmp_path):
     (tmp_path / "zipped.ndjson").write_bytes(b"\x1f\x8b\x08\x00")
     told = json.loads(run("load", file, "zipped.ndjson", "--wait", "--json", "--collection", "mixed", code=3).out)
@@ -401,48 +418,6 @@ def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
     assert process.returncode == 130
     assert unfinished() == before
     assert live.store.jobs.count_documents({"options.collection": "broken"}) == 0
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
-    asked, wholes = [], []
-
-    class Api:
-        def ask(self, method, path, **_):
-            asked.append(f"{method} {path}")
-            return {
-                "uploadId": "u",
-                "partBytes": 8,
-                "parts": 0,
-                "size": None,
-                "urls": [],
-                "headers": {},
-                "fileKey": "k",
-            }
-
-    transfer = Transfer(Api())
-
-    def whole():
-        wholes.append(True)
-        if late:  # the stop comes when the end was taken for the end already, and has to wait for that
-            stopper = threading.Thread(target=transfer.stop)
-            stopper.start()
-            stops.append(stopper)
-
-    stops = []
-    if late:
-        assert transfer.stream(io.BytesIO(), "s", lambda n: None, whole) == "k"
-        stops[0].join()
-        assert asked == ["POST /uploads", "POST /uploads/u/complete"]
-    else:
-        stopper = threading.Timer(0.05, transfer.stop)  # while the end of the stream is doubted
-        stopper.start()
-        with pytest.raises(StartError):
-            transfer.stream(io.BytesIO(), "s", lambda n: None, whole)
-        stopper.join()
-        assert wholes == []
-        assert "POST /uploads/u/complete" not in asked
-        assert "DELETE /uploads/u" in asked
 
 
 def test_an_interrupt_after_the_end_of_a_stream_tells_of_the_job_that_is_made(live, start, tmp_path):

@@ -171,6 +171,15 @@ def test_a_second_ctrl_c_hurries_the_stop_and_harms_nothing(up, tmp_path):
     assert "recovering from an unclean" not in (tmp_path / "data" / "mongod.log").read_text().lower()
 
 
+def test_ctrl_c_during_its_own_stop_does_not_change_what_became_of_the_job(up):
+    run = up("--once", "--records", "1000")
+    run.wait_for("/status/")  # the last it has to say; then it stops
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 0
+    assert "Traceback" not in run.said
+    assert run.left() == []
+
+
 def test_ctrl_c_before_it_serves_ends_it_quietly(up):
     run = up("--once", "--records", "1000")
     run.wait_for("Starting")

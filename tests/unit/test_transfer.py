@@ -1,0 +1,156 @@
+"""Streams and files on their way to S3: the whole of them or nothing, whatever the other side does. No servers."""
+
+import io
+import os
+import threading
+import time
+
+import httpx
+import pytest
+
+from api import transfer as module
+from api.client import Client
+from api.loader import Loader
+from api.transfer import Transfer, _exactly
+from engine.errors import StartError
+
+
+class Api:
+    """Answers as the HTTP API does, and keeps what it was asked. `parts` of `part_bytes` is what an upload may have."""
+
+    def __init__(self, parts=0, part_bytes=8):
+        self.asked = []
+        self.state = {
+            "uploadId": "u",
+            "partBytes": part_bytes,
+            "parts": parts,
+            "size": None,
+            "headers": {},
+            "fileKey": "k",
+        }
+
+    def ask(self, method, path, params=None, **_):
+        self.asked.append(f"{method} {path}")
+        first, count = (params or {}).get("first", 1), (params or {}).get("count", 100)
+        urls = [
+            {"partNumber": n, "url": f"http://s3/{n}"}
+            for n in range(first, min(first + count, self.state["parts"] + 1))
+        ]
+        return self.state | {"urls": urls}
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The parts that were sent, by URL."""
+    parts = {}
+
+    def put(self, url, data, headers, sent):
+        parts[url] = data
+
+    monkeypatch.setattr(Transfer, "_put", put)
+    monkeypatch.setattr(module, "LAST_CALL_SECONDS", 0.01)
+    return parts
+
+
+@pytest.mark.parametrize(("size", "fits"), [(0, True), (7, True), (16, True), (17, False), (100, False)])
+def test_a_stream_that_is_longer_than_an_upload_can_be_is_refused_and_not_cut(sent, size, fits):
+    api, data = Api(parts=2), bytes(range(size))
+    if fits:
+        assert Transfer(api).stream(io.BytesIO(data), "s", lambda n: None, lambda: None) == "k"
+        assert b"".join(sent[url] for url in sorted(sent)) == data
+        return
+    wholes = []
+    with pytest.raises(StartError, match="a stream may have"):
+        Transfer(api).stream(io.BytesIO(data), "s", lambda n: None, lambda: wholes.append(True))
+    assert (wholes, api.asked[-1]) == ([], "DELETE /uploads/u")
+    assert "POST /uploads/u/complete" not in api.asked
+
+
+def test_a_pipe_that_does_not_block_is_read_to_its_end():
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+
+    def speak():
+        for word in (b"a", b"bc", b"d"):
+            time.sleep(0.05)
+            os.write(write, word)
+        os.close(write)
+
+    speaker = threading.Thread(target=speak)
+    with os.fdopen(read, "rb") as content:
+        speaker.start()
+        assert [_exactly(content, 3), _exactly(content, 3), _exactly(content, 3)] == [b"abc", b"d", b""]
+    speaker.join()
+
+
+def test_urls_that_grow_old_are_asked_for_anew(sent, monkeypatch):
+    fresh, old = Api(parts=3), Api(parts=3)
+    assert Transfer(fresh).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda: None) == "k"
+    monkeypatch.setattr(module, "URLS_FRESH_SECONDS", -1)
+    assert Transfer(old).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda: None) == "k"
+    assert (fresh.asked.count("GET /uploads/u"), old.asked.count("GET /uploads/u")) == (0, 3)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
+    api, wholes = Api(), []
+    transfer = Transfer(api)
+
+    def whole():
+        wholes.append(True)
+        if late:  # the stop comes when the end was taken for the end already, and has to wait for that
+            stopper = threading.Thread(target=transfer.stop)
+            stopper.start()
+            stops.append(stopper)
+
+    stops = []
+    if late:
+        assert transfer.stream(io.BytesIO(), "s", lambda n: None, whole) == "k"
+        stops[0].join()
+        assert api.asked == ["POST /uploads", "POST /uploads/u/complete"]
+    else:
+        stopper = threading.Timer(0.05, transfer.stop)  # while the end of the stream is doubted
+        stopper.start()
+        with pytest.raises(StartError):
+            transfer.stream(io.BytesIO(), "s", lambda n: None, whole)
+        stopper.join()
+        assert wholes == []
+        assert "POST /uploads/u/complete" not in api.asked
+        assert "DELETE /uploads/u" in api.asked
+
+
+def test_what_nobody_thought_of_is_told_of_its_file_and_does_not_keep_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "file", lambda self, file, note, sent: file.name)
+    for name in ("bad", "good"):
+        (tmp_path / name).write_bytes(b"{}")
+
+    class Api:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            if key == "bad":
+                raise ValueError("odd")
+            return "job of good"
+
+    bad, good = Loader(Api(), {}, wait=False, through_api=False).run([str(tmp_path / "bad"), str(tmp_path / "good")])
+    assert "ValueError: odd" in str(bad.error)
+    assert (good.error, good.job_id) == (None, "job of good")
+
+
+def test_an_answer_that_never_comes_is_not_waited_for_by_the_hour(tmp_path):
+    waits = {}
+
+    def answer(request):
+        waits[request.url.path] = request.extensions["timeout"]["read"]
+        return httpx.Response(200, json={"status": "COMPLETED", "fileKey": "k"})
+
+    client = Client("http://api")
+    client._http = httpx.Client(
+        base_url=client.url, timeout=client._http.timeout, transport=httpx.MockTransport(answer)
+    )
+    (tmp_path / "file").write_bytes(b"{}")
+    list(client.states("j", wait=20))
+    client.ask("GET", "/jobs")
+    client.upload(tmp_path / "file")
+    assert waits == {"/status/j": 50, "/jobs": 120, "/upload": 3600}
