@@ -161,8 +161,8 @@ class Transfer:
         state = self._client.ask("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
         try:
-            self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
-            if _exactly(content, 1):
+            ended = self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
+            if not ended and _exactly(content, 1):
                 most = state["parts"] * state["partBytes"]
                 raise StartError(
                     f"a stream may have {most / 1e9:,.0f} GB at most: put it into a file, or send it in pieces"
@@ -222,13 +222,16 @@ class Transfer:
             return None
         return str(told["fileKey"]) if told["size"] == size else None
 
-    def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> None:
+    def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> bool:
+        """Send the parts; returns whether what is read came to its end before all the parts that there may be were sent."""
         urls, fresh_until = _signed(state)
         flying: set[Future[None]] = set()
+        ended = False
         try:
             for number in range(1, state["parts"] + 1):
                 data = read(number)
                 if not data and (number > 1 or state["size"] is not None) and state["size"] != 0:
+                    ended = True
                     break
                 part = there.get(number)
                 if part is not None and part["etag"] == hashlib.md5(data, usedforsecurity=False).hexdigest():
@@ -244,6 +247,7 @@ class Transfer:
                         future.result()
             for future in flying:
                 future.result()
+            return ended
         except BaseException:
             for future in flying:
                 future.cancel()

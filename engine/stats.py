@@ -86,10 +86,15 @@ class Reporter(threading.Thread):
 
     def tell(self, *, last: bool = False) -> None:
         """Tell now; what cannot be told is told the next time. `last`: the worker leaves, and nothing is told after that."""
-        with self._telling:  # two at a time would both tell of the same
+        # Two at a time would both tell of the same. The last word is not worth a long wait.
+        if not self._telling.acquire(timeout=REPORT_SECONDS if last else -1):
+            return
+        try:
             if not self._left:
                 self._left = last
                 self._tell(last)
+        finally:
+            self._telling.release()
 
     def _tell(self, last: bool) -> None:
         counts = self._stats.counts()

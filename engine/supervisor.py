@@ -232,7 +232,7 @@ class Supervisor:
             slot.dead += names
             slot.failures = 0 if booted or code == 0 or age >= YOUNG_SECONDS else slot.failures + 1
             if slot.failures > 1:
-                slot.not_before = time.monotonic() + min(0.1 * 2**slot.failures, DELAY_MOST_SECONDS)
+                slot.not_before = time.monotonic() + min(0.1 * 2 ** min(slot.failures, 10), DELAY_MOST_SECONDS)
         if code == 0 or self._stopping:
             log.debug("worker has left", action="reap", worker=child.post.name, exit=code)
         elif code == EXIT_BOOT and not self._ever_booted:

@@ -3,7 +3,6 @@
 Clients are built here, after the fork. One worker holds one lease at a time.
 """
 
-import _thread
 import ctypes
 import gc
 import os
@@ -12,10 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
+import pymongo
 from pymongo import CursorType
 from pymongo.cursor import Cursor
 from pymongo.errors import PyMongoError
@@ -64,6 +65,9 @@ KEPT_BLOCK_BYTES: Final = 8 * 1024 * 1024
 KEPT_BYTES: Final = 32 * 1024 * 1024
 """Free memory above this, at the end of what has been used, goes back to the kernel."""
 
+LAST_SECONDS: Final = 3.0
+"""How long a worker that stops tries to tell the database what it still has to: a service manager may not wait for long."""
+
 BOOT_WAIT_SECONDS: Final = 2.0
 """The longest wait between tries to reach the servers at the start."""
 
@@ -94,13 +98,21 @@ class Post:
 def work(settings: Settings, post: Post, beat: Beat) -> int:
     """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
     stop = threading.Event()
+    gate = threading.Lock()
+    gate.acquire()
 
     def told(number: int, frame: object) -> None:
         if number == signal.SIGQUIT:
             os._exit(EXIT_NOW)
-        # In a thread: this one may be in the midst of a wait for the event, and hold its lock.
-        _thread.start_new_thread(stop.set, ())
+        # Not set here: this thread may be in the midst of a wait for the event, and hold its lock.
+        with suppress(RuntimeError):  # the gate is open already
+            gate.release()
 
+    def set_when_told() -> None:
+        gate.acquire()
+        stop.set()
+
+    threading.Thread(target=set_when_told, name="stop", daemon=True).start()
     # What a terminal or a service manager sends to all processes is for the supervisor, whose word counts. It may well send
     # TERM to all of them, and the supervisor's own comes on top.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
@@ -207,9 +219,10 @@ class _Worker:
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         pipeline.close()
         self._planner.close()
-        reporter.tell(last=True)
         try:
-            self._chooser.settle_doubt()
+            with pymongo.timeout(LAST_SECONDS):
+                reporter.tell(last=True)
+                self._chooser.settle_doubt()
         except HeadraceError:
             return EXIT_NOW  # something may be held, which the successor frees
         finally:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -23,6 +24,10 @@ from engine.rejects import Rejects
 from engine.settings import Settings
 from engine.store import Store
 from engine.worker import Post, _Worker
+
+# How long an example takes says something of the machine, and nothing of what is tested.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 PREFIXES = ("AWS_", "ENGINE_", "API_", "MONGO_", "PORT")
 

@@ -46,7 +46,7 @@ def test_an_upload_of_any_size_is_stored_whole(s3, size):
     assert objects.head(source.key) == source
 
 
-@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_ranged_read_gives_exactly_its_bytes(s3, data):
     objects, _, _ = s3

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.supervisor import Supervisor, _Slot
+from engine.beat import Beat
+from engine.supervisor import Supervisor, _Child, _Slot
+from engine.worker import EXIT_BOOT, Post
 from tests.running import Running, alive, title, until
 
 
@@ -200,6 +202,15 @@ def test_a_log_that_nobody_takes_does_not_end_the_engine(settings, tmp_path, mon
         assert running.stop() == 120  # with which Python tells that its last words were lost
     finally:
         running.end()
+
+
+def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(settings, monkeypatch):
+    supervisor, slot = Supervisor(settings, lambda *_: 0, _ever_booted=True), _Slot(0, pid=7, failures=5000)
+    supervisor._slots = [slot]
+    now = time.monotonic()
+    supervisor._bury(7, _Child(Post("h", "b", 0, 1, (), 1), Beat(), now), EXIT_BOOT)
+    assert (slot.failures, slot.pid) == (5001, None)
+    assert 1 < slot.not_before - now < 60
 
 
 def test_a_machine_that_has_no_room_for_a_process_now_is_asked_again(settings, monkeypatch, capsys):

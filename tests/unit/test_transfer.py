@@ -66,6 +66,21 @@ def test_a_stream_that_is_longer_than_an_upload_can_be_is_refused_and_not_cut(se
     assert "POST /uploads/u/complete" not in api.asked
 
 
+def test_what_another_writes_into_a_pipe_after_its_end_is_not_looked_at(sent):
+    class Pipe(io.BytesIO):
+        ends = 0
+
+        def read(self, size=-1):
+            data = super().read(size)
+            self.ends += not data
+            return (
+                b"more" if self.ends > 2 else data
+            )  # the end is seen by the part that it cuts short, and by the one after it
+
+    assert Transfer(Api(parts=5)).stream(Pipe(bytes(10)), "s", lambda n: None, lambda: None) == "k"
+    assert [len(data) for data in sent.values()] == [8, 2]
+
+
 def test_a_pipe_that_does_not_block_is_read_to_its_end():
     read, write = os.pipe()
     os.set_blocking(read, False)
