@@ -27,10 +27,9 @@ READ_SECONDS: Final = 120.0
 SLOW_SECONDS: Final = 3600.0
 """The same where much is to be done first: a whole file stored, an object made of its parts, the bytes of rejects fetched."""
 
-TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELLED")
-
-
 SLOW: Final = httpx.Timeout(30, read=SLOW_SECONDS, write=SLOW_SECONDS)
+
+TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 class CallFailed(HeadraceError):

@@ -33,7 +33,7 @@ URLS_FRESH_SECONDS: Final = 1800.0
 """How long signed URLs are used: they are good for an hour, and a slow sender comes to the last of them late."""
 
 STREAM_PART_BYTES: Final = 16 * 1024 * 1024
-"""Parts of a stream of unknown length: ten thousand of them are 160 GB."""
+"""Parts of a stream of unknown length: ten thousand of them are 156 GiB, or 168 GB."""
 
 LAST_CALL_SECONDS: Final = 0.3
 """How long the end of a stream is doubted: a Ctrl-C reaches whoever writes it as well, and ends the stream in its midst."""

@@ -231,12 +231,8 @@ class DirectUploads:
         return swept
 
     def _abort(self, found: Document) -> None:
-        with s3_translated(f"aborting the upload of {found['key']}"):
-            try:
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"])
-            except ClientError as error:
-                if error.response["Error"]["Code"] != "NoSuchUpload":
-                    raise
+        with s3_translated(f"aborting the upload of {found['key']}"), suppress(NotFound), _known(found["_id"]):
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"])
         self._forget(found["_id"])
 
     def _find(self, upload_id: str) -> Document:

@@ -204,7 +204,7 @@ def test_a_log_that_nobody_takes_does_not_end_the_engine(settings, tmp_path, mon
         running.end()
 
 
-def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(settings, monkeypatch):
+def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(settings):
     supervisor, slot = Supervisor(settings, lambda *_: 0, _ever_booted=True), _Slot(0, pid=7, failures=5000)
     supervisor._slots = [slot]
     now = time.monotonic()
@@ -213,7 +213,7 @@ def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(setti
     assert 1 < slot.not_before - now < 60
 
 
-def test_a_machine_that_has_no_room_for_a_process_now_is_asked_again(settings, monkeypatch, capsys):
+def test_a_machine_that_has_no_room_for_a_process_now_is_asked_again(settings, monkeypatch):
     def none():
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 

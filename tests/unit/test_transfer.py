@@ -73,9 +73,8 @@ def test_what_another_writes_into_a_pipe_after_its_end_is_not_looked_at(sent):
         def read(self, size=-1):
             data = super().read(size)
             self.ends += not data
-            return (
-                b"more" if self.ends > 2 else data
-            )  # the end is seen by the part that it cuts short, and by the one after it
+            # The end is seen by the part that it cuts short, and by the one after it.
+            return b"more" if self.ends > 2 else data
 
     assert Transfer(Api(parts=5)).stream(Pipe(bytes(10)), "s", lambda n: None, lambda: None) == "k"
     assert [len(data) for data in sent.values()] == [8, 2]
