@@ -16,9 +16,9 @@ from api.metrics import Durations
 from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
-from engine.local import check_port
 from engine.logs import get_logger
 from engine.objects import PARTS_MOST, Objects, connect
+from engine.ports import check_port
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings

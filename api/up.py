@@ -21,7 +21,8 @@ from api.operations import Scope
 from api.show import watch
 from engine import sample
 from engine.errors import StartError
-from engine.local import LocalServers, check_port, die_with_parent
+from engine.local import LocalServers, die_with_parent
+from engine.ports import check_port
 from engine.settings import Settings
 
 __all__ = ["up"]

@@ -19,9 +19,10 @@ import orjson
 
 from api.client import Client
 from engine.ledger import Ledger
-from engine.local import LocalServers, die_with_parent, free_port
+from engine.local import LocalServers, die_with_parent
 from engine.model import Job, JobOptions, Source
 from engine.objects import Objects, connect
+from engine.ports import free_port
 from engine.queue import Queue
 from engine.settings import Settings
 from engine.store import Store, job_key

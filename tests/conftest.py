@@ -16,9 +16,10 @@ import pytest
 from engine.batches import Batch
 from engine.beat import Beat
 from engine.ledger import Ledger
-from engine.local import LocalServers, free_port
+from engine.local import LocalServers
 from engine.model import TERMINAL, Job, JobOptions
 from engine.objects import Objects, connect
+from engine.ports import free_port
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.settings import Settings

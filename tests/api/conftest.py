@@ -8,8 +8,8 @@ import httpx
 import pytest
 from bson import ObjectId
 
-from engine.local import free_port
 from engine.objects import Objects, connect
+from engine.ports import free_port
 from engine.settings import Settings
 from tests.conftest import drop, own_settings
 from tests.running import Running, until

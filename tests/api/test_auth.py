@@ -14,7 +14,7 @@ import pytest
 
 from api.auth import draw, tokens_of
 from api.operations import Scope
-from engine.local import free_port
+from engine.ports import free_port
 from engine.settings import Settings
 from tests.running import ROOT, Running, until
 

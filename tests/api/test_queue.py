@@ -12,7 +12,7 @@ import httpx
 import pytest
 from bson import ObjectId
 
-from engine.local import free_port
+from engine.ports import free_port
 from tests.api.conftest import answers
 from tests.running import Running, title, until
 

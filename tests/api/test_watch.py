@@ -12,7 +12,7 @@ import httpx
 import orjson
 import pytest
 
-from engine.local import free_port
+from engine.ports import free_port
 from tests.api.conftest import answers as ready
 from tests.running import Running, until
 

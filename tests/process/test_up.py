@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.local import free_port, mongod_path
+from engine.local import mongod_path
+from engine.ports import free_port
 from tests.running import ROOT, alive, until
 
 

@@ -17,6 +17,7 @@ FLOORS = (
         "engine.watermark",
         "engine.beat",
         "engine.steps",
+        "engine.ports",
     ),
     ("engine.batches",),
     ("engine.decode",),

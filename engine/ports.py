@@ -1,0 +1,83 @@
+"""Ports of this machine: which are free, and why one cannot be listened on."""
+
+import errno
+import secrets
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from engine.errors import StartError
+
+__all__ = ["check_port", "free_port", "port_is_free", "ports_in_pairs"]
+
+LOW_PORT: Final = 20_000
+NEIGHBOUR: Final = 10_000
+"""SeaweedFS listens on each of its ports, and this much further up: drawn ports lie below all of these."""
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something could listen there now."""
+    try:
+        check_port(port, host)
+    except StartError:
+        return False
+    return True
+
+
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """Raises StartError, which says why, where nothing could listen at this port of this host's addresses now."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartError(
+            f"API_HOST={host} is no address of this machine ({error.strerror}): name one of its own"
+        ) from None
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise StartError(_why_not(port, host, error)) from None
+
+
+def _why_not(port: int, host: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is taken: stop what listens there, or set PORT to another"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"API_HOST={host} is no address of this machine: name one of its own"
+    if error.errno == errno.EACCES:
+        return f"port {port} is not for programs without special rights: set PORT to one above 1023"
+    return f"cannot listen on {host}:{port}: {error.strerror}"
+
+
+def free_port(wanted: int = 0) -> int:
+    """`wanted` where it is free, else any port that is."""
+    if wanted and port_is_free(wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def ports_in_pairs(names: Sequence[str], beside: int) -> dict[str, int]:
+    """A free port for each name whose neighbour ten thousand further up is free as well, and no port twice.
+
+    `beside` and its neighbour are left out.
+    """
+    taken = {beside, beside + NEIGHBOUR}
+    ports: dict[str, int] = {}
+    for name in names:
+        for _ in range(200):
+            port = LOW_PORT + secrets.randbelow(NEIGHBOUR)
+            pair = {port, port + NEIGHBOUR}
+            if not pair & taken and all(map(port_is_free, pair)):
+                ports[name] = port
+                taken |= pair
+                break
+        else:
+            raise StartError(
+                f"no free ports were found between {LOW_PORT} and {LOW_PORT + 2 * NEIGHBOUR} for the S3 server: free some"
+            )
+    return ports
