@@ -131,11 +131,12 @@ class Keeper(threading.Thread):
         self._still = still
         self._tell = tell
         self._runs: tuple[Run, ...] = ()
-        self._ticked_at = time.monotonic()
+        self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
 
     def hold(self, *runs: Run) -> None:
         """Keep the leases of these runs from now on."""
+        self._held_at = time.monotonic()
         self._runs = runs
 
     def drop(self) -> None:
@@ -148,12 +149,23 @@ class Keeper(threading.Thread):
         """The thread's loop."""
         while True:
             time.sleep(TICK_SECONDS / 7)
-            with self._busy:
-                # The clock is the worker's and not the run's: ranges of less than a second must move the numbers, too.
-                if self._runs and time.monotonic() - self._ticked_at >= TICK_SECONDS:
-                    self._ticked_at = time.monotonic()
-                    for run in self._runs:
-                        self.tick(run)
+            self.turn()
+
+    def turn(self) -> None:
+        """Tick the runs at hand, where it is time for that."""
+        with self._busy:
+            if (runs := self._runs) and time.monotonic() - self._since(runs) >= TICK_SECONDS:
+                self._ticked_at = time.monotonic()
+                for run in runs:
+                    self.tick(run)
+
+    def _since(self, runs: Sequence[Run]) -> float:
+        """From when on the time to the next tick counts.
+
+        The clock is the worker's and not the run's: ranges of less than a second must move the numbers of their job, too.
+        Small jobs side by side have told all by their end, which mostly is nearer than a tick.
+        """
+        return max(self._ticked_at, self._held_at) if len(runs) > 1 else self._ticked_at
 
     def tick(self, run: Run) -> None:
         """Renew, record progress, look at the job's stamps. Errors that pass are left to the next tick."""

@@ -1,0 +1,74 @@
+"""When the leases at hand are renewed, and their numbers told."""
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from engine.pipeline import TICK_SECONDS, Keeper
+from engine.queue import Stamps
+
+SHORT = 0.26 * TICK_SECONDS
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("engine.pipeline.time.monotonic", lambda: now[0])
+    return now
+
+
+def kept(keeper: Keeper, clock: list[float], *runs: Any, seconds: float) -> None:
+    """Hold these runs for so long, with a turn of the keeper after every quarter of a tick, about."""
+    keeper.hold(*runs)
+    for _ in range(round(seconds / SHORT)):
+        clock[0] += SHORT
+        keeper.turn()
+    keeper.drop()
+
+
+@pytest.fixture
+def keeper(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    queue = Mock()
+    queue.look.return_value = Stamps(stopping=False, overdue=False, stale=False)
+    keeper = Keeper(Mock(), queue, 30, lambda: 0.0, lambda run: None)
+    monkeypatch.setattr(keeper, "renew", Mock())
+    return keeper
+
+
+def renewed(keeper: Keeper) -> list[Any]:
+    return [call.args[0] for call in keeper.renew.call_args_list]  # type: ignore[attr-defined]
+
+
+def test_ranges_of_less_than_a_tick_move_the_numbers_of_their_job(keeper: Keeper, clock: list[float]) -> None:
+    first, second = Mock(), Mock()
+    for run in (first, second) * 4:
+        kept(keeper, clock, run, seconds=2 * SHORT)
+    assert [second] * 4 == renewed(keeper)
+
+
+def test_small_jobs_that_end_within_a_tick_are_not_told_of_before_their_end(keeper: Keeper, clock: list[float]) -> None:
+    for _ in range(8):
+        kept(keeper, clock, Mock(), Mock(), seconds=2 * SHORT)
+    assert renewed(keeper) == []
+
+
+def test_the_leases_of_small_jobs_that_take_longer_are_all_renewed(keeper: Keeper, clock: list[float]) -> None:
+    runs = Mock(), Mock()
+    kept(keeper, clock, *runs, seconds=2 * TICK_SECONDS)
+    assert [*runs, *runs] == renewed(keeper)
+
+
+def test_small_jobs_do_not_hold_up_the_numbers_of_a_large_one(keeper: Keeper, clock: list[float]) -> None:
+    large = Mock()
+    for _ in range(4):
+        kept(keeper, clock, Mock(), Mock(), seconds=2 * SHORT)
+        kept(keeper, clock, large, seconds=2 * SHORT)
+    assert [large] * 4 == renewed(keeper)
+
+
+def test_nothing_is_renewed_that_was_let_go(keeper: Keeper, clock: list[float]) -> None:
+    kept(keeper, clock, Mock(), seconds=SHORT)
+    clock[0] += 2 * TICK_SECONDS
+    keeper.turn()
+    assert renewed(keeper) == []
