@@ -68,7 +68,9 @@ class _State(Collector):
         depth = sum(count for state, count in backlog.states.items() if state not in TERMINAL)
         yield GaugeMetricFamily("headrace_queue_depth", "Open jobs", value=depth)
         yield GaugeMetricFamily(
-            "headrace_queue_oldest_seconds", "Age of the oldest open job that is due", value=backlog.oldest_seconds
+            "headrace_queue_oldest_seconds",
+            "How long the oldest job that is due and not begun has waited",
+            value=backlog.oldest_seconds,
         )
         yield GaugeMetricFamily(
             "headrace_queue_paused", "Whether the queue is paused, 1 or 0", value=float(self._queue.paused())

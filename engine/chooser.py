@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engine.errors import HeadraceError, Transient, WrongClock
+from engine.errors import HeadraceError, Transient, Unexpected, WrongClock
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Job, JobState, Lease, Source, Stop
@@ -180,7 +180,7 @@ class Chooser:
                 return self._planner.prepare(jobs, self._holder)
         except HeadraceError as error:
             self.doubt()
-            if len(jobs) == 1 or isinstance(error, Transient):
+            if len(jobs) == 1 or (isinstance(error, Transient) and not isinstance(error, Unexpected)):
                 return [Prepared(job, error=error) for job in jobs]
         # Whose fault it is shows when each is planned by itself.
         return [prepared for job in jobs for prepared in self._planned([job])]
@@ -194,7 +194,8 @@ def _all_held(job: Job, leased: int) -> bool:
 def _may_go_along(job: Job) -> bool:
     """Whether a job is small, and nothing is known against working it off together with others."""
     small = job.source.size <= SMALL_BYTES
-    return small and job.state is JobState.PENDING and job.stopping is None and not job.planner_deaths
+    trouble = job.stopping is not None or job.planner_deaths or job.attempts
+    return small and job.state is JobState.PENDING and not trouble
 
 
 def _place(job: Job) -> tuple[Source, str]:

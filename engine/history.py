@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from engine.jobs import job_of
 from engine.model import Job, JobState, RangeState
-from engine.store import BY_FILE, OPEN_JOBS, Document, Store, job_key, ranges_of, translated
+from engine.store import BY_FILE, BY_STATE, OPEN_JOBS, Document, Store, job_key, ranges_of, translated
 
 __all__ = ["Backlog", "History", "RangeReport"]
 
@@ -25,7 +25,7 @@ class RangeReport:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Jobs by state, and the age in seconds of the oldest that is open and due; 0 where there is none."""
+    """Jobs by state, and for how many seconds the oldest of those that are due and not begun has waited; 0 without any."""
 
     states: dict[JobState, int]
     oldest_seconds: float
@@ -95,12 +95,13 @@ class History:
     def backlog(self) -> Backlog:
         """How long the queue is, and how old."""
         with translated("counting jobs"):
-            groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}])
+            # The index alone is read, and no job.
+            groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}], hint=BY_STATE)
             states = {JobState(group["_id"]): group["count"] for group in groups}
             # A job that was not to begin before its time has waited since then only.
             since = {"$max": ["$createdAt", "$options.runAt"]}
             age = {"$divide": [{"$subtract": ["$$NOW", since]}, 1000]}
-            due = {"open": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+            due = {"open": True, "state": JobState.PENDING, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
             stages: list[Document] = [{"$match": due}, {"$group": {"_id": None, "age": {"$max": age}}}]
             oldest: Iterator[Any] = self._jobs.aggregate(stages, hint=OPEN_JOBS)
             found = next(iter(oldest), None)

@@ -275,10 +275,6 @@ class Ledger:
 
     def _release(self, query: Document, counter: str) -> list[Freed]:
         """Free ranges, and count a death or a vanishing of their holders; give those up that have seen too many."""
-        with translated("looking for leases to free"):
-            found = list(self._ranges.find(query, {"holder": 1}, hint=LEASES))
-        if not found:
-            return []
         count: Document = {name: {"$add": [f"${name}", int(name == counter)]} for name in ("deaths", "vanished")}
         in_all = {"$add": list(count.values())}
         message: list[Any] = [
@@ -299,9 +295,14 @@ class Ledger:
             "failure": {"$cond": [spent, poison, "$failure"]},
             "resumed": True,
         }
+        freed: list[Freed] = []
+        # One by one: what is told as freed was freed here, and by nobody else.
         with translated("releasing leases"):
-            self._ranges.update_many(query, [{"$set": changes | _LET_GO}], hint=LEASES)
-        return [Freed(str(f["_id"]["job"]), f["_id"]["index"], f["holder"]) for f in found]
+            while found := self._ranges.find_one_and_update(
+                query, [{"$set": changes | _LET_GO}], projection={"holder": 1}, hint=LEASES
+            ):
+                freed.append(Freed(str(found["_id"]["job"]), found["_id"]["index"], found["holder"]))
+        return freed
 
 
 def _new(job: ObjectId, range: ByteRange) -> Document:

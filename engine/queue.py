@@ -45,6 +45,7 @@ from engine.store import (
     DEADLINES,
     ENDED_JOBS,
     OPEN_JOBS,
+    PRUNED_JOBS,
     Document,
     Store,
     job_key,
@@ -70,7 +71,7 @@ PAUSED: Final = "paused"
 _LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": False, "unread": None}
 
 PRUNE_JOBS: Final = 100
-"""Jobs that one call prunes at most."""
+"""Jobs that one call prunes, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,25 +366,33 @@ class Queue:
         if job.options.timeout_seconds is not None and job.plan is not None:
             changes["deadline"] = from_now(job.options.timeout_seconds)
         changes |= happened("retried")
-        self._move(job_id, job.state, changes | dict.fromkeys(gone, "$$REMOVE"), {"round": job.round, "pruned": None})
+        changes |= dict.fromkeys(gone, "$$REMOVE")
+        # Where somebody else was quicker, what they made of it is told.
+        as_it_was = {"_id": job_key(job_id), "state": job.state, "round": job.round, "pruned": None}
+        with translated("retrying a job"):
+            self._jobs.update_one(as_it_was, [{"$set": changes}])
         self._store.wake()
         return self.get(job_id)
 
-    def prune(self, days: float) -> int:
-        """Delete some of the jobs that ended so long ago, with their ranges and rejects; returns how many.
+    def prune(self, days: float, most: int = PRUNE_JOBS) -> int:
+        """Delete the oldest of the jobs that ended so long ago, with their ranges and rejects; returns how many.
 
         What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
         killed within.
         """
-        old = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
-        ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$ne": None}}
-        ended["$expr"] = {"$or": ["$pruned", {"$lt": ["$finishedAt", old]}]}
+        since = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
+        ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$type": "date"}}
+        old = ended | {"$expr": {"$lt": ["$finishedAt", since]}}
+        # Somebody began, and did not get to the end.
+        begun: Document = {"pruned": True}
         count = 0
         with translated("pruning old jobs"):
-            for found in list(self._jobs.find(ended).hint(ENDED_JOBS).limit(PRUNE_JOBS)):
+            left = list(self._jobs.find(begun).hint(PRUNED_JOBS).limit(most))
+            more = list(self._jobs.find(old).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
+            for found, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
                 key = found["_id"]
                 # From here on it cannot be retried: a job whose ranges are half gone must not come back.
-                if self._jobs.update_one({"_id": key} | ended, {"$set": {"pruned": True}}).matched_count:
+                if self._jobs.update_one({"_id": key} | why, {"$set": {"pruned": True}}).matched_count:
                     self._keep_loaded(found)
                     if "batch" in found:
                         self._store.batches.update_one({"_id": found["batch"]}, {"$set": {"pruned": True}})
@@ -428,12 +437,6 @@ class Queue:
         # another round, of which what was summed here says nothing.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         return {"_id": job_key(job.id), "open": True, "state": job.state, "round": job.round} | stamped, changes
-
-    def _move(self, job_id: str, state: JobState, changes: Document, also: Document | None = None) -> bool:
-        """The compare-and-set under every change of state; False where somebody else was quicker."""
-        query = {"_id": job_key(job_id), "state": state} | (also or {})
-        with translated("changing the state of a job"):
-            return self._jobs.update_one(query, [{"$set": changes}]).modified_count == 1
 
     def loaded_by(self, job: Job, tag: bytes) -> str | None:
         """The latest job that has loaded the source of this tag into the same collection, of those that are still kept."""

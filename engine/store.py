@@ -37,12 +37,14 @@ from engine.settings import Settings
 
 __all__ = [
     "BY_FILE",
+    "BY_STATE",
     "DEADLINES",
     "DUPLICATE_KEY",
     "ENDED_JOBS",
     "LEASABLE",
     "LEASES",
     "OPEN_JOBS",
+    "PRUNED_JOBS",
     "SCHEMA_VERSION",
     "TRANSIENT_CODES",
     "Document",
@@ -60,6 +62,9 @@ Document = dict[str, Any]
 SCHEMA_VERSION: Final = 1
 """Of the control database. An engine does not start on one that a newer version has written."""
 
+WIRE_VERSION: Final = 17
+"""What MongoDB 6.0 speaks: the oldest LTS whose aggregation has all that is asked of it here, as `$firstN`."""
+
 WAKEUPS_BYTES: Final = 64 * 1024
 """Size of the capped collection that idle workers watch."""
 
@@ -68,8 +73,10 @@ WORKERS_SECONDS: Final = 600
 
 OPEN_JOBS: Final = "open_jobs"
 BY_FILE: Final = "by_file"
+BY_STATE: Final = "by_state"
 DEADLINES: Final = "deadlines"
 ENDED_JOBS: Final = "ended_jobs"
+PRUNED_JOBS: Final = "pruned_jobs"
 LEASABLE: Final = "leasable"
 LEASES: Final = "leases"
 
@@ -175,10 +182,12 @@ class Store:
         """Make the collections and indexes where they are missing; safe to repeat by anyone at any time.
 
         Raises:
-            StartError: the control database was written by a newer version.
+            StartError: the control database was written by a newer version, or MongoDB is too old.
             Transient: the database does not answer.
         """
         with translated("preparing the control database"):
+            if self.control.command("hello").get("maxWireVersion", 0) < WIRE_VERSION:
+                raise StartError("this MongoDB is older than 6.0: update it, or set MONGO_URI to one that is not")
             found = self.control["schema"].find_one_and_update(
                 {"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True, return_document=True
             )
@@ -200,6 +209,7 @@ class Store:
                         name=ENDED_JOBS,
                         partialFilterExpression={"finishedAt": {"$type": "date"}},
                     ),
+                    IndexModel([("pruned", ASCENDING)], name=PRUNED_JOBS, partialFilterExpression={"pruned": True}),
                     IndexModel(
                         [("deadline", ASCENDING)],
                         name=DEADLINES,
@@ -219,7 +229,7 @@ class Store:
                     ),
                     IndexModel([("source.key", ASCENDING), ("_id", DESCENDING)], name=BY_FILE),
                     IndexModel([("options.collection", ASCENDING), ("_id", DESCENDING)], name="by_collection"),
-                    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
+                    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name=BY_STATE),
                 ]
             )
             self.batches.create_indexes(

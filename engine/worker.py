@@ -25,7 +25,8 @@ from setproctitle import setproctitle
 from engine.beat import Beat
 from engine.chooser import Chooser
 from engine.direct import DirectUploads
-from engine.errors import AccessDenied, HeadraceError, LeaseLost, StartError, Transient
+from engine.errors import Final as FinalError
+from engine.errors import HeadraceError, LeaseLost, StartError, Transient
 from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL, Freed, Job, JobState, Stop
@@ -52,6 +53,12 @@ COLLECT_SECONDS: Final = 10.0
 
 PRUNE_SECONDS: Final = 3600.0
 """How often, about, a worker looks for jobs whose history has been kept long enough."""
+
+PRUNE_JOBS: Final = 20
+"""Jobs that it deletes at a time: as many as take less than a second."""
+
+PRUNE_AGAIN_SECONDS: Final = 1.0
+"""How soon it looks again where there are more."""
 
 EXPIRE_SECONDS: Final = 1.0
 """How often, about, a worker looks for leases that ran out."""
@@ -127,7 +134,7 @@ def work(settings: Settings, post: Post, beat: Beat) -> int:
     setproctitle(f"headrace: worker {post.slot} starting")
     try:
         return _Worker(settings, post, beat, stop).loop()
-    except (StartError, AccessDenied) as error:
+    except (StartError, FinalError) as error:
         log.error(str(error), action="boot", worker=post.name)
         return EXIT_BOOT
 
@@ -154,7 +161,8 @@ class _Worker:
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
         self._plans = Plans(self._store, self._queue, self._ledger)
-        s3, bucket = connect(settings), settings.aws_bucket_name or ""
+        # One attempt: two would outlast a lease, and perhaps the watchdog.
+        s3, bucket = connect(settings, attempts=1), settings.aws_bucket_name or ""
         self._objects = Objects(s3, bucket)
         self._uploads = DirectUploads(self._store, s3, bucket, settings.api_part_bytes)
         self._rejects = Rejects(self._store, self._ledger)
@@ -294,9 +302,11 @@ class _Worker:
         if time.monotonic() < self._prune_at:
             return
         self._prune_at = time.monotonic() + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
-        while pruned := self._queue.prune(self._settings.engine_keep_jobs_days):
-            self._beat.touch()
+        if pruned := self._queue.prune(self._settings.engine_keep_jobs_days, PRUNE_JOBS):
+            # There may be hundreds of thousands, and jobs that wait.
+            self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
             log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)
+            return
         if swept := self._uploads.sweep():
             log.info("unfinished uploads were aborted", action="prune", worker=self._post.name, uploads=swept)
 

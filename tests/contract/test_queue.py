@@ -1,6 +1,8 @@
 """What holds of jobs whoever is quicker: plans, claims, stops, ends, retries and the memory of what was loaded."""
 
+import contextlib
 import io
+import random
 import threading
 import uuid
 from dataclasses import replace
@@ -8,13 +10,25 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
-from bson import ObjectId
-from pymongo import WriteConcern
 from pymongo.errors import AutoReconnect
+from pymongo.monitoring import CommandListener, _Listeners
 
-from engine.errors import Refused, Transient
+from engine.chooser import Chooser
+from engine.errors import Conflict, LeaseLost, Refused, Transient
 from engine.ledger import DEATHS, VANISHED
-from engine.model import ByteRange, Failure, Format, JobOptions, JobState, Plan, Stop, Tally
+from engine.model import (
+    JOB_MOVES,
+    RANGE_MOVES,
+    ByteRange,
+    Failure,
+    Format,
+    JobOptions,
+    JobState,
+    Plan,
+    RangeState,
+    Stop,
+    Tally,
+)
 from engine.planner import Planner
 from engine.plans import Plans
 from engine.queue import Queue
@@ -243,18 +257,91 @@ def test_a_job_that_was_retried_since_is_not_pruned(store, queue, source):
     assert queue.get(job.id).state is JobState.CANCELLED
 
 
-def test_what_a_load_depends_on_is_acknowledged_by_a_majority(store):
-    for collection in (store.jobs, store.ranges, store.sources, store.rejects, store.data["records"]):
-        assert collection.write_concern.document["w"] == "majority"
-    assert store.data.write_concern != WriteConcern(1)
+def test_every_write_that_a_load_depends_on_waits_for_a_majority(settings, submit, drain, monkeypatch):
+    concerns = {}
+
+    class Writes(CommandListener):
+        def started(self, event):
+            if event.command_name in ("insert", "update", "delete", "findAndModify"):
+                where = (event.command_name, event.command[event.command_name])
+                concerns.setdefault(where, set()).add(event.command.get("writeConcern", {}).get("w"))
+
+        def succeeded(self, event):
+            pass
+
+        failed = succeeded
+
+    monkeypatch.setattr("pymongo.monitoring._LISTENERS", _Listeners([Writes()], [], [], [], []))
+    drain(submit(b'{"n":1}\n{bad\n' * 1000, max_errors=1000).id, submit(b'{"n":1}\n' * 10**6).id)
+    assert {of for of in concerns if of[1] in ("records", "rejects", "sources")} >= {("insert", "records")}
+    # A claim on planning guards nothing, and what workers tell of themselves is for people.
+    quick = {("update", "jobs"): {1, "majority"}, ("update", "workers"): {1}, ("update", "totals"): {1}}
+    quick[("delete", "workers")] = {1}
+    assert {of: concern for of, concern in concerns.items() if concern != {"majority"}} == quick
 
 
-def test_many_ranges_are_written_down_without_holding_them_all(queue, plans, ledger, source):
+def test_many_ranges_are_written_down_once_however_often_that_is_tried(queue, plans, ledger, source):
     [job] = plans.fix([(queue.submit(source, JobOptions()), plan(25_000), None)])
     queue.open_ranges(job)
     queue.open_ranges(job)
     assert ledger.sum(job.id).ready == 25_000
-    assert ObjectId.is_valid(job.id)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_to_jobs_and_ranges_they_move_as_the_tables_say(
+    seed, store, queue, plans, planner, ledger, source
+):
+    draw = random.Random(seed)
+    held, moves = [], set()
+
+    def states():
+        jobs = {found["_id"]: JobState(found["state"]) for found in store.jobs.find()}
+        ranges = {str(found["_id"]): RangeState(found["state"]) for found in store.ranges.find()}
+        return jobs, ranges
+
+    def any_held(speak):
+        if held:
+            with contextlib.suppress(LeaseLost):
+                speak(held.pop(draw.randrange(len(held))))
+
+    def planned(job):
+        if job.state is JobState.PENDING:
+            [job] = plans.fix([(job, plan(3), None)])
+            queue.open_ranges(job)
+
+    def leased(job):
+        if (lease := ledger.lease(job.id, draw.choice("ab"))) is not None:
+            held.append(lease)
+
+    late = Failure("unavailable", "late")
+    actions = (
+        lambda _: queue.submit(source, JobOptions()),
+        planned,
+        *(leased,) * 4,
+        *(lambda _: any_held(lambda lease: ledger.close(lease, Tally(lines=1, inserted=1))),) * 2,
+        lambda _: any_held(lambda lease: ledger.give_back(lease, lease.confirmed, lease.tally)),
+        lambda _: any_held(
+            lambda lease: ledger.postpone(replace(lease, attempts=9), lease.confirmed, lease.tally, late)
+        ),
+        lambda _: ledger.release([draw.choice("ab")]),
+        lambda job: queue.settle(job.id),
+        lambda job: queue.stop(job, Stop(JobState.FAILED, late)),
+        lambda job: queue.cancel(job.id),
+        lambda job: queue.retry(job.id),
+    )
+    before = states()
+    for _ in range(250):
+        jobs = [queue.get(str(key)) for key in before[0]] or [queue.submit(source, JobOptions())]
+        with contextlib.suppress(Conflict):
+            draw.choice(actions)(draw.choice(jobs[-3:]))
+        after = states()
+        for table, was, now in zip((JOB_MOVES, RANGE_MOVES), before, after, strict=True):
+            for key, state in was.items():
+                if now[key] is not state:
+                    moves.add((state, now[key]))
+                    assert now[key] in table[state], f"{state} to {now[key]}"
+        before = after
+    assert len(moves) >= 8, moves
 
 
 def test_small_jobs_are_planned_and_finished_together(queue, planner, ledger, objects, source):
@@ -297,3 +384,46 @@ def test_a_job_whose_workers_cannot_be_woken_is_there_all_the_same(queue, submit
     monkeypatch.setattr(store, "wakeups", SimpleNamespace(insert_one=fail))
     job = submit(b'{"n":1}\n')
     assert queue.get(job.id).state == "PENDING"
+
+
+def test_a_fault_in_planning_costs_the_attempt_of_the_job_that_has_it(store, queue, plans, planner, ledger, objects):
+    made = [
+        objects.upload(io.BytesIO(b'{"n":1}'), f"{name}-{uuid.uuid4().hex}.json") for name in ("good", "odd", "fine")
+    ]
+    jobs = [queue.submit(each, JobOptions()) for each in made]
+    real = planner._plan
+
+    def fail(draft, source):
+        if draft.job.source.key.startswith("odd"):
+            raise ValueError("a fault of ours")
+        return real(draft, source)
+
+    planner._plan = fail
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    runs = chooser.take()
+    assert sorted(run.job.id for run in runs) == sorted(job.id for job in (jobs[0], jobs[2]))
+    assert [queue.get(job.id).attempts for job in jobs] == [0, 1, 0]
+    planner._plan = real
+    store.jobs.update_one({"attempts": 1}, {"$unset": {"notBefore": ""}})
+    again = Chooser(queue, plans, ledger, planner, "there", threading.Event(), lambda: None)
+    assert [run.job.id for run in again.take()] == [jobs[1].id]
+
+
+def test_jobs_that_are_old_are_found_by_their_index_however_many_have_ended(store, queue, source):
+    for _ in range(40):
+        queue.cancel(queue.submit(source, JobOptions()).id)
+    old = [found["_id"] for found in store.jobs.find().limit(5)]
+    store.jobs.update_many({"_id": {"$in": old}}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    store.jobs.update_one(
+        {"_id": old[0]}, [{"$set": {"pruned": True, "finishedAt": "$$NOW"}}]
+    )  # begun, under other settings
+    store.control.command("profile", 2)
+    assert queue.prune(30, 3) == 3
+    assert (queue.prune(30), queue.prune(30)) == (2, 0)
+    store.control.command("profile", 0)
+    looks = list(
+        store.control["system.profile"].find({"op": "query", "ns": store.jobs.full_name, "command.hint": {"$ne": None}})
+    )
+    assert looks
+    assert max(look["docsExamined"] for look in looks) <= 5
+    assert store.jobs.count_documents({}) == 35
