@@ -78,6 +78,7 @@ class DirectUploads:
         self._uploads = store.uploads
         self._client = client
         self._bucket = bucket
+        self._here = {"bucket": {"$in": [bucket, None]}}
         self._part_bytes = part_bytes
         self._objects = Objects(client, bucket)
 
@@ -100,6 +101,7 @@ class DirectUploads:
         return self.get(upload_id)
 
     def _record(self, name: str, fields: Document) -> None:
+        fields |= {"bucket": self._bucket}
         changes = {field: {"$literal": value} for field, value in fields.items()} | {"createdAt": "$$NOW"}
         with translated("starting an upload"):
             self._uploads.update_one({"_id": name}, [{"$set": changes}], upsert=True)
@@ -154,7 +156,7 @@ class DirectUploads:
             Conflict: parts are missing, or not of the size that was said.
         """
         with translated("looking for an upload"):
-            found = self._uploads.find_one({"_id": upload_id})
+            found = self._uploads.find_one({"_id": upload_id, **self._here})
         if found is None:
             raise _gone(upload_id)
         if done := found.get("done"):
@@ -232,12 +234,14 @@ class DirectUploads:
 
     def _abort(self, found: Document) -> None:
         with s3_translated(f"aborting the upload of {found['key']}"), suppress(NotFound), _known(found["_id"]):
-            self._client.abort_multipart_upload(Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"])
+            # The sweep finds those of a bucket that was AWS_BUCKET_NAME before, too.
+            bucket = found.get("bucket", self._bucket)
+            self._client.abort_multipart_upload(Bucket=bucket, Key=found["key"], UploadId=found["uploadId"])
         self._forget(found["_id"])
 
     def _find(self, upload_id: str) -> Document:
         with translated("looking for an upload"):
-            found = self._uploads.find_one({"_id": upload_id, "done": None})
+            found = self._uploads.find_one({"_id": upload_id, "done": None, **self._here})
         if found is None:
             raise _gone(upload_id)
         return found

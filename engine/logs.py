@@ -19,7 +19,8 @@ __all__ = ["configure", "expected", "get_logger", "mask"]
 MASK: Final = "***"
 CONTEXT: Final = ("action", "job", "range", "worker")
 
-_CREDENTIALS: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
+# A password of MongoDB is cut at the last @, whatever should have been written as % and was not.
+_CREDENTIALS: Final = re.compile(r"(\bmongodb(?:\+srv)?://)\S+@|(\b[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
 _secrets: list[str] = []
 
 
@@ -27,7 +28,7 @@ def mask(text: str) -> str:
     """The text without secrets: those that were configured, and what stands before the @ of any URI."""
     for secret in _secrets:
         text = text.replace(secret, MASK)
-    return _CREDENTIALS.sub(rf"\1{MASK}@", text)
+    return _CREDENTIALS.sub(lambda found: f"{found[1] or found[2]}{MASK}@", text)
 
 
 def _masked(value: Any) -> Any:
@@ -37,11 +38,13 @@ def _masked(value: Any) -> Any:
         return {key: _masked(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_masked(item) for item in value]
-    return value
+    # Whatever else there is would be shown as this, and hold a secret as well.
+    return value if value is None or isinstance(value, bool | int | float) else mask(repr(value))
 
 
 def _mask_all(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return {key: _masked(value) for key, value in event.items()}
+    # With a line before their names are what structlog itself hands on.
+    return {key: value if key.startswith("_") else _masked(value) for key, value in event.items()}
 
 
 def _fill(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

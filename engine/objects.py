@@ -4,10 +4,11 @@ Every read carries `If-Match`, so two versions of an object are never mixed, and
 range that was asked for. Build the client after the fork.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -41,6 +42,8 @@ __all__ = [
 PARTS_MOST: Final = 10_000
 """Parts that one multipart upload may have."""
 
+_S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
+
 DRAIN_BYTES: Final = 256 * 1024
 """An answer with no more than this left is read to its end, so that its connection can be used again."""
 
@@ -63,8 +66,9 @@ class Stream(Protocol):
         ...
 
 
-def connect(settings: Settings) -> "S3Client":
-    """An S3 client whose deadlines are shorter than a lease. It does not retry for long: its callers do."""
+def connect(settings: Settings, attempts: int = 2) -> "S3Client":
+    """An S3 client, each of whose `attempts` at a call ends within `settings.answer_seconds`: they add up. It does not retry
+    for long: its callers do."""
 
     def plain(value: Any) -> str | None:
         return value.get_secret_value() if value is not None else None
@@ -77,9 +81,9 @@ def connect(settings: Settings) -> "S3Client":
         aws_secret_access_key=plain(settings.aws_secret_access_key),
         aws_session_token=plain(settings.aws_session_token),
         config=Config(
-            connect_timeout=5,
+            connect_timeout=settings.select_timeout_seconds,
             read_timeout=settings.socket_timeout_seconds,
-            retries={"mode": "standard", "total_max_attempts": 2},
+            retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=32,
             # The default for signed URLs is an older one that AWS refuses in newer regions.
             signature_version="s3v4",
@@ -285,12 +289,24 @@ class Objects:
                 try:
                     parts = self._send(stream, key, upload)
                     before_complete()
-                    self._client.complete_multipart_upload(
-                        Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
-                    )
+                    self._complete(key, upload, parts)
                 except BaseException:
-                    self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+                    # What went wrong is to be told, and not that this went wrong, too.
+                    with suppress(*_S3_ERRORS):
+                        self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
                     raise
+
+    def _complete(self, key: str, upload: str, parts: list[Any]) -> None:
+        """Let S3 make the object of its parts; where the answer is lost, look whether it did."""
+        try:
+            self._client.complete_multipart_upload(
+                Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+        except _S3_ERRORS:
+            with suppress(HeadraceError):
+                if self.head(key).etag.strip('"') == _etag_of(parts):
+                    return
+            raise
 
     def _send(self, stream: Stream, key: str, upload: str) -> list[Any]:
         broken = threading.Event()
@@ -394,6 +410,15 @@ def _exactly(stream: Stream, size: int) -> bytes:
         pieces.append(piece)
         size -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _etag_of(parts: list[Any]) -> str:
+    """The ETag of an object that was made of these parts: what the digests of all of them digest to, and their number."""
+    digests = "".join(part["ETag"].strip('"') for part in parts)
+    try:
+        return f"{hashlib.md5(bytes.fromhex(digests), usedforsecurity=False).hexdigest()}-{len(parts)}"
+    except ValueError:
+        return ""  # of parts that S3 encrypts, it is no such digest
 
 
 def _status(error: ClientError) -> int:

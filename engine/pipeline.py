@@ -101,6 +101,10 @@ class Run:
 
         return close
 
+    def let_go(self) -> bool:
+        """Whether nothing more is to be read."""
+        return self.stop.is_set() or self.cancelled.is_set() or self.lost.is_set()
+
     def mark(self) -> tuple[int, Tally]:
         """The confirmed offset, and the tally up to there."""
         with self._lock:
@@ -395,7 +399,7 @@ class Pipeline:
                 began = time.perf_counter()
                 with self._objects.open(source, at, stop) as reader:
                     self._stats.add(seconds_read=time.perf_counter() - began)
-                    while not splitter.done:
+                    while not splitter.done and not run.let_go():
                         began = time.perf_counter()
                         chunk = reader.read(self._settings.engine_read_bytes, run.move)
                         self._stats.add(seconds_read=time.perf_counter() - began)
@@ -415,7 +419,7 @@ class Pipeline:
             if at >= stop:
                 # The last line goes on: ever larger reads, so that a line of gigabytes costs few requests.
                 stop = min(source.size, at + max(2 * (stop - end), BEYOND_BYTES))
-            if run.stop.is_set() or run.cancelled.is_set() or run.lost.is_set():
+            if run.let_go():
                 return
 
     def _write(self, run: Run, sink: Sink, format: Format, batch: Batch, close: Callable[[Tally], None]) -> None:

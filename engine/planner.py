@@ -19,7 +19,7 @@ from engine.decode import BOM
 from engine.errors import HeadraceError, Refused, Transient
 from engine.ledger import Ledger
 from engine.logs import expected
-from engine.model import ByteRange, Format, Job, JobState, Lease, Plan
+from engine.model import ByteRange, Format, Job, JobState, Lease, Plan, Source
 from engine.objects import Objects
 from engine.plans import Plans
 from engine.queue import Queue
@@ -241,11 +241,21 @@ class Planner:
                 head = b""
                 if size := job.source.size:
                     size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)
-                    with self._objects.open(job.source, 0, size) as reader:
-                        head = reader.read(size)
+                    head = self._head(job.source, size)
                 return _Draft(job, head, decide(job.options.format, job.source.key, head))
         except HeadraceError as error:
             return error
+
+    def _head(self, source: Source, size: int) -> bytes:
+        """The first bytes of an object. A second try is for a connection that S3 had closed: it is worth no wait of the job."""
+        for last in (False, True):
+            try:
+                with self._objects.open(source, 0, size) as reader:
+                    return reader.read(size)
+            except Transient:
+                if last:
+                    raise
+        raise AssertionError  # the last try returns or raises
 
     def _plan(self, draft: _Draft, source: _Registered) -> Plan:
         size = draft.job.source.size

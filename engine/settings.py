@@ -249,17 +249,16 @@ class Settings(BaseSettings):
             )
         if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
             wrong.append("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set both or neither")
-        patience = self.socket_timeout_seconds + self.select_timeout_seconds
         if self.api_max_uploads + self.api_max_watchers + self.api_max_downloads >= self.api_threads:
             wrong.append(
                 f"API_THREADS={self.api_threads}: it must be more than API_MAX_UPLOADS={self.api_max_uploads}, "
                 f"API_MAX_WATCHERS={self.api_max_watchers} and API_MAX_DOWNLOADS={self.api_max_downloads} together, so that a "
                 "thread is left for everything else"
             )
-        if self.engine_watchdog_seconds <= patience:
+        if self.engine_watchdog_seconds <= self.answer_seconds:
             wrong.append(
-                f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than {patience:g} seconds, "
-                f"for which a command may wait with ENGINE_LEASE_SECONDS={self.engine_lease_seconds:g}"
+                f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than {self.answer_seconds:g} "
+                f"seconds, for which a worker may wait for an answer with ENGINE_LEASE_SECONDS={self.engine_lease_seconds:g}"
             )
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -272,8 +271,13 @@ class Settings(BaseSettings):
 
     @property
     def select_timeout_seconds(self) -> float:
-        """How long a command waits for a primary before it is given up, to be tried again."""
+        """How long a command waits for a primary, or a request for a connection, before it is given up, to be tried again."""
         return min(5.0, self.engine_lease_seconds / 4)
+
+    @property
+    def answer_seconds(self) -> float:
+        """The longest wait for a server in which nothing moves."""
+        return self.select_timeout_seconds + self.socket_timeout_seconds
 
     @property
     def write_timeout_seconds(self) -> float:

@@ -6,6 +6,7 @@ import random
 import re
 import socket
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -347,3 +348,18 @@ def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_
     monkeypatch.undo()
     assert uploads.sweep() == 1
     assert not {found["UploadId"] for found in stored(live)[1]} & set(left)
+
+
+def test_an_upload_into_a_bucket_of_before_is_not_found_and_swept_there(live):
+    live.s3.create_bucket(Bucket="before")
+    before = DirectUploads(live.store, live.s3, "before", 8 * MIB)
+    upload_id = f"moved-{uuid.uuid4().hex}"
+    before.begin(upload_id, "moved", 5, None)
+    now = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB)
+    with pytest.raises(NotFound):
+        now.complete(upload_id)
+    day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
+    live.store.uploads.update_one({"_id": upload_id}, day)
+    assert now.sweep() == 1
+    assert live.s3.list_multipart_uploads(Bucket="before").get("Uploads", []) == []
+    live.s3.delete_bucket(Bucket="before")

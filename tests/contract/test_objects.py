@@ -5,12 +5,13 @@ import threading
 
 import boto3
 import pytest
+from botocore.exceptions import ConnectionClosedError
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from engine.errors import NotFound, ObjectChanged, ObjectGone
+from engine.errors import NotFound, ObjectChanged, ObjectGone, Transient
 from engine.objects import Objects, connect
 from engine.settings import Settings
 
@@ -151,3 +152,29 @@ def test_however_many_uploads_there_are_only_so_many_parts_are_in_memory(s3):
     assert [objects.head(f"many-{number}").size for number in range(4)] == [60 * MIB] * 4
     # Those under way, the first part of each upload until it is, and one or two on their way out of memory.
     assert 0 < most[0] <= 4 + 4 + 2
+
+
+def test_an_upload_whose_last_answer_is_lost_is_there_and_told_so(s3, monkeypatch):
+    objects, client, bucket = s3
+    real = client.complete_multipart_upload
+
+    def complete(**given):
+        real(**given)
+        raise ConnectionClosedError(endpoint_url="s3")
+
+    monkeypatch.setattr(client, "complete_multipart_upload", complete)
+    assert put(objects, b"x" * 12 * MIB, "heard/of").size == 12 * MIB
+    assert client.get_object(Bucket=bucket, Key="heard/of")["ContentLength"] == 12 * MIB
+
+
+def test_why_an_upload_failed_is_told_whatever_comes_of_the_rest_of_it(s3, monkeypatch):
+    objects, client, _ = s3
+
+    def fail(**given):
+        raise ConnectionClosedError(endpoint_url="s3")
+
+    put(objects, b"y" * 12 * MIB, "old")  # another object is there: it is none of this upload's
+    monkeypatch.setattr(client, "complete_multipart_upload", fail)
+    monkeypatch.setattr(client, "abort_multipart_upload", fail)
+    with pytest.raises(Transient, match="ConnectionClosedError"):
+        put(objects, b"x" * 12 * MIB, "old")

@@ -4,6 +4,8 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from engine.beat import Beat
 from engine.supervisor import Supervisor, _Child, _Slot
 from engine.worker import EXIT_BOOT, Post
 from tests.running import Running, alive, title, until
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -90,6 +94,14 @@ def test_ttin_adds_a_worker_and_ttou_takes_one_away(engine):
     assert running.stop() == 0
 
 
+def test_no_library_starts_a_thread_before_the_first_fork():
+    look = "import engine.supervisor, engine.worker, os; print(len(os.listdir('/proc/self/task')))"
+    done = subprocess.run(
+        [sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "1\n"
+
+
 def test_the_supervisor_holds_no_connection_and_no_thread(engine):
     running = engine()
     assert os.listdir(f"/proc/{running.pid}/task") == [str(running.pid)]  # noqa: PTH208
@@ -123,6 +135,14 @@ def test_an_engine_that_cannot_boot_stops_with_a_sentence(settings, store, tmp_p
     running = Running("engine", settings, tmp_path / "engine.log")
     assert running.process.wait(30) == 3
     assert any("schema version 999" in line["event"] for line in running.lines())
+
+
+def test_an_engine_whose_control_database_is_not_as_it_must_be_stops_with_a_sentence(settings, store, tmp_path):
+    store.jobs.drop_index("by_collection")
+    store.jobs.create_index([("other", 1)], name="by_collection")
+    running = Running("engine", settings, tmp_path / "engine.log")
+    assert running.process.wait(30) == 3
+    assert any("preparing the control database (code 86)" in line["event"] for line in running.lines())
 
 
 def test_an_engine_waits_for_a_database_that_is_not_there_yet(settings, tmp_path):

@@ -51,6 +51,27 @@ def test_secrets_are_masked_wherever_they_stand(capsys):
     assert len(said.splitlines()) == 3
 
 
+class Odd:
+    def __repr__(self):
+        return "<hunter2>"
+
+
+def test_secrets_are_masked_in_whatever_is_no_text(capsys):
+    configure("info", "json", ["hunter2", 'quo"ted'])
+    log = get_logger()
+    log.info("odd", action="x", error=ValueError("hunter2"), data=b"hunter2", thing=Odd(), more=[Odd()], key={1: Odd()})
+    log.info("odd", action="x", error=ValueError('quo"ted'), count=3, share=0.5, sure=True)
+    said = capsys.readouterr().err
+    assert "hunter2" not in said
+    assert "ted" not in said.replace("started", "")
+    assert json.loads(said.splitlines()[1])["count"] == 3
+
+
+def test_a_password_that_should_have_been_quoted_is_masked_to_its_end():
+    assert mask("at mongodb://me:p/w@ss@h:1/d, or") == "at mongodb://***@h:1/d, or"
+    assert mask("http://h/a?mail=x@y") == "http://h/a?mail=x@y"
+
+
 def test_text_is_readable_and_leaves_out_what_is_not_known(capsys):
     configure("info", "text")
     get_logger().info("ready", action="boot")

@@ -2,7 +2,8 @@
 
 from rich.console import Console
 
-from api.show import profile_table
+from api.commands import _console
+from api.show import job_lines, jobs_table, printable, profile_table
 
 
 def worker(slot, lines, **seconds):
@@ -29,3 +30,31 @@ def test_a_profile_is_of_the_time_between_two_looks():
     told = shown(now, before)
     assert told.count("1.00 (50 %)") == 4, told
     assert "10.00" not in told
+
+
+def test_what_a_file_is_called_is_shown_and_not_obeyed(capsys):
+    progress = {
+        "lines": 1,
+        "rejected": 0,
+        "recordsPerSecond": 0.0,
+        "percent": 1.0,
+        "inserted": 1,
+        "duplicates": 0,
+        "blank": 0,
+    }
+    job = {
+        "jobId": "6b04",
+        "status": "FAILED",
+        "progress": progress,
+        "createdAt": "",
+        "stopping": False,
+        "alreadyLoadedBy": None,
+    }
+    job["error"] = {"code": "final", "message": "\x1b[31mred"}
+    for key in ("logs[/x].ndjson", "a[bold]b:warning:", "bell\x07\x1b[2J", "two\nlines"):
+        told = job | {"fileKey": key, "errors": []}
+        _console().print(jobs_table([told]))
+        print("\n".join(job_lines(told)))
+        said = capsys.readouterr().out
+        assert said.count(printable(key)) == 2, said
+        assert all(c.isprintable() or c == "\n" for c in said)

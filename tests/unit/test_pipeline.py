@@ -1,0 +1,33 @@
+"""What one lease does between its reads."""
+
+import threading
+from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
+
+import pytest
+
+from engine.lines import Splitter
+from engine.model import ByteRange, Lease, Tally
+from engine.pipeline import Pipeline, Run
+from engine.settings import Settings
+
+
+@pytest.mark.parametrize("flag", ["stop", "cancelled", "lost"])
+def test_a_line_without_an_end_is_read_no_further_when_the_work_is_to_end(flag):
+    lease = Lease("0" * 24, ByteRange(0, 0, 2**40), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(SimpleNamespace(source=SimpleNamespace(size=2**40)), lease, threading.Event(), lambda: None)
+    reads = []
+    reader = MagicMock()
+    reader.__enter__.return_value = reader
+
+    def read(size, moved):
+        reads.append(size)
+        if len(reads) == 3:
+            getattr(run, flag).set()
+        return b"x" * 1000
+
+    reader.read = read
+    pipeline = Pipeline(Settings(), Mock(), Mock(open=lambda *where: reader), *[Mock()] * 3, Mock(), lambda: 0.0)
+    chunks = list(pipeline._chunks(run, Splitter(0, 2**40, 2**20)))
+    pipeline.close()
+    assert len(chunks) == len(reads) == 3
