@@ -30,6 +30,7 @@ from api.show import (
     jobs_table,
     plainly,
     print_json,
+    printable,
     profile_table,
     watch,
     workers_table,
@@ -82,7 +83,7 @@ def _settings(*, needs_servers: bool) -> Settings:
 def _console() -> Console:
     """Standard output for tables: wide enough, where no terminal sets the width, that nothing is cut."""
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
-    return Console(highlight=False, width=wide)
+    return Console(highlight=False, markup=False, emoji=False, width=wide)
 
 
 def _client(url: str | None) -> Client:
@@ -306,14 +307,8 @@ def rejects(
         return
     table = Table("line", "byte", "reason", "detail", "raw")
     for reject in page["rejects"]:
-        cells = (
-            str(reject["line"] or ""),
-            str(reject["offset"]),
-            reject["reason"],
-            reject["detail"],
-            reject["raw"][:80],
-        )
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        line, offset = str(reject["line"] or ""), str(reject["offset"])
+        table.add_row(line, offset, reject["reason"], printable(reject["detail"]), printable(reject["raw"][:80]))
     _console().print(table)
 
 

@@ -39,7 +39,7 @@ class Status:
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """200 with everything about the job; 304 where nothing has changed."""
-        self._watch.answer(req, resp, lambda: self._watch.status(job_id))
+        self._watch.answer(req, resp, job_id, lambda: self._watch.status(job_id))
 
 
 class Detail:
@@ -69,7 +69,7 @@ class Detail:
             detail = job_detail(job, self._history.ranges(job_id))
             return dict(detail), job.state in TERMINAL
 
-        self._watch.answer(req, resp, told)
+        self._watch.answer(req, resp, job_id, told)
 
 
 class Jobs:

@@ -133,6 +133,7 @@ def serve(settings: Settings) -> int:
         # Requests under way are finished, within the task dispatcher's own bound of seconds.
         server.close()
         server.task_dispatcher.shutdown()
+        durations.tell()
         store.close()
     log.info("stopped", action="stop")
     return 0

@@ -23,6 +23,7 @@ __all__ = [
     "jobs_table",
     "plainly",
     "print_json",
+    "printable",
     "profile_table",
     "watch",
     "workers_table",
@@ -31,9 +32,16 @@ __all__ = [
 LINE_SECONDS: Final = 1.0
 
 
+def printable(text: str) -> str:
+    """A text that does nothing to a terminal: what a file or its name says is not for that to obey."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def plainly(error: HeadraceError) -> None:
     """Tell an error to a person, on standard error."""
-    print(f"headrace: {mask(str(error))}", file=sys.stderr)
+    print("\n".join(map(printable, f"headrace: {mask(str(error))}".split("\n"))), file=sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -52,7 +60,7 @@ class Bars:
 
     def add(self, name: str) -> TaskID:
         """A bar for a file."""
-        return self._progress.add_task(name, total=100, state="", told="")
+        return self._progress.add_task(printable(name), total=100, state="", told="")
 
     def uploaded(self, task: TaskID, sent: int, size: int | None, rate: float) -> None:
         """So many bytes were sent; `size` None: nobody knows of how many."""
@@ -121,6 +129,10 @@ def watch(client: Client, job_id: str, console: Console, name: str = "job", **ho
 
 def job_lines(status: dict[str, Any]) -> Iterator[str]:
     """A job for a person to read."""
+    return map(printable, _job_lines(status))
+
+
+def _job_lines(status: dict[str, Any]) -> Iterator[str]:
     told = status["progress"]
     yield f"{status['jobId']}  {status['status']}{' (stopping)' if status['stopping'] else ''}  {status['fileKey']}"
     yield (
@@ -154,7 +166,9 @@ def jobs_table(jobs: Sequence[dict[str, Any]]) -> Table:
     for job in jobs:
         told = job["progress"]
         numbers = (f"{told['lines']:,}", f"{told['rejected']:,}", f"{told['recordsPerSecond']:,.0f}")
-        table.add_row(job["jobId"], job["status"], str(told["percent"]), *numbers, job["createdAt"], job["fileKey"])
+        table.add_row(
+            job["jobId"], job["status"], str(told["percent"]), *numbers, job["createdAt"], printable(job["fileKey"])
+        )
     return table
 
 

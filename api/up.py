@@ -68,7 +68,8 @@ class _Child:
             output.write(b"")
             self._from = output.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", name],
+                # -P: a folder called `api` where the command is run is none of ours.
+                [sys.executable, "-P", "-m", "api.cli", name],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -67,8 +67,8 @@ class Watch:
         job = self._queue.get(job_id)
         return dict(job_status(job)), job.state in TERMINAL
 
-    def answer(self, req: falcon.Request, resp: falcon.Response, told: Told) -> None:
-        """Answer with what is told: at once, or after the wait that the client prefers."""
+    def answer(self, req: falcon.Request, resp: falcon.Response, job_id: str, told: Told) -> None:
+        """Answer with what is told of a job: at once, or after the wait that the client prefers."""
         known = _known(req)
         body, ended = told()
         tag = tag_of(body)
@@ -78,12 +78,15 @@ class Watch:
         if seconds and not ended and (not known or tag in known):
             self.slots.take()
             try:
-                end = time.monotonic() + seconds
+                seen, end = "", time.monotonic() + seconds
                 while time.monotonic() < end and not ended and (not known or tag in known):
                     if self.stopping.wait(min(LOOK_SECONDS, max(end - time.monotonic(), 0))):
                         break
-                    body, ended = told()
-                    tag = tag_of(body)
+                    # All else that is told, which may take a look at each range, is looked at when the job has changed.
+                    before, seen = seen, tag_of(self.status(job_id)[0])
+                    if seen != before:
+                        body, ended = told()
+                        tag = tag_of(body)
             finally:
                 self.slots.give()
         if seconds is not None:
