@@ -6,18 +6,19 @@ is refused here, or by waitress itself, is answered as the application's problem
 
 import threading
 import weakref
+from contextlib import suppress
 from typing import Any, ClassVar, Final
 
 from waitress.adjustments import Adjustments
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.channel import ClientDisconnected, HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import WSGITask
 from waitress.utilities import Error
 
 from api.auth import Guard, Head
 from api.limits import LEAVE
 from api.metrics import Durations
-from api.operations import BODY_MOST_BYTES, Scope, check_encoding
+from api.operations import BODY_MOST_BYTES, Scope, check_encoding, check_form
 from api.problems import Problem, problem_body, problem_headers, request_id_of
 from engine.logs import get_logger
 from engine.settings import Settings
@@ -26,6 +27,12 @@ __all__ = ["open_door"]
 
 UPLOAD: Final = "/upload"
 UNKNOWN: Final = "unknown"
+
+CHUNK_LINE_MOST_BYTES: Final = 1024
+"""The line before a chunk of a body: a number, and what HTTP lets stand behind it."""
+
+TRAILER_MOST_BYTES: Final = 16 * 1024
+"""What may follow the last chunk."""
 
 log = get_logger()
 
@@ -57,7 +64,11 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     """As the server's, but for the size of a body."""
 
     def parse_header(self, header_plus: bytes) -> None:
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError:
+            # Of a length of thousands of digits, or an address in the target that is none.
+            raise ParsingError("a number or an address in its head is none") from None
         if self.command != "POST" or self._route() != UPLOAD:
             # Waitress holds the server's bound against each body: all but uploads have a smaller one.
             self.adj = self.small
@@ -76,6 +87,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         get = self.headers.get
         self.guard.check(Head(get("AUTHORIZATION"), get("ORIGIN"), get("HOST")), Scope.SUBMIT)
         check_encoding(get("CONTENT_ENCODING"))
+        check_form(get("CONTENT_TYPE"))
         if self.content_length >= self.adj.max_request_body_size:
             raise _too_large(self.settings)
         if not self.uploads.acquire(blocking=False):
@@ -86,8 +98,21 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def received(self, data: bytes) -> int:
         """Bytes of the request; what waitress refuses is told as a problem."""
-        taken = int(super().received(data))
-        if (refusal := getattr(self, "_refusal", None)) is not None:
+        try:
+            taken = int(super().received(data))
+        except OSError as error:
+            # Raised on, it would end the server: waitress closes what it spooled, which fails as well.
+            log.error("a body cannot be spooled", action="request", cause=error.strerror)
+            self._refuse(
+                Problem(503, "no_room", f"the server cannot take the body in ({error.strerror}): send it again later")
+            )
+            return len(data)
+        line, trailer = (len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
+        if line > CHUNK_LINE_MOST_BYTES or trailer > TRAILER_MOST_BYTES:
+            # Waitress looks at all of it again with every piece that comes.
+            detail = "the head of a chunk of the body has no end: send it as HTTP/1.1 says"
+            self._refuse(Problem(400, "malformed_request", detail))
+        elif (refusal := getattr(self, "_refusal", None)) is not None:
             self.error = refusal  # waitress has looked at the size since
         elif self.error is not None:
             self._refuse(_problem_of(self.error, self.settings, uploading=self.adj is not self.small))
@@ -105,7 +130,12 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def close(self) -> None:
         """The request is over."""
-        super().close()
+        with suppress(OSError):  # what was to go to a full disk still waits to be written
+            super().close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Make room for another upload, where this was one."""
         if give_back := getattr(self, "_give_back", None):
             give_back()
 
@@ -116,6 +146,9 @@ class _Task(WSGITask):  # type: ignore[misc]
     def get_environment(self) -> dict[str, Any]:
         environment: dict[str, Any] = super().get_environment()
         environment[LEAVE] = getattr(self.request, "_give_back", None)
+        if media := environment.get("CONTENT_TYPE"):
+            kind, *parameters = media.split(";", 1)
+            environment["CONTENT_TYPE"] = ";".join([kind.lower(), *parameters])  # case says nothing there
         return environment
 
 
@@ -128,6 +161,19 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         super().handle_close()
         if (request := self.request) is not None:
             request.close()
+        with self.requests_lock:
+            for request in self.requests[1:]:
+                request.leave()  # it waits behind the first, and nobody waits for it
+
+    def write_soon(self, data: bytes) -> int:
+        try:
+            return int(super().write_soon(data))
+        except OSError as error:
+            # What a slow client has not taken yet is kept on disk. After this, nobody knows what of it is there.
+            log.error("an answer cannot be kept until its client takes it", action="request", cause=error.strerror)
+            self.will_close = True
+            self.server.pull_trigger()
+            raise ClientDisconnected from error
 
 
 def _too_large(settings: Settings) -> Problem:

@@ -47,6 +47,7 @@ class Depth:
         self._most = most
         self._at = float("-inf")
         self._open = 0
+        self._since = 0  # let in since the last count began
         self._lock = threading.Lock()
 
     def let_in(self, jobs: int) -> None:
@@ -57,10 +58,8 @@ class Depth:
                 "too_many_jobs",
                 f"{jobs} jobs are more than may be open at all (API_MAX_OPEN_JOBS={self._most}): submit fewer at a time",
             )
+        self._count()
         with self._lock:
-            if time.monotonic() - self._at > COUNT_SECONDS:
-                self._open = self._queue.depth(self._most)
-                self._at = time.monotonic()
             if self._open + jobs > self._most:
                 raise Problem(
                     503,
@@ -69,3 +68,15 @@ class Depth:
                     "ended",
                 )
             self._open += jobs
+            self._since += jobs
+
+    def _count(self) -> None:
+        """Count anew where that is due. One request does, and the others go by the count before: a database that does not answer
+        must not make them queue up behind each other."""
+        with self._lock:
+            if time.monotonic() - self._at <= COUNT_SECONDS:
+                return
+            self._at, self._since = time.monotonic(), 0
+        counted = self._queue.depth(self._most)
+        with self._lock:
+            self._open = counted + self._since

@@ -18,12 +18,16 @@ __all__ = [
     "Scope",
     "body_of",
     "check_encoding",
+    "check_form",
     "operation",
     "operation_of",
     "query_of",
 ]
 
 BODY_MOST_BYTES: Final = 1024 * 1024
+
+FIELDS_MOST: Final = 50
+"""Fields or parameters of one request that are looked at: each of them that is not known is told, and they are few."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Responder = TypeVar("Responder", bound=Callable[..., None])
@@ -117,7 +121,19 @@ def check_encoding(encoding: str | None) -> None:
         raise Problem(415, "encoded_body", detail)
 
 
+def check_form(media_type: str | None) -> None:
+    """Raises Problem where a body is no form, as its Content-Type says."""
+    if (media_type or "").split(";", 1)[0].strip().lower() != "multipart/form-data":
+        raise Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
+
+
 def _checked(model: type[Model], given: object, kind: str, *, strict: bool | None = None) -> Model:
+    if not isinstance(given, dict):
+        raise Problem(422, "invalid_request", "the body is JSON, but no object: send {…} with the fields of this call")
+    if len(given) > FIELDS_MOST:
+        raise Problem(
+            422, "invalid_request", f"{len(given)} {kind}s are more than any call takes: see /docs for those there are"
+        )
     try:
         return model.model_validate(given, strict=strict)
     except ValidationError as error:

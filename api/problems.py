@@ -25,6 +25,8 @@ __all__ = ["Problem", "RequestIds", "install", "invalid", "problem_body", "probl
 
 TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5
+FAULTS_MOST: Final = 20
+NAME_MOST: Final = 100
 METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 SECURITY_HEADERS: Final = {
@@ -145,12 +147,14 @@ def invalid(error: ValidationError, kind: str, names: Sequence[str]) -> Problem:
     unknown = f"there is no such {kind}; there are {', '.join(names)}"
     faults = [
         {
-            "field": ".".join(map(str, fault["loc"])) or "body",
+            "field": ".".join(map(str, fault["loc"]))[:NAME_MOST] or kind,
             "message": unknown if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, "),
         }
-        for fault in error.errors(include_url=False, include_input=False, include_context=False)
+        for fault in error.errors(include_url=False, include_input=False, include_context=False)[:FAULTS_MOST]
     ]
     detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
+    if error.error_count() > FAULTS_MOST:
+        detail += f"; and {error.error_count() - FAULTS_MOST} more"
     return Problem(422, "invalid_request", detail, errors=faults)
 
 

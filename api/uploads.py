@@ -13,7 +13,7 @@ from ulid import ULID
 from api.answers import UploadAnswer
 from api.limits import LEAVE
 from api.models import FileForm
-from api.operations import Answer, Scope, operation
+from api.operations import Answer, Scope, check_form, operation
 from api.problems import Problem
 from engine.model import Source
 from engine.objects import Objects, Recorded, Stream
@@ -78,9 +78,7 @@ class Uploads:
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """201 with the key that the file was stored under."""
-        kind = (req.content_type or "").split(";", 1)[0].strip().lower()
-        if kind != "multipart/form-data":
-            raise Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
+        check_form(req.content_type)
         try:
             if not req.content_length:
                 raise Problem(400, "missing_file", MISSING)

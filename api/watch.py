@@ -77,9 +77,10 @@ class Watch:
         seconds = _wait(req)
         if seconds and not ended and (not known or tag in known):
             self.slots.take()
+            gone = req.env.get("waitress.client_disconnected", lambda: False)
             try:
                 seen, end = "", time.monotonic() + seconds
-                while time.monotonic() < end and not ended and (not known or tag in known):
+                while time.monotonic() < end and not ended and (not known or tag in known) and not gone():
                     if self.stopping.wait(min(LOOK_SECONDS, max(end - time.monotonic(), 0))):
                         break
                     # All else that is told, which may take a look at each range, is looked at when the job has changed.

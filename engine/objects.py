@@ -447,6 +447,8 @@ def _translate(error: ClientError, doing: str) -> HeadraceError:
         return WrongClock(f"S3 refuses {doing} since the clock of this machine is wrong: set it, for example with NTP")
     if status in (401, 403):
         return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
+    if code == "NoSuchBucket":
+        return Transient(f"there is no such bucket while {doing}: make it, or set AWS_BUCKET_NAME to one that there is")
     if status == 404:
         return NotFound(f"S3 knows nothing of it while {doing} ({code or status})")
     return Transient(f"S3 could not answer while {doing} ({code or status}): see that the S3 server is well")

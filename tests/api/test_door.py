@@ -1,0 +1,185 @@
+"""What reaches the server before the application does: it costs little, is answered, and never ends the server."""
+
+import contextlib
+import resource
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from api.limits import Depth
+from api.problems import Problem
+from engine.errors import Transient
+from engine.ports import free_port
+from tests.running import Running, alive, until
+
+MIB = 1024 * 1024
+
+
+def told(line):
+    """All that comes on a connection until it is closed."""
+    pieces = b""
+    with contextlib.suppress(OSError):
+        while piece := line.recv(65536):
+            pieces += piece
+    return pieces
+
+
+def sent(port, *pieces, pause=0.0):
+    """What is answered to these bytes, which may not all be taken."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
+        with contextlib.suppress(OSError):
+            for piece in pieces:
+                line.sendall(piece)
+                time.sleep(pause)
+        return told(line)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /process/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"GET http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http://[x]/jobs HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ],
+)
+def test_a_head_that_cannot_be_read_is_answered(live, head):
+    answer = sent(live.port, head)
+    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 ")), answer
+    assert b"application/problem+json" in answer
+    assert "Traceback" not in live.log()
+
+
+@pytest.mark.parametrize("begin", [b"1" * 8000, b"0\r\n" + b"a: b\r\n" * 3000])
+def test_a_chunk_whose_head_has_no_end_is_refused_before_it_costs_anything(live, begin):
+    head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    answer = sent(live.port, head + b"Transfer-Encoding: chunked\r\n\r\n", *[begin] * 4)
+    assert answer.startswith(b"HTTP/1.1 400 "), answer
+    assert b"a chunk" in answer
+
+
+def test_a_body_that_is_no_form_is_refused_when_its_head_is_there(live):
+    head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 30000000\r\n\r\n"
+    assert sent(live.port, head).startswith(b"HTTP/1.1 415 ")
+
+
+def test_a_media_type_is_the_same_in_any_case_of_letters(live):
+    body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\nx\r\n--B--\r\n'
+    answer = live.http.post("/upload", content=body, headers={"Content-Type": "Multipart/Form-Data; boundary=B"})
+    assert answer.status_code == 201
+
+
+@pytest.fixture
+def full(live, tmp_path):
+    """An API of its own whose files cannot grow beyond 1 MiB: the client, its port and its process."""
+    port = free_port()
+    api = Running("api", live.settings, tmp_path / "api.log", port=port, api_spool_dir=tmp_path)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+
+        def up():
+            with contextlib.suppress(httpx.HTTPError):
+                return http.get("/healthz").status_code == 200
+
+        until(up, what="the API's first answer")
+        resource.prlimit(api.process.pid, resource.RLIMIT_FSIZE, (MIB, MIB))
+        yield http, port, api
+    api.end()
+
+
+def test_a_spool_without_room_refuses_the_body_and_not_the_next_ones(full):
+    http, port, api = full
+    head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    for _ in range(6):  # more than there are slots
+        answer = sent(port, head + b"Content-Length: 3000000\r\n\r\n", *[b"x" * 1448] * 2000)
+        assert answer == b"" or b" 503 " in answer.splitlines()[0]
+    piece = b"x" * 1448
+    chunk = b"%x\r\n%b\r\n" % (len(piece), piece)
+    sent(port, head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 2000)
+    assert alive(api.process.pid)
+    assert http.get("/healthz").status_code == 200
+    small = http.post("/upload", files={"file": ("a.txt", b"x")})
+    assert small.status_code == 201
+    said = [line for line in api.lines() if "cannot be spooled" in line["event"]]
+    assert len(said) == 7
+    assert "Traceback" not in api.log.read_text()
+
+
+def test_a_client_that_has_left_waits_no_longer(live, submit_paused):
+    for _ in range(8):
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+            line.sendall(
+                b"GET /status/%b HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=30\r\n\r\n" % submit_paused.encode()
+            )
+            time.sleep(0.05)
+
+    def free():
+        return live.http.get(f"/status/{submit_paused}", headers={"Prefer": "wait=1"}).status_code == 200
+
+    until(free, 5, "a place among those who wait")
+
+
+@pytest.fixture
+def submit_paused(live):
+    """The id of a job that stays PENDING."""
+    key = live.http.post("/upload", files={"file": ("later.ndjson", b"{}")}).json()["fileKey"]
+    job = live.http.post(f"/process/{key}", json={"runAt": "2100-01-01T00:00:00Z"}).json()["jobId"]
+    yield job
+    live.http.post(f"/jobs/{job}/cancel")
+
+
+def test_many_faults_of_one_request_make_no_large_answer(live):
+    many = {f"name-{number}" * 20: 0 for number in range(4000)}
+    for answer in (
+        live.http.post("/process/x", json=many),
+        live.http.post("/process/x", json={"x" * 900_000: 1}),
+        live.http.get("/jobs", params={f"a{number}": 1 for number in range(5000)}),
+        live.http.post("/process", json={"fileKeys": list(range(1000))}),
+        live.http.post("/process/x", json=[1]),
+    ):
+        assert answer.status_code == 422
+        assert len(answer.content) < 10_000
+    assert "JSON, but no object" in answer.json()["detail"]
+
+
+def test_a_count_that_hangs_holds_up_nobody_else():
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Hanging:
+        def depth(self, most):
+            begun.set()
+            assert go_on.wait(30)
+            raise Transient("MongoDB does not answer")
+
+    depth, failed = Depth(Hanging(), 100), []
+
+    def first():
+        try:
+            depth.let_in(1)
+        except Transient as error:
+            failed.append(error)
+
+    counting = threading.Thread(target=first)
+    counting.start()
+    assert begun.wait(30)
+    depth.let_in(60)
+    with pytest.raises(Problem, match="open jobs"):
+        depth.let_in(60)
+    go_on.set()
+    counting.join()
+    assert len(failed) == 1
+
+
+def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
+    class Slow:
+        def depth(self, most):
+            depth._at = time.monotonic()
+            depth.let_in(40)
+            return 10
+
+    depth = Depth(Slow(), 100)
+    depth.let_in(10)
+    with pytest.raises(Problem, match="open jobs"):
+        depth.let_in(41)
+    depth.let_in(40)
