@@ -21,6 +21,10 @@ def _quietly() -> None:
 def main() -> None:
     """Run the command."""
     _quietly()
+    if sys.argv[1:2] == ["engine"]:
+        # They are for its supervisor, and would end or stop a process that is not one yet.
+        for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+            signal.signal(number, signal.SIG_IGN)
     from api.commands import main as run  # the handler is there before a second of imports begins
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

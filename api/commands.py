@@ -219,7 +219,8 @@ def jobs(
     if as_json:
         print_json(page)
     else:
-        _console().print(jobs_table(page["jobs"]))
+        console = _console()
+        console.print(jobs_table(page["jobs"], console.width))
         if page["next"]:
             print(f"headrace: there are more: the same with --cursor {page['next']}", file=sys.stderr)
 

@@ -31,6 +31,9 @@ __all__ = [
 
 LINE_SECONDS: Final = 1.0
 
+WIDE_COLUMNS: Final = 110
+"""A terminal that has room for all that is told of a job in one row."""
+
 
 def printable(text: str) -> str:
     """A text that does nothing to a terminal: what a file or its name says is not for that to obey."""
@@ -150,25 +153,24 @@ def _job_lines(status: dict[str, Any]) -> Iterator[str]:
         yield f"  {event['at']}  {event['what']}"
 
 
-def jobs_table(jobs: Sequence[dict[str, Any]]) -> Table:
-    """Jobs, one a row."""
-    # The id is what people copy: the other columns give way first.
+def jobs_table(jobs: Sequence[dict[str, Any]], width: int) -> Table:
+    """Jobs, one a row, for a terminal of so many columns; on a narrow one without their times."""
     table = Table(
         Column("job", no_wrap=True, min_width=24),
-        Column("status", no_wrap=True, min_width=10),
-        "%",
-        "lines",
-        "rejected",
-        "records/s",
-        "created",
-        "file",
+        Column("status", no_wrap=True),
+        Column("%", justify="right", no_wrap=True),
+        Column("lines", justify="right", no_wrap=True),
+        Column("rejected", justify="right", no_wrap=True),
+        *([Column("created, UTC", no_wrap=True)] if width >= WIDE_COLUMNS else []),
+        Column("file", overflow="fold"),
+        box=None,
+        pad_edge=False,
     )
     for job in jobs:
         told = job["progress"]
-        numbers = (f"{told['lines']:,}", f"{told['rejected']:,}", f"{told['recordsPerSecond']:,.0f}")
-        table.add_row(
-            job["jobId"], job["status"], str(told["percent"]), *numbers, job["createdAt"], printable(job["fileKey"])
-        )
+        numbers = (f"{told['percent']:.0f}", f"{told['lines']:,}", f"{told['rejected']:,}")
+        created = [job["createdAt"][:16].replace("T", " ")] if width >= WIDE_COLUMNS else []
+        table.add_row(job["jobId"], job["status"], *numbers, *created, printable(job["fileKey"]))
     return table
 
 

@@ -22,6 +22,9 @@ __all__ = ["Chooser"]
 TOGETHER_MOST: Final = 16
 """Small jobs that a worker takes on together."""
 
+BARREN_SECONDS: Final = 10.0
+"""How long, at most, a job is passed over whose ranges are all put off: after an outage there may be thousands."""
+
 LOOK_SECONDS: Final = 0.5
 """How long a look at the queue stays good for taking the next job from it."""
 
@@ -60,6 +63,7 @@ class Chooser:
         self._moved = moved
         self._looked_at = 0.0
         self._seen: deque[Job] = deque()
+        self._barren: dict[tuple[str, int], float] = {}  # jobs, in their rounds, that have nothing to lease until then
         self._doubtful = False
 
     def doubt(self) -> None:
@@ -89,7 +93,11 @@ class Chooser:
                 for job in page:
                     self._queue.settle(job.id)
             return []
-        for page in self._queue.open_jobs():
+        self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
+        for whole in self._queue.open_jobs():
+            page = [job for job in whole if job.stopping is not None or (job.id, job.round) not in self._barren]
+            if not page:
+                continue
             leased = self._ledger.leased(job.id for job in page)
             # Workers that look at the same page begin at different jobs of it.
             random.shuffle(page)
@@ -118,8 +126,11 @@ class Chooser:
             job, head = prepared[0].job, prepared[0].head
         lease = self._ledger.lease(job.id, self._holder)
         if lease is None:
-            if not self._ledger.busy(job.id):
+            seconds = self._ledger.idle_seconds(job.id, BARREN_SECONDS)
+            if seconds is None:
                 self._queue.settle(job.id)
+            elif seconds > 0:
+                self._barren[job.id, job.round] = time.monotonic() + seconds
             return []
         # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
         job = self._queue.get(job.id)

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import bson
-from bson import Binary
+from bson import Binary, Decimal128
 from bson.errors import BSONError
 from pymongo import InsertOne
 from pymongo.errors import DocumentTooLarge, OperationFailure
 
+from engine.errors import Final as FinalError
 from engine.model import Plan, Reason
 from engine.sink import Sink, Work, encode, too_large, unencodable
-from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, job_key, translated, write_all
+from engine.store import DUPLICATE_KEY, Document, Store, job_key, translate, translated, write_all
 
 __all__ = ["DryRun"]
 
@@ -25,7 +26,16 @@ DEPTH_MOST: Final = 180
 """How deep the server takes a document to be nested (measured on 6.0; it documents 100)."""
 
 VALIDATION_FAILED: Final = 121
+
+_ID_IS_ARRAY: Final = 53
+_ID_HAS_OPERATOR: Final = 52
+_TOO_DEEP: Final = 15
+_TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
 _MISSING: Final = object()
+
+
+_Keys = tuple[str, str, dict[int, object]]
+"""What is claimed, why a line is refused that loses, and the key of each document that has one."""
 
 
 class DryRun(Sink):
@@ -40,8 +50,9 @@ class DryRun(Sink):
         self._job = job_key(job_id)
         self._claims = store.claims
         self._judge: tuple[Document | None, list[list[str]]] | None = None
+        self._collation: Document | None = None
 
-    def _insert(self, work: Work) -> None:
+    def _insert(self, work: Work, at_a_time: int) -> None:
         made = work.made()
         left = [index for index in range(len(made)) if not self._refused(work, index, made[index])]
         validator, unique = self._judged_by()
@@ -53,16 +64,42 @@ class DryRun(Sink):
             self._duplicates(work, [(index, error) for index in known])
             left = [index for index in left if index not in known]
         own_ids = set(work.documents.own_ids)
-        claims = [(index, "_id", made[index]["_id"]) for index in left if index in own_ids]
-        for index in self._lost(made, claims):
-            work.refuse(index, Reason.DUPLICATE_KEY, "another line of the file has this _id", DUPLICATE_KEY)
-            left.remove(index)
+        keys: list[_Keys] = [
+            ("_id", "another line of the file has this _id", {index: made[index]["_id"] for index in own_ids})
+        ]
         for fields in unique:
-            for index in self._taken(made, left, fields):
-                detail = f"another document has its values of the unique index on {', '.join(fields)}"
-                work.refuse(index, Reason.DUPLICATE_KEY, detail, DUPLICATE_KEY)
+            why = f"another document has its values of the unique index on {', '.join(fields)}"
+            keys.append((" ".join(fields), why, _values(made, fields)))
+            for index in self._taken({index: key for index, key in keys[-1][2].items() if index in left}, fields):
+                work.refuse(index, Reason.DUPLICATE_KEY, why, DUPLICATE_KEY)
                 left.remove(index)
-        work.inserted += len(left)
+        # Claimed is only by lines against which the collection has nothing.
+        lost = self._fight(made, left, keys)
+        for index, why in lost.items():
+            work.refuse(index, Reason.DUPLICATE_KEY, why, DUPLICATE_KEY)
+        work.inserted += len(left) - len(lost)
+
+    def _fight(self, made: list[Document], indexes: Sequence[int], keys: Sequence[_Keys]) -> dict[int, str]:
+        """Let documents claim their keys, one kind after the other; returns those that lost, and why.
+
+        Who loses one claim holds no other any longer, and who lost to such a one alone tries again.
+        """
+        lost: dict[int, str] = {}
+        while indexes:
+            fell: dict[int, tuple[str, bytes]] = {}
+            free: set[bytes] = set()
+            for turn, (what, why, values) in enumerate(keys):
+                standing = [index for index in indexes if index in values and index not in fell]
+                for index in self._lost(made, [(index, what, values[index]) for index in standing]):
+                    fell[index] = why, bson.encode(self._claim(what, values[index]))
+                    held = [self._claim(of, had[index]) for of, _, had in keys[:turn] if index in had]
+                    self._unclaim(made[index], held)
+                    free |= set(map(bson.encode, held))
+            again = [index for index, (_, claim) in fell.items() if claim in free]
+            again = [] if len(again) == len(indexes) else again
+            lost |= {index: why for index, (why, _) in fell.items() if index not in again}
+            indexes = again
+        return lost
 
     def _judged_by(self) -> tuple[Document | None, list[list[str]]]:
         """The collection's validator, and the fields of its unique indexes."""
@@ -71,6 +108,7 @@ class DryRun(Sink):
                 found = next(iter(self._data.list_collections(filter={"name": self._collection})), None)
                 indexes = self._data[self._collection].index_information() if found else {}
             options = found.get("options", {}) if found else {}
+            self._collation = options.get("collation")
             active = options.get("validationAction", "error") == "error" and options.get("validationLevel") != "off"
             plain = {"key", "v", "unique", "ns", "background"}
             unique = [
@@ -83,10 +121,20 @@ class DryRun(Sink):
 
     def _valid(self, work: Work, made: list[Document], indexes: list[int], validator: Document) -> list[int]:
         """Those of these documents that the validator takes; the others are refused."""
+        # It answers with an `_id`: of documents that have the same one, each is asked about apart from the others.
+        rounds: list[dict[bytes, int]] = []
+        for index in indexes:
+            identity = _identity(made[index]["_id"])
+            for asked in rounds:
+                if asked.setdefault(identity, index) == index:
+                    break
+            else:
+                rounds.append({identity: index})
+        refused: set[int] = set()
         with translated("asking the validator of the collection"):
-            failed = self._failed([made[index] for index in indexes], validator)
-        refused = {index for index in indexes if failed and _identity(made[index]["_id"]) in failed}
-        for index in refused:
+            for asked in rounds:
+                refused |= {asked[failed] for failed in self._failed([made[i] for i in asked.values()], validator)}
+        for index in sorted(refused):
             work.refuse(index, Reason.REFUSED, "Document failed validation", VALIDATION_FAILED)
         return [index for index in indexes if index not in refused]
 
@@ -98,15 +146,16 @@ class DryRun(Sink):
             {"$project": {"_id": 1}},
         ]
         try:
-            return {_identity(found["_id"]) for found in self._data.aggregate(stages)}
+            return {_identity(found["_id"]) for found in self._data.aggregate(stages, collation=self._collation)}
         except (DocumentTooLarge, OperationFailure) as error:
-            if isinstance(error, OperationFailure) and error.code in TRANSIENT_CODES:
+            code = error.code if isinstance(error, OperationFailure) else None
+            if isinstance(error, OperationFailure) and type(translate(error, "")) is not FinalError:
                 raise
-            # Too large together, or too deep with what is around them; a server older than 5.1 takes none of them.
-            half = len(documents) // 2
-            return (
-                self._failed(documents[:half], validator) | self._failed(documents[half:], validator) if half else set()
-            )
+            if half := len(documents) // 2:
+                return self._failed(documents[:half], validator) | self._failed(documents[half:], validator)
+            # Too large or too deep with what is around it here is fine by itself; on any other error a load would stumble, too.
+            fine = code is None or code == _TOO_DEEP or code in _TOO_LARGE
+            return set() if fine else {_identity(documents[0]["_id"])}
 
     def _known(self, work: Work, made: list[Document], indexes: Sequence[int]) -> list[int]:
         """Those of these documents whose `_id` is in the collection already."""
@@ -116,28 +165,35 @@ class DryRun(Sink):
             return []
         with translated("looking for documents that are there already"):
             found = self._raw.find({"_id": {"$in": [made[index]["_id"] for index in asked]}}, {"_id": 1})
-            there = {_identity(document["_id"]) for document in found}
-        return [index for index in asked if _identity(made[index]["_id"]) in there]
+            there = {_identity(_normal(document["_id"])) for document in found}
+        return [index for index in asked if _identity(_normal(made[index]["_id"])) in there]
 
-    def _taken(self, made: list[Document], indexes: Sequence[int], fields: Sequence[str]) -> list[int]:
-        """Those of these documents whose values of a unique index are another's."""
-        keys = {index: [_value(made[index], field) for field in fields] for index in indexes}
-        asked = [index for index, key in keys.items() if not any(isinstance(value, list) for value in key)]
-        if not asked:
+    def _taken(self, keys: dict[int, object], fields: Sequence[str]) -> list[int]:
+        """Those of these documents whose values of a unique index a document of the collection has."""
+        if not keys:
             return []
-        queries = [dict(zip(fields, keys[index], strict=True)) for index in asked]
+        queries = [
+            {field: {"$eq": value} for field, value in zip(fields, values, strict=True)}
+            for values in keys.values()
+            if isinstance(values, list)
+        ]
         with translated("looking for documents that are there already"):
             found = self._data[self._collection].find({"$or": queries}, {**dict.fromkeys(fields, 1), "_id": 0})
-            there = {_identity([_value(document, field) for field in fields]) for document in found}
-        taken = [index for index in asked if _identity(keys[index]) in there]
-        claims = [(index, " ".join(fields), keys[index]) for index in asked if index not in taken]
-        return taken + self._lost(made, claims)
+            there = {_identity(_normal([_value(document, field) for field in fields])) for document in found}
+        return [index for index, values in keys.items() if _identity(_normal(values)) in there]
+
+    def _unclaim(self, document: Document, claims: list[Document]) -> None:
+        """Let go of what a document has claimed, so that another line may have it."""
+        with translated("releasing claims"):
+            self._claims.delete_many({"_id": {"$in": claims}, "by": _digest(document)})
+
+    def _claim(self, what: str, key: object) -> Document:
+        return {"job": self._job, "what": what, "key": _digest(_normal(key))}
 
     def _lost(self, made: list[Document], claims: Iterable[tuple[int, str, object]]) -> list[int]:
         """Those of these documents that claim a key which another line claimed before; the same document may come again."""
         wanted = [
-            {"_id": {"job": self._job, "what": what, "key": _digest(key)}, "by": _digest(made[index]), "index": index}
-            for index, what, key in claims
+            {"_id": self._claim(what, key), "by": _digest(made[index]), "index": index} for index, what, key in claims
         ]
         if not wanted:
             return []
@@ -155,12 +211,15 @@ class DryRun(Sink):
         except (BSONError, OverflowError, RecursionError, UnicodeEncodeError) as error:
             work.refuse(index, *unencodable(error))
             return True
-        if isinstance(document["_id"], list) or _has_operators(document["_id"]):
-            work.refuse(index, Reason.BAD_ID, "an _id is no array, and has no keys that begin with $")
+        if isinstance(document["_id"], list):
+            work.refuse(index, Reason.BAD_ID, "an _id is no array", _ID_IS_ARRAY)
+        elif _has_operators(document["_id"]):
+            work.refuse(index, Reason.BAD_ID, "an _id has no keys that begin with $", _ID_HAS_OPERATOR)
         elif line.count(b"{") + line.count(b"[") > DEPTH_MOST and _depth(document) > DEPTH_MOST:
-            work.refuse(index, Reason.TOO_DEEP, f"the document is nested deeper than {DEPTH_MOST} levels")
-        elif detail := too_large(size):
-            work.refuse(index, Reason.TOO_LARGE, detail)
+            detail = f"the document is nested deeper than {DEPTH_MOST} levels"
+            work.refuse(index, Reason.TOO_DEEP, detail, _TOO_DEEP)
+        elif excess := too_large(size):
+            work.refuse(index, Reason.TOO_LARGE, excess)
         else:
             return False
         return True
@@ -172,6 +231,26 @@ def _identity(value: object) -> bytes:
 
 def _digest(value: object) -> Binary:
     return Binary(hashlib.sha256(_identity(value)).digest())
+
+
+def _normal(value: object) -> object:
+    """A value as an index compares it: numbers of any type are one key where they are equal."""
+    if isinstance(value, Decimal128):
+        exact = value.to_decimal()
+        return int(exact) if exact.is_finite() and exact == exact.to_integral_value() and abs(exact) < 2**63 else value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and -(2**63) <= value < 2**63 else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # what was read from the database knows that it was written as 64 bits
+    if isinstance(value, dict):
+        return {key: _normal(item) for key, item in value.items()}
+    return [_normal(item) for item in value] if isinstance(value, list) else value
+
+
+def _values(made: list[Document], fields: Sequence[str]) -> dict[int, object]:
+    """What each of these documents has for the fields of a unique index; those with an array there are left out."""
+    values = {index: [_value(document, field) for field in fields] for index, document in enumerate(made)}
+    return {index: key for index, key in values.items() if not any(isinstance(value, list) for value in key)}
 
 
 def _value(document: Document, path: str) -> object:

@@ -36,6 +36,9 @@ UNSPENT_WAIT: Final = 2
 EXPIRY_GRACE_SECONDS: Final = 4
 """A lease is taken away this long after it ran out: after a stall of the database its live holder comes first."""
 
+HELD_SECONDS: Final = 1.0
+"""How soon a job is looked at again whose ranges others hold."""
+
 HOLDERS_MOST: Final = 10
 """Holders that a range remembers."""
 
@@ -182,6 +185,21 @@ class Ledger:
         ]
         with translated("counting leases"):
             return {str(found["_id"]): found["count"] for found in self._ranges.aggregate(stages, hint=LEASABLE)}
+
+    def idle_seconds(self, job_id: str, most: float) -> float | None:
+        """For how long nobody needs to look for a range of a job of which none can be leased now, `most` at the most.
+
+        None: there is none to come, and the job can be settled. A lease may be given back at any time, and is looked for soon.
+        """
+        left = {"$divide": [{"$subtract": ["$notBefore", "$$NOW"]}, 1000]}
+        soon = {"$cond": [{"$eq": ["$state", RangeState.LEASED]}, HELD_SECONDS, {"$max": [left, 0]}]}
+        stages: list[Document] = [
+            {"$match": {"job": job_key(job_id), "state": {"$in": [RangeState.READY, RangeState.LEASED]}}},
+            {"$group": {"_id": None, "seconds": {"$min": soon}}},
+        ]
+        with translated("looking for open ranges"):
+            found = next(iter(self._ranges.aggregate(stages, hint=LEASABLE)), None)
+        return None if found is None else min(float(found["seconds"] or 0.0), most)
 
     def busy(self, job_id: str) -> bool:
         """Whether any range of the job is READY or LEASED."""

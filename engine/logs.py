@@ -4,7 +4,10 @@ Every line carries action, job, range and worker. Secrets that were told to `con
 """
 
 import logging
+import os
 import re
+import select
+import stat
 import sys
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -17,6 +20,10 @@ from engine.errors import HeadraceError, Unexpected
 __all__ = ["configure", "expected", "get_logger", "mask"]
 
 MASK: Final = "***"
+
+FULL_SECONDS: Final = 0.2
+"""How long a line waits for room in a full pipe; the next ones, until there is some, not at all."""
+
 CONTEXT: Final = ("action", "job", "range", "worker")
 
 # A password of MongoDB is cut at the last @, whatever should have been written as % and was not.
@@ -57,6 +64,46 @@ def _drop_empty(_: object, __: str, event: MutableMapping[str, Any]) -> MutableM
     return {key: value for key, value in event.items() if value is not None}
 
 
+class _Output:
+    """Standard error. Where it is a pipe that nobody empties, lines are dropped: the work does not wait for who reads of it.
+
+    A pipe is opened anew for this, since what is set of the one that is there holds for all who have it.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self._pipe: int | None = None
+        self._full = False
+        try:
+            number = self._stream.fileno()
+            if stat.S_ISFIFO(os.fstat(number).st_mode):
+                self._pipe = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError):
+            pass  # no pipe, or none that can be opened
+
+    def write(self, text: str) -> None:
+        """Write a line, or drop it."""
+        if self._pipe is None:
+            self._stream.write(text)
+            return
+        left = text.encode(errors="backslashreplace")
+        while left:
+            _, ready, _ = select.select([], [self._pipe], [], 0 if self._full else FULL_SECONDS)
+            self._full = not ready
+            if self._full:
+                return
+            try:
+                left = left[os.write(self._pipe, left) :]
+            except BlockingIOError:
+                self._full = True
+                return
+
+    def flush(self) -> None:
+        """What was written is on its way."""
+        if self._pipe is None:
+            self._stream.flush()
+
+
 def configure(level: str = "info", format: str = "auto", secrets: Iterable[str] = ()) -> None:
     """Set up logging for this process and those that it forks.
 
@@ -83,7 +130,7 @@ def configure(level: str = "info", format: str = "auto", secrets: Iterable[str] 
         last: list[Any] = [_drop_empty, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     else:
         last = [structlog.processors.JSONRenderer()]
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(_Output())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]

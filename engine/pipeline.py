@@ -51,6 +51,9 @@ TRIES: Final = 6
 BACKOFF_SECONDS: Final = 0.1
 """The first wait between tries; each further one is twice as long, give or take a half."""
 
+STIR_SECONDS: Final = 0.5
+"""How often one that waits between tries tells that it lives."""
+
 BEYOND_BYTES: Final = 64 * 1024
 """How far past the end of its range the first read goes, so that the last line mostly needs no second."""
 
@@ -434,7 +437,9 @@ class Pipeline:
             self._guard(run)
             try:
                 run.move()
-                tally, rejects = sink.write(documents)
+                # A connection that fails may fail because of what is sent: smaller pieces show.
+                fewer = None if tries == 1 else max(1, batch.count // 4 ** (tries - 1))
+                tally, rejects = sink.write(documents, fewer)
                 reach(Step.WRITTEN)
                 if rejects:
                     self._guard(run)
@@ -489,5 +494,8 @@ def _insist(run: Run, speak: Callable[[], T]) -> T:
 
 def _back_off(run: Run, tries: int) -> None:
     """Wait before the next try; less when the worker is to stop."""
-    run.move()
-    run.stop.wait(BACKOFF_SECONDS * 2**tries * random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
+    end = time.monotonic() + BACKOFF_SECONDS * 2**tries * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
+    while (left := end - time.monotonic()) > 0:
+        run.move()  # it does not hang
+        if run.stop.wait(min(left, STIR_SECONDS)):
+            return

@@ -33,6 +33,9 @@ __all__ = ["SMALL_BYTES", "Planner", "Prepared", "decide"]
 SNIFF_BYTES: Final = 64 * 1024
 """How much of an object is looked at before it is loaded."""
 
+BLANK_BYTES: Final = 4 * 1024 * 1024
+"""How much of an object is looked at whose beginning is all blank."""
+
 SMALL_BYTES: Final = 256 * 1024
 """An object that is no larger is read at once, when it is looked at."""
 
@@ -89,7 +92,7 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
     if asked is not Format.AUTO:
         return asked
     name = key.lower()
-    first = head.removeprefix(BOM).lstrip()[:1]
+    first = _begins(head)
     if name.endswith(_TEXT_SUFFIXES):
         return Format.TEXT
     if first == b"[" and not name.endswith((".ndjson", ".jsonl")):
@@ -102,13 +105,21 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
     return Format.TEXT
 
 
+def _begins(head: bytes) -> bytes:
+    """The first byte that is not blank; none where all are."""
+    return head.removeprefix(BOM).lstrip()[:1]
+
+
 def _looks_wide(head: bytes) -> bool:
     """Whether it looks like a text of two or four bytes a character: where it has much ASCII, the high bytes are NUL, and the
-    low ones hardly ever."""
-    sample = head[:WIDE_SAMPLE]
-    half = len(sample) // 2
-    even, odd = sample[0 : 2 * half : 2].count(0), sample[1 : 2 * half : 2].count(0)
-    return half >= 4 and ((max(even, odd) >= 0.4 * half and min(even, odd) <= 0.1 * half) or even + odd >= 1.2 * half)
+    low ones hardly ever. NULs in a row are none of that: a log that was cut while it was written has them."""
+    sample = head[: min(WIDE_SAMPLE, len(head)) // 4 * 4]
+    half, quarter = len(sample) // 2, len(sample) // 4
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if half >= 4 and max(even, odd) >= 0.4 * half and min(even, odd) <= 0.1 * half:
+        return True
+    fewest, *others = sorted(sample[at::4].count(0) for at in range(4))
+    return half >= 4 and min(others) >= 0.4 * quarter and fewest <= 0.1 * quarter
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +170,7 @@ class Planner:
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = store.sources
+        self._wake = store.wake
         self._queue = queue
         self._plans = plans
         self._ledger = ledger
@@ -212,6 +224,7 @@ class Planner:
                 continue
             if holds == plan:
                 self._queue.open_ranges(job)
+                self._wake()  # the others have looked already, and found nothing to lease
             done.append(Prepared(job, None, heads[job.id]))
         if single:
             reach(Step.PLANNED)
@@ -242,6 +255,9 @@ class Planner:
                 if size := job.source.size:
                     size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)
                     head = self._head(job.source, size)
+                    if job.options.format is Format.AUTO and size < job.source.size and not _begins(head):
+                        # The first byte that is not blank decides, in small objects and in large ones.
+                        head = self._head(job.source, min(job.source.size, BLANK_BYTES))
                 return _Draft(job, head, decide(job.options.format, job.source.key, head))
         except HeadraceError as error:
             return error
@@ -285,7 +301,7 @@ class Planner:
                 made = {entry["index"] for entry in write_all(self._sources, writes)["upserted"]}
             ours = {id for index, id in enumerate(new) if index in made}
         return [
-            _Registered(bytes(new[draft.job.id]["tag"]), True, None)
+            _Registered(bytes(new[draft.job.id]["tag"]), True, self._loaded_before(draft.job, draft.format))
             if draft.job.id in ours
             else self._known(draft.job, draft.format)
             if draft.job.options.validate
@@ -304,14 +320,22 @@ class Planner:
         entry = _entry(found, job)
         assert entry is not None  # it was there, or has just been pushed
         if entry["firstJob"] == job_key(job.id):
-            return _Registered(bytes(found["tag"]), True, None)
-        return _Registered(bytes(found["tag"]), False, self._loaded_by(job, found))
+            return _Registered(bytes(found["tag"]), True, self._loaded_before(job, format))
+        return _Registered(bytes(found["tag"]), False, self._loaded_by(job, format))
 
-    def _loaded_by(self, job: Job, source: Document) -> str | None:
-        """The latest job that has loaded this source into the same collection, its history kept or pruned."""
-        entry = _entry(source, job) or {}
-        pruned = entry.get("completedBy")
-        return self._queue.loaded_by(job, bytes(source["tag"])) or (str(pruned) if pruned else None)
+    def _loaded_before(self, job: Job, format: Format) -> str | None:
+        """As `_loaded_by`, of a source that only `force` can have loaded here: asked where it matters, by `skip`."""
+        return self._loaded_by(job, format) if job.options.if_loaded == "skip" else None
+
+    def _loaded_by(self, job: Job, format: Format) -> str | None:
+        """The latest job that has loaded this source, of any generation, into the same collection, its history kept or not."""
+        if kept := self._queue.loaded_by(job, format):
+            return kept
+        with translated("looking for earlier loads"):
+            found = list(self._sources.find(_identity(job, format), {"loads": True}))
+        entries = (_entry(source, job) or {} for source in found)
+        pruned = [entry["completedBy"] for entry in entries if entry.get("completedBy")]
+        return str(max(pruned)) if pruned else None
 
     def _known(self, job: Job, format: Format) -> _Registered:
         """What is known of the source of a job that writes nothing, which leaves no trace of itself."""
@@ -321,7 +345,7 @@ class Planner:
             return _Registered(UNREGISTERED, True, None)
         if _entry(found, job) is None:
             return _Registered(UNREGISTERED, True, None)
-        return _Registered(bytes(found["tag"]), False, self._loaded_by(job, found))
+        return _Registered(bytes(found["tag"]), False, self._loaded_by(job, format))
 
     def _forced(self, job: Job, format: Format) -> Document:
         """A generation of its own for this job, the same one whenever it is asked."""

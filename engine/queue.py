@@ -7,9 +7,10 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 from typing import Final
 
-from bson import Binary, ObjectId
+from bson import ObjectId
 from pymongo import ReturnDocument, UpdateOne
 from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
@@ -30,6 +31,7 @@ from engine.ledger import Ledger
 from engine.model import (
     TERMINAL,
     Failure,
+    Format,
     Job,
     JobOptions,
     JobState,
@@ -46,6 +48,7 @@ from engine.store import (
     ENDED_JOBS,
     OPEN_JOBS,
     PRUNED_JOBS,
+    STOPPING_JOBS,
     Document,
     Store,
     job_key,
@@ -175,13 +178,14 @@ class Queue:
         """
         query: Document = {"open": True, "database": self._database}
         if stopping:
-            query["stopping"] = {"$ne": None}
+            query["stopping.to"] = {"$type": "string"}
         else:
             # What is being stopped has nothing to wait for, whatever it was put off to.
             query["$or"] = [{"$expr": {"$lte": ["$notBefore", "$$NOW"]}}, {"stopping": {"$ne": None}}]
         with translated("looking for jobs"):
             order = [("options.priority", -1), ("_id", 1)]
-            cursor = self._jobs.find(query, batch_size=PAGE_JOBS).sort(order).hint(OPEN_JOBS)
+            hint = STOPPING_JOBS if stopping else OPEN_JOBS
+            cursor = self._jobs.find(query, batch_size=PAGE_JOBS).sort(order).hint(hint)
             page: list[Job] = []
             with cursor:
                 for found in cursor:
@@ -348,7 +352,7 @@ class Queue:
 
         Raises:
             NotFound: no such job.
-            Conflict: it has COMPLETED.
+            Conflict: it has COMPLETED, or is being deleted.
         """
         job = self.get(job_id)
         if job.state is JobState.COMPLETED:
@@ -357,6 +361,8 @@ class Queue:
             if job.stopping is not None:
                 raise Conflict(f"job {job_id} is still stopping: retry it when it is {job.stopping.to}")
             return job
+        if self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True}) is not None:
+            raise Conflict(f"the history of job {job_id} is being deleted: submit a new job")
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt")
@@ -438,11 +444,11 @@ class Queue:
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         return {"_id": job_key(job.id), "open": True, "state": job.state, "round": job.round} | stamped, changes
 
-    def loaded_by(self, job: Job, tag: bytes) -> str | None:
-        """The latest job that has loaded the source of this tag into the same collection, of those that are still kept."""
+    def loaded_by(self, job: Job, format: Format) -> str | None:
+        """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
         query = _LOADED | {
-            "source.key": job.source.key,
-            "plan.tag": Binary(tag),
+            **{f"source.{name}": getattr(job.source, name) for name in ("bucket", "key", "etag", "version", "size")},
+            "plan.format": format,
             "options.collection": job.options.collection,
             "database": job.database,
         }
@@ -483,7 +489,7 @@ def over_budget(max_errors: int | str, tally: Tally, *, final: bool) -> bool:
         return tally.rejected > max_errors
     if tally.lines < BUDGET_LINES and not final:
         return False
-    return tally.rejected * 100 > float(max_errors.rstrip("%")) * tally.lines
+    return tally.rejected * 100 > Decimal(max_errors.rstrip("%")) * tally.lines
 
 
 def _budget_spent(job: Job, tally: Tally) -> Failure:

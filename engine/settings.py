@@ -79,6 +79,8 @@ def _database_fault(name: str) -> str | None:
     """Why MongoDB takes no database of this name; None where it does."""
     if len(name.encode()) > 63:
         return "its name has more than 63 bytes"
+    if name.lower() in ("admin", "config", "local"):
+        return f"{name} is MongoDB's own (where a user is known is said with authSource={name}): name another"
     wrong = sorted(set(name) & set('/\\. "$*<>:|?\0'))
     return f"its name has {wrong[0]!r} in it" if wrong else None
 
@@ -183,7 +185,7 @@ class Settings(BaseSettings):
     engine_range_bytes: Bytes = _setting(64 * MIB, "The most that one range of an object holds", "bytes", ge=64 * KIB)
     engine_read_bytes: Bytes = _setting(MIB, "How much is read from S3 at a time", "bytes", ge=4 * KIB, le=64 * MIB)
     engine_max_line_bytes: Bytes = _setting(32 * MIB, "A longer line is rejected", "bytes", ge=1 * KIB, le=256 * MIB)
-    engine_batch_records: int = _setting(1000, "Lines in one bulk write", "records", ge=1, le=100_000)
+    engine_batch_records: int = _setting(1000, "Lines in one bulk write", "records", ge=1, le=20_000)
     engine_batch_bytes: Bytes = _setting(
         2 * MIB, "Bytes of lines in one bulk write; one longer line travels alone", "bytes", ge=64 * KIB, le=4 * MIB
     )
@@ -218,7 +220,7 @@ class Settings(BaseSettings):
     api_max_uploads: int = _setting(4, "Uploads through POST /upload at a time", "uploads", ge=1, le=128)
     api_max_watchers: int = _setting(8, "Requests that wait for a job to move, at a time", "requests", ge=0, le=128)
     api_max_downloads: int = _setting(4, "Downloads of rejected lines at a time", "requests", ge=1, le=128)
-    api_max_open_jobs: int = _setting(100_000, "Open jobs beyond which no more are taken", "jobs", ge=1)
+    api_max_open_jobs: int = _setting(100_000, "Open jobs beyond which no more are taken", "jobs", ge=1, le=10_000_000)
     api_max_upload_bytes: Bytes = _setting(10 * GIB, "The largest body that POST /upload takes", "bytes", ge=1)
     api_part_bytes: Bytes = _setting(8 * MIB, "Part of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
     api_upload_parallel: int = _setting(6, "Parts under way to S3 at a time, of all uploads", "parts", ge=1, le=64)
@@ -242,7 +244,7 @@ class Settings(BaseSettings):
     def _agree(self) -> Self:
         """Settings that are right alone and wrong together."""
         wrong: list[str] = []
-        if self.data_db() == self.engine_control_db:
+        if self.data_db().lower() == self.engine_control_db.lower():  # MongoDB takes no two that differ by case
             wrong.append(
                 f"ENGINE_CONTROL_DB={self.engine_control_db}: it is the database that MONGO_URI names for the documents, or "
                 f"{DEFAULT_DATABASE} where it names none; name another"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import bson
-from bson.errors import BSONError
+from bson.codec_options import CodecOptions
+from bson.errors import BSONError, InvalidBSON
 from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
 from pymongo.collection import Collection
 from pymongo.database import Database
@@ -37,6 +38,9 @@ _BAD_VALUE: Final = 2
 _OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, _TOO_DEEP, 22}) | _TOO_LARGE | _BAD_ID
 
 _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
+
+# The server cuts long values that it quotes in an error at any byte, in the midst of a character, too.
+_REPLIES: Final[CodecOptions[Document]] = CodecOptions(tz_aware=True, unicode_decode_error_handler="replace")
 
 Dict = dict[str, Any]
 
@@ -77,8 +81,13 @@ class Sink:
         self._sole = plan.sole
         self._concern = {"w": "majority", "wtimeout": int(write_timeout_seconds * 1000)}
 
-    def write(self, documents: Documents) -> tuple[Tally, list[Reject]]:
+    def write(self, documents: Documents, at_a_time: int | None = None) -> tuple[Tally, list[Reject]]:
         """Write the documents of a batch; returns its tally and all its rejects, which are not written yet.
+
+        Args:
+            documents: of the batch.
+            at_a_time: how many go into one command; None: all of them. Fewer are for another try: a server whose answer would
+                be too large, since it quotes each document, closes the connection without a word.
 
         Raises:
             Transient: nothing or only a part is acknowledged; write the batch again.
@@ -86,7 +95,7 @@ class Sink:
         """
         work = Work(documents, 0, 0, [])
         if documents:
-            self._insert(work)
+            self._insert(work, at_a_time or documents.batch.count)
         work.rejects += documents.rejects
         work.rejects.sort(key=lambda r: r.offset)
         batch = documents.batch
@@ -100,8 +109,13 @@ class Sink:
         )
         return tally, work.rejects
 
-    def _insert(self, work: Work) -> None:
-        """Insert all documents of a batch in one command."""
+    def _insert(self, work: Work, at_a_time: int) -> None:
+        """Insert all documents of a batch, so many in one command."""
+        if at_a_time < work.documents.batch.count:
+            made = work.made()
+            for first in range(0, len(made), at_a_time):
+                self._insert_some(work, made, range(first, min(first + at_a_time, len(made))))
+            return
         try:
             reply = self._command(work.documents)
         except _REFUSALS as error:
@@ -131,8 +145,12 @@ class Sink:
                     "ordered": False,
                     "writeConcern": self._concern,
                     "documents": documents,
-                }
+                },
+                codec_options=_REPLIES,
             )
+        except InvalidBSON as error:
+            _let_go(error)
+            raise Transient(f"MongoDB's answer to a write to collection {self._collection} cannot be read") from error
         except DocumentTooLarge:
             raise
         except OperationFailure as error:

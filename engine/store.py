@@ -46,6 +46,7 @@ __all__ = [
     "OPEN_JOBS",
     "PRUNED_JOBS",
     "SCHEMA_VERSION",
+    "STOPPING_JOBS",
     "TRANSIENT_CODES",
     "Document",
     "Store",
@@ -77,6 +78,7 @@ BY_STATE: Final = "by_state"
 DEADLINES: Final = "deadlines"
 ENDED_JOBS: Final = "ended_jobs"
 PRUNED_JOBS: Final = "pruned_jobs"
+STOPPING_JOBS: Final = "stopping_jobs"
 LEASABLE: Final = "leasable"
 LEASES: Final = "leases"
 
@@ -209,6 +211,11 @@ class Store:
                         name=ENDED_JOBS,
                         partialFilterExpression={"finishedAt": {"$type": "date"}},
                     ),
+                    IndexModel(
+                        [("stopping.to", ASCENDING)],
+                        name=STOPPING_JOBS,
+                        partialFilterExpression={"stopping.to": {"$type": "string"}},
+                    ),
                     IndexModel([("pruned", ASCENDING)], name=PRUNED_JOBS, partialFilterExpression={"pruned": True}),
                     IndexModel(
                         [("deadline", ASCENDING)],
@@ -271,14 +278,21 @@ class Store:
                     IndexModel([("tag", ASCENDING)], name="tag", unique=True),
                 ]
             )
-            try:
-                self.control.create_collection("wakeups", capped=True, size=WAKEUPS_BYTES)
-                self.wakeups.insert_one({})  # a tailable cursor on an empty collection dies at once
-            except CollectionInvalid:
-                pass
-            except OperationFailure as error:
-                if error.code != 48:  # NamespaceExists: another process was quicker
-                    raise
+            self._prepare_wakeups()
+
+    def _prepare_wakeups(self) -> None:
+        """A capped collection that is not empty: a tailable cursor dies at once on any other."""
+        try:
+            self.control.create_collection("wakeups", capped=True, size=WAKEUPS_BYTES)
+        except CollectionInvalid:
+            if not self.wakeups.options().get("capped"):
+                # Somebody has dropped it, and the next word made another.
+                self.control.command("convertToCapped", "wakeups", size=WAKEUPS_BYTES)
+        except OperationFailure as error:
+            if error.code != 48:  # NamespaceExists: another process was quicker
+                raise
+        if self.wakeups.find_one({}, {"_id": True}) is None:
+            self.wakeups.insert_one({})
 
     def standalone(self) -> bool:
         """Whether the server is neither a member of a replica set nor a router: it takes no retryable writes."""

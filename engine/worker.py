@@ -177,6 +177,7 @@ class _Worker:
         self._collect_at = 0.0
         self._wakeups: Cursor[Document] | None = None
         self._woken = 0
+        self._stillborn = False  # the cursor before was dead before anything came
         self._stats = Stats()
         self._doing: dict[str, Any] = {}
         self._last_error = ""
@@ -381,9 +382,14 @@ class _Worker:
     def _wait(self) -> None:
         """Block until somebody submits a job, or a little while has passed."""
         seconds = self._settings.engine_poll_seconds * random.uniform(0.75, 1.25)  # noqa: S311
+        # The answer must come before the socket is given up, and the watchdog looks on.
+        seconds = min(seconds, self._settings.socket_timeout_seconds / 2)
         try:
             cursor = self._wakeups
             if cursor is None or not cursor.alive:
+                if self._stillborn:
+                    self._stop.wait(seconds)  # without what it is to watch, it dies at once
+                self._stillborn = True
                 cursor = self._store.wakeups.find(
                     {}, {"_id": 1}, cursor_type=CursorType.TAILABLE_AWAIT, batch_size=10_000
                 )
@@ -391,7 +397,9 @@ class _Worker:
                 # What is there already has been seen by the look for jobs that follows.
                 self._drain(cursor)
                 return
-            if next(cursor, None) is not None:
+            found = next(cursor, None)
+            self._stillborn = not cursor.alive
+            if found is not None:
                 self._woken += 1
                 self._drain(cursor)
         except PyMongoError:

@@ -43,13 +43,14 @@ def until(true, seconds=30, what="it"):
 class Running:
     """A `headrace` command in a process of its own: `engine` or `api`."""
 
-    def __init__(self, command, settings, log, module="api.cli", **changes):
+    def __init__(self, command, settings, log, module="api.cli", output=None, **changes):
         given = {name: getattr(settings, name) for name in ("aws_access_key_id", "aws_endpoint_url", "aws_bucket_name")}
         given |= {name: getattr(settings, name).get_secret_value() for name in ("mongo_uri", "aws_secret_access_key")}
         given |= {"engine_control_db": settings.engine_control_db, "engine_workers": 2, "engine_log_format": "json"}
         environment = {name.upper(): str(value) for name, value in (given | changes).items()}
         self.log = log
-        with log.open("wb") as output:
+        with log.open("wb") as file:
+            output = file if output is None else output
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, command],
                 env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},

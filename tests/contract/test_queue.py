@@ -32,7 +32,7 @@ from engine.model import (
 from engine.planner import Planner
 from engine.plans import Plans
 from engine.queue import Queue
-from engine.store import Store
+from engine.store import Store, job_key
 
 
 @pytest.fixture
@@ -427,3 +427,63 @@ def test_jobs_that_are_old_are_found_by_their_index_however_many_have_ended(stor
     assert looks
     assert max(look["docsExamined"] for look in looks) <= 5
     assert store.jobs.count_documents({}) == 35
+
+
+def test_a_job_whose_ranges_are_all_put_off_is_passed_over_until_one_is_due(
+    queue, plans, planner, ledger, source, store
+):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(job)
+    for _ in range(2):
+        lease = ledger.lease(job.id, "other")
+        ledger.postpone(replace(lease, attempts=3), lease.confirmed, lease.tally, Failure("unavailable", "away"))
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    asked = []
+    real = ledger.lease
+    ledger.lease = lambda *given: asked.append(given) or real(*given)
+    for _ in range(5):
+        chooser._looked_at = 0
+        assert chooser.take() == []
+    assert len(asked) == 1
+    fresh = queue.submit(source, JobOptions())
+    chooser._looked_at = 0
+    assert [run.job.id for run in chooser.take()] == [fresh.id]
+    queue.cancel(job.id)
+    store.ranges.update_many({"job": job_key(job.id)}, {"$unset": {"notBefore": ""}})
+    queue.retry(job.id)  # another round: what was known of it is void
+    chooser._looked_at = 0
+    assert [run.job.id for run in chooser.take()] == [job.id]
+
+
+def test_ranges_that_others_hold_are_looked_for_soon_and_those_put_off_in_their_time(queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    assert ledger.idle_seconds(job.id, 60) is None
+    queue.open_ranges(job)
+    assert ledger.idle_seconds(job.id, 60) == 0
+    first, second = ledger.lease(job.id, "a"), ledger.lease(job.id, "b")
+    assert ledger.idle_seconds(job.id, 60) == 1
+    ledger.postpone(replace(first, attempts=2), 0, Tally(), Failure("unavailable", "away"))
+    assert ledger.idle_seconds(job.id, 60) == 1
+    ledger.close(second, Tally())
+    assert 60 < ledger.idle_seconds(job.id, 1e6) < 90
+    assert ledger.idle_seconds(job.id, 5) == 5
+
+
+def test_a_job_whose_history_is_being_deleted_cannot_be_retried(store, queue, source):
+    job = queue.submit(source, JobOptions())
+    queue.cancel(job.id)
+    store.jobs.update_one({"_id": job_key(job.id)}, {"$set": {"pruned": True}})
+    with pytest.raises(Conflict, match="being deleted"):
+        queue.retry(job.id)
+
+
+@pytest.mark.parametrize("broken", ["empty", "ordinary", "gone"])
+def test_what_idle_workers_watch_is_mended_at_the_next_start(store, broken):
+    store.wakeups.drop()
+    if broken == "empty":
+        store.control.create_collection("wakeups", capped=True, size=65536)
+    elif broken == "ordinary":
+        store.wakeups.insert_one({})
+    store.prepare()
+    assert store.wakeups.options()["capped"] is True
+    assert store.wakeups.count_documents({}) >= 1

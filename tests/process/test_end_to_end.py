@@ -2,6 +2,7 @@
 
 import json
 import threading
+import uuid
 from dataclasses import replace
 
 import bson
@@ -149,8 +150,8 @@ def test_if_loaded_skip_completes_at_once_and_force_loads_a_second_copy(store, s
     first = submit(b"{}\n{}\n", key="again.ndjson")
     drain(first.id)
     skipped = submit(b"{}\n{}\n", key="again.ndjson", if_loaded="skip")
-    forced = submit(b"{}\n{}\n", key="again.ndjson", force=True)
-    skipped, forced = drain(skipped.id, forced.id)
+    [skipped] = drain(skipped.id)
+    [forced] = drain(submit(b"{}\n{}\n", key="again.ndjson", force=True).id)
     assert (skipped.already_loaded_by, skipped.progress.tally.lines) == (first.id, 0)
     assert forced.progress.tally.inserted == 2
     assert store.data["records"].count_documents({}) == 4
@@ -245,3 +246,104 @@ def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, d
     assert {job.state for job in ended} == {JobState.COMPLETED}
     assert freed == []
     assert store.data["slow"].count_documents({}) == 9000
+
+
+LONG = "é" * 100
+
+
+@pytest.mark.parametrize("at_once", [1000, 3])
+def test_a_value_that_the_server_cuts_in_the_midst_of_a_character_costs_no_other_line(
+    store, submit, drain, rejects, at_once
+):
+    lines = [json.dumps({"_id": f"{number:03}{LONG}", "n": number}) for number in range(20)]
+    lines += [json.dumps({"_id": f"006{LONG}", "n": "another"})]
+    [job] = drain(submit("\n".join(lines).encode()).id, engine_batch_records=at_once)
+    tally = job.progress.tally
+    assert (job.state, tally.inserted, tally.rejected) == (JobState.COMPLETED, 20, 1)
+    assert [found["reason"] for found in rejects.page(job.id, 10)] == ["duplicate_key"]
+    assert store.data["records"].count_documents({}) == 20
+
+
+def test_a_replay_of_such_a_value_is_a_replay(submit, drain, store):
+    data = "\n".join(json.dumps({"_id": f"{number}{LONG}"}) for number in range(50)).encode()
+    job = submit(data, "long.ndjson")
+    drain(job.id)
+    [again] = drain(submit(data, "long.ndjson", max_errors=0).id)
+    tally = again.progress.tally
+    assert (again.state, tally.inserted + tally.duplicates, tally.rejected) == (JobState.COMPLETED, 50, 0)
+
+
+def test_a_batch_whose_answer_would_be_too_large_is_written_in_pieces(store, submit, drain):
+    columns = [f"c{number:03}" for number in range(200)]
+    schema = {"bsonType": "object", "properties": {name: {"bsonType": "double"} for name in columns}}
+    store.data.create_collection("records", validator={"$jsonSchema": schema})
+    bad = json.dumps(dict.fromkeys(columns, "text"))
+    [job] = drain(submit(f"{bad}\n".encode() * 1000 + b'{"good":1}\n', max_errors=2000).id, seconds=120)
+    tally = job.progress.tally
+    assert (job.state, tally.inserted, tally.rejected) == (JobState.COMPLETED, 1, 1000)
+
+
+def test_skip_knows_of_what_force_has_loaded(store, submit, drain, queue, objects):
+    first = submit(b'{"a":1}\n{"a":2}\n', "forced.ndjson", force=True)
+    drain(first.id)
+    second = queue.submit(objects.head("forced.ndjson"), replace(first.options, force=False, if_loaded="skip"))
+    [second] = drain(second.id)
+    assert (second.state, second.already_loaded_by) == (JobState.COMPLETED, first.id)
+    assert store.data["records"].count_documents({}) == 2
+
+
+@pytest.mark.parametrize(("share", "bad", "state"), [("0.57%", 57, "COMPLETED"), ("0.57%", 58, "FAILED")])
+def test_a_percentage_is_judged_exactly(submit, drain, share, bad, state):
+    data = b"{}\n" * (10_000 - bad) + b"{\n" * bad
+    [job] = drain(submit(data, max_errors=share).id)
+    assert job.state == state
+
+
+def test_the_first_byte_that_is_not_blank_decides_in_large_objects_too(store, submit, drain):
+    [job] = drain(submit(b"\n" * 300_000 + b'{"a":1}\n' * 1000, "unnamed.dat").id)
+    assert job.plan.format is Format.NDJSON
+    assert store.data["records"].count_documents({"a": 1}) == 1000
+
+
+def test_a_text_with_a_run_of_nul_is_a_text(submit, drain):
+    [job] = drain(submit(b"start\n" + bytes(5000) + b"\nend\n", "cut.log").id)
+    assert (job.state, job.progress.tally.inserted) == (JobState.COMPLETED, 3)
+
+
+JUDGED = {
+    "numbers of two types are one _id": ({}, [], b'{"_id":1}\n{"_id":1.0,"b":1}\n'),
+    "and one key": ({}, ["e"], b'{"e":1}\n{"e":1.0}\n{"e":2}\n{"e":0}\n{"e":-0.0}\n'),
+    "deep down as well": ({}, ["e"], b'{"e":{"x":1,"y":2}}\n{"e":{"x":1.0,"y":2}}\n'),
+    "there is one already": ({}, ["e"], b'{"_id":5}\n{"_id":6.0}\n{"e":7.0}\n'),
+    "what looks like an operator is none": (
+        {},
+        ["ref"],
+        b'{"ref":{"$oid":"5f"}}\n{"ref":{"$gt":""}}\n{"ref":{"$oid":"5f"}}\n',
+    ),
+    "one of two with an _id is not valid": ({"a": {"$exists": True}}, [], b'{"_id":1,"a":1}\n{"_id":1}\n{"_id":2}\n'),
+    "who loses one claim has no other": (
+        {},
+        ["e"],
+        b'{"_id":1,"e":"there"}\n{"_id":1,"e":"y"}\n{"_id":2,"e":"y"}\n{"_id":2}\n',
+    ),
+    "a validator that stumbles": (
+        {"$expr": {"$gt": [{"$strLenCP": "$a"}, 3]}},
+        [],
+        b'{"b":1}\n{"a":"long enough"}\n{"a":"no"}\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
+    validator, unique, data = JUDGED[case]
+    there = store.data.create_collection("records", validator=validator) if validator else store.data["records"]
+    for field in unique:
+        there.create_index(field, unique=True)
+    if not validator:
+        there.insert_many([{"_id": 5.0, "e": "there", "ref": 1}, {"_id": 6, "e": 7, "ref": 2}])
+    job = submit(data, f"{uuid.uuid4().hex}.ndjson", validate=True)
+    [dry] = drain(job.id)
+    [load] = drain(submit(data, f"{uuid.uuid4().hex}.ndjson").id)
+    told = [(each.state, each.progress.tally.inserted, each.progress.tally.rejected) for each in (dry, load)]
+    assert told[0] == told[1]

@@ -1,6 +1,7 @@
 """The supervisor, as a real process with real forks: it replaces what dies or hangs, stops softly, and leaves no orphan."""
 
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.beat import Beat
+from engine.store import job_key
 from engine.supervisor import Supervisor, _Child, _Slot
 from engine.worker import EXIT_BOOT, Post
 from tests.running import Running, alive, title, until
@@ -244,3 +246,38 @@ def test_a_machine_that_has_no_room_for_a_process_now_is_asked_again(settings, m
     assert (slot.pid, slot.dead) == (None, ("gone",))
     assert slot.not_before > time.monotonic()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_a_log_that_nobody_empties_holds_up_neither_work_nor_a_stop(settings, submit, queue, tmp_path):
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    running = Running("engine", settings, tmp_path / "engine.log", output=write)
+    os.close(write)
+    try:
+        jobs = [submit(b'{"n":1}\n').id for _ in range(60)]
+        until(lambda: all(queue.get(job).state == "COMPLETED" for job in jobs), 60, "the end of the jobs")
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+    finally:
+        running.end()
+        os.close(read)
+
+
+def test_short_leases_and_long_polls_kill_no_idle_worker(engine):
+    running = engine(engine_lease_seconds=2, engine_watchdog_seconds=3, engine_poll_seconds=4)
+    time.sleep(6)
+    assert running.actions("kill") == []
+    assert running.stop() == 0
+
+
+def test_idle_workers_join_a_job_as_soon_as_its_ranges_are_there(engine, store, submit, queue):
+    running = engine(engine_workers=3, engine_poll_seconds=4, engine_range_bytes="1MiB")
+    time.sleep(1)
+    job = submit(b'{"n":1,"text":"%b"}\n' % (b"x" * 200) * 200_000)
+
+    def joined():
+        return {found["holder"] for found in store.ranges.find({"job": job_key(job.id), "state": "LEASED"})}
+
+    until(lambda: len(joined()) == 3, 2.5, "the work of all three")
+    until(lambda: queue.get(job.id).state == "COMPLETED", 60, "the end of the job")
+    assert running.stop() == 0

@@ -32,7 +32,8 @@ def test_a_profile_is_of_the_time_between_two_looks():
     assert "10.00" not in told
 
 
-def test_what_a_file_is_called_is_shown_and_not_obeyed(capsys):
+def test_what_a_file_is_called_is_shown_and_not_obeyed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     progress = {
         "lines": 1,
         "rejected": 0,
@@ -53,8 +54,25 @@ def test_what_a_file_is_called_is_shown_and_not_obeyed(capsys):
     job["error"] = {"code": "final", "message": "\x1b[31mred"}
     for key in ("logs[/x].ndjson", "a[bold]b:warning:", "bell\x07\x1b[2J", "two\nlines"):
         told = job | {"fileKey": key, "errors": []}
-        _console().print(jobs_table([told]))
+        _console().print(jobs_table([told], 200))
         print("\n".join(job_lines(told)))
         said = capsys.readouterr().out
         assert said.count(printable(key)) == 2, said
         assert all(c.isprintable() or c == "\n" for c in said)
+
+
+def test_jobs_can_be_read_on_a_terminal_of_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    progress = {"lines": 1234567, "rejected": 12, "percent": 43.2}
+    job = {
+        "jobId": "6b05ef7e2551f5d1095200f7",
+        "status": "PROCESSING",
+        "progress": progress,
+        "fileKey": "01M-events.ndjson",
+    }
+    _console().print(jobs_table([job | {"createdAt": "2026-11-24T20:22:33.123Z"}], 80))
+    said = capsys.readouterr().out
+    for cell in ("6b05ef7e2551f5d1095200f7", "PROCESSING", "43", "1,234,567", "12", "01M-"):
+        assert cell in said, said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said
