@@ -27,6 +27,9 @@ PIECE_BYTES: Final = 32 * 1024
 """About how much of a batch is parsed at a time: what comes of it is encoded, and gone, while it is still in the processor's
 cache. Of a whole batch at once, every object would be fetched from memory three times over."""
 
+SPARSE_BYTES: Final = 4096
+"""Long runs of digits are looked at one by one where there is no more than one of them in so many bytes."""
+
 # Between the lines of a piece, so that one call parses them all. No file knows it: it is drawn anew by every process.
 _MARK: Final = secrets.randbits(62) | 1 << 61
 _SEPARATOR: Final = b",%d," % _MARK
@@ -44,6 +47,8 @@ _TOKEN: Final = re.compile(
 )
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
+_DIGITS: Final = b"0123456789"
+
 # Longer than any int64; int() of a literal of thousands of digits is refused by Python itself.
 _INT64_DIGITS: Final = 40
 
@@ -280,7 +285,24 @@ def _may_have_wide_digits(data: bytes) -> bool:
         digits[0] * (1 + digits[1] * (1 + digits[2].astype(np.uint8)))
         for digits in ([octets[at + away] & 0xF0 == 0x30 for away in aways] for aways in ((-1, -2, -3), (16, 17, 18)))
     )
-    return bool((before + behind >= 3).any())
+    places = at[before + behind >= 3]
+    if len(places) > len(data) // SPARSE_BYTES:
+        return True  # to look at every byte takes no longer
+    return any(_wide_at(data, place) for place in places.tolist())
+
+
+def _wide_at(data: bytes, place: int) -> bool:
+    """Whether the run of digits around a place may be an integer that int64 cannot hold."""
+    left = data[max(place - _INT64_DIGITS, 0) : place]
+    before = left.rstrip(_DIGITS)
+    if not before and len(left) == _INT64_DIGITS:
+        return True
+    right = data[place : place + _INT64_DIGITS]
+    start, end = place - len(left) + len(before), place + len(right) - len(right.lstrip(_DIGITS))
+    if end - start < len(_RUN) or before.endswith(b"."):
+        return False
+    most = _MOST_BELOW if before.endswith(b"-") else _MOST
+    return end - start > len(_RUN) or data[start:end] > most
 
 
 def _has_wide_digits(data: bytes) -> bool:
