@@ -7,7 +7,10 @@ import errno
 import os
 import re
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -286,17 +289,11 @@ def rejects(
             sys.stdout.buffer.write(piece)
         return
     if out is not None:
-        size = 0
-        part = out.with_name(f"{out.name}.part")  # what is there stays until all of it has come
         try:
-            with part.open("wb") as file:
-                for piece in client.rejected(job_id):
-                    size += file.write(piece)
-            part.replace(out)
-        except OSError as error:
-            raise StartError(f"{out} cannot be written: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
+            size = _save(out, client.rejected(job_id))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise StartError(f"{str(out)!r} cannot be written ({why}): name another file") from None
         if as_json:
             print_json({"out": str(out), "bytes": size})
         else:
@@ -311,6 +308,26 @@ def rejects(
         line, offset = str(reject["line"] or ""), str(reject["offset"])
         table.add_row(line, offset, reject["reason"], printable(reject["detail"]), printable(reject["raw"][:80]))
     _console().print(table)
+
+
+def _save(out: Path, pieces: Iterable[bytes]) -> int:
+    """Write pieces to a file, which stays as it was until all of them have come; returns their bytes."""
+    if out.exists() and not out.is_file():
+        with out.open("wb") as there:  # a pipe or a device: what comes is for who reads there
+            return sum(map(there.write, pieces))
+    target = out.resolve()  # the file that a link names is written, and the link stays
+    handle, part = tempfile.mkstemp(prefix=".headrace-", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            size = sum(map(file.write, pieces))
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(part).chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
+        Path(part).replace(target)
+        return size
+    finally:
+        with suppress(OSError):
+            Path(part).unlink()
 
 
 def _queue(what: str, url: str | None, as_json: bool) -> None:
@@ -358,7 +375,9 @@ def top(
 
 @app.command()
 def profile(
-    seconds: Annotated[float, typer.Option(min=0, help="Over how long; 0: since they started.")] = PROFILE_SECONDS,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=3600, help="Over how long; 0: since they started.")
+    ] = PROFILE_SECONDS,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:

@@ -187,8 +187,8 @@ def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
 
 
 def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] = ()) -> Table:
-    """Where the workers' time went since `before`, or since they started: for each stage its microseconds per line, and its
-    share of all stages but `stall`, in which nothing is spent."""
+    """Where the workers' time went since `before`, or since they started: for each stage its microseconds per line, or seconds
+    where no line has come to its end, and its share of all stages but `stall`, in which nothing is spent."""
     table = Table(
         "worker",
         "lines",
@@ -205,11 +205,18 @@ def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, 
         seconds = {stage: counts.get(f"seconds_{stage}", 0.0) for stage in STAGES}
         whole = sum(seconds.values()) - seconds["stall"] or 1.0
         cells = [
-            f"{1e6 * s / lines:.2f}" + ("" if stage == "stall" else f" ({100 * s / whole:.0f} %)") if lines else "–"
+            _spent(s, lines) + ("" if stage == "stall" or not s else f" ({100 * s / whole:.0f} %)")
             for stage, s in seconds.items()
         ]
         table.add_row(str(worker["slot"]), f"{lines:,.0f}", *cells)
     return table
+
+
+def _spent(seconds: float, lines: float) -> str:
+    """Microseconds for each line; of a worker that has come to the end of none, seconds."""
+    if lines:
+        return f"{1e6 * seconds / lines:.2f}"
+    return f"{seconds:.1f} s" if seconds else "–"
 
 
 def _since(worker: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:

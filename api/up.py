@@ -21,7 +21,7 @@ from api.operations import Scope
 from api.show import watch
 from engine import sample
 from engine.errors import StartError
-from engine.local import LocalServers, die_with_parent
+from engine.local import LocalServers, die_with_parent, held_back
 from engine.ports import check_port
 from engine.settings import Settings
 
@@ -29,6 +29,7 @@ __all__ = ["up"]
 
 READY_SECONDS: Final = 60.0
 SAMPLE_SEED: Final = 1
+EXIT_INTERRUPTED: Final = 130
 
 
 class _Told(BaseException):
@@ -36,7 +37,7 @@ class _Told(BaseException):
 
 
 class _Signals:
-    """The first TERM or INT ends what goes on; each further one only hurries the stop, so that the servers still stop softly."""
+    """A TERM or INT ends what goes on; from the stop's beginning they only hurry it, so that the servers still stop softly."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,7 +46,8 @@ class _Signals:
     def note(self, number: int, frame: object) -> None:
         """Handle a signal."""
         self.count += 1
-        if self.count == 1 and self._before is None:
+        # Every one: where Python cannot let an exception out, such as in the callback of some library, it is lost.
+        if self._before is None:
             raise _Told
 
     def stopping(self) -> None:
@@ -67,23 +69,26 @@ class _Child:
         with log.open("ab") as output:
             output.write(b"")
             self._from = output.tell()
-            self.process = subprocess.Popen(
-                # -P: a folder called `api` where the command is run is none of ours.
-                [sys.executable, "-P", "-m", "api.cli", name],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
-                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
-                env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            )
+            with held_back():
+                self.process = subprocess.Popen(
+                    # -P: a folder called `api` where the command is run is none of ours.
+                    [sys.executable, "-P", "-m", "api.cli", name],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
+                    preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
+                    env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                )
 
     def check(self) -> None:
         """Raises StartError when it has ended by itself."""
         if self.process.poll() is not None:
             lines = self.log.read_bytes()[self._from :].decode(errors="replace").strip().splitlines()
             last = lines[-1][:500] if lines else "nothing"
-            raise StartError(f"`headrace {self.name}` ended early; its last words: {last} (log: {self.log})")
+            code = self.process.returncode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended early"
+            raise StartError(f"`headrace {self.name}` {how}; its last words: {last} (log: {self.log})")
 
     def stop(self, seconds: float, signals: _Signals) -> None:
         """TERM; QUIT after so many seconds or when a person is in a hurry; then KILL."""
@@ -132,7 +137,7 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
             finally:
                 signals.stopping()
     except _Told:
-        return 1 if once else 0
+        return EXIT_INTERRUPTED if once else 0
     finally:
         console.print("Stopped.")
 
@@ -178,9 +183,7 @@ def _run(
         file = folder / f"sample-{records}.ndjson"
         if not file.exists():
             console.print(f"Writing a sample of {records:,} records …")
-            part = file.with_suffix(".part")
-            sample.write(part, records, SAMPLE_SEED)
-            part.rename(file)
+            _write_sample(file, records)
     size = file.stat().st_size
     console.print(f"Uploading {file} ({size / 1e6:,.1f} MB) …")
     try:
@@ -202,6 +205,20 @@ def _run(
         _check(children, servers)
 
 
+def _write_sample(file: Path, records: int) -> None:
+    part = file.with_suffix(".part")
+    try:
+        sample.write(part, records, SAMPLE_SEED)
+        part.rename(file)
+    except OSError as error:
+        raise StartError(
+            f"a sample of {records:,} records cannot be written to {file.parent} ({error.strerror}): make room there, set "
+            "ENGINE_DATA_DIR to another folder, or ask for fewer (RECORDS=10000)"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _wait_ready(client: Client, children: list[_Child], servers: LocalServers) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while (why := client.not_ready()) is not None:
@@ -213,7 +230,7 @@ def _wait_ready(client: Client, children: list[_Child], servers: LocalServers) -
 
 def _check(children: list[_Child], servers: LocalServers) -> None:
     if died := servers.died():
-        raise StartError(f"{died} ended by itself while it was needed: see its log in ENGINE_DATA_DIR, and start again")
+        raise StartError(died)
     for child in children:
         child.check()
 

@@ -16,8 +16,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -30,7 +30,7 @@ from engine.objects import Objects, connect
 from engine.ports import free_port, ports_in_pairs
 from engine.settings import DEFAULT_DATABASE, Settings
 
-__all__ = ["BUCKET", "LocalServers", "die_with_parent", "mongod_path"]
+__all__ = ["BUCKET", "LocalServers", "die_with_parent", "held_back", "mongod_path"]
 
 BUCKET: Final = "headrace"
 REPLICA_SET: Final = "headrace"
@@ -49,12 +49,27 @@ PORT_TRIES: Final = 3
 """Ports that a server is started on, where others take them in the moment before it listens."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM)
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent() -> None:
     """In a child, before it becomes another program: be killed when the parent dies, however it dies."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # What came for the parent's handlers, which are here as well for a moment, must not be handled here.
+    for number in _HELD_BACK:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within it, INT and TERM wait: an exception that a handler raises in the midst of a fork is printed there, and lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _PortTaken(StartError):
@@ -69,15 +84,16 @@ class _Server:
         self.log = log
         with log.open("wb") as output:
             try:
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has no threads when it starts servers)
-                    env=os.environ | (environment or {}),
-                )
+                with held_back():
+                    self.process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has no threads when it starts servers)
+                        env=os.environ | (environment or {}),
+                    )
             except OSError as error:
                 raise StartError(f"{name} cannot be started from {command[0]}: {error.strerror}") from None
 
@@ -87,7 +103,7 @@ class _Server:
         while not answers():
             if self.process.poll() is not None:
                 taken = "address already in use" in self.log.read_text(errors="replace").lower()
-                raise (_PortTaken if taken else StartError)(self._why())
+                raise (_PortTaken if taken else StartError)(self.why())
             if time.monotonic() > deadline:
                 raise StartError(
                     f"{self.name} did not come up within {START_SECONDS:g} seconds; its last words: {self._last_words()} "
@@ -107,7 +123,8 @@ class _Server:
                     return f"{told['msg']}{': ' if why else ''}{why}"[:300]
         return lines[-1][:300] if lines else "none"
 
-    def _why(self) -> str:
+    def why(self) -> str:
+        """Why it ended."""
         log = self.log.read_text(errors="replace")
         for line in log.splitlines():
             if "error while loading shared libraries" in line:
@@ -118,9 +135,8 @@ class _Server:
             if "No space left on device" in line:
                 return f"{self.name} finds no space left on the disk of {self.log.parent}: free some (log: {self.log})"
         code = self.process.returncode
-        return (
-            f"{self.name} ended at once with exit code {code}; its last words: {self._last_words()} (log: {self.log})"
-        )
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"{self.name} {how}; its last words: {self._last_words()} (log: {self.log})"
 
     def stop(self) -> None:
         """TERM, then KILL; returns when it is gone."""
@@ -213,8 +229,8 @@ class LocalServers:
         return {name: server.process.pid for name, server in self._servers.items()}
 
     def died(self) -> str | None:
-        """The name of a server that has ended by itself, if one has."""
-        return next((name for name, server in self._servers.items() if server.process.poll() is not None), None)
+        """A sentence on a server that has ended by itself, if one has."""
+        return next((server.why() for server in self._servers.values() if server.process.poll() is not None), None)
 
     def _start_mongod(self) -> Callable[[], None]:
         binary = mongod_path()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -113,6 +114,25 @@ def test_a_load_without_waiting_prints_the_id_that_the_other_commands_take(run, 
     out = file.parent / "bad.ndjson"
     run("rejects", job_id, "--out", out)
     assert out.read_bytes() == b"bad\n"
+    link, kept = file.parent / "link", file.parent / "bad.ndjson.part"
+    link.symlink_to(out)
+    kept.write_text("mine\n")
+    out.write_text("old\n")
+    out.chmod(0o640)
+    run("rejects", job_id, "--out", link)
+    assert (out.read_bytes(), link.is_symlink(), kept.read_text()) == (b"bad\n", True, "mine\n")
+    assert out.stat().st_mode & 0o777 == 0o640
+    pipe = file.parent / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        run("rejects", job_id, "--out", pipe)
+        assert read.result() == b"bad\n"
+    for impossible in (out / "x", file.parent / ("x" * 300), "/", file.parent / "nowhere" / "x"):
+        said = run("rejects", job_id, "--out", impossible, code=1).err
+        assert "cannot be written" in said
+        assert "unexpected" not in said
+    assert sorted(path.name for path in file.parent.glob(".headrace*")) == []
     assert "nothing to cancel" in run("cancel", job_id, code=1).err
     assert "nothing to retry" in run("retry", job_id, code=1).err
 
