@@ -60,7 +60,9 @@ def tokens_of(settings: Settings) -> list[Token]:
         try:
             lines = settings.api_tokens_file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{name} cannot be read ({type(error).__name__})") from None
+            raise SettingsError(
+                f"{name} cannot be read ({type(error).__name__}): name a file that can, with a token a line"
+            ) from None
         words += [(name, line.strip()) for line in lines if line.strip() and not line.strip().startswith("#")]
     tokens: list[Token] = []
     for number, (where, word) in enumerate(words, 1):

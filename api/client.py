@@ -142,7 +142,7 @@ class Client:
             else:
                 failing = None
                 if answer.status_code != 304:
-                    status = answer.json()
+                    status = self._told(answer)
                     yield status
                     if status["status"] in TERMINAL:
                         return
@@ -177,11 +177,16 @@ class Client:
             raise self._silent(error) from None
         if not answer.is_success:
             raise self._problem(method, path, answer)
+        return self._told(answer)
+
+    def _told(self, answer: httpx.Response) -> dict[str, Any]:
+        """What was answered. Raises CallFailed where it was not Headrace that did."""
         try:
             told = answer.json() if answer.content else {}
         except ValueError:
             told = None
-        if not isinstance(told, dict):
+        # Whoever answers {} to everything does not name each request.
+        if not isinstance(told, dict) or "X-Request-ID" not in answer.headers:
             raise CallFailed(answer.status_code, f"{self.url} does not speak as Headrace does: check API_URL and PORT")
         return told
 
@@ -199,6 +204,10 @@ class Client:
         detail = told.get("detail") if isinstance(told, dict) else None
         if answer.status_code == 401 and detail:
             detail += "; set API_TOKEN"
+        if answer.has_redirect_location and not detail:
+            detail = (
+                f"{self.url} leads on to {answer.headers['Location'][:200]}: set API_URL to where the API itself is"
+            )
         if answer.status_code == 413 and not detail:
             detail = "the file is larger than the API takes: raise API_MAX_UPLOAD_BYTES there, or use `headrace load`"
         return CallFailed(

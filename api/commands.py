@@ -166,6 +166,8 @@ def load(
             # Of one that cannot be watched to its end, the id is all that there is to go on with.
             if load.job_id is not None and (not wait or load.error is not None):
                 print(load.job_id)
+            elif load.status is not None:
+                print("\n".join(job_lines(load.status)))
     exits = [0]
     for load in loads:
         if load.error is not None:
@@ -238,6 +240,7 @@ def show_status(
     """Show a job, and exit as it ended."""
     client = _client(url)
     if wait:
+        client.status(job_id)  # one that is not there, or an API that is away, is told at once
         try:
             watch(client, job_id, Console(highlight=False, stderr=True))
         except KeyboardInterrupt:
@@ -425,7 +428,7 @@ def _without_secrets(uri: str) -> str:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Look at everything that a load needs; exit 1 where something is wrong."""
+    """Look at what a load needs: settings, servers, disk and clock; exit 1 where something is wrong."""
     from api.doctor import examine
 
     settings = _settings(needs_servers=False)

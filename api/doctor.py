@@ -119,7 +119,7 @@ def _processes(settings: Settings) -> Finding:
     if workers > 2 * there:
         said = f"ENGINE_WORKERS={workers} on {there} cores: more than two a core slow each other down"
         return Finding("processes", "warning", said)
-    return Finding("processes", "ok", f"{workers} workers on {there} cores")
+    return Finding("processes", "ok", f"ENGINE_WORKERS={workers} on {there} cores")
 
 
 def _spool(settings: Settings) -> Finding:
@@ -142,4 +142,4 @@ def _api(settings: Settings) -> Finding:
     if not tokens and not is_loopback(settings.api_host):
         said = f"API_HOST={settings.api_host} and no tokens: `headrace api` will not start; draw some with `headrace token`"
         return Finding("API", "wrong", said)
-    return Finding("API", "ok", f"{settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens")
+    return Finding("API", "ok", f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens")

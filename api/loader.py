@@ -165,6 +165,8 @@ class Loader:
             load.whole = True
 
         if file == STDIN:
+            if sys.stdin is None:
+                raise StartError("standard input is closed: name a file, or pipe one")
             return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, whole)
         if size is None:
             with path.open("rb") as content:

@@ -17,7 +17,7 @@ from api.operations import Answer, Scope, operation
 from engine.history import History
 from engine.model import TERMINAL
 from engine.queue import Queue
-from engine.stats import STAGES, live, totals
+from engine.stats import STAGES, live, place_of, totals
 from engine.store import Store, translated
 
 __all__ = ["Durations", "Metrics"]
@@ -87,10 +87,12 @@ class _State(Collector):
         workers = live(self._store)
         yield GaugeMetricFamily("headrace_workers", "Workers that are alive", value=len(workers))
         memory = GaugeMetricFamily(
-            "headrace_worker_memory_bytes", "Resident memory of a worker", labels=["host", "slot"]
+            "headrace_worker_memory_bytes", "Resident memory of a worker", labels=["host", "engine", "slot"]
         )
         for worker in workers:
-            memory.add_metric([worker["host"], str(worker["slot"])], worker["memory"])
+            # Two engines may run on one host.
+            engine = place_of(worker).split(":")[-2]
+            memory.add_metric([worker["host"], engine, str(worker["slot"])], worker["memory"])
         yield memory
 
 

@@ -345,14 +345,22 @@ def _sentences(error: ValidationError) -> list[str]:
     return sentences
 
 
+OURS: Final = ("ENGINE_", "API_")
+"""How the names of settings begin that no other program has."""
+
+
 def _unknown() -> list[str]:
     known = [name.upper() for name in Settings.model_fields]
-    names = set(os.environ) | set(_dotenv())
+    in_file = set(_dotenv())
+    names = set(os.environ) | in_file
     warnings: list[str] = []
     for name in sorted(names):
         upper = name.upper()
-        if upper.startswith(("ENGINE_", "API_")) and upper not in known:
-            near = difflib.get_close_matches(upper, known, n=1)
+        if upper in known:
+            continue
+        # Of other programs there are many in the environment, and a few in this file.
+        near = difflib.get_close_matches(upper, known, n=1, cutoff=0.6 if upper.startswith(OURS) else 0.75)
+        if upper.startswith(OURS) or (near and (name in in_file or upper.startswith("MONGO"))):
             warnings.append(f"{name} is not a setting of Headrace" + (f": did you mean {near[0]}?" if near else ""))
     return warnings
 

@@ -18,7 +18,7 @@ from pymongo.errors import PyMongoError
 
 from engine.store import Document, Store, translated
 
-__all__ = ["REPORTER", "STAGES", "Reporter", "Stats", "live", "totals"]
+__all__ = ["REPORTER", "STAGES", "Reporter", "Stats", "live", "place_of", "totals"]
 
 REPORTER: Final = "reporter"
 """Name of the thread that tells."""
@@ -130,10 +130,17 @@ def _memory() -> dict[str, int]:
 
 
 def live(store: Store) -> list[Document]:
-    """What each worker that is alive told last, by name."""
+    """What each worker that is alive told last, by name. Of one that was replaced a moment ago, its successor is there."""
     recent = {"$expr": {"$gt": ["$at", {"$subtract": ["$$NOW", int(LIVE_SECONDS * 1000)]}]}}
     with translated("looking at the workers"):
-        return list(store.workers.find(recent).sort("_id", 1))
+        found = list(store.workers.find(recent).sort("at", 1))
+    places = {place_of(worker): worker for worker in found}
+    return sorted(places.values(), key=lambda worker: str(worker["_id"]))
+
+
+def place_of(worker: Document) -> str:
+    """The engine and the place in it that a worker has: its name without the incarnation."""
+    return str(worker["_id"]).rpartition(":")[0]
 
 
 def totals(store: Store) -> dict[str, float]:

@@ -9,7 +9,7 @@ from bson import ObjectId
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.decode import _may_have_wide_digits, decode
+from engine.decode import Identity, _may_have_wide_digits, decode
 from engine.model import Format
 from tests.conftest import batch_of
 
@@ -258,3 +258,8 @@ def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():
     assert not documents
     assert [str(r.reason) for r in documents.rejects] == ["invalid_json", "not_an_object"]
     assert documents.blank == 1
+
+
+def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():
+    binary = bytes(range(1, 13))
+    assert bson.encode({"_id": Identity(binary)}) == bson.encode({"_id": ObjectId(binary)})

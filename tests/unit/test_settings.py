@@ -182,3 +182,25 @@ def test_the_secrets_are_the_keys_the_uri_and_the_password_in_it():
 )
 def test_the_database_of_the_uri_takes_the_documents(uri, name):
     assert Settings.model_validate({"mongo_uri": uri}).data_db() == name
+
+
+def test_a_name_in_the_file_that_is_nearly_a_setting_is_told(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("MONGO_URL=mongodb://h/x\nAWS_BUCKET=mine\nAWS_PROFILE=p\nHOME_PAGE=x\n")
+    monkeypatch.setenv("MONGODB_URI", "mongodb://h/y")
+    _, warnings = load()
+    assert warnings == [
+        "AWS_BUCKET is not a setting of Headrace: did you mean AWS_BUCKET_NAME?",
+        "MONGODB_URI is not a setting of Headrace: did you mean MONGO_URI?",
+        "MONGO_URL is not a setting of Headrace: did you mean MONGO_URI?",
+    ]
+
+
+@pytest.mark.parametrize("name", ["local", "admin", "Config"])
+def test_a_database_of_mongodbs_own_takes_no_documents_and_no_jobs(name, monkeypatch):
+    monkeypatch.setenv("MONGO_URI", f"mongodb://h/{name}")
+    with pytest.raises(SettingsError, match="authSource"):
+        load()
+    monkeypatch.delenv("MONGO_URI")
+    monkeypatch.setenv("ENGINE_CONTROL_DB", name)
+    with pytest.raises(SettingsError, match="MongoDB's own"):
+        load()

@@ -157,7 +157,7 @@ def test_an_answer_that_never_comes_is_not_waited_for_by_the_hour(tmp_path):
 
     def answer(request):
         waits[request.url.path] = request.extensions["timeout"]["read"]
-        return httpx.Response(200, json={"status": "COMPLETED", "fileKey": "k"})
+        return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"status": "COMPLETED", "fileKey": "k"})
 
     client = Client("http://api")
     client._http = httpx.Client(
