@@ -294,7 +294,7 @@ def rejects(
     if out is not None:
         try:
             size = _save(out, client.rejected(job_id))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the last one of links that lead to each other
             why = getattr(error, "strerror", None) or error
             raise StartError(f"{str(out)!r} cannot be written ({why}): name another file") from None
         if as_json:

@@ -161,9 +161,9 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         super().handle_close()
         if (request := self.request) is not None:
             request.close()
-        with self.requests_lock:
-            for request in self.requests[1:]:
-                request.leave()  # it waits behind the first, and nobody waits for it
+        # Without the lock on them, which this thread may hold: to send a client's `100 Continue` may end here.
+        for request in list(self.requests)[1:]:
+            request.leave()  # it waits behind the first, and nobody waits for it
 
     def write_soon(self, data: bytes) -> int:
         try:

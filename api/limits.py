@@ -47,6 +47,7 @@ class Depth:
         self._most = most
         self._at = float("-inf")
         self._open = 0
+        self._counting = False
         self._since = 0  # let in since the last count began
         self._lock = threading.Lock()
 
@@ -74,9 +75,14 @@ class Depth:
         """Count anew where that is due. One request does, and the others go by the count before: a database that does not answer
         must not make them queue up behind each other."""
         with self._lock:
-            if time.monotonic() - self._at <= COUNT_SECONDS:
+            if self._counting or time.monotonic() - self._at <= COUNT_SECONDS:
                 return
-            self._at, self._since = time.monotonic(), 0
-        counted = self._queue.depth(self._most)
-        with self._lock:
-            self._open = counted + self._since
+            self._counting, self._since = True, 0
+        counted: int | None = None
+        try:
+            counted = self._queue.depth(self._most)
+        finally:
+            with self._lock:
+                self._counting, self._at = False, time.monotonic()
+                if counted is not None:
+                    self._open = counted + self._since

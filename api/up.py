@@ -69,17 +69,16 @@ class _Child:
         with log.open("ab") as output:
             output.write(b"")
             self._from = output.tell()
-            with held_back():
-                self.process = subprocess.Popen(
-                    # -P: a folder called `api` where the command is run is none of ours.
-                    [sys.executable, "-P", "-m", "api.cli", name],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
-                    preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
-                    env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-                )
+            self.process = subprocess.Popen(
+                # -P: a folder called `api` where the command is run is none of ours.
+                [sys.executable, "-P", "-m", "api.cli", name],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
+                env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
 
     def check(self) -> None:
         """Raises StartError when it has ended by itself."""
@@ -154,8 +153,8 @@ def _run(
     folder = settings.engine_data_dir
     servers = LocalServers(settings)
     console.print("Starting the servers …")
-    servers.start()
     stack.callback(servers.stop)
+    servers.start()
     environment = {name.upper(): str(value) for name, value in servers.overrides.items()}
     token = None
     if tokens_of(settings):
@@ -167,8 +166,9 @@ def _run(
     logs.mkdir(parents=True, exist_ok=True)
     children: list[_Child] = []
     for name in ("api", "engine"):  # stopped in the opposite order
-        child = _Child(name, logs / f"{name}.log", environment)
-        stack.callback(child.stop, settings.engine_grace_seconds + 5, signals)
+        with held_back():  # a child that is there is stopped as one
+            child = _Child(name, logs / f"{name}.log", environment)
+            stack.callback(child.stop, settings.engine_grace_seconds + 5, signals)
         children.append(child)
     url = f"http://{reachable(settings.api_host)}:{settings.port}"
     client = Client(url, token)

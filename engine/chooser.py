@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from engine.errors import HeadraceError, Transient, Unexpected, WrongClock
-from engine.ledger import Ledger
+from engine.ledger import HELD_SECONDS, Ledger
 from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Job, JobState, Lease, Source, Stop
 from engine.pipeline import Run
@@ -69,6 +69,11 @@ class Chooser:
     def doubt(self) -> None:
         """An error may have hidden from the worker what it holds: it is to be freed before anything else is taken."""
         self._doubtful = True
+
+    def awake(self) -> None:
+        """Somebody has called: what others held a moment ago may be free."""
+        soon = time.monotonic() + HELD_SECONDS
+        self._barren = {of: until for of, until in self._barren.items() if until > soon}
 
     def settle_doubt(self) -> None:
         """Free what the worker may hold unknowingly. Raises Transient, and the doubt stays."""

@@ -257,7 +257,7 @@ def _known(upload_id: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        if error.response["Error"]["Code"] == "NoSuchUpload":
+        if error.response["Error"]["Code"] in ("NoSuchUpload", "NoSuchBucket"):
             raise _gone(upload_id) from None
         raise
 

@@ -2,17 +2,18 @@
 
 What only an insert would tell is found out beside it: the collection's validator is asked about documents that are sent along
 with the question, and what must be unique is claimed in the control database, so that lines which fight over a key are told
-whichever workers read them. Not told: conflicts on unique indexes with options of their own, or over arrays.
+whichever workers read them. Not told: conflicts on unique indexes with options of their own, or over arrays; and told too often:
+a line that lost to one which lost later, elsewhere, to another worker's.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import bson
 from bson import Binary, Decimal128
 from bson.errors import BSONError
-from pymongo import InsertOne
+from pymongo import DeleteOne, InsertOne
 from pymongo.errors import DocumentTooLarge, OperationFailure
 
 from engine.errors import Final as FinalError
@@ -52,7 +53,7 @@ class DryRun(Sink):
         self._judge: tuple[Document | None, list[list[str]]] | None = None
         self._collation: Document | None = None
 
-    def _insert(self, work: Work, at_a_time: int) -> None:
+    def _insert(self, work: Work, at_a_time: int, between: Callable[[], None]) -> None:
         made = work.made()
         left = [index for index in range(len(made)) if not self._refused(work, index, made[index])]
         validator, unique = self._judged_by()
@@ -62,7 +63,8 @@ class DryRun(Sink):
         if known:
             error = {"keyPattern": {"_id": 1}, "errmsg": "another document has this _id"}
             self._duplicates(work, [(index, error) for index in known])
-            left = [index for index in left if index not in known]
+            gone = set(known)
+            left = [index for index in left if index not in gone]
         own_ids = set(work.documents.own_ids)
         keys: list[_Keys] = [
             ("_id", "another line of the file has this _id", {index: made[index]["_id"] for index in own_ids})
@@ -70,9 +72,11 @@ class DryRun(Sink):
         for fields in unique:
             why = f"another document has its values of the unique index on {', '.join(fields)}"
             keys.append((" ".join(fields), why, _values(made, fields)))
-            for index in self._taken({index: key for index, key in keys[-1][2].items() if index in left}, fields):
+            standing = set(left)
+            taken = self._taken({index: key for index, key in keys[-1][2].items() if index in standing}, fields)
+            for index in taken:
                 work.refuse(index, Reason.DUPLICATE_KEY, why, DUPLICATE_KEY)
-                left.remove(index)
+            left = sorted(standing - set(taken))
         # Claimed is only by lines against which the collection has nothing.
         lost = self._fight(made, left, keys)
         for index, why in lost.items():
@@ -90,14 +94,19 @@ class DryRun(Sink):
             free: set[bytes] = set()
             for turn, (what, why, values) in enumerate(keys):
                 standing = [index for index in indexes if index in values and index not in fell]
+                releases: list[DeleteOne] = []
                 for index in self._lost(made, [(index, what, values[index]) for index in standing]):
                     fell[index] = why, bson.encode(self._claim(what, values[index]))
                     held = [self._claim(of, had[index]) for of, _, had in keys[:turn] if index in had]
-                    self._unclaim(made[index], held)
+                    by = _digest(made[index])
+                    releases += [DeleteOne({"_id": claim, "by": by}) for claim in held]
                     free |= set(map(bson.encode, held))
+                if releases:
+                    with translated("releasing claims"):
+                        self._claims.bulk_write(releases, ordered=False)
             again = [index for index, (_, claim) in fell.items() if claim in free]
             again = [] if len(again) == len(indexes) else again
-            lost |= {index: why for index, (why, _) in fell.items() if index not in again}
+            lost |= {index: fell[index][0] for index in fell.keys() - set(again)}
             indexes = again
         return lost
 
@@ -164,7 +173,8 @@ class DryRun(Sink):
         if not asked:
             return []
         with translated("looking for documents that are there already"):
-            found = self._raw.find({"_id": {"$in": [made[index]["_id"] for index in asked]}}, {"_id": 1})
+            here = self._data[self._collection]
+            found = here.find({"_id": {"$in": [made[index]["_id"] for index in asked]}}, {"_id": 1})
             there = {_identity(_normal(document["_id"])) for document in found}
         return [index for index in asked if _identity(_normal(made[index]["_id"])) in there]
 
@@ -182,11 +192,6 @@ class DryRun(Sink):
             there = {_identity(_normal([_value(document, field) for field in fields])) for document in found}
         return [index for index, values in keys.items() if _identity(_normal(values)) in there]
 
-    def _unclaim(self, document: Document, claims: list[Document]) -> None:
-        """Let go of what a document has claimed, so that another line may have it."""
-        with translated("releasing claims"):
-            self._claims.delete_many({"_id": {"$in": claims}, "by": _digest(document)})
-
     def _claim(self, what: str, key: object) -> Document:
         return {"job": self._job, "what": what, "key": _digest(_normal(key))}
 
@@ -197,12 +202,21 @@ class DryRun(Sink):
         ]
         if not wanted:
             return []
+        lost: list[int] = []
         with translated("claiming keys"):
-            writes = [InsertOne({"_id": claim["_id"], "by": claim["by"]}) for claim in wanted]
-            there = [wanted[fault["index"]] for fault in write_all(self._claims, writes)["writeErrors"]]
-            ids = [claim["_id"] for claim in there]
-            held = {bson.encode(found["_id"]): found["by"] for found in self._claims.find({"_id": {"$in": ids}})}
-        return [claim["index"] for claim in there if held.get(bson.encode(claim["_id"])) != bytes(claim["by"])]
+            while wanted:
+                writes = [InsertOne({"_id": claim["_id"], "by": claim["by"]}) for claim in wanted]
+                there = [wanted[fault["index"]] for fault in write_all(self._claims, writes)["writeErrors"]]
+                ids = [claim["_id"] for claim in there]
+                held = {bson.encode(found["_id"]): found["by"] for found in self._claims.find({"_id": {"$in": ids}})}
+                wanted = []
+                for claim in there:
+                    by = held.get(bson.encode(claim["_id"]))
+                    if by is None:
+                        wanted.append(claim)  # another worker has let go of it since
+                    elif by != bytes(claim["by"]):
+                        lost.append(int(claim["index"]))
+        return lost
 
     def _refused(self, work: Work, index: int, document: Document) -> bool:
         line = work.documents.batch.line(work.documents.positions[index])

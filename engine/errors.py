@@ -17,6 +17,7 @@ __all__ = [
     "ObjectGone",
     "Refused",
     "SettingsError",
+    "Severed",
     "StartError",
     "Transient",
     "Unexpected",
@@ -38,6 +39,10 @@ class Transient(HeadraceError):
     """It may work when tried again: the network, a primary stepping down, a server that is busy."""
 
     code = "unavailable"
+
+
+class Severed(Transient):
+    """The database closed the connection instead of an answer: it went away, or the answer would have been too large."""
 
 
 class Unexpected(Transient):

@@ -314,6 +314,9 @@ class Ledger:
             "resumed": True,
         }
         freed: list[Freed] = []
+        with translated("looking for leases to free"):
+            if self._ranges.find_one(query, {"_id": True}, hint=LEASES) is None:
+                return freed
         # One by one: what is told as freed was freed here, and by nobody else.
         with translated("releasing leases"):
             while found := self._ranges.find_one_and_update(

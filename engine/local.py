@@ -84,16 +84,15 @@ class _Server:
         self.log = log
         with log.open("wb") as output:
             try:
-                with held_back():
-                    self.process = subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                        preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has no threads when it starts servers)
-                        env=os.environ | (environment or {}),
-                    )
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has no threads when it starts servers)
+                    env=os.environ | (environment or {}),
+                )
             except OSError as error:
                 raise StartError(f"{name} cannot be started from {command[0]}: {error.strerror}") from None
 
@@ -241,8 +240,7 @@ class LocalServers:
         cache = "1" if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 6 * 2**30 else "0.25"
         command = [binary, "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
         command += ["--replSet", REPLICA_SET, "--wiredTigerCacheSizeGB", cache, "--nounixsocket", "--quiet"]
-        server = _Server("mongod", [*command, *self._mongod_options], self._folder / "mongod.log")
-        self._servers["mongod"] = server
+        server = self._launch("mongod", [*command, *self._mongod_options])
         self.overrides["mongo_uri"] = (
             f"mongodb://127.0.0.1:{port}/{DEFAULT_DATABASE}?replicaSet={REPLICA_SET}&directConnection=false"
         )
@@ -277,8 +275,7 @@ class LocalServers:
         command += [f"-s3.config={config}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
         # The filer's own port would serve every object to anyone; the other two are of no use here.
         command += ["-disableHttp", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        server = _Server("weed", command, self._folder / "weed.log", {"GOGC": "50"})
-        self._servers["weed"] = server
+        server = self._launch("weed", command, {"GOGC": "50"})
         self.overrides |= {
             "aws_endpoint_url": f"http://127.0.0.1:{port}",
             "aws_access_key_id": ACCESS_KEY,
@@ -292,6 +289,11 @@ class LocalServers:
             server.wait_until(lambda: _stores(probe))
 
         return wait
+
+    def _launch(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> _Server:
+        with held_back():  # a server that is there is stopped as one
+            server = self._servers[name] = _Server(name, command, self._folder / f"{name}.log", environment)
+        return server
 
     def _remembered(self, name: str, first: int) -> int:
         """The port of the last time where it is free, so that what people wrote down stays true."""

@@ -74,11 +74,12 @@ class _Output:
         self._stream = sys.stderr
         self._pipe: int | None = None
         self._full = False
+        self._cut = False
         try:
             number = self._stream.fileno()
             if stat.S_ISFIFO(os.fstat(number).st_mode):
                 self._pipe = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             pass  # no pipe, or none that can be opened
 
     def write(self, text: str) -> None:
@@ -87,16 +88,22 @@ class _Output:
             self._stream.write(text)
             return
         left = text.encode(errors="backslashreplace")
+        if self._cut:
+            left = b"\n" + left  # of a line that was begun
+        begun = False
         while left:
             _, ready, _ = select.select([], [self._pipe], [], 0 if self._full else FULL_SECONDS)
             self._full = not ready
-            if self._full:
-                return
-            try:
-                left = left[os.write(self._pipe, left) :]
-            except BlockingIOError:
-                self._full = True
-                return
+            if not self._full:
+                try:
+                    left = left[os.write(self._pipe, left) :]
+                    begun = True
+                    continue
+                except BlockingIOError:
+                    self._full = True
+            self._cut |= begun
+            return
+        self._cut = False
 
     def flush(self) -> None:
         """What was written is on its way."""

@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
-from engine.errors import HeadraceError, LeaseLost, Transient, WrongClock
+from engine.errors import HeadraceError, LeaseLost, Severed, Transient, WrongClock
 from engine.ledger import Ledger
 from engine.lines import Splitter
 from engine.logs import expected, get_logger
@@ -433,23 +433,24 @@ class Pipeline:
         documents = decode(batch, format, plan.tag, job.source.key)
         if documents:
             reach(Step.PARSED)
+        at_a_time: int | None = None
         for tries in range(1, TRIES + 1):
             self._guard(run)
             try:
                 run.move()
-                # A connection that fails may fail because of what is sent: smaller pieces show.
-                fewer = None if tries == 1 else max(1, batch.count // 4 ** (tries - 1))
-                tally, rejects = sink.write(documents, fewer)
+                tally, rejects = sink.write(documents, at_a_time, lambda: self._guard(run))
                 reach(Step.WRITTEN)
                 if rejects:
                     self._guard(run)
                     self._rejects.write(job, run.lease, rejects)
                     reach(Step.REJECTED)
                 break
-            except Transient:
+            except Transient as error:
                 self._stats.add(retries=1)
                 if tries == TRIES or run.failed.is_set():
                     raise
+                if isinstance(error, Severed):
+                    at_a_time = max(1, (at_a_time or batch.count) // 4)
                 _back_off(run, tries)
         close(tally)
         run.move()

@@ -325,7 +325,8 @@ class Planner:
 
     def _loaded_before(self, job: Job, format: Format) -> str | None:
         """As `_loaded_by`, of a source that only `force` can have loaded here: asked where it matters, by `skip`."""
-        return self._loaded_by(job, format) if job.options.if_loaded == "skip" else None
+        asked = job.options.if_loaded == "skip" and not job.options.force
+        return self._loaded_by(job, format) if asked else None
 
     def _loaded_by(self, job: Job, format: Format) -> str | None:
         """The latest job that has loaded this source, of any generation, into the same collection, its history kept or not."""

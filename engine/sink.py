@@ -5,7 +5,7 @@ returned has been acknowledged at `w: majority`. Anything wrong with the connect
 """
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -15,10 +15,10 @@ from bson.errors import BSONError, InvalidBSON
 from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
 from pymongo.collection import Collection
 from pymongo.database import Database
-from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
+from pymongo.errors import AutoReconnect, DocumentTooLarge, OperationFailure, PyMongoError
 
 from engine.decode import Documents, reject
-from engine.errors import Transient
+from engine.errors import Severed, Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, translate, translated
 
@@ -81,21 +81,24 @@ class Sink:
         self._sole = plan.sole
         self._concern = {"w": "majority", "wtimeout": int(write_timeout_seconds * 1000)}
 
-    def write(self, documents: Documents, at_a_time: int | None = None) -> tuple[Tally, list[Reject]]:
+    def write(
+        self, documents: Documents, at_a_time: int | None = None, between: Callable[[], None] = lambda: None
+    ) -> tuple[Tally, list[Reject]]:
         """Write the documents of a batch; returns its tally and all its rejects, which are not written yet.
 
         Args:
             documents: of the batch.
             at_a_time: how many go into one command; None: all of them. Fewer are for another try: a server whose answer would
                 be too large, since it quotes each document, closes the connection without a word.
+            between: called before each of these commands; what it raises ends the writing.
 
         Raises:
-            Transient: nothing or only a part is acknowledged; write the batch again.
+            Transient: nothing or only a part is acknowledged; write the batch again, where it is Severed with fewer at a time.
             Final: the server will never take this, whatever the documents are.
         """
         work = Work(documents, 0, 0, [])
         if documents:
-            self._insert(work, at_a_time or documents.batch.count)
+            self._insert(work, at_a_time or documents.batch.count, between)
         work.rejects += documents.rejects
         work.rejects.sort(key=lambda r: r.offset)
         batch = documents.batch
@@ -109,11 +112,12 @@ class Sink:
         )
         return tally, work.rejects
 
-    def _insert(self, work: Work, at_a_time: int) -> None:
+    def _insert(self, work: Work, at_a_time: int, between: Callable[[], None]) -> None:
         """Insert all documents of a batch, so many in one command."""
         if at_a_time < work.documents.batch.count:
             made = work.made()
             for first in range(0, len(made), at_a_time):
+                between()
                 self._insert_some(work, made, range(first, min(first + at_a_time, len(made))))
             return
         try:
@@ -160,7 +164,9 @@ class Sink:
             raise translate(error, f"writing to collection {self._collection}") from error
         except PyMongoError as error:
             _let_go(error)
-            raise translate(error, f"writing to collection {self._collection}") from error
+            told = translate(error, f"writing to collection {self._collection}")
+            # Its subclasses tell of a time that ran out, or of a primary that is none.
+            raise (Severed(str(told)) if type(error) is AutoReconnect else told) from error
 
     def _account(self, work: Work, indexes: Sequence[int], reply: Dict) -> None:
         failed = reply.get("writeErrors", ())

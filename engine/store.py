@@ -287,7 +287,8 @@ class Store:
         except CollectionInvalid:
             if not self.wakeups.options().get("capped"):
                 # Somebody has dropped it, and the next word made another.
-                self.control.command("convertToCapped", "wakeups", size=WAKEUPS_BYTES)
+                with suppress(OperationFailure):  # by another process, which was quicker
+                    self.control.command("convertToCapped", "wakeups", size=WAKEUPS_BYTES)
         except OperationFailure as error:
             if error.code != 48:  # NamespaceExists: another process was quicker
                 raise

@@ -402,6 +402,7 @@ class _Worker:
             if found is not None:
                 self._woken += 1
                 self._drain(cursor)
+                self._chooser.awake()
         except PyMongoError:
             self._wakeups = None
             self._stop.wait(seconds)

@@ -3,12 +3,15 @@
 import contextlib
 import resource
 import socket
+import struct
 import threading
 import time
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
+from api.door import _Channel
 from api.limits import Depth
 from api.problems import Problem
 from engine.errors import Transient
@@ -183,3 +186,23 @@ def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
     with pytest.raises(Problem, match="open jobs"):
         depth.let_in(41)
     depth.let_in(40)
+
+
+def test_a_client_that_asks_first_and_is_gone_before_the_answer_holds_up_nobody(live):
+    # The answer to it fails in the midst of the look at its request.
+    for number in range(300):
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            length = b"0" if number % 2 else b"5"
+            line.sendall(b"GET /x HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: %b\r\n\r\n" % length)
+    assert live.http.get("/healthz", timeout=10).status_code == 200
+
+
+def test_a_connection_that_ends_while_its_lock_is_held_lets_go_of_what_waits_on_it():
+    channel, waiting = _Channel.__new__(_Channel), Mock()
+    channel.requests_lock, channel.outbuf_lock = threading.Lock(), threading.Condition()
+    channel.requests, channel.request, channel.outbufs, channel.socket = [Mock(), waiting], None, [], Mock()
+    channel._map, channel._fileno, channel.server = {}, 99, Mock(active_channels={})
+    with channel.requests_lock:
+        channel.handle_close()
+    waiting.leave.assert_called_once_with()

@@ -117,7 +117,8 @@ def test_workers_that_die_hand_their_leases_on_at_once_and_the_job_completes(eng
     running = engine(engine_range_bytes="256KiB", engine_lease_seconds=20, engine_batch_records=200)
     kills = 0
     while kills < 4 and queue.get(job.id).state not in ("COMPLETED", "FAILED"):
-        holder = store.ranges.find_one({"state": "LEASED"}, {"holder": 1})
+        # A third death at one place would be the range's own fault.
+        holder = store.ranges.find_one({"state": "LEASED", "deaths": {"$lt": 2}}, {"holder": 1})
         if holder is not None:
             slot = int(holder["holder"].split(":")[2])
             victims = [pid for pid in running.workers() if re.search(rf"worker {slot} ", title(pid))]
@@ -125,7 +126,8 @@ def test_workers_that_die_hand_their_leases_on_at_once_and_the_job_completes(eng
                 os.kill(pid, signal.SIGKILL)
                 kills += 1
         time.sleep(0.3)
-    until(lambda: queue.get(job.id).state == "COMPLETED", 60, "the end of the job")
+    until(lambda: queue.get(job.id).state in ("COMPLETED", "FAILED"), 60, "the end of the job")
+    assert (queue.get(job.id).state, queue.get(job.id).failure) == ("COMPLETED", None)
     assert kills
     assert queue.get(job.id).progress.tally.inserted == lines
     assert store.data["records"].count_documents({}) == lines

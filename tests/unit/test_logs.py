@@ -1,12 +1,15 @@
 """Logs: JSON with the four words of context on every line, and never a secret."""
 
+import fcntl
 import json
 import logging
+import os
+import sys
 
 import pytest
 import structlog
 
-from engine.logs import configure, get_logger, mask
+from engine.logs import _Output, configure, get_logger, mask
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +85,26 @@ def test_text_is_readable_and_leaves_out_what_is_not_known(capsys):
 
 def test_mask_hides_the_credentials_of_any_uri():
     assert mask("see mongodb+srv://a:b@h/x for it") == "see mongodb+srv://***@h/x for it"
+
+
+def test_a_line_that_a_full_pipe_cut_spoils_no_other(monkeypatch):
+    read, write = os.pipe()
+    size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    monkeypatch.setattr("engine.logs.FULL_SECONDS", 0.01)
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        output = _Output()
+        output.write("a" * 2 * size + "\n")
+        output.write("dropped\n")
+        assert os.read(read, 2 * size) == b"a" * size
+        output.write("whole\n")
+        assert os.read(read, size) == b"\nwhole\n"
+        output.write("next\n")
+        assert os.read(read, size) == b"next\n"
+        os.close(output._pipe)
+    os.close(read)
+
+
+def test_a_log_without_standard_error_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    configure("info", "json")
