@@ -38,8 +38,8 @@ class ProblemBody(TypedDict):
     """An error, as RFC 9457 has it."""
 
     type: Annotated[str, Field(description="Stable: match on it")]
-    title: Annotated[str, Field(description="Of the status")]
-    status: Annotated[int, Field(description="As the answer's")]
+    title: Annotated[str, Field(description="The name of the status")]
+    status: Annotated[int, Field(description="The status of the response")]
     detail: Annotated[str, Field(description="What happened, and what to do next")]
     requestId: Annotated[str, Field(description="As in X-Request-ID and in the log")]
     errors: NotRequired[Annotated[list[dict[str, str]], Field(description="Each `field` that is wrong, and why")]]
@@ -56,14 +56,14 @@ class RejectBody(TypedDict):
     """A line that did not become a document. `raw` is base64 where `encoding` says so."""
 
     line: Annotated[int | None, Field(description="Its number in the file, from 1; null while it is not known")]
-    offset: Annotated[int, Field(description="Of its first byte in the file")]
+    offset: Annotated[int, Field(description="Offset of its first byte in the file")]
     length: Annotated[int, Field(description="Bytes, without what ends it")]
     reason: Annotated[_Reason, Field(description="Stable: match on it")]
     detail: Annotated[str, Field(description="What is wrong with it")]
     raw: Annotated[str, Field(description="The line as it is, or its beginning")]
     encoding: NotRequired[Annotated[str, Field(description="base64 where `raw` is that, since the line is not UTF-8")]]
     rawLength: NotRequired[Annotated[int, Field(description="Bytes of the whole line, where `raw` is cut short")]]
-    code: NotRequired[Annotated[int, Field(description="Of MongoDB's error, where it refused the document")]]
+    code: NotRequired[Annotated[int, Field(description="Code of MongoDB's error, where it refused the document")]]
 
 
 class ProgressBody(TypedDict):
@@ -78,7 +78,7 @@ class ProgressBody(TypedDict):
     duplicates: Annotated[int, Field(description="Lines whose documents were there already")]
     rejected: Annotated[int, Field(description="Lines that did not become documents")]
     blank: Annotated[int, Field(description="Lines of white space")]
-    percent: Annotated[float, Field(description="Of the bytes")]
+    percent: Annotated[float, Field(description="Share of the bytes that are done")]
     recordsPerSecond: Annotated[float, Field(description="Lately; of a job that has ended, over all of it")]
     secondsLeft: Annotated[float | None, Field(description="A guess; null where there is none yet")]
 
@@ -87,7 +87,7 @@ class JobStatus(TypedDict):
     """A job."""
 
     jobId: Annotated[str, Field(description="24 hexadecimal digits")]
-    fileKey: Annotated[str, Field(description="Of the object that is loaded")]
+    fileKey: Annotated[str, Field(description="Key of the object that is loaded")]
     status: Annotated[
         _State, Field(description="COMPLETED, FAILED and CANCELLED are ends; a retry leads out of the last two")
     ]
@@ -97,7 +97,7 @@ class JobStatus(TypedDict):
     validate: Annotated[bool, Field(description="Nothing is written")]
     priority: Annotated[int, Field(description="Higher goes first")]
     runAt: Annotated[_Moment | None, Field(description="It does not start before")]
-    batchId: Annotated[str | None, Field(description="Of the call that made it together with others")]
+    batchId: Annotated[str | None, Field(description="Id of the batch, where one call made it together with others")]
     createdAt: Annotated[_Moment | None, Field(description="When it was submitted")]
     startedAt: Annotated[_Moment | None, Field(description="When the first worker joined it")]
     finishedAt: Annotated[_Moment | None, Field(description="When it ended")]
@@ -204,7 +204,7 @@ class DirectUpload(TypedDict):
     """An upload under way: PUT each part to its URL with these headers, then complete it."""
 
     uploadId: Annotated[str, Field(description="Names it in the other calls")]
-    fileKey: Annotated[str, Field(description="That the object will have")]
+    fileKey: Annotated[str, Field(description="Key that the object will have")]
     size: Annotated[int | None, Field(description="Bytes of the file, where they are known")]
     partBytes: Annotated[int, Field(description="Bytes of each part but the last, which may be shorter")]
     parts: Annotated[int, Field(description="How many there are; where the size is not known, how many there may be")]
@@ -253,7 +253,7 @@ class WorkerBody(TypedDict):
     name: Annotated[str, Field(description="Its own, among all workers there have been")]
     host: Annotated[str, Field(description="The machine that it runs on")]
     slot: Annotated[int, Field(description="Its number in its engine")]
-    pid: Annotated[int, Field(description="Of its process")]
+    pid: Annotated[int, Field(description="Id of its process")]
     doing: Annotated[dict[str, Any], Field(description="The job, the range and how far it is; empty where it is idle")]
     rate: Annotated[float, Field(description="Lines a second, lately")]
     memory: Annotated[int, Field(description="Resident bytes")]

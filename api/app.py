@@ -59,8 +59,8 @@ def create_app(
     depth = Depth(queue, settings.api_max_open_jobs)
     watch = Watch(queue, Slots(settings.api_max_watchers, 429, "waiting requests"), stopping)
     api = OpenApi()
-    job, key = {"jobId": "Of the job"}, {"fileKey": "Of the object; it may hold slashes"}
-    upload = {"uploadId": "Of the upload"}
+    job, key = {"jobId": "Id of the job"}, {"fileKey": "Key of the object; it may hold slashes"}
+    upload = {"uploadId": "Id of the upload"}
     routes: list[Route] = [
         ("/upload", Uploads(objects, uploads.recorded, stopping), {}),
         ("/uploads", Begin(uploads), {}),
@@ -71,7 +71,7 @@ def create_app(
         ("/files/{file_key:path}", File(objects, history), key),
         ("/process", ProcessMany(batches, objects, depth), {}),
         ("/process/{file_key:path}", Process(queue, objects, depth), key),
-        ("/batches/{batch_id}", Batches(batches), {"batchId": "Of the batch"}),
+        ("/batches/{batch_id}", Batches(batches), {"batchId": "Id of the batch"}),
         ("/status/{job_id}", Status(watch), job),
         ("/jobs", Jobs(history), {}),
         ("/jobs/{job_id}", Detail(queue, history, watch), job),

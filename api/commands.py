@@ -63,7 +63,7 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Url = Annotated[str | None, typer.Option(help="Of the API; default: API_URL, or this machine and PORT.")]
+Url = Annotated[str | None, typer.Option(help="URL of the API; default: API_URL, or this machine and PORT.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 
 

@@ -72,7 +72,7 @@ def _clock(settings: Settings) -> Finding:
     if settings.mongo_uri is not None:
         store = Store(settings, pool=2)
         try:
-            with translated("asking MongoDB for the time"):
+            with translated("reading the time of MongoDB"):
                 now["MongoDB"] = store.control.command("hello")["localTime"].replace(tzinfo=UTC)
         finally:
             store.close()

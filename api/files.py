@@ -6,7 +6,7 @@ from api.answers import FileDetail, FilePage
 from api.models import FilesQuery
 from api.operations import Answer, Scope, operation, query_of
 from api.submit import checked_key
-from api.told import job_status, moment
+from api.views import job_status, moment
 from engine.errors import Conflict
 from engine.history import History
 from engine.objects import Objects

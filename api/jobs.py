@@ -10,7 +10,7 @@ from api.answers import JobDetail, JobPage, JobStatus, RejectPage
 from api.limits import Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
-from api.told import job_detail, job_status
+from api.views import job_detail, job_status
 from api.watch import PREFER, TOLD, Watch
 from engine.history import History
 from engine.model import TERMINAL, Job, JobState

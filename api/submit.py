@@ -13,7 +13,7 @@ from api.limits import Depth
 from api.models import BatchRequest, ProcessRequest
 from api.operations import Answer, Scope, body_of, operation
 from api.problems import Problem
-from api.told import batch_status
+from api.views import batch_status
 from engine.errors import NotFound
 from engine.job_batches import JobBatches
 from engine.jobs import Ticket

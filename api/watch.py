@@ -15,7 +15,7 @@ import orjson
 
 from api.limits import Slots
 from api.operations import Answer, Scope, operation
-from api.told import job_status
+from api.views import job_status
 from engine.errors import HeadraceError
 from engine.model import TERMINAL
 from engine.queue import Queue
@@ -37,7 +37,7 @@ PREFER: Final[Mapping[str, str]] = {
 }
 
 TOLD: Final[Mapping[str, str]] = {
-    "ETag": "Of this state",
+    "ETag": "ETag of this state",
     "Preference-Applied": "The wait that was asked for, as far as it is granted",
 }
 

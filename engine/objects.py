@@ -367,7 +367,7 @@ class Objects:
 
     def check(self) -> None:
         """Raises unless S3 answers and the bucket is there."""
-        with s3_translated(f"asking S3 for bucket {self.bucket}"):
+        with s3_translated(f"looking at bucket {self.bucket}"):
             try:
                 self._client.head_bucket(Bucket=self.bucket)
             except ClientError as error:
@@ -377,7 +377,7 @@ class Objects:
 
     def time(self) -> datetime:
         """What time it is by the clock of S3, to the second."""
-        with s3_translated("asking S3 for the time"):
+        with s3_translated("reading the time of S3"):
             answer = self._client.head_bucket(Bucket=self.bucket)
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 

@@ -73,7 +73,7 @@ class Plans:
             changes = planned(plan, JobState.PROCESSING, already_loaded_by) | {"planner": "$$REMOVE"}
             if job.options.timeout_seconds is not None:
                 changes["deadline"] = from_now(job.options.timeout_seconds)
-            changes |= happened(f"planned: {plan.range_count} ranges")
+            changes |= happened(f"planned: {plan.range_count} range{'s' if plan.range_count != 1 else ''}")
             writes.append(UpdateOne(_unplanned(job), [{"$set": changes}]))
         if not writes:
             return []

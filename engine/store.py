@@ -297,7 +297,7 @@ class Store:
 
     def standalone(self) -> bool:
         """Whether the server is neither a member of a replica set nor a router: it takes no retryable writes."""
-        with translated("asking MongoDB"):
+        with translated("checking its health"):
             hello = self.control.command("hello")
         return "setName" not in hello and hello.get("msg") != "isdbgrid"
 
@@ -308,7 +308,7 @@ class Store:
 
     def ping(self) -> None:
         """Raises Transient or AccessDenied unless a primary answers."""
-        with translated("asking MongoDB"):
+        with translated("checking its health"):
             self.control.command("ping")
 
     def waited(self) -> float:
