@@ -195,7 +195,7 @@ def test_ctrl_c_before_it_serves_ends_it_quietly(up):
 
 def test_ctrl_c_while_servers_are_started_is_never_lost(up):
     # Within a fork, Python prints what a handler raises, and goes on.
-    for turn in range(12):
+    for turn in range(6):
         run = up("--records", "1000")
         run.wait_for("Starting")
         time.sleep(turn / 1000)
