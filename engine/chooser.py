@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from engine.errors import HeadraceError, Transient, Unexpected, WrongClock
+from engine.keeper import Run
 from engine.ledger import HELD_SECONDS, Ledger
 from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Job, JobState, Lease, Source, Stop
-from engine.pipeline import Run
 from engine.planner import SMALL_BYTES, Planner, Prepared
 from engine.plans import Plans
 from engine.queue import Queue

@@ -5,7 +5,6 @@ so that neither S3's nor MongoDB's latency stalls the other; a keeper thread ren
 """
 
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -19,10 +18,11 @@ from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
 from engine.errors import HeadraceError, LeaseLost, Severed, Transient, WrongClock
+from engine.keeper import Keeper, Run
 from engine.ledger import Ledger
 from engine.lines import Splitter
 from engine.logs import expected, get_logger
-from engine.model import Format, Job, Lease, Tally
+from engine.model import Format, Tally
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -31,19 +31,12 @@ from engine.sink import Sink
 from engine.stats import Stats
 from engine.steps import Step, reach
 from engine.store import Store
-from engine.watermark import Watermark
 
-__all__ = ["KEEPER", "Ended", "Keeper", "Pipeline", "Run"]
+__all__ = ["Ended", "Pipeline"]
 
 log = get_logger()
 
 T = TypeVar("T")
-
-KEEPER: Final = "keeper"
-"""Name of the thread that renews."""
-
-TICK_SECONDS: Final = 0.7
-"""How often a lease is renewed and its progress recorded: so often that the numbers of a job move every second."""
 
 TRIES: Final = 6
 """How often a read or write is tried, without progress between, before its range goes back."""
@@ -68,141 +61,6 @@ class Ended(Enum):
     DONE = auto()
     STOPPED = auto()  # the worker is told to stop; the range was given back
     CANCELLED = auto()  # the job is being stopped; the range was given back
-
-
-class Run:
-    """The state that the threads at work on one lease share.
-
-    `move` is to be called whenever bytes or batches move; `stop` tells that the worker is to stop softly. `head` holds the
-    first bytes of the object where they have been read already.
-    """
-
-    def __init__(
-        self, job: Job, lease: Lease, stop: threading.Event, moved: Callable[[], None], head: bytes = b""
-    ) -> None:
-        self.job = job
-        self.head = head
-        self.lease = lease
-        self.stop = stop
-        self.lost = threading.Event()
-        self.cancelled = threading.Event()
-        self.failed = threading.Event()
-        self.cautious = lease.deaths > 0
-        self.renewed_at = time.monotonic()
-        self.move = moved
-        self._lock = threading.Lock()
-        self._mark = Watermark(lease.confirmed, lease.tally)
-
-    def opened(self, batch: Batch) -> Callable[[Tally], None]:
-        """A batch is under way; returns what to call with its tally once it is acknowledged."""
-        with self._lock:
-            slot = self._mark.open(batch.end)
-
-        def close(tally: Tally) -> None:
-            with self._lock:
-                self._mark.close(slot, tally)
-
-        return close
-
-    def let_go(self) -> bool:
-        """Whether nothing more is to be read."""
-        return self.stop.is_set() or self.cancelled.is_set() or self.lost.is_set()
-
-    def mark(self) -> tuple[int, Tally]:
-        """The confirmed offset, and the tally up to there."""
-        with self._lock:
-            return self._mark.confirmed, self._mark.tally
-
-
-class Keeper(threading.Thread):
-    """Renews the leases of the runs at hand, once a second, and learns whether their jobs are being stopped.
-
-    It renews only while the worker moves: one that hangs loses its leases. A run of several side by side may wait for its turn.
-
-    Args:
-        still: tells for how many seconds nothing has moved: no bytes, no batch, no command but those of this thread.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        queue: Queue,
-        lease_seconds: float,
-        still: Callable[[], float],
-        tell: Callable[[Run | None], None],
-    ) -> None:
-        super().__init__(name=KEEPER, daemon=True)
-        self._ledger = ledger
-        self._queue = queue
-        self._lease_seconds = lease_seconds
-        self._still = still
-        self._tell = tell
-        self._runs: tuple[Run, ...] = ()
-        self._ticked_at = self._held_at = time.monotonic()
-        self._busy = threading.Lock()
-
-    def hold(self, *runs: Run) -> None:
-        """Keep the leases of these runs from now on."""
-        self._held_at = time.monotonic()
-        self._runs = runs
-
-    def drop(self) -> None:
-        """Let go; when it returns, no tick of a run is under way."""
-        self._runs = ()
-        with self._busy:
-            pass
-
-    def run(self) -> None:
-        """The thread's loop."""
-        while True:
-            time.sleep(TICK_SECONDS / 7)
-            self.turn()
-
-    def turn(self) -> None:
-        """Tick the runs at hand, where it is time for that."""
-        with self._busy:
-            if (runs := self._runs) and time.monotonic() - self._since(runs) >= TICK_SECONDS:
-                self._ticked_at = time.monotonic()
-                for run in runs:
-                    self.tick(run)
-
-    def _since(self, runs: Sequence[Run]) -> float:
-        """From when on the time to the next tick counts.
-
-        The clock is the worker's and not the run's: ranges of less than a second must move the numbers of their job, too.
-        Small jobs side by side have told all by their end, which mostly is nearer than a tick.
-        """
-        return max(self._ticked_at, self._held_at) if len(runs) > 1 else self._ticked_at
-
-    def tick(self, run: Run) -> None:
-        """Renew, record progress, look at the job's stamps. Errors that pass are left to the next tick."""
-        if self._still() >= self._lease_seconds:
-            return
-        try:
-            self.renew(run)
-            stamps = self._queue.look(run.job.id)
-            if stamps.overdue and not stamps.stopping:
-                self._queue.stop_overdue()
-            if stamps.stopping or stamps.overdue:
-                run.cancelled.set()
-            elif stamps.stale:
-                self._queue.roll_up(run.job.id)
-            self._tell(run)
-        except LeaseLost:
-            run.lost.set()
-        except HeadraceError as error:
-            log.warning("the lease could not be renewed", action="renew", job=run.job.id, error=str(error))
-        except Exception:
-            # A thread that ends here would leave every lease from now on to itself.
-            log.exception("unexpected error", action="renew", job=run.job.id)
-
-    def renew(self, run: Run) -> None:
-        """Renew the lease of a run at its mark. Raises LeaseLost."""
-        asked_at = time.monotonic()
-        reach(Step.CONFIRM)
-        self._ledger.renew(run.lease, *run.mark())
-        reach(Step.CONFIRMED)
-        run.renewed_at = asked_at
 
 
 _Flying = deque[tuple[Future[None], int]]

@@ -27,11 +27,12 @@ from engine.chooser import Chooser
 from engine.direct import DirectUploads
 from engine.errors import Final as FinalError
 from engine.errors import HeadraceError, LeaseLost, StartError, Transient
+from engine.keeper import KEEPER, Run
 from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL, Freed, Job, JobState, Stop
 from engine.objects import Objects, connect
-from engine.pipeline import KEEPER, Ended, Pipeline, Run
+from engine.pipeline import Ended, Pipeline
 from engine.planner import Planner
 from engine.plans import Plans
 from engine.queue import Queue

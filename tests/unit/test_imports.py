@@ -29,6 +29,7 @@ FLOORS = (
     ("engine.queue",),
     ("engine.plans", "engine.dryrun", "engine.history"),
     ("engine.planner",),
+    ("engine.keeper",),
     ("engine.pipeline",),
     ("engine.chooser",),
     ("engine.worker",),

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from engine.pipeline import TICK_SECONDS, Keeper
+from engine.keeper import TICK_SECONDS, Keeper
 from engine.queue import Stamps
 
 SHORT = 0.26 * TICK_SECONDS
@@ -14,7 +14,7 @@ SHORT = 0.26 * TICK_SECONDS
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr("engine.pipeline.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.keeper.time.monotonic", lambda: now[0])
     return now
 
 

@@ -6,9 +6,10 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 
+from engine.keeper import Run
 from engine.lines import Splitter
 from engine.model import ByteRange, Lease, Tally
-from engine.pipeline import Pipeline, Run
+from engine.pipeline import Pipeline
 from engine.settings import Settings
 
 
