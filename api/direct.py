@@ -10,6 +10,7 @@ from api.answers import DirectUpload, UploadAnswer
 from api.models import PartsQuery, UploadBegin
 from api.operations import Answer, Scope, body_of, operation, query_of
 from api.uploads import key_for
+from api.views import stored_file
 from engine.direct import DirectUploads, Part, Upload
 from engine.objects import PART_TYPE
 
@@ -111,13 +112,7 @@ class Complete:
         """201 with the key; 409 that names the parts that are missing."""
         source = self._uploads.complete(upload_id)
         resp.status = 201
-        told: UploadAnswer = {
-            "message": "File uploaded successfully",
-            "fileKey": source.key,
-            "size": source.size,
-            "etag": source.etag.strip('"'),
-        }
-        resp.media = told
+        resp.media = stored_file(source)
 
 
 class Abort:

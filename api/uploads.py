@@ -15,6 +15,7 @@ from api.limits import LEAVE
 from api.models import FileForm
 from api.operations import Answer, Scope, check_form, operation
 from api.problems import Problem
+from api.views import stored_file
 from engine.model import Source
 from engine.objects import Objects, Recorded, Stream
 
@@ -97,13 +98,7 @@ class Uploads:
             if leave := req.env.get(LEAVE):
                 leave()
         resp.status = 201
-        told: UploadAnswer = {
-            "message": "File uploaded successfully",
-            "fileKey": stored.key,
-            "size": stored.size,
-            "etag": stored.etag.strip('"'),
-        }
-        resp.media = told
+        resp.media = stored_file(stored)
 
     def _store(self, form: MultipartForm, gone: Callable[[], bool]) -> Source:
         parts = iter(form)

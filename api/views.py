@@ -3,12 +3,22 @@
 from datetime import UTC, datetime
 from typing import cast
 
-from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody
+from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody, UploadAnswer
 from engine.history import RangeReport
 from engine.job_batches import JobBatch
-from engine.model import TERMINAL, Job, JobState
+from engine.model import TERMINAL, Job, JobState, Source
 
-__all__ = ["batch_status", "job_detail", "job_status", "moment"]
+__all__ = ["batch_status", "job_detail", "job_status", "moment", "stored_file"]
+
+
+def stored_file(source: Source) -> UploadAnswer:
+    """A file that was stored a moment ago."""
+    return {
+        "message": "File uploaded successfully",
+        "fileKey": source.key,
+        "size": source.size,
+        "etag": source.etag.strip('"'),
+    }
 
 
 def job_status(job: Job) -> JobStatus:
