@@ -18,7 +18,7 @@ from pymongo.errors import DocumentTooLarge, OperationFailure
 
 from engine.errors import Final as FinalError
 from engine.model import Plan, Reason
-from engine.sink import Sink, Work, encode, too_large, unencodable
+from engine.sink import TOO_DEEP, TOO_LARGE, Sink, Work, encode, too_large, unencodable
 from engine.store import DUPLICATE_KEY, Document, Store, job_key, translate, translated, write_all
 
 __all__ = ["DryRun"]
@@ -30,8 +30,6 @@ VALIDATION_FAILED: Final = 121
 
 _ID_IS_ARRAY: Final = 53
 _ID_HAS_OPERATOR: Final = 52
-_TOO_DEEP: Final = 15
-_TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
 _MISSING: Final = object()
 
 
@@ -163,7 +161,7 @@ class DryRun(Sink):
             if half := len(documents) // 2:
                 return self._failed(documents[:half], validator) | self._failed(documents[half:], validator)
             # Too large or too deep with what is around it here is fine by itself; on any other error a load would stumble, too.
-            fine = code is None or code == _TOO_DEEP or code in _TOO_LARGE
+            fine = code is None or code == TOO_DEEP or code in TOO_LARGE
             return set() if fine else {_identity(documents[0]["_id"])}
 
     def _known(self, work: Work, made: list[Document], indexes: Sequence[int]) -> list[int]:
@@ -231,7 +229,7 @@ class DryRun(Sink):
             work.refuse(index, Reason.BAD_ID, "an _id has no keys that begin with $", _ID_HAS_OPERATOR)
         elif line.count(b"{") + line.count(b"[") > DEPTH_MOST and _depth(document) > DEPTH_MOST:
             detail = f"the document is nested deeper than {DEPTH_MOST} levels"
-            work.refuse(index, Reason.TOO_DEEP, detail, _TOO_DEEP)
+            work.refuse(index, Reason.TOO_DEEP, detail, TOO_DEEP)
         elif excess := too_large(size):
             work.refuse(index, Reason.TOO_LARGE, excess)
         else:

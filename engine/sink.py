@@ -22,7 +22,7 @@ from engine.errors import Severed, Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, translate, translated
 
-__all__ = ["Sink", "Work", "encode", "too_large", "unencodable"]
+__all__ = ["TOO_DEEP", "TOO_LARGE", "Sink", "Work", "encode", "too_large", "unencodable"]
 
 MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 """What the server takes as one document, `_id` included."""
@@ -30,12 +30,16 @@ MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 MAX_COMMAND_BYTES: Final = 12 * 1024 * 1024
 """How much one insert command carries when documents have to be parted by size."""
 
-_TOO_DEEP: Final = 15
-_TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
+TOO_DEEP: Final = 15
+"""The code with which the server answers a document that is nested too deep."""
+
+TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
+"""The codes for one that is too large, or has a key too large for an index."""
+
 _BAD_ID: Final = frozenset({52, 53})
 _BAD_VALUE: Final = 2
 # With these the server answers for the whole command what is the fault of one document in it.
-_OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, _TOO_DEEP, 22}) | _TOO_LARGE | _BAD_ID
+_OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, TOO_DEEP, 22}) | TOO_LARGE | _BAD_ID
 
 _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
@@ -304,9 +308,9 @@ def unencodable(error: Exception) -> tuple[Reason, str]:
 def _verdict(code: int, message: str, info: Dict | None) -> tuple[Reason, str]:
     """Reason and detail of a document that the server refuses with `code`."""
     detail = message[:1000]
-    if code == _TOO_DEEP:
+    if code == TOO_DEEP:
         return Reason.TOO_DEEP, detail
-    if code in _TOO_LARGE or (code == _BAD_VALUE and "too large" in message):
+    if code in TOO_LARGE or (code == _BAD_VALUE and "too large" in message):
         return Reason.TOO_LARGE, detail
     if code in _BAD_ID or (code == _BAD_VALUE and "_id" in message):
         return Reason.BAD_ID, detail
