@@ -31,7 +31,8 @@ __all__ = ["Engine", "Rig", "Taken", "cpu_of", "forget_peak", "peak_mb"]
 
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1
+"""How often a load is asked after: walls are of its own stamps, and to ask takes from the cores that are measured."""
 
 
 @dataclass(frozen=True, slots=True)
