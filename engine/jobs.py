@@ -21,6 +21,7 @@ from engine.model import (
 from engine.store import Document
 
 __all__ = [
+    "LOADED",
     "Ticket",
     "failure_document",
     "failure_of",
@@ -30,8 +31,12 @@ __all__ = [
     "new_job",
     "planned",
     "progress_document",
+    "put_off",
     "ticket_document",
 ]
+
+# Matches jobs that have read their object to its end, and written what it holds.
+LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": False, "unread": None}
 
 TIMELINE_MOST: Final = 100
 """Events that a job remembers."""
@@ -72,11 +77,8 @@ def new_job(source: Source, options: JobOptions, database: str, more: Document) 
         "attempts": 0,
         "round": 0,
     } | more
-    if options.run_at is not None:
-        document["notBefore"] = options.run_at
-    return (
-        {"createdAt": "$$NOW"} | {name: {"$literal": value} for name, value in document.items()} | happened("submitted")
-    )
+    fields = {name: {"$literal": value} for name, value in document.items()}
+    return {"createdAt": "$$NOW"} | fields | put_off({"$literal": options.run_at}) | happened("submitted")
 
 
 def ticket_document(ticket: Ticket) -> Document:
@@ -89,6 +91,12 @@ def happened(what: str) -> Document:
     event = {"at": "$$NOW", "what": {"$literal": what}}
     known = {"$ifNull": ["$timeline", []]}
     return {"timeline": {"$slice": [{"$concatArrays": [known, [event]]}, -TIMELINE_MOST]}}
+
+
+def put_off(until: object) -> Document:
+    """Sets the time before which a job does not begin, an expression that may be null: no worker looks at what waits."""
+    waits = {"$gt": [until, "$$NOW"]}
+    return {"notBefore": {"$ifNull": [until, "$$REMOVE"]}, "waiting": {"$cond": [waits, True, "$$REMOVE"]}}
 
 
 def from_now(seconds: int) -> Document:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pymongo import UpdateOne, WriteConcern
 
-from engine.jobs import from_now, happened, job_of, planned
+from engine.jobs import from_now, happened, job_of, planned, put_off
 from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait_ms
 from engine.model import Failure, Job, JobState, Plan, Stop
 from engine.queue import Queue
@@ -101,11 +101,11 @@ class Plans:
         changes: Document = {
             "attempts": attempts,
             "planner": "$$REMOVE",
-            "notBefore": {"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]},
+            **put_off({"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]}),
         }
         with translated("putting a job off"):
             self._jobs.update_one(
-                {"_id": job_key(job.id), "state": JobState.PENDING, "round": job.round},
+                _unplanned(job),
                 [{"$set": changes | happened(f"put off: {failure.message}")}],
             )
         if attempts > ATTEMPTS:

@@ -1,4 +1,4 @@
-"""Jobs in MongoDB: submit, find, stop, end, cancel, retry, prune.
+"""Jobs in MongoDB: submit, find, stop, end, cancel, retry.
 
 Every change of a job's state is one compare-and-set on the state that it comes from. Looking for work is a read and
 writes nothing. A job becomes terminal only when no range of it is leased.
@@ -18,6 +18,7 @@ from pymongo.errors import DuplicateKeyError
 from engine.admission import check_collection, check_ticket
 from engine.errors import Conflict, NotFound
 from engine.jobs import (
+    LOADED,
     Ticket,
     failure_document,
     from_now,
@@ -25,6 +26,7 @@ from engine.jobs import (
     job_of,
     new_job,
     progress_document,
+    put_off,
     ticket_document,
 )
 from engine.ledger import Ledger
@@ -41,14 +43,15 @@ from engine.model import (
 )
 from engine.ranges import cut
 from engine.rejects import Rejects
+from engine.retention import release_claims
 from engine.steps import Step, reach
 from engine.store import (
     BY_FILE,
     DEADLINES,
-    ENDED_JOBS,
     OPEN_JOBS,
-    PRUNED_JOBS,
+    READY_JOBS,
     STOPPING_JOBS,
+    WAITING_JOBS,
     Document,
     Store,
     job_key,
@@ -69,12 +72,6 @@ BUDGET_LINES: Final = 10_000
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
-
-# Jobs that have read their object to its end, and written what it holds.
-_LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": False, "unread": None}
-
-PRUNE_JOBS: Final = 100
-"""Jobs that one call prunes, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +177,12 @@ class Queue:
         if stopping:
             query["stopping.to"] = {"$type": "string"}
         else:
+            query["waiting"] = None
             # What is being stopped has nothing to wait for, whatever it was put off to.
             query["$or"] = [{"$expr": {"$lte": ["$notBefore", "$$NOW"]}}, {"stopping": {"$ne": None}}]
         with translated("looking for jobs"):
             order = [("options.priority", -1), ("_id", 1)]
-            hint = STOPPING_JOBS if stopping else OPEN_JOBS
+            hint = STOPPING_JOBS if stopping else READY_JOBS
             cursor = self._jobs.find(query, batch_size=PAGE_JOBS).sort(order).hint(hint)
             page: list[Job] = []
             with cursor:
@@ -267,7 +265,12 @@ class Queue:
         with translated("stopping a job"):
             self._jobs.update_one(
                 {"_id": job_key(job.id), "open": True, "stopping": None, "round": job.round},
-                [{"$set": {"stopping": {"$literal": stamp}} | happened(f"told to stop: {stop.to}")}],
+                [
+                    {
+                        "$set": {"stopping": {"$literal": stamp}, "waiting": "$$REMOVE"}
+                        | happened(f"told to stop: {stop.to}")
+                    }
+                ],
             )
         self.settle(job.id)
 
@@ -283,6 +286,15 @@ class Queue:
             )
             self.stop(job, Stop(JobState.FAILED, Failure("timeout", message)))
         return len(found)
+
+    def admit_due(self, most: int) -> int:
+        """Let the workers see the jobs that waited for a time which has come, the earliest first; returns how many."""
+        due = {"waiting": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+        with translated("looking for jobs whose time has come"):
+            found = self._jobs.find(due, {"_id": True}).sort("notBefore", 1).hint(WAITING_JOBS).limit(most)
+            if not (keys := [job["_id"] for job in found]):
+                return 0
+            return self._jobs.update_many({"_id": {"$in": keys}} | due, {"$unset": {"waiting": ""}}).modified_count
 
     def settle(self, job_id: str) -> Job:
         """Bring a job to its end where nothing holds it back any more; returns the job. Safe to repeat by anyone."""
@@ -325,7 +337,7 @@ class Queue:
         reach(Step.FINISHED)
         for job, _ in ended:
             if job.options.validate:
-                self._release_claims(job_key(job.id))
+                release_claims(self._store, job_key(job.id))
         if matched == len(ended):
             return [replace(job, state=stop.to) for job, stop, _ in judged]
         return [self.settle(job.id) for job, _ in ended]
@@ -368,7 +380,7 @@ class Queue:
         gone = ("stopping", "failure", "finishedAt")
         changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1}
         # What was put off begins at once; what was not to begin before its time still is not.
-        changes["notBefore"] = {"$ifNull": ["$options.runAt", "$$REMOVE"]}
+        changes |= put_off("$options.runAt")
         if job.options.timeout_seconds is not None and job.plan is not None:
             changes["deadline"] = from_now(job.options.timeout_seconds)
         changes |= happened("retried")
@@ -380,49 +392,14 @@ class Queue:
         self._store.wake()
         return self.get(job_id)
 
-    def prune(self, days: float, most: int = PRUNE_JOBS) -> int:
-        """Delete the oldest of the jobs that ended so long ago, with their ranges and rejects; returns how many.
-
-        What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
-        killed within.
-        """
-        since = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
-        ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$type": "date"}}
-        old = ended | {"$expr": {"$lt": ["$finishedAt", since]}}
-        # Somebody began, and did not get to the end.
-        begun: Document = {"pruned": True}
-        count = 0
-        with translated("pruning old jobs"):
-            left = list(self._jobs.find(begun).hint(PRUNED_JOBS).limit(most))
-            more = list(self._jobs.find(old).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
-            for found, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
-                key = found["_id"]
-                # From here on it cannot be retried: a job whose ranges are half gone must not come back.
-                if self._jobs.update_one({"_id": key} | why, {"$set": {"pruned": True}}).matched_count:
-                    self._keep_loaded(found)
-                    if "batch" in found:
-                        self._store.batches.update_one({"_id": found["batch"]}, {"$set": {"pruned": True}})
-                    self._ledger.delete(str(key))
-                    self._store.rejects.delete_many({"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}})
-                    self._release_claims(key)
-                    count += self._jobs.delete_one({"_id": key, "pruned": True}).deleted_count
-                    if "batch" in found and not self._jobs.find_one({"batch": found["batch"]}, {"_id": 1}):
-                        self._store.batches.delete_one({"_id": found["batch"]})
-        return count
-
     def _end(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> Job:
         query, changes = self._ending(job, stop, numbers)
         with translated("ending a job"):
             found = self._jobs.find_one_and_update(query, [{"$set": changes}], return_document=ReturnDocument.AFTER)
         reach(Step.FINISHED)
         if job.options.validate and stop.to is JobState.COMPLETED:
-            self._release_claims(job_key(job.id))
+            release_claims(self._store, job_key(job.id))
         return self.get(job.id) if found is None else job_of(found)
-
-    def _release_claims(self, key: ObjectId) -> None:
-        """Let go of the keys that a dry run has claimed."""
-        with translated("releasing the claims of a dry run"):
-            self._store.claims.delete_many({"_id": {"$gte": {"job": key, "what": ""}, "$lt": {"job": key, "what": []}}})
 
     def _ending(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> tuple[Document, Document]:
         """What matches a job that is to end, and what is set then; `numbers` are its tally and ranges done."""
@@ -432,6 +409,7 @@ class Queue:
             "stopping": "$$REMOVE",
             "deadline": "$$REMOVE",
             "planner": "$$REMOVE",
+            "waiting": "$$REMOVE",
             "finishedAt": "$$NOW",
             "failure": {"$literal": failure_document(stop.failure)},
         } | happened(stop.to)
@@ -446,7 +424,7 @@ class Queue:
 
     def loaded_by(self, job: Job, format: Format) -> str | None:
         """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
-        query = _LOADED | {
+        query = LOADED | {
             **{f"source.{name}": getattr(job.source, name) for name in ("bucket", "key", "etag", "version", "size")},
             "plan.format": format,
             "options.collection": job.options.collection,
@@ -455,13 +433,6 @@ class Queue:
         with translated("looking for earlier loads"):
             found = self._jobs.find_one(query, {"_id": 1}, sort=[("_id", -1)], hint=BY_FILE)
         return None if found is None else str(found["_id"])
-
-    def _keep_loaded(self, found: Document) -> None:
-        """Write into its source that a job, which is about to be deleted, has loaded it."""
-        if self._jobs.count_documents({"_id": found["_id"]} | _LOADED, limit=1):
-            here = {"collection": found["options"]["collection"], "database": found["database"]}
-            query = {"tag": found["plan"]["tag"], "loads": {"$elemMatch": here}}
-            self._store.sources.update_one(query, {"$max": {"loads.$.completedBy": found["_id"]}})
 
     def _first_errors(self, job_id: str, tally: Tally) -> Document:
         """What sets the rejects that a status shows, so that to look at it reads no more than the job."""

@@ -45,9 +45,11 @@ __all__ = [
     "LEASES",
     "OPEN_JOBS",
     "PRUNED_JOBS",
+    "READY_JOBS",
     "SCHEMA_VERSION",
     "STOPPING_JOBS",
     "TRANSIENT_CODES",
+    "WAITING_JOBS",
     "Document",
     "Store",
     "job_key",
@@ -78,7 +80,9 @@ BY_STATE: Final = "by_state"
 DEADLINES: Final = "deadlines"
 ENDED_JOBS: Final = "ended_jobs"
 PRUNED_JOBS: Final = "pruned_jobs"
+READY_JOBS: Final = "ready_jobs"
 STOPPING_JOBS: Final = "stopping_jobs"
+WAITING_JOBS: Final = "waiting_jobs"
 LEASABLE: Final = "leasable"
 LEASES: Final = "leases"
 
@@ -205,6 +209,20 @@ class Store:
                         [("open", ASCENDING), ("options.priority", DESCENDING), ("_id", ASCENDING)],
                         name=OPEN_JOBS,
                         partialFilterExpression={"open": True},
+                    ),
+                    # Of those that wait for their time, workers read nothing: there may be as many as jobs may be open.
+                    IndexModel(
+                        [
+                            ("open", ASCENDING),
+                            ("waiting", ASCENDING),
+                            ("options.priority", DESCENDING),
+                            ("_id", ASCENDING),
+                        ],
+                        name=READY_JOBS,
+                        partialFilterExpression={"open": True},
+                    ),
+                    IndexModel(
+                        [("notBefore", ASCENDING)], name=WAITING_JOBS, partialFilterExpression={"waiting": True}
                     ),
                     IndexModel(
                         [("finishedAt", ASCENDING)],

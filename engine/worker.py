@@ -37,6 +37,7 @@ from engine.planner import Planner
 from engine.plans import Plans
 from engine.queue import Queue
 from engine.rejects import Rejects
+from engine.retention import Retention
 from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats
 from engine.store import Document, Store
@@ -51,6 +52,9 @@ EXIT_NOW: Final = 4
 
 COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
+
+DUE_JOBS: Final = 1000
+"""Jobs whose time has come that a worker lets begin at a time."""
 
 PRUNE_SECONDS: Final = 3600.0
 """How often, about, a worker looks for jobs whose history has been kept long enough."""
@@ -161,6 +165,7 @@ class _Worker:
         self._store = Store(settings, settings.engine_writers + 4, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
+        self._retention = Retention(self._store, self._ledger)
         self._plans = Plans(self._store, self._queue, self._ledger)
         # One attempt: two would outlast a lease, and perhaps the watchdog.
         s3, bucket = connect(settings, attempts=1), settings.aws_bucket_name or ""
@@ -283,6 +288,10 @@ class _Worker:
             log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=len(freed))
             self._note(freed, "did not renew its lease")
             self._store.wake()
+        if admitted := self._queue.admit_due(DUE_JOBS):
+            self._store.wake()
+            if admitted >= DUE_JOBS:
+                self._expired_at = 0.0  # more may be due
         if stopped := self._queue.stop_overdue():
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._post.name, jobs=stopped)
 
@@ -304,7 +313,7 @@ class _Worker:
         if time.monotonic() < self._prune_at:
             return
         self._prune_at = time.monotonic() + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
-        if pruned := self._queue.prune(self._settings.engine_keep_jobs_days, PRUNE_JOBS):
+        if pruned := self._retention.prune(self._settings.engine_keep_jobs_days, PRUNE_JOBS):
             # There may be hundreds of thousands, and jobs that wait.
             self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
             log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)

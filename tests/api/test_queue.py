@@ -287,20 +287,20 @@ def test_a_batch_whose_caller_died_over_it_is_made_whole_by_its_repeat(live):
 
 def test_a_batch_whose_history_is_pruned_is_over(live):
     from engine.ledger import Ledger
-    from engine.queue import Queue
+    from engine.retention import Retention
 
     keys = [put(live) for _ in range(2)]
     batch = live.http.post("/process", json={"fileKeys": keys, "collection": "pruned"}).json()["batchId"]
     place = f"/batches/{batch}"
     until(lambda: live.http.get(place).json()["status"] == "COMPLETED", what="the end of the batch")
     old = [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}]
-    queue = Queue(live.store, Ledger(live.store, 30))
+    retention = Retention(live.store, Ledger(live.store, 30))
     live.store.jobs.update_one({"source.key": keys[0]}, old)
-    queue.prune(30)
+    retention.prune(30, 9)
     told = live.http.get(place).json()
     assert (told["status"], told["states"]["COMPLETED"]) == ("COMPLETED", 1)
     live.store.jobs.update_one({"source.key": keys[1]}, old)
-    queue.prune(30)
+    retention.prune(30, 9)
     assert live.http.get(place).status_code == 404
 
 

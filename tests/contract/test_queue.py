@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+from bson import ObjectId
 from pymongo.errors import AutoReconnect
 from pymongo.monitoring import CommandListener, _Listeners
 
@@ -32,6 +33,7 @@ from engine.model import (
 from engine.planner import Planner
 from engine.plans import Plans
 from engine.queue import Queue
+from engine.retention import Retention
 from engine.store import Store, job_key
 
 
@@ -220,7 +222,7 @@ def test_a_second_load_is_told_of_the_first_before_and_after_its_history_is_prun
     skipped = loaded(planner, queue, ledger, source, if_loaded="skip")
     assert (skipped.state, skipped.already_loaded_by) == (JobState.COMPLETED, second.id)
     store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
-    assert queue.prune(30) == 3
+    assert Retention(store, ledger).prune(30, 9) == 3
     again = loaded(planner, queue, ledger, source, if_loaded="skip")
     assert (again.already_loaded_by, again.plan.tag) == (second.id, first.plan.tag)
     assert loaded(planner, queue, ledger, source, collection="other", if_loaded="skip").already_loaded_by is None
@@ -251,9 +253,8 @@ def test_a_job_that_was_retried_since_is_not_pruned(store, queue, source):
             queue.cancel(job.id)
             return real(*given, **more)
 
-    late = Queue(store, queue._ledger)
-    late._jobs = Late()
-    assert late.prune(30) == 0
+    late = Retention(SimpleNamespace(jobs=Late(), batches=store.batches), queue._ledger)
+    assert late.prune(30, 9) == 0
     assert queue.get(job.id).state is JobState.CANCELLED
 
 
@@ -404,12 +405,12 @@ def test_a_fault_in_planning_costs_the_attempt_of_the_job_that_has_it(store, que
     assert sorted(run.job.id for run in runs) == sorted(job.id for job in (jobs[0], jobs[2]))
     assert [queue.get(job.id).attempts for job in jobs] == [0, 1, 0]
     planner._plan = real
-    store.jobs.update_one({"attempts": 1}, {"$unset": {"notBefore": ""}})
+    store.jobs.update_one({"attempts": 1}, {"$unset": {"notBefore": "", "waiting": ""}})
     again = Chooser(queue, plans, ledger, planner, "there", threading.Event(), lambda: None)
     assert [run.job.id for run in again.take()] == [jobs[1].id]
 
 
-def test_jobs_that_are_old_are_found_by_their_index_however_many_have_ended(store, queue, source):
+def test_jobs_that_are_old_are_found_by_their_index_however_many_have_ended(store, queue, ledger, source):
     for _ in range(40):
         queue.cancel(queue.submit(source, JobOptions()).id)
     old = [found["_id"] for found in store.jobs.find().limit(5)]
@@ -418,8 +419,8 @@ def test_jobs_that_are_old_are_found_by_their_index_however_many_have_ended(stor
         {"_id": old[0]}, [{"$set": {"pruned": True, "finishedAt": "$$NOW"}}]
     )  # begun, under other settings
     store.control.command("profile", 2)
-    assert queue.prune(30, 3) == 3
-    assert (queue.prune(30), queue.prune(30)) == (2, 0)
+    retention = Retention(store, ledger)
+    assert (retention.prune(30, 3), retention.prune(30, 9), retention.prune(30, 9)) == (3, 2, 0)
     store.control.command("profile", 0)
     looks = list(
         store.control["system.profile"].find({"op": "query", "ns": store.jobs.full_name, "command.hint": {"$ne": None}})
@@ -449,7 +450,7 @@ def test_a_job_whose_ranges_are_all_put_off_is_passed_over_until_one_is_due(
     chooser._looked_at = 0
     assert [run.job.id for run in chooser.take()] == [fresh.id]
     queue.cancel(job.id)
-    store.ranges.update_many({"job": job_key(job.id)}, {"$unset": {"notBefore": ""}})
+    store.ranges.update_many({"job": job_key(job.id)}, {"$unset": {"notBefore": "", "waiting": ""}})
     queue.retry(job.id)  # another round: what was known of it is void
     chooser._looked_at = 0
     assert [run.job.id for run in chooser.take()] == [job.id]
@@ -487,3 +488,70 @@ def test_what_idle_workers_watch_is_mended_at_the_next_start(store, broken):
     store.prepare()
     assert store.wakeups.options()["capped"] is True
     assert store.wakeups.count_documents({}) >= 1
+
+
+LATER = datetime(2099, 1, 1, tzinfo=UTC)
+
+
+def seen(queue):
+    return {job.id for page in queue.open_jobs() for job in page}
+
+
+def looks(store, look):
+    """What the server read for the looks at the jobs that `look` takes: the most keys, and the most documents."""
+    store.control.command("profile", 2)
+    look()
+    store.control.command("profile", 0)
+    found = list(store.control["system.profile"].find({"op": "query", "ns": store.jobs.full_name}))
+    store.control["system.profile"].drop()
+    assert found
+    return max(each["keysExamined"] for each in found), max(each["docsExamined"] for each in found)
+
+
+def test_jobs_that_wait_for_their_time_cost_the_others_nothing(store, queue, source):
+    for _ in range(100):
+        queue.submit(source, JobOptions(priority=5, run_at=LATER))
+    job = queue.submit(source, JobOptions(run_at=datetime(2020, 1, 1, tzinfo=UTC)))
+    keys, documents = looks(store, lambda: seen(queue))
+    assert (keys <= 3, documents) == (True, 1)
+    keys, documents = looks(store, lambda: queue.admit_due(1000))
+    assert (keys <= 1, documents) == (True, 0)
+    assert seen(queue) == {job.id}
+
+
+def test_jobs_whose_time_has_come_are_let_in_the_earliest_first(store, queue, source):
+    jobs = [queue.submit(source, JobOptions(run_at=LATER)) for _ in range(4)]
+    for job, minutes in zip(jobs, (3, 1, 2, -1), strict=True):
+        at = {"$subtract": ["$$NOW", 60_000 * minutes]}
+        store.jobs.update_one({"_id": ObjectId(job.id)}, [{"$set": {"notBefore": at}}])
+    assert queue.admit_due(2) == 2
+    assert seen(queue) == {jobs[0].id, jobs[2].id}
+    assert (queue.admit_due(2), queue.admit_due(2)) == (1, 0)
+    assert seen(queue) == {job.id for job in jobs[:3]}
+
+
+def test_a_job_that_is_put_off_waits_and_is_seen_when_it_is_stopped(store, queue, plans, source):
+    job = queue.submit(source, JobOptions())
+    plans.postpone(job, Failure("unreachable", "S3 does not answer"))
+    assert store.jobs.find_one({}, {"waiting": 1})["waiting"] is True
+    assert seen(queue) == set()
+    stamp = Stop(JobState.FAILED, Failure("timeout", "too late"))
+    assert (queue.stop(job, stop=stamp), queue.get(job.id).state) == (None, JobState.FAILED)
+    assert "waiting" not in store.jobs.find_one({})
+    queue.retry(job.id)
+    assert seen(queue) == {job.id}
+
+
+def test_a_job_that_is_being_stopped_is_put_off_no_more(store, queue, plans, source):
+    job = queue.submit(source, JobOptions())
+    store.jobs.update_one({}, {"$set": {"stopping": {"to": "CANCELLED", "failure": None}}})
+    plans.postpone(job, Failure("unreachable", "S3 does not answer"))
+    assert seen(queue) == {job.id}
+    assert queue.settle(job.id).state is JobState.CANCELLED
+
+
+def test_a_retry_waits_again_for_the_time_that_the_job_was_given(queue, source):
+    job = queue.submit(source, JobOptions(run_at=LATER))
+    queue.cancel(job.id)
+    assert queue.retry(job.id).state is JobState.PENDING
+    assert seen(queue) == set()

@@ -10,7 +10,9 @@ import pytest
 from bson import ObjectId
 
 from engine.errors import NotFound
+from engine.ledger import Ledger
 from engine.model import Format, JobState
+from engine.retention import Retention
 
 BAD = {
     b"{": "invalid_json",
@@ -203,7 +205,8 @@ def test_old_jobs_are_pruned_with_all_that_is_theirs_and_a_second_load_is_still_
     first, other = submit(b"{}\nbad\n", key="old.ndjson"), submit(b"{}\nbad\n", key="new.ndjson")
     drain(first.id, other.id)
     store.jobs.update_one({"_id": ObjectId(first.id)}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 31]}}}])
-    assert (queue.prune(30), queue.prune(30)) == (1, 0)
+    retention = Retention(store, Ledger(store, 30))
+    assert (retention.prune(30, 9), retention.prune(30, 9)) == (1, 0)
     with pytest.raises(NotFound, match="pruned"):
         queue.get(first.id)
     assert store.ranges.distinct("job") == [ObjectId(other.id)]

@@ -25,7 +25,7 @@ FLOORS = (
     ("engine.jobs",),
     ("engine.direct",),
     ("engine.ledger", "engine.stats", "engine.admission"),
-    ("engine.rejects", "engine.sink", "engine.job_batches"),
+    ("engine.rejects", "engine.sink", "engine.job_batches", "engine.retention"),
     ("engine.queue",),
     ("engine.plans", "engine.dryrun", "engine.history"),
     ("engine.planner",),
