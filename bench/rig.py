@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -167,12 +166,9 @@ class Rig:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        weed = self._servers.pids["weed"]
         self.store.close()
         self._stack.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        for log in Path(tempfile.gettempdir()).glob(f"weed.*.{weed}"):
-            log.unlink(missing_ok=True)
 
     def engine(self, workers: int = 2, **changes: Any) -> Engine:
         """An engine that has booted; it is stopped with the rig at the latest."""

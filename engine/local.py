@@ -16,7 +16,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +44,9 @@ STOP_SECONDS: Final = 8.0
 MONGOD_PORT: Final = 27317
 S3_PORT: Final = 8833
 """Where the embedded servers listen where nothing else does; on another free port elsewhere."""
+
+SOCKET_FOLDER: Final = Path("/tmp")  # noqa: S108 (fixed by SeaweedFS)
+"""Where SeaweedFS makes a socket beside each of its ports."""
 
 PORT_TRIES: Final = 3
 """Ports that a server is started on, where others take them in the moment before it listens."""
@@ -77,11 +80,19 @@ class _PortTaken(StartError):
 
 
 class _Server:
-    """One child process, its log, and its end."""
+    """One child process, its log, and its end; `sockets` are patterns of what it leaves in SOCKET_FOLDER."""
 
-    def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        sockets: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self.log = log
+        self._sockets = sockets
         with log.open("wb") as output:
             try:
                 self.process = subprocess.Popen(
@@ -146,6 +157,9 @@ class _Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
+        for pattern in self._sockets:
+            for socket in SOCKET_FOLDER.glob(pattern):
+                socket.unlink(missing_ok=True)
 
 
 class LocalServers:
@@ -270,12 +284,22 @@ class LocalServers:
         _write_private(config, json.dumps({"identities": [identity]}))
         # Every port is drawn: SeaweedFS derives its others from these by adding 10000.
         ports = ports_in_pairs(("master.port", "volume.port", "filer.port", "admin.port"), port)
-        command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"]
+        # Without -logtostderr it logs into the system's folder for temporary files as well.
+        command = [
+            binary,
+            "-logtostderr",
+            "mini",
+            f"-dir={data}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-s3.port={port}",
+        ]
         command += [f"-{name}={number}" for name, number in ports.items()]
         command += [f"-s3.config={config}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
         # The filer's own port would serve every object to anyone; the other two are of no use here.
         command += ["-disableHttp", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        server = self._launch("weed", command, {"GOGC": "50"})
+        sockets = [f"seaweedfs-*-{number + more}.sock" for number in (port, *ports.values()) for more in (0, 10_000)]
+        server = self._launch("weed", command, {"GOGC": "50"}, sockets)
         self.overrides |= {
             "aws_endpoint_url": f"http://127.0.0.1:{port}",
             "aws_access_key_id": ACCESS_KEY,
@@ -290,9 +314,11 @@ class LocalServers:
 
         return wait
 
-    def _launch(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> _Server:
+    def _launch(
+        self, name: str, command: list[str], environment: dict[str, str] | None = None, sockets: Sequence[str] = ()
+    ) -> _Server:
         with held_back():  # a server that is there is stopped as one
-            server = self._servers[name] = _Server(name, command, self._folder / f"{name}.log", environment)
+            server = self._servers[name] = _Server(name, command, self._folder / f"{name}.log", environment, sockets)
         return server
 
     def _remembered(self, name: str, first: int) -> int:
