@@ -116,4 +116,5 @@ class _WholePath:
     ) -> None:
         """Take the key from the path itself."""
         if "file_key" in params:
-            params["file_key"] = req.path.split("/", 2)[2]
+            # Slashes before the first name lead to the same route as one.
+            params["file_key"] = req.path.lstrip("/").split("/", 1)[1]

@@ -26,6 +26,10 @@ from engine.errors import HeadraceError, StartError
 __all__ = ["Note", "Transfer", "forget_old"]
 
 PARALLEL: Final = 4
+
+FLYING_BYTES: Final = 64 * 1024 * 1024
+"""Parts of one file that are held while they are sent, where it is larger than one."""
+
 TRIES: Final = 5
 URLS: Final = 100
 
@@ -241,7 +245,8 @@ class Transfer:
                     asked = {"first": number, "count": URLS}
                     urls, fresh_until = _signed(self._client.ask("GET", f"/uploads/{state['uploadId']}", params=asked))
                 flying.add(self._pool.submit(self._put, urls.pop(number), data, state["headers"], sent))
-                if len(flying) >= PARALLEL:
+                # The parts of a file of terabytes are large, and each is held while it is sent.
+                if len(flying) >= max(1, min(PARALLEL, FLYING_BYTES // state["partBytes"])):
                     done, flying = wait(flying, return_when=FIRST_COMPLETED)
                     for future in done:
                         future.result()

@@ -1,7 +1,7 @@
 """Jobs, batches and files as clients see them."""
 
-from datetime import UTC, datetime
-from typing import cast
+from datetime import UTC, datetime, timedelta
+from typing import Final, cast
 
 from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody, UploadAnswer
 from engine.history import RangeReport
@@ -9,6 +9,9 @@ from engine.job_batches import JobBatch
 from engine.model import TERMINAL, Job, JobState, Source
 
 __all__ = ["batch_status", "job_detail", "job_status", "moment", "stored_file"]
+
+WHOLE_WITHIN: Final = timedelta(hours=1)
+"""All jobs of a batch are made within this, or the request for them has died."""
 
 
 def stored_file(source: Source) -> UploadAnswer:
@@ -81,12 +84,18 @@ def job_detail(job: Job, ranges: RangeReport) -> JobDetail:
 
 
 def batch_status(batch: JobBatch) -> BatchStatus:
-    """A batch: PROCESSING until every job has ended, then FAILED where one did, CANCELLED where one was, or COMPLETED."""
+    """A batch: PROCESSING until every job has ended, then FAILED where one did, CANCELLED where one was, or COMPLETED.
+
+    FAILED, too, where some of its jobs were never made: its request died within, and nobody has sent it again for long.
+    """
     states, tally = batch.states, batch.tally
     known = sum(states.values())
     ended = sum(states.get(state, 0) for state in TERMINAL)
     status = JobState.PROCESSING
-    if ended == known and (known >= batch.count or batch.pruned):
+    if known < batch.count and not batch.pruned:
+        gone = ended == known and datetime.now(UTC) - batch.created_at > WHOLE_WITHIN
+        status = JobState.FAILED if gone else JobState.PROCESSING
+    elif ended == known:
         worst = (JobState.FAILED, JobState.CANCELLED)
         status = next((state for state in worst if states.get(state)), JobState.COMPLETED)
     return {

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engine.errors import HeadraceError, Transient, Unexpected, WrongClock
+from engine.errors import HeadraceError, Transient, Unexpected
 from engine.keeper import Run
 from engine.ledger import HELD_SECONDS, Ledger
 from engine.logs import expected, get_logger
@@ -182,7 +182,7 @@ class Chooser:
             )
             try:
                 if isinstance(trouble, Transient):
-                    self._plans.postpone(job, trouble.failure(), spend=not isinstance(trouble, WrongClock))
+                    self._plans.postpone(job, trouble.failure(), spend=trouble.spends)
                 else:
                     self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
             except HeadraceError as error:

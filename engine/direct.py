@@ -4,7 +4,7 @@ The state of an upload is S3's; `uploads` in the control database only keeps wha
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
-from engine.errors import Conflict, HeadraceError, NotFound, Refused
+from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
 from engine.objects import PART_TYPE, PARTS_MOST, Objects, s3_translated
 from engine.store import Document, Store, translated
@@ -216,20 +216,35 @@ class DirectUploads:
         found = self._find(upload_id)
         self._abort(found)
 
-    def sweep(self) -> int:
+    def sweep(self, goes_on: Callable[[], bool] = lambda: True) -> int:
         """Abort the uploads that have been unfinished for a day, and forget those that were finished then; returns how many
-        there were. One that cannot be aborted now is left to the next time."""
+        there were. One that S3 does not let us abort is left to the next day.
+
+        Args:
+            goes_on: asked before each of them; with False the others are left to the next time.
+
+        Raises:
+            Transient: S3 or the database does not answer; the others are left to the next time.
+        """
         old = {"$subtract": ["$$NOW", UNFINISHED_HOURS * 3_600_000]}
+        due = {"$expr": {"$and": [{"$lt": ["$createdAt", old]}, {"$lt": ["$keptAt", old]}]}}  # a missing time is less
         with translated("looking for unfinished uploads"):
-            found = list(self._uploads.find({"$expr": {"$lt": ["$createdAt", old]}}).limit(SWEEP_UPLOADS))
+            found = list(self._uploads.find(due).sort("createdAt", 1).limit(SWEEP_UPLOADS))
         swept = 0
         for document in found:
-            with suppress(HeadraceError):
+            if not goes_on():
+                break
+            try:
                 if document.get("done"):
                     self._forget(document["_id"])
                 else:
                     self._abort(document)
                 swept += 1
+            except Transient:
+                raise
+            except HeadraceError:
+                with translated("keeping an upload"):
+                    self._uploads.update_one({"_id": document["_id"]}, [{"$set": {"keptAt": "$$NOW"}}])
         return swept
 
     def _abort(self, found: Document) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "SettingsError",
     "Severed",
     "StartError",
+    "TokenExpired",
     "Transient",
     "Unexpected",
     "WrongClock",
@@ -40,6 +41,9 @@ class Transient(HeadraceError):
 
     code = "unavailable"
 
+    spends = True
+    """Whether it costs one of the attempts: not where only a person can help, who may be asleep."""
+
 
 class Severed(Transient):
     """The database closed the connection instead of an answer: it went away, or the answer would have been too large."""
@@ -55,6 +59,14 @@ class WrongClock(Transient):
     """S3 refuses our signature since this machine's clock is off. Not final: clocks get set."""
 
     code = "wrong_clock"
+    spends = False
+
+
+class TokenExpired(Transient):
+    """The session token of the AWS credentials has run out. Not final: an engine is started anew with another."""
+
+    code = "token_expired"
+    spends = False
 
 
 class Final(HeadraceError):

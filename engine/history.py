@@ -1,16 +1,23 @@
 """Questions about jobs that people ask: lists, what became of a job's ranges, how long the queue is. All reads."""
 
-from collections.abc import Iterator
+import threading
+import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from engine.jobs import job_of
 from engine.model import Job, JobState, RangeState
-from engine.store import BY_FILE, BY_STATE, OPEN_JOBS, Document, Store, job_key, ranges_of, translated
+from engine.store import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS, Document, Store, job_key, ranges_of, translated
 
 __all__ = ["Backlog", "History", "RangeReport"]
 
 HOLDERS_MOST: Final = 100
+
+CHEAP_SECONDS: Final = 0.05
+"""A count of jobs that takes no longer is made anew whenever it is asked for."""
+
+BACKLOG_SHARE: Final = 20
+"""One that takes longer stays good for so many times what it took: the history may hold millions of jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,9 @@ class History:
     def __init__(self, store: Store) -> None:
         self._jobs = store.jobs
         self._ranges = store.ranges
+        self._counting = threading.Lock()
+        self._counted: Backlog | None = None
+        self._good_until = 0.0
 
     def page(
         self,
@@ -93,7 +103,16 @@ class History:
         )
 
     def backlog(self) -> Backlog:
-        """How long the queue is, and how old."""
+        """How long the queue is, and how old; where it takes long to count, as it was a little while ago."""
+        with self._counting:
+            began = time.monotonic()
+            if self._counted is None or began >= self._good_until:
+                self._counted = self._count()
+                took = time.monotonic() - began
+                self._good_until = began + took * BACKLOG_SHARE if took > CHEAP_SECONDS else 0.0
+            return self._counted
+
+    def _count(self) -> Backlog:
         with translated("counting jobs"):
             # The index alone is read, and no job.
             groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}], hint=BY_STATE)
@@ -101,11 +120,14 @@ class History:
             # A job that was not to begin before its time has waited since then only.
             since = {"$max": ["$createdAt", "$options.runAt"]}
             age = {"$divide": [{"$subtract": ["$$NOW", since]}, 1000]}
-            due = {"open": True, "state": JobState.PENDING, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
-            stages: list[Document] = [{"$match": due}, {"$group": {"_id": None, "age": {"$max": age}}}]
-            oldest: Iterator[Any] = self._jobs.aggregate(stages, hint=OPEN_JOBS)
-            found = next(iter(oldest), None)
-        return Backlog({state: states.get(state, 0) for state in JobState}, float(found["age"]) if found else 0.0)
+            due = {"state": JobState.PENDING, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+            # Those whose time has come, and that no worker has let in yet: there may be no worker.
+            ways: dict[str, Document] = {READY_JOBS: {"open": True, "waiting": None}, WAITING_JOBS: {"waiting": True}}
+            oldest = 0.0
+            for hint, which in ways.items():
+                stages: list[Document] = [{"$match": which | due}, {"$group": {"_id": None, "age": {"$max": age}}}]
+                oldest = max([oldest, *(found["age"] for found in self._jobs.aggregate(stages, hint=hint))])
+        return Backlog({state: states.get(state, 0) for state in JobState}, oldest)
 
     def open_job_of(self, key: str) -> Job | None:
         """An open job of an object, if there is one."""

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # Matches jobs that have read their object to its end, and written what it holds.
-LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": False, "unread": None}
+LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": {"$ne": True}, "unread": None}
 
 TIMELINE_MOST: Final = 100
 """Events that a job remembers."""
@@ -94,7 +94,8 @@ def happened(what: str) -> Document:
 
 
 def put_off(until: object) -> Document:
-    """Sets the time before which a job does not begin, an expression that may be null: no worker looks at what waits."""
+    """Sets the time before which a job does not begin, an expression that may be null: what waits is in no worker's
+    look at the queue."""
     waits = {"$gt": [until, "$$NOW"]}
     return {"notBefore": {"$ifNull": [until, "$$REMOVE"]}, "waiting": {"$cond": [waits, True, "$$REMOVE"]}}
 
@@ -116,6 +117,8 @@ def planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Docum
     }
     return {
         "state": state,
+        "notBefore": "$$REMOVE",
+        "waiting": "$$REMOVE",
         "plan": {"$literal": fixed},
         "alreadyLoadedBy": {"$literal": already_loaded_by},
         "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},

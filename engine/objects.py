@@ -20,7 +20,17 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from urllib3.exceptions import HTTPError
 
-from engine.errors import AccessDenied, HeadraceError, NotFound, ObjectChanged, ObjectGone, Transient, WrongClock
+from engine.errors import (
+    AccessDenied,
+    HeadraceError,
+    NotFound,
+    ObjectChanged,
+    ObjectGone,
+    Refused,
+    TokenExpired,
+    Transient,
+    WrongClock,
+)
 from engine.model import Source
 from engine.settings import Settings
 
@@ -445,6 +455,10 @@ def _translate(error: ClientError, doing: str) -> HeadraceError:
     status = _status(error)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
         return WrongClock(f"S3 refuses {doing} since the clock of this machine is wrong: set it, for example with NTP")
+    if code == "ExpiredToken":
+        return TokenExpired(f"the session token of the AWS credentials ran out while {doing}: start anew with another")
+    if code == "InvalidArgument":
+        return Refused(f"S3 refuses what it is asked while {doing}: see that names and cursors are as they were told")
     if status in (401, 403):
         return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
     if code == "NoSuchBucket":

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
-from engine.errors import HeadraceError, LeaseLost, Severed, Transient, WrongClock
+from engine.errors import HeadraceError, LeaseLost, Severed, Transient
 from engine.keeper import Keeper, Run
 from engine.ledger import Ledger
 from engine.lines import Splitter
@@ -157,7 +157,7 @@ class Pipeline:
         if isinstance(error, LeaseLost):
             return
         if isinstance(error, Transient):
-            failure, spend = error.failure(), not isinstance(error, WrongClock)
+            failure, spend = error.failure(), error.spends
             _insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure, spend=spend))
         else:
             _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))

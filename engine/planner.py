@@ -39,8 +39,8 @@ BLANK_BYTES: Final = 4 * 1024 * 1024
 SMALL_BYTES: Final = 256 * 1024
 """An object that is no larger is read at once, when it is looked at."""
 
-READERS: Final = 4
-"""Objects that are looked at side by side."""
+READERS: Final = 16
+"""Objects that are looked at side by side: as many as are planned together, so that none waits for one that hangs."""
 
 UNREGISTERED: Final = bytes(6)
 """The tag of a source that nobody has loaded; no document carries it."""
@@ -190,7 +190,8 @@ class Planner:
         """Plan PENDING jobs, and lease the ranges of those that have but one; whoever is quicker plans a job.
 
         Each step is one command for all of them, and their objects are looked at side by side: what a small job waits for is
-        the database's journal and S3's first byte.
+        the database's journal and S3's first byte. Nothing is told of a job whose turn to be looked at did not come: it is
+        given back, for anyone to plan.
 
         Raises:
             Transient, Final: of MongoDB; some of the jobs may be planned. What is wrong with one job or its object is told in
@@ -198,11 +199,16 @@ class Planner:
         """
         done: list[Prepared] = []
         drafts: list[_Draft] = []
+        unseen: list[Job] = []
         for job, looked in zip(jobs, self._looks(jobs), strict=True):
             if isinstance(looked, _Draft):
                 drafts.append(looked)
+            elif looked is None:
+                unseen.append(job)
             else:
                 done.append(Prepared(job, error=looked))
+        if unseen:
+            self._plans.unclaim(unseen, holder)
         plans: list[tuple[Job, Plan, str | None]] = []
         for draft, source in zip(drafts, self._register(drafts), strict=True):
             job, plan = draft.job, self._plan(draft, source)
@@ -232,8 +238,9 @@ class Planner:
             done += [Prepared(planned[id], leases.get(id), heads[id]) for id in single]
         return done
 
-    def _looks(self, jobs: Sequence[Job]) -> "list[_Draft | HeadraceError]":
-        """Look at all of them. One that S3 does not show in time must not hold up the others, nor this worker."""
+    def _looks(self, jobs: Sequence[Job]) -> "list[_Draft | HeadraceError | None]":
+        """Look at all of them. One that S3 does not show in time must not hold up the others, nor this worker. None for those
+        that were not asked for at all: what hangs of earlier looks has all the threads."""
         looks = [self._readers.submit(self._look, job) for job in jobs]
         end = time.monotonic() + self._look_seconds
         waiting = set(looks)
@@ -243,9 +250,8 @@ class Planner:
         late = Transient(
             f"S3 did not show the beginning of the object within {self._look_seconds:g} seconds: it is busy or hangs"
         )
-        for look in waiting:
-            look.cancel()
-        return [late if look in waiting else look.result() for look in looks]
+        never = {look for look in waiting if look.cancel()}
+        return [None if look in never else late if look in waiting else look.result() for look in looks]
 
     def _look(self, job: Job) -> "_Draft | HeadraceError":
         """The beginning of a job's object, all of it where that is small, and the format that it has."""

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 
 from pymongo import UpdateOne, WriteConcern
 
+from engine.errors import HeadraceError
 from engine.jobs import from_now, happened, job_of, planned, put_off
 from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait_ms
+from engine.logs import get_logger
 from engine.model import Failure, Job, JobState, Plan, Stop
 from engine.queue import Queue
-from engine.store import OPEN_JOBS, Document, Store, job_key, translated, write_all
+from engine.store import READY_JOBS, Document, Store, job_key, translated, write_all
 
 __all__ = ["Plans"]
+
+log = get_logger()
 
 
 class Plans:
@@ -23,6 +27,7 @@ class Plans:
 
     def __init__(self, store: Store, queue: Queue, ledger: Ledger) -> None:
         self._jobs = store.jobs
+        self._database = store.data.name
         self._queue = queue
         self._ledger = ledger
 
@@ -32,9 +37,13 @@ class Plans:
         It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
         majority. A job whose planners have died in a row too often is stopped.
         """
-        ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING}
+        # What these jobs were when they were looked at may be past: another worker has put one off since, or stopped it.
+        pending: Document = {"state": JobState.PENDING, "stopping": None, "waiting": None}
+        ids: Document = {"_id": {"$in": [job_key(job.id) for job in jobs]}} | pending
         mine = {"$eq": ["$planner.holder", holder]}  # claimed before, and the answer was lost
-        free = {"$or": [{"$lte": ["$planner.until", "$$NOW"]}, mine]}  # a missing time is less than any
+        # A missing time is less than any.
+        due, lapsed_or_none = ({"$lte": [time, "$$NOW"]} for time in ("$notBefore", "$planner.until"))
+        free = {"$and": [due, {"$or": [lapsed_or_none, mine]}]}
         lapsed = {"$cond": [{"$or": [mine, {"$lt": ["$planner.holder", ""]}]}, 0, 1]}
         counts = {name: {"$ifNull": [f"$planner.{name}", 0]} for name in ("deaths", "lapses")}
         counts["lapses"] = {"$add": [counts["lapses"], lapsed]}
@@ -51,17 +60,27 @@ class Plans:
                 left.append(job)
                 continue
             message = f"{job.planner_deaths} workers in a row died while they planned the job: look at the object, then retry it"
-            self._queue.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
+            try:
+                self._queue.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
+            except HeadraceError as error:
+                # The others are claimed by now. This one is looked at again when the claim on it has lapsed.
+                log.warning(str(error), action="plan", job=job.id, worker=holder)
         return left
+
+    def unclaim(self, jobs: Sequence[Job], holder: str) -> None:
+        """Let anyone plan these jobs at once, which `holder` has claimed and not looked at."""
+        ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING, "planner.holder": holder}
+        with translated("giving jobs back"):
+            self._jobs.update_many(ids, {"$unset": {"planner.until": "", "planner.holder": ""}})
 
     def disclaim(self, holders: Sequence[str]) -> None:
         """Let others plan at once what these, who are dead, were about to plan."""
         if holders:
-            mine = {"open": True, "planner.holder": {"$in": list(holders)}}
+            mine = {"open": True, "database": self._database, "waiting": None, "planner.holder": {"$in": list(holders)}}
             dead = {"planner.deaths": {"$add": [{"$ifNull": ["$planner.deaths", 0]}, 1]}}
             with translated("freeing the jobs of a dead worker"):
                 free = {"$unset": ["planner.until", "planner.holder"]}
-                self._jobs.update_many(mine, [{"$set": dead}, free], hint=OPEN_JOBS)
+                self._jobs.update_many(mine, [{"$set": dead}, free], hint=READY_JOBS)
 
     def fix(self, plans: Sequence[tuple[Job, Plan, str | None]]) -> list[Job]:
         """Fix plans, PENDING → PROCESSING, all with one command; the third of each is who has loaded the source before.
@@ -105,7 +124,8 @@ class Plans:
         }
         with translated("putting a job off"):
             self._jobs.update_one(
-                _unplanned(job),
+                # Whoever put it off since has counted the attempt.
+                _unplanned(job) | {"attempts": job.attempts},
                 [{"$set": changes | happened(f"put off: {failure.message}")}],
             )
         if attempts > ATTEMPTS:
@@ -113,5 +133,5 @@ class Plans:
 
 
 def _unplanned(job: Job) -> Document:
-    """Matches a job that is as PENDING as it was when it was read."""
+    """Matches a job that nobody has planned, stopped or retried since it was read."""
     return {"_id": job_key(job.id), "state": JobState.PENDING, "round": job.round, "stopping": None}

@@ -16,7 +16,7 @@ from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
 from engine.admission import check_collection, check_ticket
-from engine.errors import Conflict, NotFound
+from engine.errors import Conflict, HeadraceError, NotFound
 from engine.jobs import (
     LOADED,
     Ticket,
@@ -30,6 +30,7 @@ from engine.jobs import (
     ticket_document,
 )
 from engine.ledger import Ledger
+from engine.logs import get_logger
 from engine.model import (
     TERMINAL,
     Failure,
@@ -72,6 +73,8 @@ BUDGET_LINES: Final = 10_000
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
+
+log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,8 +339,7 @@ class Queue:
             matched = write_all(self._jobs, writes)["nMatched"]
         reach(Step.FINISHED)
         for job, _ in ended:
-            if job.options.validate:
-                release_claims(self._store, job_key(job.id))
+            self._judged_all(job, 1)
         if matched == len(ended):
             return [replace(job, state=stop.to) for job, stop, _ in judged]
         return [self.settle(job.id) for job, _ in ended]
@@ -397,9 +399,20 @@ class Queue:
         with translated("ending a job"):
             found = self._jobs.find_one_and_update(query, [{"$set": changes}], return_document=ReturnDocument.AFTER)
         reach(Step.FINISHED)
-        if job.options.validate and stop.to is JobState.COMPLETED:
-            release_claims(self._store, job_key(job.id))
+        if numbers is not None:
+            self._judged_all(job, numbers[1])
         return self.get(job.id) if found is None else job_of(found)
+
+    def _judged_all(self, job: Job, done: int) -> None:
+        """Release what a dry run has claimed when it has ended with all its ranges done: nothing will ask for it again.
+
+        Where that fails, the job has ended all the same, and the rest is released when its history is deleted.
+        """
+        if job.options.validate and job.plan is not None and done == job.plan.range_count:
+            try:
+                release_claims(self._store, job_key(job.id))
+            except HeadraceError as error:
+                log.warning(str(error), action="finish", job=job.id)
 
     def _ending(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> tuple[Document, Document]:
         """What matches a job that is to end, and what is set then; `numbers` are its tally and ranges done."""

@@ -2,12 +2,16 @@
 
 from bson import ObjectId
 
+from engine.errors import HeadraceError
 from engine.jobs import LOADED
 from engine.ledger import Ledger
+from engine.logs import get_logger
 from engine.model import TERMINAL
 from engine.store import ENDED_JOBS, PRUNED_JOBS, Document, Store, translated
 
 __all__ = ["Retention", "release_claims"]
+
+log = get_logger()
 
 
 class Retention:
@@ -27,6 +31,7 @@ class Retention:
 
         What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
         killed within.
+        One that cannot be deleted now is left to the next time.
         """
         since = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
         ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$type": "date"}}
@@ -37,7 +42,14 @@ class Retention:
         with translated("pruning old jobs"):
             left = list(jobs.find(begun).hint(PRUNED_JOBS).limit(most))
             more = list(jobs.find(old).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
-            return sum(self._prune(job, begun) for job in left) + sum(self._prune(job, old) for job in more)
+        count = 0
+        for job, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
+            try:
+                with translated("deleting an old job"):
+                    count += self._prune(job, why)
+            except HeadraceError as error:
+                log.warning(str(error), action="prune", job=str(job["_id"]))
+        return count
 
     def _prune(self, job: Document, why: Document) -> int:
         """Delete a job that is still as it was found; returns how many were deleted."""

@@ -16,6 +16,7 @@ from typing import Any, Final
 from pymongo import WriteConcern
 from pymongo.errors import PyMongoError
 
+from engine.logs import get_logger
 from engine.store import Document, Store, translated
 
 __all__ = ["REPORTER", "STAGES", "Reporter", "Stats", "live", "place_of", "totals"]
@@ -32,6 +33,8 @@ STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "queue")
 """Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding and sending
 batches; waiting for the database to take them; the reader's wait for room among the batches under way; and waiting for the
 database over jobs and ranges."""
+
+log = get_logger()
 
 
 class Stats:
@@ -81,7 +84,12 @@ class Reporter(threading.Thread):
     def run(self) -> None:
         """The thread's loop."""
         while True:
-            self.tell()
+            try:
+                self.tell()
+            except (
+                Exception
+            ) as error:  # numbers for people: the work goes on without, and the next ones may come through
+                log.exception("a worker's figures could not be told", action="report", cause=str(error))
             time.sleep(REPORT_SECONDS)
 
     def tell(self, *, last: bool = False) -> None:

@@ -210,10 +210,12 @@ class Store:
                         name=OPEN_JOBS,
                         partialFilterExpression={"open": True},
                     ),
-                    # Of those that wait for their time, workers read nothing: there may be as many as jobs may be open.
+                    # Of the jobs of other databases and of those that wait for their time workers read nothing: there may be as
+                    # many as jobs may be open.
                     IndexModel(
                         [
                             ("open", ASCENDING),
+                            ("database", ASCENDING),
                             ("waiting", ASCENDING),
                             ("options.priority", DESCENDING),
                             ("_id", ASCENDING),

@@ -29,7 +29,7 @@ from engine.errors import Final as FinalError
 from engine.errors import HeadraceError, LeaseLost, StartError, Transient
 from engine.keeper import KEEPER, Run
 from engine.ledger import Ledger
-from engine.logs import get_logger
+from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Freed, Job, JobState, Stop
 from engine.objects import Objects, connect
 from engine.pipeline import Ended, Pipeline
@@ -219,7 +219,8 @@ class _Worker:
                 self._expire()
                 self._prune()
                 waited = self._store.waited()
-                found = self._chooser.take()
+                with expected("looking for work"):
+                    found = self._chooser.take()
                 if not found:
                     self._wait()
                 else:
@@ -288,10 +289,9 @@ class _Worker:
             log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=len(freed))
             self._note(freed, "did not renew its lease")
             self._store.wake()
-        if admitted := self._queue.admit_due(DUE_JOBS):
+        # All of them before any is taken on, since the last may be the one of the highest priority.
+        while self._goes_on() and self._queue.admit_due(DUE_JOBS):
             self._store.wake()
-            if admitted >= DUE_JOBS:
-                self._expired_at = 0.0  # more may be due
         if stopped := self._queue.stop_overdue():
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._post.name, jobs=stopped)
 
@@ -318,8 +318,13 @@ class _Worker:
             self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
             log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)
             return
-        if swept := self._uploads.sweep():
+        if swept := self._uploads.sweep(self._goes_on):
             log.info("unfinished uploads were aborted", action="prune", worker=self._post.name, uploads=swept)
+
+    def _goes_on(self) -> bool:
+        """Whether this worker is not told to stop; called within work of many steps, each of which shows that it lives."""
+        self._beat.touch()
+        return not self._stop.is_set()
 
     def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
         """Work on leases to their end, and bring their jobs to an end where that was the last of them."""

@@ -14,8 +14,11 @@ from bson import ObjectId
 from pymongo.errors import AutoReconnect
 from pymongo.monitoring import CommandListener, _Listeners
 
+from api.views import batch_status
 from engine.chooser import Chooser
 from engine.errors import Conflict, LeaseLost, Refused, Transient
+from engine.history import History
+from engine.job_batches import JobBatches
 from engine.ledger import DEATHS, VANISHED
 from engine.model import (
     JOB_MOVES,
@@ -555,3 +558,129 @@ def test_a_retry_waits_again_for_the_time_that_the_job_was_given(queue, source):
     queue.cancel(job.id)
     assert queue.retry(job.id).state is JobState.PENDING
     assert seen(queue) == set()
+
+
+def test_a_job_that_was_put_off_since_it_was_seen_is_claimed_by_nobody(store, queue, plans, source):
+    job = queue.submit(source, JobOptions())
+    [claimed] = plans.claim([job], "one")
+    plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
+    assert plans.claim([job], "other") == []
+    # As an older version puts off, which knows no flag.
+    store.jobs.update_one({}, {"$unset": {"waiting": ""}})
+    assert plans.claim([job], "other") == []
+    plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
+    assert queue.get(job.id).attempts == 1
+
+
+def test_an_outage_costs_a_job_one_attempt_at_a_time_however_many_workers_have_seen_it(
+    store, queue, plans, ledger, objects, settings
+):
+    made = [objects.upload(io.BytesIO(b"{}\n" * 100_000), f"{uuid.uuid4().hex}.ndjson") for _ in range(4)]
+    jobs = [queue.submit(each, JobOptions()) for each in made]
+
+    class Gone:
+        def open(self, found, start, stop):
+            raise Transient("S3 does not answer")
+
+    def chooser(name):
+        planner = Planner(store, queue, plans, ledger, Gone(), settings, lambda: None)
+        return Chooser(queue, plans, ledger, planner, name, threading.Event(), lambda: None)
+
+    page = [job for page in queue.open_jobs() for job in page]
+    for name in ("one", "two", "three"):
+        late = chooser(name)
+        for job in page:
+            assert late._enter(job) == []
+    assert [queue.get(job.id).attempts for job in jobs] == [1, 1, 1, 1]
+
+
+def test_a_plan_ends_all_waiting(store, queue, plans, source):
+    job = queue.submit(source, JobOptions(run_at=LATER))
+    plans.fix([(job, plan(1), None)])
+    found = store.jobs.find_one({})
+    assert (found["state"], "waiting" in found, "notBefore" in found) == ("PROCESSING", False, False)
+
+
+def test_what_hangs_holds_up_no_job_that_is_looked_at_with_it_or_after_it(
+    store, queue, plans, ledger, objects, settings
+):
+    class Hung:
+        def __init__(self):
+            self.let_go = threading.Event()
+
+        def open(self, found, start, stop):
+            if found.key.startswith("hung"):
+                self.let_go.wait(60)
+            return objects.open(found, start, stop)
+
+    def jobs(name, count):
+        made = [objects.upload(io.BytesIO(b"{}"), f"{name}-{uuid.uuid4().hex}.json") for _ in range(count)]
+        return [queue.submit(each, JobOptions()) for each in made]
+
+    hung = Hung()
+    quick = settings.model_copy(update={"engine_lease_seconds": 3.0})
+    planner = Planner(store, queue, plans, ledger, hung, quick, lambda: None)
+    try:
+        stuck, fine = jobs("hung", 8), jobs("fine", 8)
+        found = {each.job.id: each for each in planner.prepare(plans.claim([*stuck, *fine], "holder"), "holder")}
+        assert all(isinstance(found[job.id].error, Transient) for job in stuck)
+        assert all(found[job.id].lease for job in fine)
+        # With every thread taken, what cannot even be asked for is given back as it was.
+        planner.prepare(plans.claim(jobs("hung", 8), "holder"), "holder")
+        later = jobs("fine", 2)
+        assert planner.prepare(plans.claim(later, "holder"), "holder") == []
+        assert [job.id for job in plans.claim(later, "other")] == [job.id for job in later]
+        assert [queue.get(job.id).attempts for job in later] == [0, 0]
+    finally:
+        hung.let_go.set()
+
+
+def test_one_job_that_cannot_be_deleted_leaves_the_others_to_be(store, queue, ledger, source, monkeypatch):
+    for _ in range(3):
+        queue.cancel(queue.submit(source, JobOptions()).id)
+    store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    bad = str(store.jobs.find_one({}, sort=[("_id", 1)])["_id"])
+    real = ledger.delete
+
+    def fail(job_id):
+        if job_id == bad:
+            raise Transient("too many ranges for now")
+        real(job_id)
+
+    monkeypatch.setattr(ledger, "delete", fail)
+    assert Retention(store, ledger).prune(30, 9) == 2
+    monkeypatch.undo()
+    assert Retention(store, ledger).prune(30, 9) == 1
+    assert store.jobs.count_documents({}) == 0
+
+
+def test_a_count_of_jobs_that_takes_long_is_not_made_at_every_call(store, queue, source, monkeypatch):
+    history = History(store)
+    queue.submit(source, JobOptions())
+    assert history.backlog().states[JobState.PENDING] == 1
+    queue.submit(source, JobOptions(run_at=LATER))
+    assert history.backlog().states[JobState.PENDING] == 2
+    monkeypatch.setattr("engine.history.CHEAP_SECONDS", 0.0)
+    monkeypatch.setattr("engine.history.BACKLOG_SHARE", 1e9)
+    assert history.backlog().states[JobState.PENDING] == 2
+    queue.submit(source, JobOptions())
+    assert history.backlog().states[JobState.PENDING] == 2
+
+
+def test_a_job_whose_time_has_come_counts_as_waiting_where_no_worker_lets_it_in(store, queue, source):
+    queue.submit(source, JobOptions(run_at=LATER))
+    assert History(store).backlog().oldest_seconds == 0
+    ago = {"$subtract": ["$$NOW", 60_000]}
+    store.jobs.update_one({}, [{"$set": {"notBefore": ago, "options.runAt": ago, "createdAt": ago}}])
+    assert History(store).backlog().oldest_seconds >= 60
+    assert queue.admit_due(10) == 1
+    assert History(store).backlog().oldest_seconds >= 60
+
+
+def test_a_request_for_a_batch_that_died_within_is_told_as_failed_when_nobody_repeats_it(store, queue, source):
+    batches = JobBatches(store)
+    batch = batches.submit([source], JobOptions())
+    store.jobs.delete_many({})
+    assert batch_status(batches.get(batch.id))["status"] == "PROCESSING"
+    store.batches.update_one({}, [{"$set": {"createdAt": {"$subtract": ["$$NOW", 7_200_000]}}}])
+    assert batch_status(batches.get(batch.id))["status"] == "FAILED"
