@@ -128,6 +128,17 @@ def test_files_are_listed_looked_at_and_deleted(live, finish):
     assert live.http.delete(f"/files/{keys[0]}").status_code == 404
 
 
+def test_slashes_before_the_first_name_of_a_path_name_no_other_file(live):
+    key = f"slashes-{uuid.uuid4().hex}.ndjson"
+    for each in (key, f"files/{key}"):
+        live.objects.upload(io.BytesIO(b"{}\n"), each)
+    api = f"http://127.0.0.1:{live.port}"
+    for path in ("/files/", "//files/", "///files/"):
+        assert live.http.get(f"{api}{path}{key}").json()["fileKey"] == key
+    assert live.http.delete(f"{api}//files/{key}").status_code == 204
+    assert live.http.get(f"{api}/files/files/{key}").status_code == 200
+
+
 def test_a_file_that_an_open_job_needs_is_not_deleted(live):
     key = live.objects.upload(io.BytesIO(b"{}\n"), f"needed-{uuid.uuid4().hex}").key
     job_id = live.http.post(f"/process/{key}", json={"runAt": "2099-01-01T00:00:00Z"}).json()["jobId"]

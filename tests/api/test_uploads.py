@@ -12,11 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ReadTimeoutError
 
 from api.uploads import reduced
 from engine.direct import DirectUploads
-from engine.errors import NotFound
+from engine.errors import NotFound, Transient
 from tests.api.hostile import hostile
 from tests.running import until
 
@@ -344,10 +344,38 @@ def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_
         return real(**given)
 
     monkeypatch.setattr(live.s3, "abort_multipart_upload", abort)
+    assert uploads.sweep(lambda: False) == 0
     assert uploads.sweep() == 2
     monkeypatch.undo()
+    assert (
+        uploads.sweep() == 0
+    )  # it is not asked for again within a day, lest such ones keep the others from their turn
+    live.store.uploads.update_one(
+        {"key": "left-1"}, [{"$set": {"keptAt": {"$subtract": ["$keptAt", 25 * 3600 * 1000]}}}]
+    )
     assert uploads.sweep() == 1
     assert not {found["UploadId"] for found in stored(live)[1]} & set(left)
+
+
+def test_a_sweep_ends_where_s3_does_not_answer(live, monkeypatch):
+    uploads = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB)
+    for number in range(2):
+        uploads.begin(f"slow-{number}-{uuid.uuid4().hex}", f"slow-{number}", 5, None)
+    live.store.uploads.update_many(
+        {"key": {"$regex": "^slow-"}}, [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
+    )
+    asked = []
+
+    def hang(**given):
+        asked.append(given["Key"])
+        raise ReadTimeoutError(endpoint_url="here")
+
+    monkeypatch.setattr(live.s3, "abort_multipart_upload", hang)
+    with pytest.raises(Transient):
+        uploads.sweep()
+    assert len(asked) == 1
+    monkeypatch.undo()
+    assert uploads.sweep() == 2
 
 
 def test_an_upload_into_a_bucket_of_before_is_not_found_and_swept_there(live):

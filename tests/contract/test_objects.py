@@ -5,14 +5,23 @@ import threading
 
 import boto3
 import pytest
-from botocore.exceptions import ConnectionClosedError
+from botocore.exceptions import ClientError, ConnectionClosedError
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from engine.errors import NotFound, ObjectChanged, ObjectGone, Transient
-from engine.objects import Objects, connect
+from engine.errors import (
+    AccessDenied,
+    NotFound,
+    ObjectChanged,
+    ObjectGone,
+    Refused,
+    TokenExpired,
+    Transient,
+    WrongClock,
+)
+from engine.objects import Objects, connect, s3_translated
 from engine.settings import Settings
 
 MIB = 1024 * 1024
@@ -31,6 +40,23 @@ def s3(request):
         boto3.client("s3", "us-east-1").create_bucket(Bucket="bucket")
         client = connect(settings)
         yield Objects(client, "bucket", 5 * MIB, 3), client, "bucket"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "told", "spends"),
+    [
+        ("ExpiredToken", 400, TokenExpired, False),
+        ("RequestTimeTooSkewed", 403, WrongClock, False),
+        ("InvalidArgument", 400, Refused, None),
+        ("AccessDenied", 403, AccessDenied, None),
+        ("SlowDown", 503, Transient, True),
+    ],
+)
+def test_what_s3_says_is_told_as_what_it_is(code, status, told, spends):
+    with pytest.raises(told) as caught, s3_translated("looking"):
+        raise ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+    assert type(caught.value) is told
+    assert getattr(caught.value, "spends", None) is spends
 
 
 def put(objects, data, key):

@@ -350,3 +350,10 @@ def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
     [load] = drain(submit(data, f"{uuid.uuid4().hex}.ndjson").id)
     told = [(each.state, each.progress.tally.inserted, each.progress.tally.rejected) for each in (dry, load)]
     assert told[0] == told[1]
+    assert store.claims.count_documents({}) == 0
+
+
+def test_a_dry_run_over_its_budget_leaves_no_claims_either(store, submit, drain):
+    [dry] = drain(submit(b'{"_id":1}\n{"_id":2}\nbad\n', validate=True, max_errors=0).id)
+    assert (dry.state, dry.failure.code) == (JobState.FAILED, "too_many_errors")
+    assert store.claims.count_documents({}) == 0

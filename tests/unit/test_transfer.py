@@ -52,6 +52,25 @@ def sent(monkeypatch):
     return parts
 
 
+@pytest.mark.parametrize(("part_bytes", "most"), [(8, 4), (20 * 2**20, 3), (105 * 2**20, 1)])
+def test_no_more_than_some_bytes_of_large_parts_are_held(monkeypatch, part_bytes, most):
+    under_way, seen, lock = [0], [], threading.Lock()
+
+    def put(self, url, data, headers, sent):
+        with lock:
+            under_way[0] += 1
+            seen.append(under_way[0])
+        time.sleep(0.02)
+        with lock:
+            under_way[0] -= 1
+
+    monkeypatch.setattr(Transfer, "_put", put)
+    state = Api(parts=12, part_bytes=part_bytes).ask("GET", "/")
+    Transfer(Api(parts=12))._send(state, {}, lambda number: b"x", lambda n: None)
+    assert max(seen) <= most
+    assert len(seen) == 12
+
+
 @pytest.mark.parametrize(("size", "fits"), [(0, True), (7, True), (16, True), (17, False), (100, False)])
 def test_a_stream_that_is_longer_than_an_upload_can_be_is_refused_and_not_cut(sent, size, fits):
     api, data = Api(parts=2), bytes(range(size))
