@@ -62,7 +62,7 @@ class Run:
 
         return close
 
-    def let_go(self) -> bool:
+    def told_to_end(self) -> bool:
         """Whether nothing more is to be read."""
         return self.stop.is_set() or self.cancelled.is_set() or self.lost.is_set()
 

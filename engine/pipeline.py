@@ -113,7 +113,7 @@ class Pipeline:
                 ended = self._work(run)
         except HeadraceError as error:
             self.keeper.drop()
-            self._let_go(run, error)
+            self._hand_back(run, error)
             raise
         finally:
             self.keeper.drop()
@@ -122,7 +122,7 @@ class Pipeline:
             _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
             reach(Step.CLOSED)
         else:
-            self._let_go(run)
+            self._hand_back(run)
         return ended
 
     def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
@@ -145,14 +145,14 @@ class Pipeline:
         for run, outcome in outcomes:
             try:
                 if outcome is not Ended.DONE:
-                    self._let_go(run, outcome if isinstance(outcome, HeadraceError) else None)
+                    self._hand_back(run, outcome if isinstance(outcome, HeadraceError) else None)
             except HeadraceError as error:
                 told.append((run, error))
             else:
                 told.append((run, outcome))
         return told, closed
 
-    def _let_go(self, run: Run, error: HeadraceError | None = None) -> None:
+    def _hand_back(self, run: Run, error: HeadraceError | None = None) -> None:
         """Tell the ledger that a lease ended before its range did, and because of what."""
         if isinstance(error, LeaseLost):
             return
@@ -260,7 +260,7 @@ class Pipeline:
                 began = time.perf_counter()
                 with self._objects.open(source, at, stop) as reader:
                     self._stats.add(seconds_read=time.perf_counter() - began)
-                    while not splitter.done and not run.let_go():
+                    while not splitter.done and not run.told_to_end():
                         began = time.perf_counter()
                         chunk = reader.read(self._settings.engine_read_bytes, run.move)
                         self._stats.add(seconds_read=time.perf_counter() - began)
@@ -280,7 +280,7 @@ class Pipeline:
             if at >= stop:
                 # The last line goes on: ever larger reads, so that a line of gigabytes costs few requests.
                 stop = min(source.size, at + max(2 * (stop - end), BEYOND_BYTES))
-            if run.let_go():
+            if run.told_to_end():
                 return
 
     def _write(self, run: Run, sink: Sink, format: Format, batch: Batch, close: Callable[[Tally], None]) -> None:

@@ -44,7 +44,6 @@ from engine.model import (
 )
 from engine.ranges import cut
 from engine.rejects import Rejects
-from engine.retention import release_claims
 from engine.steps import Step, reach
 from engine.store import (
     BY_FILE,
@@ -55,6 +54,7 @@ from engine.store import (
     WAITING_JOBS,
     Document,
     Store,
+    claims_of,
     job_key,
     translated,
     write_all,
@@ -410,7 +410,8 @@ class Queue:
         """
         if job.options.validate and job.plan is not None and done == job.plan.range_count:
             try:
-                release_claims(self._store, job_key(job.id))
+                with translated("releasing the claims of a dry run"):
+                    self._store.claims.delete_many(claims_of(job_key(job.id)))
             except HeadraceError as error:
                 log.warning(str(error), action="finish", job=job.id)
 

@@ -1,15 +1,13 @@
 """The history of jobs: how long it is kept, and what is left of a job when it goes."""
 
-from bson import ObjectId
-
 from engine.errors import HeadraceError
 from engine.jobs import LOADED
 from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL
-from engine.store import ENDED_JOBS, PRUNED_JOBS, Document, Store, translated
+from engine.store import ENDED_JOBS, PRUNED_JOBS, Document, Store, claims_of, translated
 
-__all__ = ["Retention", "release_claims"]
+__all__ = ["Retention"]
 
 log = get_logger()
 
@@ -62,7 +60,7 @@ class Retention:
             batches.update_one({"_id": job["batch"]}, {"$set": {"pruned": True}})
         self._ledger.delete(str(key))
         self._store.rejects.delete_many({"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}})
-        release_claims(self._store, key)
+        self._store.claims.delete_many(claims_of(key))
         deleted = jobs.delete_one({"_id": key, "pruned": True}).deleted_count
         if "batch" in job and not jobs.find_one({"batch": job["batch"]}, {"_id": 1}):
             batches.delete_one({"_id": job["batch"]})
@@ -74,9 +72,3 @@ class Retention:
             here = {"collection": job["options"]["collection"], "database": job["database"]}
             query = {"tag": job["plan"]["tag"], "loads": {"$elemMatch": here}}
             self._store.sources.update_one(query, {"$max": {"loads.$.completedBy": job["_id"]}})
-
-
-def release_claims(store: Store, job: ObjectId) -> None:
-    """Let go of the keys that a dry run has claimed."""
-    with translated("releasing the claims of a dry run"):
-        store.claims.delete_many({"_id": {"$gte": {"job": job, "what": ""}, "$lt": {"job": job, "what": []}}})

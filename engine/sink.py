@@ -157,17 +157,17 @@ class Sink:
                 codec_options=_REPLIES,
             )
         except InvalidBSON as error:
-            _let_go(error)
+            _forget_frames(error)
             raise Transient(f"MongoDB's answer to a write to collection {self._collection} cannot be read") from error
         except DocumentTooLarge:
             raise
         except OperationFailure as error:
             if error.code in _OF_ONE_DOCUMENT:
                 raise
-            _let_go(error)
+            _forget_frames(error)
             raise translate(error, f"writing to collection {self._collection}") from error
         except PyMongoError as error:
-            _let_go(error)
+            _forget_frames(error)
             told = translate(error, f"writing to collection {self._collection}")
             # Its subclasses tell of a time that ran out, or of a primary that is none.
             raise (Severed(str(told)) if type(error) is AutoReconnect else told) from error
@@ -223,7 +223,7 @@ class Sink:
 
     def _triage(self, work: Work, made: list[Document], indexes: Sequence[int], error: Exception) -> None:
         """Find which documents of a refused command are at fault, and write the others."""
-        _let_go(error)
+        _forget_frames(error)
         if len(indexes) == 1:
             code = error.code if isinstance(error, OperationFailure) else None
             reason, detail = unencodable(error) if code is None else _verdict(code, str(error), None)
@@ -260,7 +260,7 @@ def too_large(size: int) -> str | None:
     )
 
 
-def _let_go(error: BaseException | None) -> None:
+def _forget_frames(error: BaseException | None) -> None:
     """Forget what the frames of an error hold: the driver leaves cycles there, and with them the whole batch in memory."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

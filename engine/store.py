@@ -52,6 +52,7 @@ __all__ = [
     "WAITING_JOBS",
     "Document",
     "Store",
+    "claims_of",
     "job_key",
     "object_key",
     "ranges_of",
@@ -356,6 +357,11 @@ def object_key(text: str, what: str) -> ObjectId:
 def ranges_of(job: ObjectId) -> Document:
     """Matches all ranges of a job, by the bounds of their `_id`: an index scan of just these."""
     return {"_id": {"$gte": {"job": job, "index": 0}, "$lt": {"job": job, "index": float("inf")}}}
+
+
+def claims_of(job: ObjectId) -> Document:
+    """Matches all keys that the dry run of a job has claimed, likewise."""
+    return {"_id": {"$gte": {"job": job, "what": ""}, "$lt": {"job": job, "what": []}}}
 
 
 def translate(error: PyMongoError, doing: str) -> HeadraceError:

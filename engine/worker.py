@@ -65,8 +65,8 @@ PRUNE_JOBS: Final = 20
 PRUNE_AGAIN_SECONDS: Final = 1.0
 """How soon it looks again where there are more."""
 
-EXPIRE_SECONDS: Final = 1.0
-"""How often, about, a worker looks for leases that ran out."""
+TIME_SECONDS: Final = 1.0
+"""How often, about, a worker sees to what is due by the clock."""
 
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
@@ -178,7 +178,7 @@ class _Worker:
         self._chooser = Chooser(
             self._queue, self._plans, self._ledger, self._planner, post.name, stop, self._beat.touch
         )
-        self._expired_at = 0.0
+        self._kept_time_at = 0.0
         self._prune_at = 0.0
         self._collect_at = 0.0
         self._wakeups: Cursor[Document] | None = None
@@ -216,7 +216,7 @@ class _Worker:
             self._beat.touch()
             try:
                 self._collect()
-                self._expire()
+                self._keep_time()
                 self._prune()
                 waited = self._store.waited()
                 with expected("looking for work"):
@@ -279,11 +279,12 @@ class _Worker:
             self._last_error = str(error)
             log.warning(str(error), action="wait", worker=self._post.name)
 
-    def _expire(self) -> None:
-        if time.monotonic() - self._expired_at < EXPIRE_SECONDS:
+    def _keep_time(self) -> None:
+        """See to what is due by the clock: leases that ran out, jobs whose time has come, jobs that run for too long."""
+        if time.monotonic() - self._kept_time_at < TIME_SECONDS:
             return
         # Apart, so that the workers of a fleet do not all ask at once.
-        self._expired_at = time.monotonic() + random.uniform(0, EXPIRE_SECONDS / 2)  # noqa: S311
+        self._kept_time_at = time.monotonic() + random.uniform(0, TIME_SECONDS / 2)  # noqa: S311
         if freed := self._ledger.expire():
             self._stats.add(leases_expired=len(freed))
             log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=len(freed))
