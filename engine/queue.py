@@ -100,6 +100,7 @@ class Queue:
         self._ledger = ledger
         self._rejects = Rejects(store, ledger)
         self._database = store.data.name
+        self._strange: set[ObjectId] = set()
 
     def submit(self, source: Source, options: JobOptions, ticket: Ticket | None = None) -> Job:
         """Put a job on the queue, PENDING; with a ticket that was handed in before, the job of then.
@@ -190,12 +191,27 @@ class Queue:
             page: list[Job] = []
             with cursor:
                 for found in cursor:
-                    page.append(job_of(found))
+                    if (job := self._readable(found)) is not None:
+                        page.append(job)
                     if len(page) == PAGE_JOBS:
                         yield page
                         page = []
             if page:
                 yield page
+
+    def _readable(self, found: Document) -> Job | None:
+        """A job; None where it is of a later version, and asks for what this one does not know."""
+        try:
+            return job_of(found)
+        except (KeyError, TypeError, ValueError) as error:
+            if found["_id"] not in self._strange:
+                self._strange.add(found["_id"])
+                log.error(
+                    f"a job cannot be read, and is left to others: {error!r}; is an engine of a later version at work?",
+                    action="look",
+                    job=str(found["_id"]),
+                )
+            return None
 
     def open_ranges(self, job: Job) -> None:
         """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""

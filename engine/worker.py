@@ -215,18 +215,8 @@ class _Worker:
         while not self._stop.is_set():
             self._beat.touch()
             try:
-                self._collect()
-                self._keep_time()
-                self._prune()
-                waited = self._store.waited()
-                with expected("looking for work"):
-                    found = self._chooser.take()
-                if not found:
-                    self._wait()
-                else:
-                    self._run(pipeline, found)
-                    # This thread writes no documents: what it waited for was the queue.
-                    self._stats.add(seconds_queue=self._store.waited() - waited)
+                with expected("looking for work and doing it"):
+                    self._turn(pipeline)
                 self._last_error = ""
             except HeadraceError as error:
                 self._errors += 1
@@ -244,6 +234,20 @@ class _Worker:
         finally:
             self._store.close()
         return 0
+
+    def _turn(self, pipeline: Pipeline) -> None:
+        """See to what is due; then work on what there is to do, or wait for it."""
+        self._collect()
+        self._keep_time()
+        self._prune()
+        waited = self._store.waited()
+        found = self._chooser.take()
+        if not found:
+            self._wait()
+        else:
+            self._run(pipeline, found)
+            # This thread writes no documents: what it waited for was the queue.
+            self._stats.add(seconds_queue=self._store.waited() - waited)
 
     def _boot(self) -> bool:
         """Reach MongoDB and free what the predecessors held; False when told to stop before that."""

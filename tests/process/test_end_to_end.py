@@ -357,3 +357,11 @@ def test_a_dry_run_over_its_budget_leaves_no_claims_either(store, submit, drain)
     [dry] = drain(submit(b'{"_id":1}\n{"_id":2}\nbad\n', validate=True, max_errors=0).id)
     assert (dry.state, dry.failure.code) == (JobState.FAILED, "too_many_errors")
     assert store.claims.count_documents({}) == 0
+
+
+def test_a_job_that_cannot_be_read_holds_up_no_other(store, submit, drain):
+    odd = submit(b"{}\n", priority=5)
+    store.jobs.update_one({"_id": ObjectId(odd.id)}, {"$set": {"options.format": "of a version to come"}})
+    [job] = drain(submit(b"{}\n").id)
+    assert job.state is JobState.COMPLETED
+    assert store.jobs.find_one({"_id": ObjectId(odd.id)})["state"] == "PENDING"
