@@ -207,9 +207,10 @@ class Queue:
             if found["_id"] not in self._strange:
                 self._strange.add(found["_id"])
                 log.error(
-                    f"a job cannot be read, and is left to others: {error!r}; is an engine of a later version at work?",
+                    "a job cannot be read, and is left to others: an engine of a later version has perhaps made it",
                     action="look",
                     job=str(found["_id"]),
+                    cause=repr(error),
                 )
             return None
 
