@@ -70,17 +70,17 @@ class ProgressBody(TypedDict):
     """How far a job is. inserted + duplicates + rejected + blank = lines."""
 
     bytesTotal: Annotated[int, Field(description="Size of the object")]
-    bytesDone: Annotated[int, Field(description="Bytes whose lines are through")]
+    bytesDone: Annotated[int, Field(description="Bytes whose lines are done")]
     rangesTotal: Annotated[int, Field(description="Ranges that the object is cut into; 0 until it is planned")]
-    rangesDone: Annotated[int, Field(description="Ranges that are through")]
-    lines: Annotated[int, Field(description="Lines that are through")]
+    rangesDone: Annotated[int, Field(description="Ranges that are done")]
+    lines: Annotated[int, Field(description="Lines that are done")]
     inserted: Annotated[int, Field(description="Lines that became documents")]
     duplicates: Annotated[int, Field(description="Lines whose documents were there already")]
     rejected: Annotated[int, Field(description="Lines that did not become documents")]
     blank: Annotated[int, Field(description="Lines of white space")]
     percent: Annotated[float, Field(description="Share of the bytes that are done")]
-    recordsPerSecond: Annotated[float, Field(description="Lately; of a job that has ended, over all of it")]
-    secondsLeft: Annotated[float | None, Field(description="A guess; null where there is none yet")]
+    recordsPerSecond: Annotated[float, Field(description="Recent; for a job that has ended, its average")]
+    secondsLeft: Annotated[float | None, Field(description="An estimate; null until there is one")]
 
 
 class JobStatus(TypedDict):
@@ -89,15 +89,15 @@ class JobStatus(TypedDict):
     jobId: Annotated[str, Field(description="24 hexadecimal digits")]
     fileKey: Annotated[str, Field(description="Key of the object that is loaded")]
     status: Annotated[
-        _State, Field(description="COMPLETED, FAILED and CANCELLED are ends; a retry leads out of the last two")
+        _State, Field(description="COMPLETED, FAILED and CANCELLED are final; a retry reopens the last two")
     ]
-    stopping: Annotated[bool, Field(description="It will end as soon as its workers have let go")]
-    collection: Annotated[str, Field(description="Takes the documents")]
+    stopping: Annotated[bool, Field(description="It will end as soon as its workers have released it")]
+    collection: Annotated[str, Field(description="Where the documents go")]
     format: Annotated[_Format, Field(description="How lines become documents; auto until that is decided")]
     validate: Annotated[bool, Field(description="Nothing is written")]
     priority: Annotated[int, Field(description="Higher goes first")]
-    runAt: Annotated[_Moment | None, Field(description="It does not start before")]
-    batchId: Annotated[str | None, Field(description="Id of the batch, where one call made it together with others")]
+    runAt: Annotated[_Moment | None, Field(description="It does not start before this time")]
+    batchId: Annotated[str | None, Field(description="Id of the batch, if it was submitted in one")]
     createdAt: Annotated[_Moment | None, Field(description="When it was submitted")]
     startedAt: Annotated[_Moment | None, Field(description="When the first worker joined it")]
     finishedAt: Annotated[_Moment | None, Field(description="When it ended")]
@@ -250,14 +250,14 @@ class QueueState(TypedDict):
 class WorkerBody(TypedDict):
     """A worker that is alive: what it does now, its rate in lines a second, memory in bytes, and all that it counted."""
 
-    name: Annotated[str, Field(description="Its own, among all workers there have been")]
+    name: Annotated[str, Field(description="Unique among all workers, past ones included")]
     host: Annotated[str, Field(description="The machine that it runs on")]
     slot: Annotated[int, Field(description="Its number in its engine")]
     pid: Annotated[int, Field(description="Id of its process")]
     doing: Annotated[dict[str, Any], Field(description="The job, the range and how far it is; empty where it is idle")]
     rate: Annotated[float, Field(description="Lines a second, lately")]
     memory: Annotated[int, Field(description="Resident bytes")]
-    memoryPeak: Annotated[int, Field(description="The most resident bytes there have been")]
+    memoryPeak: Annotated[int, Field(description="Peak resident bytes")]
     counts: Annotated[dict[str, float], Field(description="Lines, bytes, rejects and seconds by stage since it began")]
 
 

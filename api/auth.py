@@ -61,7 +61,7 @@ def tokens_of(settings: Settings) -> list[Token]:
             lines = settings.api_tokens_file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(
-                f"{name} cannot be read ({type(error).__name__}): name a file that can, with a token a line"
+                f"{name} cannot be read ({type(error).__name__}): name a readable file with one entry per line"
             ) from None
         words += [(name, line.strip()) for line in lines if line.strip() and not line.strip().startswith("#")]
     tokens: list[Token] = []
@@ -70,7 +70,7 @@ def tokens_of(settings: Settings) -> list[Token]:
         scopes = match.group(2).split("+") if match else []
         if match is None or not set(scopes) <= set(Scope):
             raise SettingsError(
-                f"{where}: entry {number} is none; `headrace token NAME --scope read` draws a token and writes its entry"
+                f"{where}: entry {number} is invalid; `headrace token NAME --scope read` prints a new token and its entry"
             )
         tokens.append(Token(match.group(1), frozenset(map(Scope, scopes)), match.group(3)))
     return tokens
@@ -120,7 +120,7 @@ class Guard:
         if not self._tokens:
             if _from_elsewhere(head):
                 detail = (
-                    "without tokens this is called at localhost or 127.0.0.1 only, and not by a page of another site: use "
+                    "without tokens the API answers only at localhost or 127.0.0.1, and not to pages of other sites: use "
                     "that address, or set API_TOKENS"
                 )
                 raise Problem(403, "untrusted_origin", detail)
@@ -130,7 +130,7 @@ class Guard:
             raise Problem(
                 401,
                 "unauthorized",
-                "send a token that is known, in the header Authorization: Bearer",
+                "send a valid token in the header `Authorization: Bearer …`",
                 headers={"WWW-Authenticate": 'Bearer realm="headrace"'},
             )
         if not token.may(scope):

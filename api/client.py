@@ -206,7 +206,7 @@ class Client:
             detail += "; set API_TOKEN"
         if answer.has_redirect_location and not detail:
             detail = (
-                f"{self.url} leads on to {answer.headers['Location'][:200]}: set API_URL to where the API itself is"
+                f"{self.url} redirects to {answer.headers['Location'][:200]}: set API_URL to where the API itself is"
             )
         if answer.status_code == 413 and not detail:
             detail = "the file is larger than the API takes: raise API_MAX_UPLOAD_BYTES there, or use `headrace load`"

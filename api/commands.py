@@ -134,22 +134,22 @@ def api() -> None:
 def load(
     files: Annotated[list[str], typer.Argument(help="Files, s3://bucket/key for objects, - for standard input.")],
     wait: Annotated[bool, typer.Option("--wait", help="Watch the jobs to their end.")] = False,
-    collection: Annotated[str, typer.Option(help="Takes the documents.")] = "records",
+    collection: Annotated[str, typer.Option(help="Where the documents go.")] = "records",
     format: Annotated[Format, typer.Option(case_sensitive=False, help="How a line becomes a document.")] = Format.AUTO,
-    max_errors: Annotated[str, typer.Option(help="A count, or a percentage such as 2%.")] = "1000",
+    max_errors: Annotated[str, typer.Option(help="Rejects allowed: a count, or a percentage such as 2%.")] = "1000",
     priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
     run_at: Annotated[
         str | None, typer.Option(metavar="TIME", help="Not before this time, such as 2026-11-24T09:00:00Z.")
     ] = None,
-    timeout_seconds: Annotated[int | None, typer.Option(help="Fail when it runs for longer.")] = None,
-    validate: Annotated[bool, typer.Option("--validate", help="Read and judge, write nothing.")] = False,
+    timeout_seconds: Annotated[int | None, typer.Option(help="Fail if it runs longer.")] = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Dry run: read and check, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Load a second copy of what is loaded.")] = False,
-    skip_loaded: Annotated[bool, typer.Option("--skip-loaded", help="Skip what is loaded already.")] = False,
-    through_api: Annotated[bool, typer.Option("--through-api", help="Upload through the API, not to S3.")] = False,
+    skip_loaded: Annotated[bool, typer.Option("--skip-loaded", help="Skip what is already loaded.")] = False,
+    through_api: Annotated[bool, typer.Option("--through-api", help="Upload through the API, not directly.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload files and process them. Run it again after an interruption, and it goes on where it was."""
+    """Upload files and process them. Run it again after an interruption, and it resumes where it was."""
     budget: Any = int(max_errors) if max_errors.isdecimal() else max_errors
     options = {"collection": collection, "format": format.value, "maxErrors": budget, "priority": priority}
     options |= {"validate": validate, "force": force, "ifLoaded": "skip" if skip_loaded else "load"}
@@ -213,7 +213,7 @@ def jobs(
     collection: Annotated[str | None, typer.Option(help="Only jobs of this collection.")] = None,
     batch: Annotated[str | None, typer.Option(help="Only jobs of this batch.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -237,7 +237,7 @@ def show_status(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a job, and exit as it ended."""
+    """Show a job; the exit code says how it ended."""
     client = _client(url)
     if wait:
         client.status(job_id)  # one that is not there, or an API that is away, is told at once
@@ -270,7 +270,7 @@ def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def retry(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """Work again on the ranges of a job that are not done."""
+    """Rerun the ranges of a job that are not done."""
     _act(job_id, "retry", url, as_json)
 
 
@@ -279,7 +279,7 @@ def rejects(
     job_id: JobId,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the raw lines to this file, to mend and load again; - for standard output."),
+        typer.Option(help="Write the raw lines to this file, to fix and load again; - for standard output."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
     url: Url = None,
@@ -379,7 +379,7 @@ def top(
 @app.command()
 def profile(
     seconds: Annotated[
-        float, typer.Option(min=0, max=3600, help="Over how long; 0: since they started.")
+        float, typer.Option(min=0, max=3600, help="How long to measure; 0: since they started.")
     ] = PROFILE_SECONDS,
     url: Url = None,
     as_json: AsJson = False,
@@ -443,11 +443,11 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def token(
-    name: Annotated[str, typer.Argument(help="Whose it is; it shows in no log but the name does.")],
+    name: Annotated[str, typer.Argument(help="Name of its owner, kept in its entry.")],
     scope: Annotated[list[Scope], typer.Option(help="What it may do; may be given several times.")],
     as_json: AsJson = False,
 ) -> None:
-    """Draw a token for the API, and the entry of API_TOKENS that accepts it. The token is shown here and nowhere else."""
+    """Make a token for the API, and its entry for API_TOKENS. The token is shown here and nowhere else."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
         raise typer.BadParameter(
             "a token's name has up to 64 letters, digits, dots, dashes and underscores", param_hint="NAME"
@@ -456,7 +456,7 @@ def token(
     if as_json:
         print_json({"token": secret, "entry": entry})
     else:
-        print(f"API_TOKEN={secret}    # for the client\nAPI_TOKENS={entry}    # for the API; more are parted by spaces")
+        print(f"API_TOKEN={secret}    # for the client\nAPI_TOKENS={entry}    # for the API; separate more by spaces")
 
 
 def _version(asked: bool) -> None:

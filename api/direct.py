@@ -83,7 +83,7 @@ class Under:
         resp.media = _told(upload, urls, self._uploads.parts(upload_id))
 
     @operation(
-        summary="Give an upload up",
+        summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,
         answers={204: Answer("It is gone, with its parts")},
@@ -102,7 +102,7 @@ class Complete:
         self._uploads = uploads
 
     @operation(
-        summary="Make the object of the parts that were sent",
+        summary="Complete an upload: make its parts an object",
         group="uploads",
         scope=Scope.SUBMIT,
         answers={201: Answer("The file was stored", UploadAnswer)},
@@ -122,7 +122,7 @@ class Abort:
         self._uploads = uploads
 
     @operation(
-        summary="Give an upload up",
+        summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,
         answers={204: Answer("It is gone, with its parts")},

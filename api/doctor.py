@@ -54,7 +54,7 @@ def _mongodb(settings: Settings) -> Finding:
     try:
         store.ping()
         if store.standalone():
-            said = "it is no member of a replica set: make it one (--replSet, then rs.initiate())"
+            said = "it is not a member of a replica set: make it a replica set of one (--replSet, then rs.initiate())"
             return Finding("MongoDB", "warning", said)
         probe = store.control["doctor"]
         with translated("writing to MongoDB"):
@@ -111,7 +111,7 @@ def _s3(settings: Settings) -> Finding:
     finally:
         objects.delete(key)
     took = 1000 * (time.perf_counter() - began)
-    return Finding("S3", "ok", f"bucket {settings.aws_bucket_name} takes, gives and deletes ({took:.0f} ms)")
+    return Finding("S3", "ok", f"bucket {settings.aws_bucket_name} allows write, read, delete ({took:.0f} ms)")
 
 
 def _processes(settings: Settings) -> Finding:

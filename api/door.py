@@ -68,7 +68,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError:
             # Of a length of thousands of digits, or an address in the target that is none.
-            raise ParsingError("a number or an address in its head is none") from None
+            raise ParsingError("a number or an address in its head is invalid") from None
         if self.command != "POST" or self._route() != UPLOAD:
             # Waitress holds the server's bound against each body: all but uploads have a smaller one.
             self.adj = self.small
@@ -92,7 +92,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             raise _too_large(self.settings)
         if not self.uploads.acquire(blocking=False):
             most = self.settings.api_max_uploads
-            raise Problem(503, "busy", f"{most} uploads are under way already: come again in a little while")
+            raise Problem(503, "busy", f"{most} uploads are under way already: try again in a little while")
         # Given back when the application is done or the request is over; at the latest when nobody knows of it any more.
         self._give_back = weakref.finalize(self, self.uploads.release)
 
@@ -104,13 +104,13 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             # Raised on, it would end the server: waitress closes what it spooled, which fails as well.
             log.error("a body cannot be spooled", action="request", cause=error.strerror)
             self._refuse(
-                Problem(503, "no_room", f"the server cannot take the body in ({error.strerror}): send it again later")
+                Problem(503, "no_room", f"the server cannot store the body ({error.strerror}): send it again later")
             )
             return len(data)
         line, trailer = (len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
         if line > CHUNK_LINE_MOST_BYTES or trailer > TRAILER_MOST_BYTES:
             # Waitress looks at all of it again with every piece that comes.
-            detail = "the head of a chunk of the body has no end: send it as HTTP/1.1 says"
+            detail = "a chunk header or the trailer of the body is too long: send it as HTTP/1.1 says"
             self._refuse(Problem(400, "malformed_request", detail))
         elif (refusal := getattr(self, "_refusal", None)) is not None:
             self.error = refusal  # waitress has looked at the size since
@@ -191,9 +191,9 @@ def _problem_of(error: Any, settings: Settings, *, uploading: bool) -> Problem:
     if status == 431:
         return Problem(431, "headers_too_large", "the headers of the request are too large: send fewer or shorter ones")
     if error.body == "Bad URI":
-        detail = "the path has a byte that is no ASCII, or cannot be read: percent-encode it"
+        detail = "the path has a byte that is not ASCII, or cannot be read: percent-encode it"
         return Problem(status, "malformed_request", detail)
-    return Problem(status, "malformed_request", f"the request cannot be read ({error.body}): see that it is HTTP/1.1")
+    return Problem(status, "malformed_request", f"the request cannot be read ({error.body}): send valid HTTP/1.1")
 
 
 def open_door(server: Any, settings: Settings, guard: Guard, durations: Durations) -> None:

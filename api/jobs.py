@@ -129,7 +129,7 @@ class Retry:
         self._queue = queue
 
     @operation(
-        summary="Work again on the ranges that are not done; safe to repeat",
+        summary="Rerun the ranges of a job that are not done; safe to repeat",
         group="jobs",
         scope=Scope.SUBMIT,
         answers={202: Answer("It is open again", JobStatus)},

@@ -27,7 +27,7 @@ class Slots:
     def __init__(self, most: int, status: int, what: str) -> None:
         self._free = threading.Semaphore(most)
         self._status = status
-        self._what = f"{most} {what} at a time are under way already: come again in a little while"
+        self._what = f"{most} {what} are under way already, the most at a time: try again in a little while"
 
     def take(self) -> None:
         """Raises Problem where none is left."""
@@ -65,7 +65,7 @@ class Depth:
                 raise Problem(
                     503,
                     "queue_full",
-                    f"{jobs} more would make it over {self._most} open jobs (API_MAX_OPEN_JOBS): submit again when some have "
+                    f"{jobs} more would exceed {self._most} open jobs (API_MAX_OPEN_JOBS): submit again when some have "
                     "ended",
                 )
             self._open += jobs

@@ -98,12 +98,12 @@ class Loader:
                 said = str(load.error)
             elif load.whole:
                 said = (
-                    "all of it was sent, and nobody answered whether its job was made: look for it with `headrace jobs`"
+                    "all of it was sent, but no answer says whether its job was made: look for it with `headrace jobs`"
                 )
             elif load.note is not None:
-                said = "its upload was broken off: run the same command again, and it goes on where it was"
+                said = "its upload was interrupted: run the same command again, and it resumes where it was"
             elif load.file == STDIN:
-                said = "it was broken off, and nothing of it is kept: send it again from its beginning"
+                said = "it was interrupted, and nothing of it is kept: send it again from its beginning"
             else:
                 said = "it was not begun, or cannot be resumed: run the same command again"
             name = "standard input" if load.file == STDIN else load.file

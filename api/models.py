@@ -56,7 +56,7 @@ def _budget(value: object) -> object:
         return value
     if not re.fullmatch(_PERCENTAGE, value):
         raise ValueError(
-            'write a count such as 1000, or a percentage of at most "100%" and six decimals, such as "0.5%"'
+            'write a count such as 1000, or a percentage up to "100%" with at most six decimals, such as "0.5%"'
         )
     return value
 
@@ -65,7 +65,7 @@ def _moment(value: object) -> object:
     """A time with its offset from UTC, as in 2026-11-24T09:00:00Z."""
     if value is None or isinstance(value, datetime):
         return value
-    wrong = "write a time with its offset from UTC as RFC 3339 has it, such as 2026-11-24T09:00:00Z"
+    wrong = "write an RFC 3339 time with its offset from UTC, such as 2026-11-24T09:00:00Z"
     if not isinstance(value, str) or not re.fullmatch(_MOMENT, value):
         raise ValueError(wrong)
     try:
@@ -95,7 +95,7 @@ class _Request(BaseModel):
 class ProcessRequest(_Request):
     """How an object is to be loaded; every field may be left out."""
 
-    collection: Annotated[str, Field(min_length=1, max_length=200, description="Takes the documents")] = "records"
+    collection: Annotated[str, Field(min_length=1, max_length=200, description="Where the documents go")] = "records"
     format: Annotated[Literal["auto", "ndjson", "text"], Field(description="How a line becomes a document")] = "auto"
     max_errors: Annotated[
         int | str,
@@ -109,14 +109,14 @@ class ProcessRequest(_Request):
     ] = "load"
     # `validate` is a method of the models of old.
     dry_run: Annotated[
-        StrictBool, Field(alias="validate", description="Read and judge everything, write no document")
+        StrictBool, Field(alias="validate", description="Dry run: check everything, write no document")
     ] = False
     run_at: Annotated[
         datetime | None,
         BeforeValidator(_moment),
-        Field(description="Not before this time", json_schema_extra=_MOMENT_SCHEMA),
+        Field(description="Start no earlier than this", json_schema_extra=_MOMENT_SCHEMA),
     ] = None
-    timeout_seconds: Annotated[_Seconds | None, Field(description="Fail when it runs for longer")] = None
+    timeout_seconds: Annotated[_Seconds | None, Field(description="Fail if it runs longer")] = None
 
     def options(self) -> JobOptions:
         """As the engine takes them."""

@@ -27,14 +27,14 @@ _PROBLEMS: Final = {
     400: "The request cannot be read",
     401: "A token is needed",
     403: "The token may not do this",
-    404: "There is no such thing",
-    409: "The state that it is in does not allow this",
+    404: "There is no such resource",
+    409: "Its current state does not allow this",
     413: "The request is too large",
     415: "The body is of the wrong type",
     422: "A value is wrong; the problem names it",
-    429: "Too many wait already: come again later",
+    429: "Too many such requests at a time: try again later",
     500: "Something unexpected happened",
-    503: "It cannot be done now: come again later",
+    503: "It cannot be done now: try again later",
 }
 
 _HEADERS: Final[dict[str, dict[str, Any]]] = {

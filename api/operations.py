@@ -117,7 +117,7 @@ def query_of(req: falcon.Request, model: type[Model]) -> Model:
 def check_encoding(encoding: str | None) -> None:
     """Raises Problem where a body is encoded as its Content-Encoding says: nothing here decodes it."""
     if encoding and encoding.strip().lower() != "identity":
-        detail = f"a body with Content-Encoding {encoding[:40]!r} is not taken: send it as it is, without that header"
+        detail = f"a body with Content-Encoding {encoding[:40]!r} is not accepted: send it plain, without that header"
         raise Problem(415, "encoded_body", detail)
 
 

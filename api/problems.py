@@ -144,7 +144,7 @@ def _ours(req: falcon.Request, resp: falcon.Response, error: HeadraceError, para
 
 def invalid(error: ValidationError, kind: str, names: Sequence[str]) -> Problem:
     """A problem that names each fault; `names` are those of the fields or parameters (`kind`) that there are."""
-    unknown = f"there is no such {kind}; there are {', '.join(names)}"
+    unknown = f"there is no such {kind}; the {kind}s are {', '.join(names)}"
     faults = [
         {
             "field": ".".join(map(str, fault["loc"]))[:NAME_MOST] or kind,
@@ -163,7 +163,7 @@ def _http(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, p
     if error.headers:
         resp.set_headers(error.headers)
     if status == 404:
-        detail = f"there is nothing at {req.path[:200]!r}: see the README for the calls there are"
+        detail = f"there is nothing at {req.path[:200]!r}: see /docs for the calls"
     elif status == 405:
         detail = f"{req.method} is not possible at {req.path[:200]!r}: see the Allow header"
     elif req.method not in METHODS:
@@ -176,5 +176,5 @@ def _http(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, p
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, Any]) -> None:
     log.error("the request failed", action="request", exc_info=error)
-    detail = "something unexpected happened: try again, and tell the operator the request id if it stays"
+    detail = "something unexpected happened: try again, and if it persists tell the operator the request id"
     _answer(req, resp, Problem(500, "internal", detail))

@@ -49,7 +49,7 @@ class Pause:
         self._history = history
 
     @operation(
-        summary="Begin no more ranges until the queue is resumed; those under way are finished",
+        summary="Start no more ranges until the queue is resumed; those under way finish",
         group="queue",
         scope=Scope.ADMIN,
         answers={200: Answer("The queue", QueueState)},

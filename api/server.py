@@ -52,7 +52,7 @@ def _checked(settings: Settings) -> list[Token]:
     wrong: list[str] = []
     tokens: list[Token] = []
     if settings.api_spool_dir is not None and not settings.api_spool_dir.is_dir():
-        wrong.append(f"API_SPOOL_DIR={settings.api_spool_dir} is no folder: make it, or name another")
+        wrong.append(f"API_SPOOL_DIR={settings.api_spool_dir} is not a folder: make it, or name another")
     try:
         tokens = tokens_of(settings)
     except SettingsError as error:

@@ -108,7 +108,7 @@ class Uploads:
             if gone():
                 raise Problem(499, "client_gone", "the client has left before the file was stored")
             if self._stopping.is_set():
-                raise Problem(503, "stopping", "the server stops: send the file again")
+                raise Problem(503, "stopping", "the server is stopping: send the file again")
 
         def complete() -> None:
             _finish(parts)
@@ -148,6 +148,6 @@ def _finish(parts: "object") -> None:
     """Read the form to its final boundary: one that was cut short in transit otherwise reads as whole."""
     for part in parts:  # type: ignore[attr-defined]
         if part.name == "file":
-            raise Problem(400, "two_files", "the form has two parts named `file`: send one file a form")
+            raise Problem(400, "two_files", "the form has two parts named `file`: send one file per form")
         while part.stream.read(REST_BYTES):
             pass

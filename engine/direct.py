@@ -193,7 +193,7 @@ class DirectUploads:
             raise Conflict(f"parts are missing: {shown}; send them, then complete the upload again")
         total = sum(part.size for part in parts)
         if upload.size is not None and total != upload.size:
-            raise Conflict(f"the parts have {total} bytes together, and {upload.size} were announced: send them again")
+            raise Conflict(f"the parts add up to {total} bytes, but {upload.size} were announced: send them again")
         with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
             self._client.complete_multipart_upload(
                 Bucket=self._bucket,

@@ -454,7 +454,7 @@ def _translate(error: ClientError, doing: str) -> HeadraceError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = _status(error)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
-        return WrongClock(f"S3 refuses {doing} since the clock of this machine is wrong: set it, for example with NTP")
+        return WrongClock(f"S3 refuses {doing} because this machine's clock is wrong: set it, for example with NTP")
     if code == "ExpiredToken":
         return TokenExpired(f"the session token of the AWS credentials ran out while {doing}: start anew with another")
     if code == "InvalidArgument":
@@ -464,5 +464,5 @@ def _translate(error: ClientError, doing: str) -> HeadraceError:
     if code == "NoSuchBucket":
         return Transient(f"there is no such bucket while {doing}: make it, or set AWS_BUCKET_NAME to one that there is")
     if status == 404:
-        return NotFound(f"S3 knows nothing of it while {doing} ({code or status})")
-    return Transient(f"S3 could not answer while {doing} ({code or status}): see that the S3 server is well")
+        return NotFound(f"S3 found nothing while {doing} ({code or status})")
+    return Transient(f"S3 could not answer while {doing} ({code or status}): check the S3 server")

@@ -498,5 +498,5 @@ def _budget_spent(job: Job, tally: Tally) -> Failure:
     return Failure(
         "too_many_errors",
         f"{tally.rejected} of {tally.lines} lines were rejected and maxErrors allows {job.options.max_errors}: "
-        f"see the rejects, mend the file or raise maxErrors; what was written stays",
+        f"see the rejects, fix the file or raise maxErrors; what was written stays",
     )

@@ -65,7 +65,7 @@ def _mongo_uri(value: SecretStr | None) -> SecretStr | None:
         ) from None
     if parsed["collection"] is not None or (fault := _database_fault(parsed["database"] or DEFAULT_DATABASE)):
         fault = "it has a dot" if parsed["collection"] is not None else fault
-        raise ValueError(f"the database that it names cannot be one: {fault}")
+        raise ValueError(f"the database that it names cannot be used: {fault}")
     return value
 
 
@@ -80,7 +80,7 @@ def _database_fault(name: str) -> str | None:
     if len(name.encode()) > 63:
         return "its name has more than 63 bytes"
     if name.lower() in ("admin", "config", "local"):
-        return f"{name} is MongoDB's own (where a user is known is said with authSource={name}): name another"
+        return f"{name} is MongoDB's own (to say where a user is defined, write authSource={name}): name another"
     wrong = sorted(set(name) & set('/\\. "$*<>:|?\0'))
     return f"its name has {wrong[0]!r} in it" if wrong else None
 
@@ -161,43 +161,45 @@ class Settings(BaseSettings):
 
     port: int = _setting(3000, "Port of the HTTP API", "port", ge=1, le=65535)
     mongo_uri: Annotated[SecretStr | None, AfterValidator(_mongo_uri)] = _setting(
-        None, "MongoDB that keeps the queue and takes the documents; its database takes the documents"
+        None, "MongoDB that holds the queue and the documents; the documents go to the database it names"
     )
     aws_region: Annotated[str, _like(_REGION, "write a region such as eu-central-1")] = _setting(
         "us-east-1", "Region of the bucket"
     )
-    aws_access_key_id: str | None = _setting(None, "Access key of S3")
-    aws_secret_access_key: SecretStr | None = _setting(None, "Secret key of S3")
-    aws_session_token: SecretStr | None = _setting(None, "Session token of S3, with temporary keys")
+    aws_access_key_id: str | None = _setting(None, "S3 access key")
+    aws_secret_access_key: SecretStr | None = _setting(None, "S3 secret key")
+    aws_session_token: SecretStr | None = _setting(None, "S3 session token, for temporary keys")
     aws_bucket_name: Annotated[str | None, _like(_BUCKET, "write the name of a bucket, or its ARN")] = _setting(
         None, "Bucket that holds the files"
     )
     aws_endpoint_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
-        None, "Address of an S3 server other than that of AWS"
+        None, "URL of an S3 server other than AWS"
     )
 
     engine_workers: int = _setting(
-        cores, "Worker processes", "processes", "the number of cores, or of the container's share", ge=1, le=1024
+        cores, "Worker processes", "processes", "the number of cores, or the container's CPU limit", ge=1, le=1024
     )
     engine_control_db: Annotated[str, AfterValidator(_control_db)] = _setting(
         "headrace_control", "Database of the jobs, ranges and rejects", min_length=1
     )
-    engine_range_bytes: Bytes = _setting(64 * MIB, "The most that one range of an object holds", "bytes", ge=64 * KIB)
+    engine_range_bytes: Bytes = _setting(64 * MIB, "Maximum size of one range of an object", "bytes", ge=64 * KIB)
     engine_read_bytes: Bytes = _setting(MIB, "How much is read from S3 at a time", "bytes", ge=4 * KIB, le=64 * MIB)
     engine_max_line_bytes: Bytes = _setting(32 * MIB, "A longer line is rejected", "bytes", ge=1 * KIB, le=256 * MIB)
-    engine_batch_records: int = _setting(1000, "Lines in one bulk write", "records", ge=1, le=20_000)
+    engine_batch_records: int = _setting(1000, "Maximum lines in one bulk write", "records", ge=1, le=20_000)
     engine_batch_bytes: Bytes = _setting(
-        2 * MIB, "Bytes of lines in one bulk write; one longer line travels alone", "bytes", ge=64 * KIB, le=4 * MIB
+        2 * MIB, "Maximum bytes of lines in one bulk write; a longer one goes alone", "bytes", ge=64 * KIB, le=4 * MIB
     )
     engine_writers: int = _setting(
-        _writers, "Bulk writes that one worker has under way", "writes", "8; fewer with over 16 workers", ge=1, le=64
+        _writers, "Concurrent bulk writes of one worker", "writes", "8; fewer with over 16 workers", ge=1, le=64
     )
     engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
     engine_watchdog_seconds: float = _setting(
-        60.0, "A worker silent for so long is replaced", "seconds", ge=1, le=86_400
+        60.0, "A worker silent for this long is replaced", "seconds", ge=1, le=86_400
     )
-    engine_grace_seconds: float = _setting(20.0, "How long a soft stop may take", "seconds", ge=0, le=3600)
-    engine_poll_seconds: float = _setting(2.0, "Timer behind the wake-ups of idle workers", "seconds", ge=0.05, le=4)
+    engine_grace_seconds: float = _setting(20.0, "How long a graceful stop may take", "seconds", ge=0, le=3600)
+    engine_poll_seconds: float = _setting(
+        2.0, "Poll interval of idle workers, if no wake-up comes first", "seconds", ge=0.05, le=4
+    )
     engine_keep_jobs_days: float = _setting(
         30.0, "How long ended jobs and their rejects are kept", "days", gt=0, le=36_500
     )
@@ -208,9 +210,9 @@ class Settings(BaseSettings):
     api_host: str = _setting("127.0.0.1", "Address that the HTTP API listens on")
     api_threads: int = _setting(24, "Requests that the HTTP API handles at a time", "threads", ge=4, le=256)
     api_tokens: SecretStr | None = _setting(
-        None, "Tokens that the HTTP API accepts, as `headrace token` writes them, parted by spaces or commas"
+        None, "Token entries that the HTTP API accepts, as `headrace token` prints them, separated by spaces or commas"
     )
-    api_tokens_file: Path | None = _setting(None, "A file of such tokens, one a line", "file")
+    api_tokens_file: Path | None = _setting(None, "A file of such entries, one per line", "file")
     api_token: Annotated[SecretStr | None, AfterValidator(_token)] = _setting(
         None, "Token that the command line sends to the HTTP API"
     )
@@ -218,14 +220,14 @@ class Settings(BaseSettings):
         None, "HTTP API that the command line talks to; unset: API_HOST and PORT", "URL"
     )
     api_max_uploads: int = _setting(4, "Uploads through POST /upload at a time", "uploads", ge=1, le=128)
-    api_max_watchers: int = _setting(8, "Requests that wait for a job to move, at a time", "requests", ge=0, le=128)
+    api_max_watchers: int = _setting(8, "Requests that wait for a job to change, at a time", "requests", ge=0, le=128)
     api_max_downloads: int = _setting(4, "Downloads of rejected lines at a time", "requests", ge=1, le=128)
-    api_max_open_jobs: int = _setting(100_000, "Open jobs beyond which no more are taken", "jobs", ge=1, le=10_000_000)
+    api_max_open_jobs: int = _setting(100_000, "Maximum open jobs; more are refused", "jobs", ge=1, le=10_000_000)
     api_max_upload_bytes: Bytes = _setting(10 * GIB, "The largest body that POST /upload takes", "bytes", ge=1)
-    api_part_bytes: Bytes = _setting(8 * MIB, "Part of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
-    api_upload_parallel: int = _setting(6, "Parts under way to S3 at a time, of all uploads", "parts", ge=1, le=64)
+    api_part_bytes: Bytes = _setting(8 * MIB, "Part size of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
+    api_upload_parallel: int = _setting(6, "Parts sent to S3 at a time, over all uploads", "parts", ge=1, le=64)
     api_spool_dir: Path | None = _setting(
-        None, "Where bodies are spooled; unset: the system's folder for such", "folder"
+        None, "Where bodies are spooled; unset: the system's temporary folder", "folder"
     )
 
     @classmethod
@@ -260,7 +262,7 @@ class Settings(BaseSettings):
         if self.engine_watchdog_seconds <= self.answer_seconds:
             wrong.append(
                 f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than {self.answer_seconds:g} "
-                f"seconds, for which a worker may wait for an answer with ENGINE_LEASE_SECONDS={self.engine_lease_seconds:g}"
+                f"seconds, the longest wait for an answer with ENGINE_LEASE_SECONDS={self.engine_lease_seconds:g}"
             )
         if wrong:
             raise ValueError("\n".join(wrong))

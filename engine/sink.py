@@ -185,15 +185,13 @@ class Sink:
             if error["code"] == DUPLICATE_KEY:
                 duplicates.append((index, error))
             elif error["code"] in TRANSIENT_CODES:
-                raise Transient(
-                    f"MongoDB could not store a document (code {error['code']}): see that its members are well"
-                )
+                raise Transient(f"MongoDB could not store a document (code {error['code']}): check its members")
             else:
                 reason, detail = _verdict(error["code"], str(error.get("errmsg", "")), error.get("errInfo"))
                 work.refuse(index, reason, detail, error["code"])
         inserted = len(indexes) - len(failed)
         if reply["n"] != inserted:
-            raise Transient(f"MongoDB tells of {reply['n']} documents where {inserted} were sent: see its log")
+            raise Transient(f"MongoDB counted {reply['n']} documents where {inserted} were expected: see its log")
         work.inserted += inserted
         if duplicates:
             self._duplicates(work, duplicates)
@@ -254,7 +252,7 @@ class Sink:
 def too_large(size: int) -> str | None:
     """Why MongoDB takes no document of so many bytes of BSON; None where it does."""
     return (
-        f"the document has {size} bytes as BSON and MongoDB takes {MAX_DOCUMENT_BYTES}"
+        f"the document has {size} bytes as BSON; MongoDB takes at most {MAX_DOCUMENT_BYTES}"
         if size > MAX_DOCUMENT_BYTES
         else None
     )
@@ -297,7 +295,7 @@ def unencodable(error: Exception) -> tuple[Reason, str]:
     if isinstance(error, OverflowError):
         return Reason.INT_RANGE, "an integer does not fit into 64 bits"
     if isinstance(error, RecursionError):
-        return Reason.TOO_DEEP, "the document is nested deeper than BSON is encoded"
+        return Reason.TOO_DEEP, "the document is nested too deeply to be encoded as BSON"
     if isinstance(error, DocumentTooLarge):
         return Reason.TOO_LARGE, f"the document has more than the {MAX_DOCUMENT_BYTES} bytes that MongoDB takes as BSON"
     if "NUL" in str(error).upper():

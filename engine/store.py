@@ -374,9 +374,7 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     if isinstance(error, OperationFailure):
         labels = error.details.get("errorLabels", []) if error.details else []
         if error.code in TRANSIENT_CODES or "RetryableWriteError" in labels:
-            return Transient(
-                f"MongoDB could not answer while {doing} (code {error.code}): see that its members are well"
-            )
+            return Transient(f"MongoDB could not answer while {doing} (code {error.code}): check its members")
         if error.code in _DENIED_CODES:
             return AccessDenied(
                 f"MongoDB does not allow {doing} (code {error.code}): check the user in MONGO_URI and its roles"

@@ -261,8 +261,8 @@ class _Worker:
                 self._note(freed, "died")
                 if self._post.slot == 0 and self._store.standalone():
                     log.warning(
-                        "this mongod is no member of a replica set, so that it forgets acknowledged writes when it is lost: "
-                        "make it one of at least one member (--replSet, then rs.initiate())",
+                        "this mongod is not a member of a replica set, so acknowledged writes are lost with it: "
+                        "make it a replica set of one or more members (--replSet, then rs.initiate())",
                         action="boot",
                         worker=self._post.name,
                     )

@@ -45,7 +45,7 @@ def test_every_reason_of_a_reject_is_told():
 
 
 def test_every_way_of_breaking_a_load_is_told():
-    section = README.split("## How it is proven")[1].split("\n## ")[0]
+    section = README.split("## How it is tested")[1].split("\n## ")[0]
     told = {
         name for row in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
     }
