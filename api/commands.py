@@ -103,7 +103,7 @@ def _client(url: str | None) -> Client:
 def up(
     file: Annotated[Path | None, typer.Option(help="Load this file instead of the sample.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Exit after the job: 0 if it completed.")] = False,
-    records: Annotated[int, typer.Option(min=1, help="Records of the sample.")] = 200_000,
+    records: Annotated[int, typer.Option(min=0, help="Records of the sample; 0: load nothing.")] = 200_000,
 ) -> None:
     """Start real servers, the engine and the API; load a file; go on serving."""
     from api.up import up as run
@@ -365,12 +365,13 @@ def top(
         print_json(client.ask("GET", "/workers"))
         return
     console = _console()
+    if once or not console.is_terminal:
+        console.print(workers_table(client.ask("GET", "/workers")["workers"]))
+        return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(workers_table(client.ask("GET", "/workers")["workers"]), refresh=True)
-                if once or not console.is_terminal:
-                    return
                 time.sleep(TOP_SECONDS)
     except KeyboardInterrupt:
         pass

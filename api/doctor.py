@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from typing import Final
 
 from api.auth import is_loopback, tokens_of
+from api.client import Client, reachable
 from engine.errors import HeadraceError, WrongClock
 from engine.objects import Objects, connect
 from engine.settings import Settings, cores
+from engine.stats import live
 from engine.store import Store, translated
 
 __all__ = ["Finding", "examine"]
@@ -119,7 +121,17 @@ def _processes(settings: Settings) -> Finding:
     if workers > 2 * there:
         said = f"ENGINE_WORKERS={workers} on {there} cores: more than two a core slow each other down"
         return Finding("processes", "warning", said)
-    return Finding("processes", "ok", f"ENGINE_WORKERS={workers} on {there} cores")
+    told = f"ENGINE_WORKERS={workers} on {there} cores"
+    if settings.mongo_uri is None:
+        return Finding("processes", "ok", told)
+    store = Store(settings, pool=2)
+    try:
+        alive = len(live(store))
+    finally:
+        store.close()
+    if not alive:
+        return Finding("processes", "warning", f"{told}, and no worker is alive: start `headrace engine`")
+    return Finding("processes", "ok", f"{told}; {alive} workers are alive, on all machines")
 
 
 def _spool(settings: Settings) -> Finding:
@@ -142,4 +154,13 @@ def _api(settings: Settings) -> Finding:
     if not tokens and not is_loopback(settings.api_host):
         said = f"API_HOST={settings.api_host} and no tokens: `headrace api` will not start; draw some with `headrace token`"
         return Finding("API", "wrong", said)
-    return Finding("API", "ok", f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens")
+    told = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens"
+    url = settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}"
+    client = Client(url)
+    try:
+        client.ask("GET", "/healthz")
+    except HeadraceError as error:
+        return Finding("API", "warning", f"{told}; {error}")
+    finally:
+        client.close()
+    return Finding("API", "ok", f"{told}; {url} answers")

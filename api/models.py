@@ -65,7 +65,7 @@ def _moment(value: object) -> object:
     """A time with its offset from UTC, as in 2026-11-24T09:00:00Z."""
     if value is None or isinstance(value, datetime):
         return value
-    wrong = "write an RFC 3339 time with its offset from UTC, such as 2026-11-24T09:00:00Z"
+    wrong = "write an RFC 3339 time from the year 2000 on with its offset from UTC, such as 2026-11-24T09:00:00Z"
     if not isinstance(value, str) or not re.fullmatch(_MOMENT, value):
         raise ValueError(wrong)
     try:

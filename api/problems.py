@@ -147,7 +147,7 @@ def invalid(error: ValidationError, kind: str, names: Sequence[str]) -> Problem:
     unknown = f"there is no such {kind}; the {kind}s are {', '.join(names)}"
     faults = [
         {
-            "field": ".".join(map(str, fault["loc"]))[:NAME_MOST] or kind,
+            "field": ".".join(map(str, fault["loc"]))[:NAME_MOST] or ("body" if kind == "field" else "query"),
             "message": unknown if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, "),
         }
         for fault in error.errors(include_url=False, include_input=False, include_context=False)[:FAULTS_MOST]

@@ -142,6 +142,8 @@ def _job_lines(status: dict[str, Any]) -> Iterator[str]:
         f"  {told['percent']} %, {told['lines']:,} lines: {told['inserted']:,} inserted, {told['duplicates']:,} duplicates, "
         f"{told['rejected']:,} rejected, {told['blank']:,} blank; {told['recordsPerSecond']:,.0f} records/s"
     )
+    if status["status"] == "PENDING" and status["runAt"]:
+        yield f"  not before {status['runAt']}"
     if status["alreadyLoadedBy"]:
         yield f"  this version was loaded before by job {status['alreadyLoadedBy']}"
     if status["error"]:

@@ -31,6 +31,8 @@ READY_SECONDS: Final = 60.0
 SAMPLE_SEED: Final = 1
 EXIT_INTERRUPTED: Final = 130
 
+GOES_ON: Final = "it goes on when Headrace runs here again (`make run RECORDS=0` loads nothing more)"
+
 
 class _Told(BaseException):
     """TERM or INT came. No error of the program: nothing may swallow it."""
@@ -132,13 +134,14 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
     try:
         with ExitStack() as stack:
             try:
-                return _run(settings, file, once, records, console, stack, signals)
+                code = _run(settings, file, once, records, console, stack, signals)
             finally:
                 signals.stopping()
-    except _Told:
-        return EXIT_INTERRUPTED if once else 0
-    finally:
         console.print("Stopped.")
+        return code
+    except _Told:
+        console.print("Stopped.")
+        return EXIT_INTERRUPTED if once else 0
 
 
 def _run(
@@ -168,7 +171,7 @@ def _run(
     for name in ("api", "engine"):  # stopped in the opposite order
         with held_back():  # a child that is there is stopped as one
             child = _Child(name, logs / f"{name}.log", environment)
-            stack.callback(child.stop, settings.engine_grace_seconds + 5, signals)
+            stack.callback(_stop, child, servers, settings.engine_grace_seconds + 5, signals)
         children.append(child)
     url = f"http://{reachable(settings.api_host)}:{settings.port}"
     client = Client(url, token)
@@ -178,6 +181,8 @@ def _run(
     console.print(f"S3       {overrides.get('aws_endpoint_url', 'as the AWS_ settings name it')}")
     console.print(f"API      {url}, engine with {settings.engine_workers} workers; logs in {logs}")
 
+    if file is None and records == 0:
+        return 0 if once else _serve(console, children, servers)
     options: dict[str, Any] = {}
     if file is None:
         file = folder / f"sample-{records}.ndjson"
@@ -190,19 +195,41 @@ def _run(
         key = client.upload(file)
         job_id = client.process(key, options)
         console.print(f"Processing {key} as job {job_id} …")
-        status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check(children, servers))
+        try:
+            status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check_all(children, servers))
+        except _Told:
+            console.print(f"Job {job_id} has not ended: {GOES_ON}")
+            raise
     except CallFailed:
-        _check(children, servers)  # which says more of it, where one of them has ended
+        _check_all(children, servers)  # which says more of it, where one of them has ended
         raise
     if once:
         signals.stopping()  # what became of the job is known, and how the command ends with it
-    _summary(settings, overrides, status, url, key, console)
+    _summary(settings, overrides, status, console)
+    console.print("By hand:")
+    bearer = '-H "Authorization: Bearer $API_TOKEN" ' if token else ""
+    for line in (
+        f"curl {bearer}-F file=@FILE {url}/upload",
+        f"curl {bearer}-X POST {shlex.quote(f'{url}/process/{key}')}",
+        f"curl {bearer}{url}/status/{status['jobId']}",
+    ):
+        console.print(f"  {line}")
+    console.print()
     if once:
         return 0 if status["status"] == "COMPLETED" else 1
+    return _serve(console, children, servers)
+
+
+def _serve(console: Console, children: list[_Child], servers: LocalServers) -> int:
     console.print("Serving. Ctrl-C stops it.")
     while True:
         time.sleep(0.5)
-        _check(children, servers)
+        _check_all(children, servers)
+
+
+def _stop(child: _Child, servers: LocalServers, seconds: float, signals: _Signals) -> None:
+    """Stop a child; at once where it would wait for a server that has ended."""
+    child.stop(0 if servers.died() else seconds, signals)
 
 
 def _write_sample(file: Path, records: int) -> None:
@@ -235,9 +262,15 @@ def _check(children: list[_Child], servers: LocalServers) -> None:
         child.check()
 
 
-def _summary(
-    settings: Settings, overrides: dict[str, Any], status: dict[str, Any], url: str, key: str, console: Console
-) -> None:
+def _check_all(children: list[_Child], servers: LocalServers) -> None:
+    """As `_check`, while jobs may be at work."""
+    try:
+        _check(children, servers)
+    except StartError as error:
+        raise StartError(f"{error}. All the rest was stopped, and no job is lost: {GOES_ON}") from None
+
+
+def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:
     told = status["progress"]
     console.print()
     console.print(
@@ -262,12 +295,4 @@ def _summary(
         for document in found or collection.find().limit(2):
             text = orjson.dumps(document, default=str).decode()
             console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"))
-    quoted = shlex.quote(f"{url}/process/{key}")
-    console.print("\nBy hand:")
-    for line in (
-        f"curl -F file=@FILE {url}/upload",
-        f"curl -X POST {quoted}",
-        f"curl {url}/status/{status['jobId']}",
-    ):
-        console.print(f"  {line}")
     console.print()

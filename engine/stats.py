@@ -134,7 +134,9 @@ def _memory() -> dict[str, int]:
     """Resident bytes, now and at the peak."""
     with open("/proc/self/statm") as file:  # noqa: PTH123 (read every two seconds)
         resident = int(file.read().split()[1]) * resource.getpagesize()
-    return {"memory": resident, "memoryPeak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    # The kernel notes the peak now and then only.
+    peak = max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {"memory": resident, "memoryPeak": peak}
 
 
 def live(store: Store) -> list[Document]:

@@ -183,9 +183,16 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
         "AWS_BUCKET_NAME": settings.aws_bucket_name,
         "AWS_ACCESS_KEY_ID": settings.aws_access_key_id,
         "AWS_SECRET_ACCESS_KEY": settings.aws_secret_access_key.get_secret_value(),
+        "ENGINE_CONTROL_DB": settings.engine_control_db,
     }
     found = {f["what"]: f["state"] for f in json.loads(run("doctor", "--json", **right).out)}
-    assert (found["MongoDB"], found["S3"]) == ("ok", "ok")
+    assert (found["MongoDB"], found["S3"], found["processes"], found["API"]) == ("ok", "ok", "ok", "ok")
+    nobody = json.loads(
+        run("doctor", "--json", **right | {"API_URL": "http://127.0.0.1:1", "ENGINE_CONTROL_DB": "nobody"}).out
+    )
+    told = {f["what"]: (f["state"], f["said"]) for f in nobody}
+    assert (told["API"][0], told["processes"][0]) == ("warning", "warning")
+    assert "no worker is alive: start `headrace engine`" in told["processes"][1]
     wrong = run("doctor", code=1, **right | {"AWS_BUCKET_NAME": "nowhere", "ENGINE_WORKERS": "500"})
     assert "there is no bucket nowhere" in wrong.out
     [clock] = [line for line in wrong.out.splitlines() if " clock " in line]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pymongo import MongoClient
 
 from engine.local import mongod_path
 from engine.ports import free_port
@@ -151,7 +152,36 @@ def test_a_part_that_dies_under_the_job_ends_it_in_a_sentence(up, victim, said):
     os.kill(pid, signal.SIGKILL)
     assert run.finish() == 1
     assert said in sentence(run)
+    assert "it goes on when Headrace runs here again" in sentence(run)
     assert run.left() == []
+
+
+def test_a_database_that_dies_is_told_at_once_and_not_waited_for(up):
+    run = up("--records", "1000", ENGINE_GRACE_SECONDS="300")
+    run.wait_for("Serving.")
+    [pid] = [pid for pid in run.left() if Path(command_line(pid).split("\0")[0]).name == "mongod"]
+    os.kill(pid, signal.SIGKILL)
+    assert run.finish(60) == 1
+    assert "mongod was killed by SIGKILL" in sentence(run)
+    assert run.left() == []
+
+
+def test_a_job_that_ctrl_c_cuts_short_goes_on_the_next_time_with_nothing_loaded_beside(up, tmp_path):
+    # What is stopped takes no ranges: the job is open when the command ends, however quick this machine is.
+    first = up("--records", "400000")
+    first.wait_for("PENDING")
+    first.process.send_signal(signal.SIGINT)
+    assert first.finish() == 0
+    assert "has not ended: it goes on when Headrace runs here again" in first.said
+    assert first.left() == []
+    second = up("--records", "0")
+    second.wait_for("Serving.")
+    client = MongoClient(re.search(r"MongoDB +(\S+)", second.said).group(1))
+    with client:
+        until(lambda: client["headrace"]["records"].count_documents({}) == 400_000, 60, "the rest of the job")
+    second.process.send_signal(signal.SIGINT)
+    assert second.finish() == 0
+    assert "Uploading" not in second.said
 
 
 def command_line(pid):

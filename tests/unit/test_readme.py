@@ -1,8 +1,19 @@
 """The README tells the truth: its table of settings is that of the code, and the files and targets it names exist."""
 
+import ast
 import re
 from pathlib import Path
 
+from engine.errors import (
+    AccessDenied,
+    Conflict,
+    KeyReused,
+    NotFound,
+    Refused,
+    TokenExpired,
+    Transient,
+    WrongClock,
+)
 from engine.model import Reason
 from engine.settings import Settings
 from tests.chaos.scenarios import SCENARIOS
@@ -63,3 +74,22 @@ def test_the_files_that_are_linked_exist():
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_type_of_problem_is_told():
+    section = README.split("<!-- problems -->")[1].split("\n### ")[0]
+    told = {
+        name for first in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", first)
+    }
+    calls = [
+        node
+        for path in (ROOT / "api").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Problem"
+    ]
+    literal = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
+    # Those of the engine's errors which an answer may be, and of Falcon's; and one that no client is left to read.
+    answered = {
+        e.code for e in (Transient, WrongClock, TokenExpired, AccessDenied, NotFound, Conflict, Refused, KeyReused)
+    }
+    assert told == (literal | answered | {"method_not_allowed"}) - {"client_gone"}
