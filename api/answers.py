@@ -120,8 +120,12 @@ class EventBody(TypedDict):
 
 
 class JobDetail(JobStatus):
-    """A job, with what became of its ranges and what happened to it."""
+    """A job, with what it was asked for, what became of its ranges and what happened to it."""
 
+    maxErrors: int | str
+    ifLoaded: str
+    force: bool
+    timeoutSeconds: int | None
     ranges: dict[str, int]
     attempts: int
     deaths: int

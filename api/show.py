@@ -79,6 +79,8 @@ class Bars:
         rate = told["recordsPerSecond"]
         speed = rate * told["bytesDone"] / told["lines"] / 1e6 if told["lines"] else 0.0
         text = f"{told['lines']:,} lines  {rate:,.0f} records/s  {speed:,.0f} MB/s"
+        if state == "PENDING" and status["runAt"]:
+            text = f"not before {status['runAt']}"
         if told["rejected"]:
             text += f"  {told['rejected']:,} rejected"
         self._show(task, state, told["percent"], text, told["secondsLeft"], last=state in TERMINAL)

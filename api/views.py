@@ -72,9 +72,13 @@ def job_status(job: Job) -> JobStatus:
 
 
 def job_detail(job: Job, ranges: RangeReport) -> JobDetail:
-    """A job with what became of its ranges and what happened to it."""
+    """A job with what it was asked for, what became of its ranges and what happened to it."""
     return {
         **job_status(job),
+        "maxErrors": job.options.max_errors,
+        "ifLoaded": job.options.if_loaded,
+        "force": job.options.force,
+        "timeoutSeconds": job.options.timeout_seconds,
         "ranges": {state.value: count for state, count in ranges.states.items()},
         "attempts": ranges.failures,
         "deaths": ranges.deaths,

@@ -63,6 +63,8 @@ def test_a_job_tells_its_ranges_and_what_happened(live, finish):
     told = live.http.get(f"/jobs/{job_id}").json()
     assert told["ranges"] == {"DONE": 1}
     assert (told["attempts"], told["deaths"], len(told["workers"])) == (0, 0, 1)
+    asked = tuple(told[name] for name in ("maxErrors", "ifLoaded", "force", "timeoutSeconds"))
+    assert asked == (1000, "load", False, None)
     assert [event["what"] for event in told["timeline"]] == ["submitted", "planned: 1 range", "COMPLETED"]
     status = live.http.get(f"/status/{job_id}").json()
     assert {name: told[name] for name in status} == status

@@ -76,3 +76,11 @@ def test_jobs_can_be_read_on_a_terminal_of_eighty_columns(capsys, monkeypatch):
         assert cell in said, said
     assert max(map(len, said.splitlines())) <= 80
     assert "…" not in said
+
+
+def test_a_job_that_waits_for_its_time_tells_it():
+    progress = dict.fromkeys(("percent", "lines", "inserted", "duplicates", "rejected", "blank", "recordsPerSecond"), 0)
+    job = {"jobId": "6b04", "status": "PENDING", "stopping": False, "fileKey": "f", "progress": progress, "errors": []}
+    job |= {"alreadyLoadedBy": None, "error": None, "runAt": "2099-01-01T00:00:00.000Z"}
+    assert "  not before 2099-01-01T00:00:00.000Z" in list(job_lines(job))
+    assert "not before" not in "".join(job_lines(job | {"status": "COMPLETED"}))
