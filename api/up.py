@@ -31,7 +31,7 @@ READY_SECONDS: Final = 60.0
 SAMPLE_SEED: Final = 1
 EXIT_INTERRUPTED: Final = 130
 
-GOES_ON: Final = "it goes on when Headrace runs here again (`make run RECORDS=0` loads nothing more)"
+GOES_ON: Final = "goes on when Headrace runs here again (`make run RECORDS=0` loads nothing more)"
 
 
 class _Told(BaseException):
@@ -198,7 +198,7 @@ def _run(
         try:
             status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check_all(children, servers))
         except _Told:
-            console.print(f"Job {job_id} has not ended: {GOES_ON}")
+            console.print(f"Job {job_id} has not ended: it {GOES_ON}")
             raise
     except CallFailed:
         _check_all(children, servers)  # which says more of it, where one of them has ended
@@ -267,7 +267,7 @@ def _check_all(children: list[_Child], servers: LocalServers) -> None:
     try:
         _check(children, servers)
     except StartError as error:
-        raise StartError(f"{error}. All the rest was stopped, and no job is lost: {GOES_ON}") from None
+        raise StartError(f"{error}. All the rest was stopped; a job that had not ended {GOES_ON}") from None
 
 
 def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:

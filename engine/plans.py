@@ -42,8 +42,8 @@ class Plans:
         ids: Document = {"_id": {"$in": [job_key(job.id) for job in jobs]}} | pending
         mine = {"$eq": ["$planner.holder", holder]}  # claimed before, and the answer was lost
         # A missing time is less than any.
-        due, lapsed_or_none = ({"$lte": [time, "$$NOW"]} for time in ("$notBefore", "$planner.until"))
-        free = {"$and": [due, {"$or": [lapsed_or_none, mine]}]}
+        due = {"$lte": ["$notBefore", "$$NOW"]}
+        free = {"$and": [due, {"$or": [{"$lte": ["$planner.until", "$$NOW"]}, mine]}]}
         lapsed = {"$cond": [{"$or": [mine, {"$lt": ["$planner.holder", ""]}]}, 0, 1]}
         counts = {name: {"$ifNull": [f"$planner.{name}", 0]} for name in ("deaths", "lapses")}
         counts["lapses"] = {"$add": [counts["lapses"], lapsed]}

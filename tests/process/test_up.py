@@ -152,7 +152,7 @@ def test_a_part_that_dies_under_the_job_ends_it_in_a_sentence(up, victim, said):
     os.kill(pid, signal.SIGKILL)
     assert run.finish() == 1
     assert said in sentence(run)
-    assert "it goes on when Headrace runs here again" in sentence(run)
+    assert "a job that had not ended goes on when Headrace runs here again" in sentence(run)
     assert run.left() == []
 
 

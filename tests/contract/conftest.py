@@ -1,0 +1,38 @@
+"""What the suites of jobs share."""
+
+import io
+import uuid
+
+import pytest
+
+from engine.model import Format, JobOptions, Plan, Tally
+from engine.planner import Planner
+from engine.plans import Plans
+
+
+@pytest.fixture
+def source(objects):
+    return objects.upload(io.BytesIO(b'{"n":1}\n' * 100), f"{uuid.uuid4().hex}.ndjson")
+
+
+@pytest.fixture
+def plans(store, queue, ledger):
+    return Plans(store, queue, ledger)
+
+
+@pytest.fixture
+def planner(store, queue, plans, ledger, objects, settings):
+    return Planner(store, queue, plans, ledger, objects, settings)
+
+
+def plan(ranges, tag=b"tagtag"):
+    return Plan(Format.NDJSON, tag, 100, ranges, True, 2**25)
+
+
+def loaded(planner, queue, ledger, source, **options):
+    """A job that has been worked off, without its documents."""
+    [prepared] = planner.prepare([queue.submit(source, JobOptions(**options))], "holder")
+    if prepared.lease is None:
+        return prepared.job
+    ledger.close(prepared.lease, Tally(lines=1, inserted=1))
+    return queue.finish(prepared.job, Tally(lines=1, inserted=1))

@@ -1,0 +1,140 @@
+"""What is known of jobs of before: loads that are told, history that is deleted, counts, batches."""
+
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+
+from api.views import batch_status
+from engine.errors import Conflict, Transient
+from engine.history import History
+from engine.job_batches import JobBatches
+from engine.model import JobOptions, JobState, Tally
+from engine.retention import Retention
+from engine.store import job_key
+from tests.contract.conftest import loaded
+
+
+def test_a_second_load_is_told_of_the_first_before_and_after_its_history_is_pruned(
+    store, queue, planner, ledger, source
+):
+    first = loaded(planner, queue, ledger, source)
+    assert first.state is JobState.COMPLETED
+    second = loaded(planner, queue, ledger, source)
+    assert (second.already_loaded_by, second.plan.sole, second.plan.tag) == (first.id, False, first.plan.tag)
+    skipped = loaded(planner, queue, ledger, source, if_loaded="skip")
+    assert (skipped.state, skipped.already_loaded_by) == (JobState.COMPLETED, second.id)
+    store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    assert Retention(store, ledger).prune(30, 9) == 3
+    again = loaded(planner, queue, ledger, source, if_loaded="skip")
+    assert (again.already_loaded_by, again.plan.tag) == (second.id, first.plan.tag)
+    assert loaded(planner, queue, ledger, source, collection="other", if_loaded="skip").already_loaded_by is None
+
+
+def test_a_load_that_did_not_complete_is_not_taken_for_one(queue, planner, ledger, source):
+    [prepared] = planner.prepare([queue.submit(source, JobOptions())], "holder")
+    ledger.give_back(prepared.lease, 0, Tally())
+    queue.cancel(prepared.job.id)
+    second = loaded(planner, queue, ledger, source, if_loaded="skip")
+    assert (second.already_loaded_by, second.plan.sole, second.progress.tally.lines) == (None, False, 1)
+
+
+def test_a_job_that_was_retried_since_is_not_pruned(store, queue, source):
+    job = queue.submit(source, JobOptions())
+    queue.cancel(job.id)
+    store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    real = store.jobs.update_one
+
+    class Late:
+        """Between the look for old jobs and the first write, somebody retries this one and it ends again."""
+
+        def __getattr__(self, name):
+            return getattr(store.jobs, name)
+
+        def update_one(self, *given, **more):
+            queue.retry(job.id)
+            queue.cancel(job.id)
+            return real(*given, **more)
+
+    late = Retention(SimpleNamespace(jobs=Late(), batches=store.batches), queue._ledger)
+    assert late.prune(30, 9) == 0
+    assert queue.get(job.id).state is JobState.CANCELLED
+
+
+def test_jobs_that_are_old_are_found_by_their_index_however_many_have_ended(store, queue, ledger, source):
+    for _ in range(40):
+        queue.cancel(queue.submit(source, JobOptions()).id)
+    old = [found["_id"] for found in store.jobs.find().limit(5)]
+    store.jobs.update_many({"_id": {"$in": old}}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    store.jobs.update_one(
+        {"_id": old[0]}, [{"$set": {"pruned": True, "finishedAt": "$$NOW"}}]
+    )  # begun, under other settings
+    store.control.command("profile", 2)
+    retention = Retention(store, ledger)
+    assert (retention.prune(30, 3), retention.prune(30, 9), retention.prune(30, 9)) == (3, 2, 0)
+    store.control.command("profile", 0)
+    looks = list(
+        store.control["system.profile"].find({"op": "query", "ns": store.jobs.full_name, "command.hint": {"$ne": None}})
+    )
+    assert looks
+    assert max(look["docsExamined"] for look in looks) <= 5
+    assert store.jobs.count_documents({}) == 35
+
+
+def test_a_job_whose_history_is_being_deleted_cannot_be_retried(store, queue, source):
+    job = queue.submit(source, JobOptions())
+    queue.cancel(job.id)
+    store.jobs.update_one({"_id": job_key(job.id)}, {"$set": {"pruned": True}})
+    with pytest.raises(Conflict, match="being deleted"):
+        queue.retry(job.id)
+
+
+def test_one_job_that_cannot_be_deleted_leaves_the_others_to_be(store, queue, ledger, source, monkeypatch):
+    for _ in range(3):
+        queue.cancel(queue.submit(source, JobOptions()).id)
+    store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    bad = str(store.jobs.find_one({}, sort=[("_id", 1)])["_id"])
+    real = ledger.delete
+
+    def fail(job_id):
+        if job_id == bad:
+            raise Transient("too many ranges for now")
+        real(job_id)
+
+    monkeypatch.setattr(ledger, "delete", fail)
+    assert Retention(store, ledger).prune(30, 9) == 2
+    monkeypatch.undo()
+    assert Retention(store, ledger).prune(30, 9) == 1
+    assert store.jobs.count_documents({}) == 0
+
+
+def test_a_count_of_jobs_that_takes_long_is_not_made_at_every_call(store, queue, source, monkeypatch):
+    history = History(store)
+    queue.submit(source, JobOptions())
+    assert history.backlog().states[JobState.PENDING] == 1
+    queue.submit(source, JobOptions(run_at=datetime(2099, 1, 1, tzinfo=UTC)))
+    assert history.backlog().states[JobState.PENDING] == 2
+    monkeypatch.setattr("engine.history.CHEAP_SECONDS", 0.0)
+    monkeypatch.setattr("engine.history.BACKLOG_SHARE", 1e9)
+    assert history.backlog().states[JobState.PENDING] == 2
+    queue.submit(source, JobOptions())
+    assert history.backlog().states[JobState.PENDING] == 2
+
+
+def test_a_job_whose_time_has_come_counts_as_waiting_where_no_worker_lets_it_in(store, queue, source):
+    queue.submit(source, JobOptions(run_at=datetime(2099, 1, 1, tzinfo=UTC)))
+    assert History(store).backlog().oldest_seconds == 0
+    ago = {"$subtract": ["$$NOW", 60_000]}
+    store.jobs.update_one({}, [{"$set": {"notBefore": ago, "options.runAt": ago, "createdAt": ago}}])
+    assert History(store).backlog().oldest_seconds >= 60
+    assert queue.admit_due(10) == 1
+    assert History(store).backlog().oldest_seconds >= 60
+
+
+def test_a_request_for_a_batch_that_died_within_is_told_as_failed_when_nobody_repeats_it(store, queue, source):
+    batches = JobBatches(store)
+    batch = batches.submit([source], JobOptions())
+    store.jobs.delete_many({})
+    assert batch_status(batches.get(batch.id))["status"] == "PROCESSING"
+    store.batches.update_one({}, [{"$set": {"createdAt": {"$subtract": ["$$NOW", 7_200_000]}}}])
+    assert batch_status(batches.get(batch.id))["status"] == "FAILED"

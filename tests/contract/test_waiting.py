@@ -1,0 +1,145 @@
+"""Jobs and ranges that wait for a time: nobody looks at them before, and everybody sees them afterwards."""
+
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from bson import ObjectId
+
+from engine.chooser import Chooser
+from engine.model import Failure, JobOptions, JobState, Stop, Tally
+from engine.store import job_key
+from tests.contract.conftest import plan
+
+
+def test_a_job_that_is_stopped_while_it_is_put_off_is_seen_at_once(store, queue, source):
+    job = queue.submit(source, JobOptions())
+    stamp = {"stopping": {"to": "FAILED", "failure": None}, "notBefore": datetime(2099, 1, 1, tzinfo=UTC)}
+    store.jobs.update_one({}, {"$set": stamp})
+    assert [[found.id for found in page] for page in queue.open_jobs()] == [[job.id]]
+
+
+def test_a_job_whose_ranges_are_all_put_off_is_passed_over_until_one_is_due(
+    queue, plans, planner, ledger, source, store
+):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(job)
+    for _ in range(2):
+        lease = ledger.lease(job.id, "other")
+        ledger.postpone(replace(lease, attempts=3), lease.confirmed, lease.tally, Failure("unavailable", "away"))
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    asked = []
+    real = ledger.lease
+    ledger.lease = lambda *given: asked.append(given) or real(*given)
+    for _ in range(5):
+        chooser._looked_at = 0
+        assert chooser.take() == []
+    assert len(asked) == 1
+    fresh = queue.submit(source, JobOptions())
+    chooser._looked_at = 0
+    assert [run.job.id for run in chooser.take()] == [fresh.id]
+    queue.cancel(job.id)
+    store.ranges.update_many({"job": job_key(job.id)}, {"$unset": {"notBefore": "", "waiting": ""}})
+    queue.retry(job.id)  # another round: what was known of it is void
+    chooser._looked_at = 0
+    assert [run.job.id for run in chooser.take()] == [job.id]
+
+
+def test_ranges_that_others_hold_are_looked_for_soon_and_those_put_off_in_their_time(queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    assert ledger.idle_seconds(job.id, 60) is None
+    queue.open_ranges(job)
+    assert ledger.idle_seconds(job.id, 60) == 0
+    first, second = ledger.lease(job.id, "a"), ledger.lease(job.id, "b")
+    assert ledger.idle_seconds(job.id, 60) == 1
+    ledger.postpone(replace(first, attempts=2), 0, Tally(), Failure("unavailable", "away"))
+    assert ledger.idle_seconds(job.id, 60) == 1
+    ledger.close(second, Tally())
+    assert 60 < ledger.idle_seconds(job.id, 1e6) < 90
+    assert ledger.idle_seconds(job.id, 5) == 5
+
+
+LATER = datetime(2099, 1, 1, tzinfo=UTC)
+
+
+def seen(queue):
+    return {job.id for page in queue.open_jobs() for job in page}
+
+
+def looks(store, look):
+    """What the server read for the looks at the jobs that `look` takes: the most keys, and the most documents."""
+    store.control.command("profile", 2)
+    look()
+    store.control.command("profile", 0)
+    found = list(store.control["system.profile"].find({"op": "query", "ns": store.jobs.full_name}))
+    store.control["system.profile"].drop()
+    assert found
+    return max(each["keysExamined"] for each in found), max(each["docsExamined"] for each in found)
+
+
+def test_jobs_that_wait_for_their_time_cost_the_others_nothing(store, queue, source):
+    for _ in range(100):
+        queue.submit(source, JobOptions(priority=5, run_at=LATER))
+    job = queue.submit(source, JobOptions(run_at=datetime(2020, 1, 1, tzinfo=UTC)))
+    keys, documents = looks(store, lambda: seen(queue))
+    assert (keys <= 3, documents) == (True, 1)
+    keys, documents = looks(store, lambda: queue.admit_due(1000))
+    assert (keys <= 1, documents) == (True, 0)
+    assert seen(queue) == {job.id}
+
+
+def test_jobs_whose_time_has_come_are_let_in_the_earliest_first(store, queue, source):
+    jobs = [queue.submit(source, JobOptions(run_at=LATER)) for _ in range(4)]
+    for job, minutes in zip(jobs, (3, 1, 2, -1), strict=True):
+        at = {"$subtract": ["$$NOW", 60_000 * minutes]}
+        store.jobs.update_one({"_id": ObjectId(job.id)}, [{"$set": {"notBefore": at}}])
+    assert queue.admit_due(2) == 2
+    assert seen(queue) == {jobs[0].id, jobs[2].id}
+    assert (queue.admit_due(2), queue.admit_due(2)) == (1, 0)
+    assert seen(queue) == {job.id for job in jobs[:3]}
+
+
+def test_a_job_that_is_put_off_waits_and_is_seen_when_it_is_stopped(store, queue, plans, source):
+    job = queue.submit(source, JobOptions())
+    plans.postpone(job, Failure("unreachable", "S3 does not answer"))
+    assert store.jobs.find_one({}, {"waiting": 1})["waiting"] is True
+    assert seen(queue) == set()
+    stamp = Stop(JobState.FAILED, Failure("timeout", "too late"))
+    assert (queue.stop(job, stop=stamp), queue.get(job.id).state) == (None, JobState.FAILED)
+    assert "waiting" not in store.jobs.find_one({})
+    queue.retry(job.id)
+    assert seen(queue) == {job.id}
+
+
+def test_a_job_that_is_being_stopped_is_put_off_no_more(store, queue, plans, source):
+    job = queue.submit(source, JobOptions())
+    store.jobs.update_one({}, {"$set": {"stopping": {"to": "CANCELLED", "failure": None}}})
+    plans.postpone(job, Failure("unreachable", "S3 does not answer"))
+    assert seen(queue) == {job.id}
+    assert queue.settle(job.id).state is JobState.CANCELLED
+
+
+def test_a_retry_waits_again_for_the_time_that_the_job_was_given(queue, source):
+    job = queue.submit(source, JobOptions(run_at=LATER))
+    queue.cancel(job.id)
+    assert queue.retry(job.id).state is JobState.PENDING
+    assert seen(queue) == set()
+
+
+def test_a_job_that_was_put_off_since_it_was_seen_is_claimed_by_nobody(store, queue, plans, source):
+    job = queue.submit(source, JobOptions())
+    [claimed] = plans.claim([job], "one")
+    plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
+    assert plans.claim([job], "other") == []
+    # As an older version puts off, which knows no flag.
+    store.jobs.update_one({}, {"$unset": {"waiting": ""}})
+    assert plans.claim([job], "other") == []
+    plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
+    assert queue.get(job.id).attempts == 1
+
+
+def test_a_plan_ends_all_waiting(store, queue, plans, source):
+    job = queue.submit(source, JobOptions(run_at=LATER))
+    plans.fix([(job, plan(1), None)])
+    found = store.jobs.find_one({})
+    assert (found["state"], "waiting" in found, "notBefore" in found) == ("PROCESSING", False, False)
