@@ -120,12 +120,16 @@ class EventBody(TypedDict):
 
 
 class JobDetail(JobStatus):
-    """A job, with what it was asked for, what became of its ranges and what happened to it."""
+    """A job, with what it was asked for, what became of its ranges and what happened to it.
+
+    `waitingFor` tells, where nobody is at work on it, what it waits for: a worker, its time, the end of a pause, another try.
+    """
 
     maxErrors: int | str
     ifLoaded: str
     force: bool
     timeoutSeconds: int | None
+    waitingFor: str | None
     ranges: dict[str, int]
     attempts: int
     deaths: int

@@ -74,7 +74,7 @@ def create_app(
         ("/batches/{batch_id}", Batches(batches), {"batchId": "Id of the batch"}),
         ("/status/{job_id}", Status(watch), job),
         ("/jobs", Jobs(history), {}),
-        ("/jobs/{job_id}", Detail(queue, history, watch), job),
+        ("/jobs/{job_id}", Detail(store, queue, history, watch), job),
         ("/jobs/{job_id}/events", Events(watch), job),
         ("/jobs/{job_id}/cancel", Cancel(queue), job),
         ("/jobs/{job_id}/retry", Retry(queue), job),

@@ -12,14 +12,31 @@ import httpx
 
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["SLOW", "CallFailed", "Client", "check_file", "is_stream", "reachable", "readable"]
+__all__ = [
+    "AWAY",
+    "PATIENCE_SECONDS",
+    "POLL_SECONDS",
+    "SLOW",
+    "CallFailed",
+    "Client",
+    "check_file",
+    "is_stream",
+    "reachable",
+    "readable",
+]
 
 WAIT_SECONDS: Final = 20
 """How long the API is asked to wait for a job to move."""
 
+QUIET_SECONDS: Final = 3
+"""A job that has not moved for so long is asked what it waits for."""
+
 POLL_SECONDS: Final = 0.5
 PATIENCE_SECONDS: Final = 60.0
-"""How long the API may be out of reach before a watch of a job is given up."""
+"""How long the API may be out of reach before a watch of a job is given up, or the submission of what is uploaded."""
+
+AWAY: Final = (0, 502, 503, 504)
+"""Statuses of calls that may go well a little later."""
 
 READ_SECONDS: Final = 120.0
 """How long an answer may take, of most requests."""
@@ -117,7 +134,7 @@ class Client:
     def states(
         self, job_id: str, wait: int = WAIT_SECONDS, check: Callable[[], None] = lambda: None
     ) -> Iterator[dict[str, Any]]:
-        """The job as it is now, and again whenever it has moved, until it has ended.
+        """The job as it is now, and again whenever it has moved, until it has ended; of one that waits, what it waits for, too.
 
         Args:
             job_id: of the job.
@@ -126,7 +143,7 @@ class Client:
 
         Raises CallFailed only when the API has not answered for a while.
         """
-        path = f"/status/{quote(job_id, safe='')}"
+        path, detail = (f"/{of}/{quote(job_id, safe='')}" for of in ("status", "jobs"))
         headers: dict[str, str] = {}
         failing: float | None = None
         while True:
@@ -135,20 +152,22 @@ class Client:
                 answer = self._http.get(path, headers=headers, timeout=wait + 30)
                 if not answer.is_success and answer.status_code != 304:
                     raise self._problem("GET", path, answer)
+                still = answer.status_code == 304
+                status = self.ask("GET", detail) if still else self._told(answer)
             except httpx.HTTPError as error:
                 failed = self._silent(error)
             except CallFailed as error:
                 failed = error
             else:
                 failing = None
-                if answer.status_code != 304:
-                    status = self._told(answer)
+                if not still or status.get("waitingFor"):
                     yield status
-                    if status["status"] in TERMINAL:
-                        return
-                headers = {"Prefer": f"wait={wait}", "If-None-Match": answer.headers.get("ETag", "")}
+                if status["status"] in TERMINAL and not still:
+                    return
+                patience = wait if still else min(wait, QUIET_SECONDS)
+                headers = {"Prefer": f"wait={patience}", "If-None-Match": answer.headers.get("ETag", "")}
                 continue
-            if failed.status not in (0, 429, 502, 503, 504):
+            if failed.status not in (429, *AWAY):
                 raise failed
             failing = failing or time.monotonic()
             if failed.status == 429:

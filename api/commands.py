@@ -35,6 +35,7 @@ from api.show import (
     print_json,
     printable,
     profile_table,
+    queue_lines,
     watch,
     workers_table,
 )
@@ -333,24 +334,29 @@ def _save(out: Path, pieces: Iterable[bytes]) -> int:
             Path(part).unlink()
 
 
-def _queue(what: str, url: str | None, as_json: bool) -> None:
-    told = _client(url).ask("POST", f"/queue/{what}")
+def _show_queue(told: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(told)
     else:
-        print("paused" if told["paused"] else "running")
+        print("\n".join(queue_lines(told)))
+
+
+@app.command(name="queue")
+def show_queue(url: Url = None, as_json: AsJson = False) -> None:
+    """Show the queue: whether it is paused, and its jobs by state."""
+    _show_queue(_client(url).ask("GET", "/queue"), as_json)
 
 
 @app.command()
 def pause(url: Url = None, as_json: AsJson = False) -> None:
     """Begin no more ranges until the queue is resumed."""
-    _queue("pause", url, as_json)
+    _show_queue(_client(url).ask("POST", "/queue/pause"), as_json)
 
 
 @app.command()
 def resume(url: Url = None, as_json: AsJson = False) -> None:
     """Go on after a pause."""
-    _queue("resume", url, as_json)
+    _show_queue(_client(url).ask("POST", "/queue/resume"), as_json)
 
 
 @app.command()

@@ -10,12 +10,14 @@ from api.answers import JobDetail, JobPage, JobStatus, RejectPage
 from api.limits import Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
-from api.views import job_detail, job_status
+from api.views import is_idle, job_detail, job_status, waiting_for
 from api.watch import PREFER, TOLD, Watch
 from engine.history import History
 from engine.model import TERMINAL, Job, JobState
 from engine.queue import Queue
 from engine.rejects import Rejects
+from engine.stats import live
+from engine.store import Store
 
 __all__ = ["Cancel", "Detail", "Jobs", "RejectLines", "Retry", "Status"]
 
@@ -45,7 +47,8 @@ class Status:
 class Detail:
     """GET /jobs/{jobId}."""
 
-    def __init__(self, queue: Queue, history: History, watch: Watch) -> None:
+    def __init__(self, store: Store, queue: Queue, history: History, watch: Watch) -> None:
+        self._store = store
         self._queue = queue
         self._history = history
         self._watch = watch
@@ -65,9 +68,11 @@ class Detail:
         """200 with all that is known of the job."""
 
         def told() -> tuple[dict[str, Any], bool]:
-            job = self._queue.get(job_id)
-            detail = job_detail(job, self._history.ranges(job_id))
-            return dict(detail), job.state in TERMINAL
+            job, ranges = self._queue.get(job_id), self._history.ranges(job_id)
+            waits = None
+            if is_idle(job, ranges):
+                waits = waiting_for(job, ranges, paused=self._queue.paused(), workers=len(live(self._store)))
+            return dict(job_detail(job, ranges, waits)), job.state in TERMINAL
 
         self._watch.answer(req, resp, job_id, told)
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from api.client import TERMINAL, CallFailed, Client, is_stream, readable
+from api.client import AWAY, PATIENCE_SECONDS, POLL_SECONDS, TERMINAL, CallFailed, Client, is_stream, readable
 from api.show import Bars, bars
 from api.transfer import Note, Transfer, forget_old
 from engine.errors import HeadraceError, StartError
@@ -140,7 +140,15 @@ class Loader:
 
     def _submit(self, load: Loaded, key: str) -> str:
         ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)
-        return self._client.process(key, self._options, ticket)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return self._client.process(key, self._options, ticket)
+            except CallFailed as error:
+                # What took hours to send is not given up because the API is being restarted; the ticket makes it one job.
+                if error.status not in AWAY or time.monotonic() > until:
+                    raise
+            time.sleep(POLL_SECONDS)
 
     def _key(self, load: Loaded, shown: Bars, task: Any) -> str:
         file = load.file
@@ -175,7 +183,7 @@ class Loader:
         key: str | None = self._transfer.there(note, size)
         load.reused = key is not None
         if key is not None:
-            sent(size)
+            shown.unchanged(task)
         elif self._through_api:
             key = self._client.upload(path)
             note.put(key=key)

@@ -25,6 +25,7 @@ __all__ = [
     "print_json",
     "printable",
     "profile_table",
+    "queue_lines",
     "watch",
     "workers_table",
 ]
@@ -73,17 +74,25 @@ class Bars:
         self._uploading.add(task)
         self._show(task, "uploading", share, told, left, last=size is not None and sent >= size)
 
+    def unchanged(self, task: TaskID) -> None:
+        """It is there as it was uploaded before."""
+        self._uploading.add(task)
+        self._show(task, "uploaded", 100, "before, and unchanged since", None, last=True)
+
     def processed(self, task: TaskID, status: dict[str, Any]) -> None:
         """The job is so far."""
         told, state = status["progress"], status["status"]
         rate = told["recordsPerSecond"]
         speed = rate * told["bytesDone"] / told["lines"] / 1e6 if told["lines"] else 0.0
         text = f"{told['lines']:,} lines  {rate:,.0f} records/s  {speed:,.0f} MB/s"
-        if state == "PENDING" and status["runAt"]:
+        if waits := status.get("waitingFor"):
+            text = f"waits for {waits}"
+        elif state == "PENDING" and status["runAt"]:
             text = f"not before {status['runAt']}"
         if told["rejected"]:
             text += f"  {told['rejected']:,} rejected"
-        self._show(task, state, told["percent"], text, told["secondsLeft"], last=state in TERMINAL)
+        left = None if waits else told["secondsLeft"]
+        self._show(task, state, told["percent"], text, left, last=state in TERMINAL)
 
     def _show(
         self, task: TaskID, state: str, share: float | None, told: str, left: float | None, *, last: bool
@@ -91,7 +100,7 @@ class Bars:
         # One bar to the end: of a file that is uploaded and processed, each is a half.
         whole = share or 0
         if task in self._uploading:
-            whole = whole / 2 if state == "uploading" else 50 + whole / 2
+            whole = whole / 2 if state in ("uploading", "uploaded") else 50 + whole / 2
         if left is not None and not last:
             told += f"  {_span(left)} left"
         self._progress.update(task, state=state, completed=whole, told=told)
@@ -144,7 +153,9 @@ def _job_lines(status: dict[str, Any]) -> Iterator[str]:
         f"  {told['percent']} %, {told['lines']:,} lines: {told['inserted']:,} inserted, {told['duplicates']:,} duplicates, "
         f"{told['rejected']:,} rejected, {told['blank']:,} blank; {told['recordsPerSecond']:,.0f} records/s"
     )
-    if status["status"] == "PENDING" and status["runAt"]:
+    if waits := status.get("waitingFor"):
+        yield f"  waits for {waits}"
+    elif status["status"] == "PENDING" and status["runAt"]:
         yield f"  not before {status['runAt']}"
     if status["alreadyLoadedBy"]:
         yield f"  this version was loaded before by job {status['alreadyLoadedBy']}"
@@ -176,6 +187,14 @@ def jobs_table(jobs: Sequence[dict[str, Any]], width: int) -> Table:
         created = [job["createdAt"][:16].replace("T", " ")] if width >= WIDE_COLUMNS else []
         table.add_row(job["jobId"], job["status"], *numbers, *created, printable(job["fileKey"]))
     return table
+
+
+def queue_lines(queue: dict[str, Any]) -> Iterator[str]:
+    """The queue for a person to read."""
+    yield "paused" if queue["paused"] else "running"
+    yield "  " + ", ".join(f"{count:,} {state}" for state, count in queue["jobs"].items())
+    if queue["oldestSeconds"]:
+        yield f"  the oldest job that is due and not begun has waited {_span(queue['oldestSeconds'])}"
 
 
 def workers_table(workers: Sequence[dict[str, Any]]) -> Table:

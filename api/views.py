@@ -6,9 +6,10 @@ from typing import Final, cast
 from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody, UploadAnswer
 from engine.history import RangeReport
 from engine.job_batches import JobBatch
-from engine.model import TERMINAL, Job, JobState, Source
+from engine.jobs import PUT_OFF
+from engine.model import TERMINAL, Job, JobState, RangeState, Source
 
-__all__ = ["batch_status", "job_detail", "job_status", "moment", "stored_file"]
+__all__ = ["batch_status", "is_idle", "job_detail", "job_status", "moment", "stored_file", "waiting_for"]
 
 WHOLE_WITHIN: Final = timedelta(hours=1)
 """All jobs of a batch are made within this, or the request for them has died."""
@@ -71,14 +72,43 @@ def job_status(job: Job) -> JobStatus:
     }
 
 
-def job_detail(job: Job, ranges: RangeReport) -> JobDetail:
-    """A job with what it was asked for, what became of its ranges and what happened to it."""
+def is_idle(job: Job, ranges: RangeReport) -> bool:
+    """Whether a job has not ended, and nobody is at work on it."""
+    begun = job.state is not JobState.PENDING
+    ready, leased = ranges.states.get(RangeState.READY, 0), ranges.states.get(RangeState.LEASED, 0)
+    return job.state not in TERMINAL and job.stopping is None and not leased and (ready > 0 or not begun)
+
+
+def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) -> str:
+    """What an idle job waits for, in words that go on after "waits for".
+
+    Args:
+        job, ranges: the job.
+        paused: whether the queue is.
+        workers: how many are alive.
+    """
+    if job.options.run_at is not None and job.options.run_at > datetime.now(UTC):
+        return f"its time, {moment(job.options.run_at)}"
+    if paused:
+        return "the queue to be resumed: it is paused (`headrace resume`)"
+    if not workers:
+        return "a worker: none is alive (start `headrace engine`)"
+    last = job.timeline[-1].what if job.timeline and job.state is JobState.PENDING else ""
+    why = last.removeprefix(PUT_OFF) if last.startswith(PUT_OFF) else ranges.put_off
+    if why is not None:
+        return f"another try; the last one failed: {why}"
+    return "its turn"
+
+
+def job_detail(job: Job, ranges: RangeReport, waits: str | None) -> JobDetail:
+    """A job with what it was asked for, what it waits for, what became of its ranges and what happened to it."""
     return {
         **job_status(job),
         "maxErrors": job.options.max_errors,
         "ifLoaded": job.options.if_loaded,
         "force": job.options.force,
         "timeoutSeconds": job.options.timeout_seconds,
+        "waitingFor": waits,
         "ranges": {state.value: count for state, count in ranges.states.items()},
         "attempts": ranges.failures,
         "deaths": ranges.deaths,

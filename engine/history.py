@@ -22,12 +22,16 @@ BACKLOG_SHARE: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class RangeReport:
-    """A job's ranges: how many are in each state, the troubles they have had so far, and who has worked on them lately."""
+    """A job's ranges: how many are in each state, the troubles they have had so far, and who has worked on them lately.
+
+    `put_off` is why the next one that is READY has to wait; None where one need not, or none is.
+    """
 
     states: dict[RangeState, int]
     failures: int
     deaths: int
     holders: tuple[str, ...]
+    put_off: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +93,24 @@ class History:
                     "failures": {"$sum": "$allFailures"},
                     "deaths": {"$sum": "$allDeaths"},
                     "holders": {"$addToSet": "$holders"},
+                    # Of all that wait, the first to be let in; before any of them come those that do not.
+                    "next": {
+                        "$top": {"sortBy": {"notBefore": 1}, "output": {"at": "$notBefore", "failure": "$failure"}}
+                    },
                 }
             },
+            {"$set": {"next.late": {"$gt": ["$next.at", "$$NOW"]}}},
         ]
         with translated("summing the ranges of a job"):
             groups = list(self._ranges.aggregate(stages))
         holders = sorted({holder for group in groups for names in group["holders"] for holder in names})
+        late = [group["next"] for group in groups if group["_id"] == RangeState.READY and group["next"]["late"]]
         return RangeReport(
             {RangeState(group["_id"]): group["count"] for group in groups},
             sum(group["failures"] for group in groups),
             sum(group["deaths"] for group in groups),
             tuple(holders[:HOLDERS_MOST]),
+            (late[0].get("failure") or {}).get("message") if late else None,
         )
 
     def backlog(self) -> Backlog:

@@ -22,6 +22,7 @@ from engine.store import Document
 
 __all__ = [
     "LOADED",
+    "PUT_OFF",
     "Ticket",
     "failure_document",
     "failure_of",
@@ -37,6 +38,9 @@ __all__ = [
 
 # Matches jobs that have read their object to its end, and written what it holds.
 LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": {"$ne": True}, "unread": None}
+
+PUT_OFF: Final = "put off: "
+"""How the event begins that tells why a job could not be planned."""
 
 TIMELINE_MOST: Final = 100
 """Events that a job remembers."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pymongo import UpdateOne, WriteConcern
 
 from engine.errors import HeadraceError
-from engine.jobs import from_now, happened, job_of, planned, put_off
+from engine.jobs import PUT_OFF, from_now, happened, job_of, planned, put_off
 from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait_ms
 from engine.logs import get_logger
 from engine.model import Failure, Job, JobState, Plan, Stop
@@ -126,7 +126,7 @@ class Plans:
             self._jobs.update_one(
                 # Whoever put it off since has counted the attempt.
                 _unplanned(job) | {"attempts": job.attempts},
-                [{"$set": changes | happened(f"put off: {failure.message}")}],
+                [{"$set": changes | happened(f"{PUT_OFF}{failure.message}")}],
             )
         if attempts > ATTEMPTS:
             self._queue.stop(job, Stop(JobState.FAILED, failure))

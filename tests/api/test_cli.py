@@ -147,8 +147,27 @@ def test_the_exit_code_tells_a_cancelled_job(run, file, live):
         run("status", job_id, code=4)
         assert json.loads(run("retry", job_id, "--json").out)["status"] == "PENDING"
     finally:
-        assert run("resume").out.strip() == "running"
+        assert run("resume").out.splitlines()[0] == "running"
     run("status", job_id, "--wait")
+
+
+def test_a_watch_tells_what_a_job_waits_for(run, file, start):
+    run("pause")
+    try:
+        time.sleep(0.7)
+        watched = start("load", file, "--wait")
+        said = b""
+        while b"waits for" not in said:
+            said += watched.stderr.readline() or pytest.fail(f"the watch ended: {said.decode()}")
+        assert b"it is paused" in said
+        [job] = json.loads(run("jobs", "--status", "pending", "--limit", "1", "--json").out)["jobs"]
+        assert "it is paused" in run("status", job["jobId"]).out
+        assert run("queue").out.splitlines()[0] == "paused"
+        assert json.loads(run("queue", "--json").out)["jobs"]["PENDING"] >= 1
+    finally:
+        run("resume")
+    told = watched.communicate(timeout=60)[1].decode()
+    assert (watched.returncode, "COMPLETED" in told) == (0, True), told
 
 
 def test_a_dry_run_writes_nothing(run, file, live):

@@ -65,6 +65,7 @@ def test_a_job_tells_its_ranges_and_what_happened(live, finish):
     assert (told["attempts"], told["deaths"], len(told["workers"])) == (0, 0, 1)
     asked = tuple(told[name] for name in ("maxErrors", "ifLoaded", "force", "timeoutSeconds"))
     assert asked == (1000, "load", False, None)
+    assert told["waitingFor"] is None
     assert [event["what"] for event in told["timeline"]] == ["submitted", "planned: 1 range", "COMPLETED"]
     status = live.http.get(f"/status/{job_id}").json()
     assert {name: told[name] for name in status} == status
@@ -359,6 +360,26 @@ def test_a_page_that_is_just_full_is_the_last_one(live):
     assert (len(page["jobs"]), page["next"]) == (3, None)
     page = live.http.get("/jobs", params={"batch": batch["batchId"], "limit": 2}).json()
     assert (len(page["jobs"]), page["next"] is None) == (2, False)
+
+
+def test_a_job_that_waits_tells_what_for(live, finish):
+    key = put(live)
+
+    def waits(job_id):
+        return live.http.get(f"/jobs/{job_id}").json()["waitingFor"]
+
+    timed = process(live, key, runAt="2099-01-01T00:00:00Z").json()["jobId"]
+    assert waits(timed) == "its time, 2099-01-01T00:00:00.000Z"
+    live.http.post("/queue/pause")
+    try:
+        held = process(live, key, collection="waits").json()["jobId"]
+        assert "paused" in waits(held)
+    finally:
+        live.http.post("/queue/resume")
+    finish(held)
+    assert waits(held) is None
+    live.http.post(f"/jobs/{timed}/cancel")
+    assert waits(timed) is None
 
 
 def test_what_a_job_went_through_is_told_when_it_is_over(live, finish):

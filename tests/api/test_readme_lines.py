@@ -67,7 +67,12 @@ def test_every_line_of_the_readme_runs(live, finish, shell):
     shell.environment["OPEN"] = submit(live, finish, b"{}\n", runAt="2099-01-01T00:00:00Z")
     for line in LINES:
         told = shell(line)
-        if "/upload" in line:
+        if "/uploads -d " in line:
+            begun = json.loads(told)
+            shell.environment |= {"UPLOAD": begun["uploadId"], "URL": begun["urls"][0]["url"]}
+        elif line.endswith("/complete"):
+            assert json.loads(told)["fileKey"] == begun["fileKey"]
+        elif "/upload " in line or line.endswith("/upload"):
             shell.environment["KEY"] = json.loads(told)["fileKey"]
         elif "/process/" in line:
             shell.environment["JOB"] = json.loads(told)["jobId"]

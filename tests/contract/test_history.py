@@ -9,10 +9,10 @@ from api.views import batch_status
 from engine.errors import Conflict, Transient
 from engine.history import History
 from engine.job_batches import JobBatches
-from engine.model import JobOptions, JobState, Tally
+from engine.model import Failure, JobOptions, JobState, Tally
 from engine.retention import Retention
 from engine.store import job_key
-from tests.contract.conftest import loaded
+from tests.contract.conftest import loaded, plan
 
 
 def test_a_second_load_is_told_of_the_first_before_and_after_its_history_is_pruned(
@@ -106,6 +106,22 @@ def test_one_job_that_cannot_be_deleted_leaves_the_others_to_be(store, queue, le
     monkeypatch.undo()
     assert Retention(store, ledger).prune(30, 9) == 1
     assert store.jobs.count_documents({}) == 0
+
+
+def test_ranges_that_are_all_put_off_tell_why(store, queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(job)
+    history, failure = History(store), Failure("transient", "S3 is away")
+    assert history.ranges(job.id).put_off is None
+    first = ledger.lease(job.id, "w1")
+    ledger.postpone(first, first.confirmed, first.tally, failure)
+    assert history.ranges(job.id).put_off is None  # the other one need not wait
+    second = ledger.lease(job.id, "w1")
+    assert history.ranges(job.id).put_off == "S3 is away"  # and is not READY now
+    ledger.postpone(second, second.confirmed, second.tally, Failure("transient", "S3 is slow"))
+    assert history.ranges(job.id).put_off in ("S3 is away", "S3 is slow")
+    store.ranges.update_many({}, [{"$set": {"notBefore": "$$NOW"}}])
+    assert history.ranges(job.id).put_off is None
 
 
 def test_a_count_of_jobs_that_takes_long_is_not_made_at_every_call(store, queue, source, monkeypatch):

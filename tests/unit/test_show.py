@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from api.commands import _console
-from api.show import job_lines, jobs_table, printable, profile_table
+from api.show import job_lines, jobs_table, printable, profile_table, queue_lines
 
 
 def worker(slot, lines, **seconds):
@@ -84,3 +84,15 @@ def test_a_job_that_waits_for_its_time_tells_it():
     job |= {"alreadyLoadedBy": None, "error": None, "runAt": "2099-01-01T00:00:00.000Z"}
     assert "  not before 2099-01-01T00:00:00.000Z" in list(job_lines(job))
     assert "not before" not in "".join(job_lines(job | {"status": "COMPLETED"}))
+    waits = job | {"waitingFor": "a worker: none is alive"}
+    assert "  waits for a worker: none is alive" in list(job_lines(waits))
+
+
+def test_the_queue_tells_a_person_its_jobs_and_how_long_they_have_waited():
+    queue = {"paused": True, "jobs": {"PENDING": 1234, "FAILED": 0}, "oldestSeconds": 75.3}
+    assert list(queue_lines(queue)) == [
+        "paused",
+        "  1,234 PENDING, 0 FAILED",
+        "  the oldest job that is due and not begun has waited 1:15",
+    ]
+    assert len(list(queue_lines(queue | {"oldestSeconds": 0}))) == 2

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from api import transfer as module
-from api.client import Client
-from api.loader import Loader
+from api.client import CallFailed, Client
+from api.loader import Loaded, Loader
 from api.transfer import Transfer, _exactly
 from engine.errors import StartError
 
@@ -169,6 +169,51 @@ def test_what_nobody_thought_of_is_told_of_its_file_and_does_not_keep_the_others
     bad, good = Loader(Api(), {}, wait=False, through_api=False).run([str(tmp_path / "bad"), str(tmp_path / "good")])
     assert "ValueError: odd" in str(bad.error)
     assert (good.error, good.job_id) == (None, "job of good")
+
+
+def test_a_job_that_has_not_moved_is_asked_what_it_waits_for():
+    asked = []
+    moved = iter([200, 304, 304, 304, 200])
+
+    def answer(request):
+        asked.append((request.url.path, request.headers.get("Prefer")))
+        if request.url.path == "/jobs/j":
+            waits = "a worker" if len(asked) < 6 else None
+            return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"status": "PENDING", "waitingFor": waits})
+        ended = {"status": "COMPLETED" if len(asked) > 2 else "PENDING"}
+        code = next(moved)
+        return httpx.Response(code, headers={"X-Request-ID": "r", "ETag": '"t"'}, json=ended if code == 200 else None)
+
+    client = Client("http://api")
+    client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
+    told = [(state["status"], state.get("waitingFor")) for state in client.states("j", wait=20)]
+    assert told == [("PENDING", None), ("PENDING", "a worker"), ("PENDING", "a worker"), ("COMPLETED", None)]
+    waits = [prefer for path, prefer in asked if path == "/status/j"]
+    assert waits == [None, "wait=3", "wait=20", "wait=20", "wait=20"]
+
+
+def test_what_is_uploaded_is_submitted_when_the_api_is_there_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("api.loader.POLL_SECONDS", 0.001)
+    tickets = []
+
+    class Restarting:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            tickets.append(ticket)
+            if len(tickets) < 4:
+                raise CallFailed((0, 502, 503)[len(tickets) - 1], "away")
+            return "job"
+
+    load = Loaded("file")
+    loader = Loader(Restarting(), {}, wait=False, through_api=False)
+    assert loader._submit(load, "k") == "job"
+    assert (len(tickets), len(set(tickets))) == (4, 1)
+    monkeypatch.setattr("api.loader.PATIENCE_SECONDS", 0.05)
+    tickets.clear()
+    monkeypatch.setattr(Restarting, "process", lambda *_: (_ for _ in ()).throw(CallFailed(503, "still away")))
+    with pytest.raises(CallFailed, match="still away"):
+        loader._submit(load, "k")
 
 
 def test_an_answer_that_never_comes_is_not_waited_for_by_the_hour(tmp_path):

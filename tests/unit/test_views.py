@@ -1,0 +1,75 @@
+"""What clients are told of a job that nobody is at work on."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from api.views import is_idle, waiting_for
+from engine.history import RangeReport
+from engine.model import Event, Job, JobOptions, JobState, RangeState, Source, Stop
+
+MADE = datetime(2026, 11, 26, tzinfo=UTC)
+JOB = Job("6b04", "records", Source("b", "k", '"e"', None, 100), JobOptions(), JobState.PENDING, MADE)
+
+
+def report(put_off=None, **states):
+    return RangeReport({RangeState(state): count for state, count in states.items()}, 0, 0, (), put_off)
+
+
+@pytest.mark.parametrize(
+    ("job", "ranges", "idle"),
+    [
+        (JOB, report(), True),
+        (replace(JOB, state=JobState.PROCESSING), report(), False),  # its ranges are being made
+        (replace(JOB, state=JobState.PROCESSING), report(READY=3, DONE=1), True),
+        (replace(JOB, state=JobState.PROCESSING), report(READY=3, LEASED=1), False),
+        (replace(JOB, state=JobState.PROCESSING), report(DONE=4), False),  # somebody is about to end it
+        (replace(JOB, state=JobState.COMPLETED), report(DONE=4), False),
+        (replace(JOB, stopping=Stop(JobState.CANCELLED, None)), report(READY=1), False),
+    ],
+)
+def test_a_job_is_idle_when_something_of_it_could_be_done_and_nobody_does_it(job, ranges, idle):
+    assert is_idle(job, ranges) is idle
+
+
+@pytest.mark.parametrize(
+    ("job", "ranges", "paused", "workers", "said"),
+    [
+        (JOB, report(), False, 2, "its turn"),
+        (JOB, report(), False, 0, "none is alive"),
+        (JOB, report(), True, 0, "paused"),
+        (
+            replace(JOB, options=JobOptions(run_at=datetime(2099, 1, 1, tzinfo=UTC))),
+            report(),
+            True,
+            0,
+            "its time, 2099-",
+        ),
+        (replace(JOB, options=JobOptions(run_at=MADE.replace(year=2020))), report(), False, 1, "its turn"),
+        (
+            replace(JOB, timeline=(Event(MADE, "put off: S3 is away"),)),
+            report(),
+            False,
+            1,
+            "another try; the last one failed: S3 is away",
+        ),
+        (
+            replace(JOB, timeline=(Event(MADE, "put off: S3 is away"), Event(MADE, "retried"))),
+            report(),
+            False,
+            1,
+            "its turn",
+        ),
+        (replace(JOB, state=JobState.PROCESSING), report("S3 is slow", READY=1), False, 1, "failed: S3 is slow"),
+        (
+            replace(JOB, state=JobState.PROCESSING, timeline=(Event(MADE, "put off: before the plan"),)),
+            report(READY=1),
+            False,
+            1,
+            "its turn",
+        ),
+    ],
+)
+def test_what_an_idle_job_waits_for(job, ranges, paused, workers, said):
+    assert said in waiting_for(job, ranges, paused=paused, workers=workers)
