@@ -98,14 +98,17 @@ class Keeper(threading.Thread):
         self._runs: tuple[Run, ...] = ()
         self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
+        self._holding = threading.Event()  # an idle worker's keeper sleeps through
 
     def hold(self, *runs: Run) -> None:
         """Keep the leases of these runs from now on."""
         self._held_at = time.monotonic()
         self._runs = runs
+        self._holding.set()
 
     def drop(self) -> None:
         """Let go; when it returns, no tick of a run is under way."""
+        self._holding.clear()
         self._runs = ()
         with self._busy:
             pass
@@ -113,6 +116,7 @@ class Keeper(threading.Thread):
     def run(self) -> None:
         """The thread's loop."""
         while True:
+            self._holding.wait()
             time.sleep(TICK_SECONDS / 7)
             self.turn()
 

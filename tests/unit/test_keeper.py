@@ -1,5 +1,7 @@
 """When the leases at hand are renewed, and their numbers told."""
 
+import threading
+import time
 from typing import Any
 from unittest.mock import Mock
 
@@ -72,3 +74,22 @@ def test_nothing_is_renewed_that_was_let_go(keeper: Keeper, clock: list[float]) 
     clock[0] += 2 * TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == []
+
+
+def test_a_keeper_of_nothing_sleeps_and_one_of_a_lease_looks_after_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.keeper.TICK_SECONDS", 0.05)
+    keeper = Keeper(Mock(), Mock(), 30, lambda: 0.0, lambda run: None)
+    ticked, turned = threading.Event(), threading.Event()
+    monkeypatch.setattr(keeper, "tick", lambda run: ticked.set())
+    real = keeper.turn
+    monkeypatch.setattr(keeper, "turn", lambda: (turned.set(), real()))
+    keeper.start()
+    assert not turned.wait(0.2)
+    for _ in range(2):
+        ticked.clear()
+        keeper.hold(Mock())
+        assert ticked.wait(5)
+        keeper.drop()
+        time.sleep(0.1)  # a turn that had begun is over
+        turned.clear()
+        assert not turned.wait(0.2)
