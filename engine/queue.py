@@ -7,7 +7,6 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from decimal import Decimal
 from typing import Final
 
 from bson import ObjectId
@@ -16,6 +15,7 @@ from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
 from engine.admission import check_collection, check_ticket
+from engine.budget import overspent
 from engine.errors import Conflict, HeadraceError, NotFound
 from engine.jobs import (
     LOADED,
@@ -60,16 +60,13 @@ from engine.store import (
     write_all,
 )
 
-__all__ = ["Queue", "Stamps", "over_budget"]
+__all__ = ["Queue", "Stamps"]
 
 PAGE_JOBS: Final = 16
 """Open jobs that a worker looks at together."""
 
 ROLL_UP_MS: Final = 600
 """A job's numbers are summed anew when they are older than this, by whichever worker notices."""
-
-BUDGET_LINES: Final = 10_000
-"""An error budget in percent is judged from this many lines on, and at the end."""
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
@@ -275,8 +272,8 @@ class Queue:
         changes = {"progress": progress, "errors": self._first_errors(job_id, summary.tally)}
         with translated("summing a job"):
             self._jobs.update_one(still, [{"$set": changes}])
-        if over_budget(job.options.max_errors, summary.tally, final=False):
-            self.stop(job, Stop(JobState.FAILED, _budget_spent(job, summary.tally)))
+        if (failure := overspent(job.options, summary.tally, final=False)) is not None:
+            self.stop(job, Stop(JobState.FAILED, failure))
 
     def stop(self, job: Job, stop: Stop) -> None:
         """Stamp a job so that the holders of its ranges let go; the first stamp holds. Terminal jobs stay as they are, and
@@ -477,26 +474,5 @@ class Queue:
 
 def _judged(job: Job, tally: Tally) -> Stop:
     """How a job ends whose ranges are all DONE."""
-    if over_budget(job.options.max_errors, tally, final=True):
-        return Stop(JobState.FAILED, _budget_spent(job, tally))
-    return Stop(JobState.COMPLETED)
-
-
-def over_budget(max_errors: int | str, tally: Tally, *, final: bool) -> bool:
-    """Whether rejects exceed the budget: a count, or a percentage such as "2%" of the lines read.
-
-    `final` false: the job is still running, and a percentage waits for its first 10,000 lines.
-    """
-    if isinstance(max_errors, int):
-        return tally.rejected > max_errors
-    if tally.lines < BUDGET_LINES and not final:
-        return False
-    return tally.rejected * 100 > Decimal(max_errors.rstrip("%")) * tally.lines
-
-
-def _budget_spent(job: Job, tally: Tally) -> Failure:
-    return Failure(
-        "too_many_errors",
-        f"{tally.rejected} of {tally.lines} lines were rejected and maxErrors allows {job.options.max_errors}: "
-        f"see the rejects, fix the file or raise maxErrors; what was written stays",
-    )
+    failure = overspent(job.options, tally, final=True)
+    return Stop(JobState.COMPLETED) if failure is None else Stop(JobState.FAILED, failure)

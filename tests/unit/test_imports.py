@@ -12,6 +12,7 @@ FLOORS = (
         "engine.settings",
         "engine.logs",
         "engine.sample",
+        "engine.budget",
         "engine.ranges",
         "engine.lines",
         "engine.watermark",

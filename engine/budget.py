@@ -1,0 +1,35 @@
+"""How many rejects a job tolerates. Pure."""
+
+from decimal import Decimal
+from typing import Final
+
+from engine.model import Failure, JobOptions, Tally
+
+__all__ = ["overspent"]
+
+LINES_FIRST: Final = 10_000
+"""A budget in percent is judged from this many lines on, and at the end."""
+
+
+def overspent(options: JobOptions, tally: Tally, *, final: bool) -> Failure | None:
+    """Why a job fails that has rejected more lines than its `max_errors` allows; None where it has not.
+
+    Args:
+        options: `max_errors` is a count, or a percentage such as "2%" of the lines read.
+        tally: of all its ranges.
+        final: all lines are read. Before, a percentage waits for the first 10,000.
+    """
+    allowed = options.max_errors
+    if isinstance(allowed, int):
+        over = tally.rejected > allowed
+    else:
+        over = (final or tally.lines >= LINES_FIRST) and tally.rejected * 100 > Decimal(
+            allowed.rstrip("%")
+        ) * tally.lines
+    if not over:
+        return None
+    return Failure(
+        "too_many_errors",
+        f"{tally.rejected} of {tally.lines} lines were rejected and maxErrors allows {allowed}: "
+        f"see the rejects, fix the file or raise maxErrors; what was written stays",
+    )
