@@ -96,7 +96,7 @@ def _imported(found: dict[str, Any]) -> tuple[str, bool | None]:
 
 
 def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
-    """Whether peaks, in MB by the size of the file in bytes, are low and the same; None where there are not two to compare."""
+    """Whether peaks, in MB by the size of the file in bytes, are low and the same; None where one is missing."""
     told = ", ".join(
         f"not measured at {size / 1e9:g} GB: needs {measure.room_for(size) / 1e9:.0f} GB free"
         if peak is None
@@ -106,7 +106,7 @@ def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
     known = [peak for peak in peaks.values() if peak is not None]
     if known and max(known) >= MEMORY_MOST_MB:
         return told, False
-    return told, max(known) <= FLAT * min(known) if len(known) > 1 else None
+    return told, max(known) <= FLAT * min(known) if len(known) == len(peaks) else None
 
 
 def run(rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None) -> Report:
@@ -404,7 +404,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     import_failed = tool is not None and "import ratio" not in report.found.get("ladder", {})
-    sys.exit(1 if report.wrong or import_failed else 0)
+    no_room = None in report.found.get("memory", {}).values()
+    sys.exit(1 if report.wrong or import_failed or no_room else 0)
 
 
 if __name__ == "__main__":

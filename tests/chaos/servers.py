@@ -80,7 +80,11 @@ def failpoints(settings, folder, short):
             job = rig.submit(path)
             admin = rig.store.client.admin
             data = {"failCommands": COMMANDS, "appName": "headrace"} | fault
-            admin.command({"configureFailPoint": "failCommand", "mode": {"activationProbability": 0.1}, "data": data})
+            # Counted from the start of the server, over all faults before.
+            on = admin.command(
+                {"configureFailPoint": "failCommand", "mode": {"activationProbability": 0.1}, "data": data}
+            )
+            before = on["count"]
             try:
                 end = time.monotonic() + 240
                 while True:
@@ -95,7 +99,7 @@ def failpoints(settings, folder, short):
                 while True:
                     try:
                         off = rig.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
-                        times = off["count"]
+                        times = off["count"] - before
                         break
                     except PyMongoError:
                         time.sleep(0.2)

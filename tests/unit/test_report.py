@@ -50,6 +50,7 @@ def test_what_stops_two_processes_is_told_only_where_something_does():
         ({1: 199, 2: 200}, False),
         ({1: 200, 2: None}, False),
         ({1: 100, 2: None}, None),
+        ({1: 100, 2: 110, 3: None}, None),
         ({1: None, 2: None}, None),
     ],
 )
