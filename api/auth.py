@@ -64,6 +64,12 @@ def tokens_of(settings: Settings) -> list[Token]:
                 f"{name} cannot be read ({type(error).__name__}): name a readable file with one entry per line"
             ) from None
         words += [(name, line.strip()) for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not words and (settings.api_tokens is not None or settings.api_tokens_file is not None):
+        # Whoever takes the last one away wants nobody to come in, and not everybody.
+        raise SettingsError(
+            "API_TOKENS and API_TOKENS_FILE hold no entry: add one that `headrace token NAME --scope read` prints, or unset them "
+            "to let everybody on this machine in"
+        )
     tokens: list[Token] = []
     for number, (where, word) in enumerate(words, 1):
         match = _ENTRY.fullmatch(word)
