@@ -86,7 +86,7 @@ class Bars:
         speed = rate * told["bytesDone"] / told["lines"] / 1e6 if told["lines"] else 0.0
         text = f"{told['lines']:,} lines  {rate:,.0f} records/s  {speed:,.0f} MB/s"
         if waits := status.get("waitingFor"):
-            text = f"waits for {waits}"
+            text = f"waits for {printable(waits)}"
         elif state == "PENDING" and status["runAt"]:
             text = f"not before {status['runAt']}"
         if told["rejected"]:
