@@ -12,18 +12,7 @@ import httpx
 
 from engine.errors import HeadraceError, StartError
 
-__all__ = [
-    "AWAY",
-    "PATIENCE_SECONDS",
-    "POLL_SECONDS",
-    "SLOW",
-    "CallFailed",
-    "Client",
-    "check_file",
-    "is_stream",
-    "reachable",
-    "readable",
-]
+__all__ = ["SLOW", "CallFailed", "Client", "check_file", "is_stream", "path_of", "reachable", "readable"]
 
 WAIT_SECONDS: Final = 20
 """How long the API is asked to wait for a job to move."""
@@ -36,7 +25,9 @@ PATIENCE_SECONDS: Final = 60.0
 """How long the API may be out of reach before a watch of a job is given up, or the submission of what is uploaded."""
 
 AWAY: Final = (0, 502, 503, 504)
-"""Statuses of calls that may go well a little later."""
+
+LASTING: Final = ("access_denied", "wrong_clock", "token_expired")
+"""Problems of these statuses that somebody has to see to."""
 
 READ_SECONDS: Final = 120.0
 """How long an answer may take, of most requests."""
@@ -50,13 +41,24 @@ TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 class CallFailed(HeadraceError):
-    """The API answered with a problem; `status` is its HTTP status, 0 where it did not answer at all."""
+    """The API answered with a problem of this type; `status` is its HTTP status, 0 where it did not answer at all."""
 
     code = "call_failed"
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, problem: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.problem = problem
+
+    @property
+    def passes(self) -> bool:
+        """Whether the same call may go well a little later."""
+        return self.status in AWAY and self.problem not in LASTING
+
+
+def path_of(key: str) -> str:
+    """A key as it stands in the path of a URL, of which clients fold segments that are dots."""
+    return "/".join({".": "%2E", "..": "%2E%2E"}.get(part, quote(part, safe="")) for part in key.split("/"))
 
 
 def check_file(file: Path) -> None:
@@ -124,8 +126,10 @@ class Client:
 
     def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> str:
         """Submit a job for a key; returns the job's id: that of before where the same ticket came before."""
-        headers = {"Idempotency-Key": ticket} if ticket else {}
-        return str(self.ask("POST", f"/process/{quote(key, safe='/')}", json=options, headers=headers)["jobId"])
+        path = f"/process/{path_of(key)}"
+        if ticket is None:
+            return str(self.ask("POST", path, json=options)["jobId"])
+        return str(self.insist("POST", path, json=options, headers={"Idempotency-Key": ticket})["jobId"])
 
     def status(self, job_id: str) -> dict[str, Any]:
         """The job as it is now."""
@@ -167,11 +171,11 @@ class Client:
                 patience = wait if still else min(wait, QUIET_SECONDS)
                 headers = {"Prefer": f"wait={patience}", "If-None-Match": answer.headers.get("ETag", "")}
                 continue
-            if failed.status not in (429, *AWAY):
+            if failed.status != 429 and not failed.passes:
                 raise failed
             failing = failing or time.monotonic()
             if failed.status == 429:
-                headers = {}  # as many wait already as may: then it is asked now and then
+                headers.pop("Prefer", None)  # as many wait already as may: then it is asked now and then
             elif time.monotonic() - failing > PATIENCE_SECONDS:
                 raise failed
             time.sleep(POLL_SECONDS)
@@ -197,6 +201,18 @@ class Client:
         if not answer.is_success:
             raise self._problem(method, path, answer)
         return self._told(answer)
+
+    def insist(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        """As `ask`, for a call that is safe to repeat: an API that is being restarted is waited for."""
+        failing: float | None = None
+        while True:
+            try:
+                return self.ask(method, path, **more)
+            except CallFailed as error:
+                failing = failing or time.monotonic()
+                if not error.passes or time.monotonic() - failing > PATIENCE_SECONDS:
+                    raise
+            time.sleep(POLL_SECONDS)
 
     def _told(self, answer: httpx.Response) -> dict[str, Any]:
         """What was answered. Raises CallFailed where it was not Headrace that did."""
@@ -230,5 +246,7 @@ class Client:
         if answer.status_code == 413 and not detail:
             detail = "the file is larger than the API takes: raise API_MAX_UPLOAD_BYTES there, or use `headrace load`"
         return CallFailed(
-            answer.status_code, detail or f"{method} {path} was answered with {answer.status_code}: {answer.text[:200]}"
+            answer.status_code,
+            detail or f"{method} {path} was answered with {answer.status_code}: {answer.text[:200]}",
+            str(told.get("type", "")).rpartition(":")[2] if isinstance(told, dict) else "",
         )

@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
 
 from rich.console import Console
 
-from api.client import AWAY, PATIENCE_SECONDS, POLL_SECONDS, TERMINAL, CallFailed, Client, is_stream, readable
+from api.client import TERMINAL, CallFailed, Client, is_stream, path_of, readable
 from api.show import Bars, bars
 from api.transfer import Note, Transfer, forget_old
 from engine.errors import HeadraceError, StartError
@@ -96,6 +95,11 @@ class Loader:
                 said = f"its job goes on without you: watch it with `headrace status {load.job_id} --wait`"
             elif load.whole and load.error is not None:
                 said = str(load.error)
+            elif load.key is not None and load.note is None:
+                said = (
+                    f"it is stored as {load.key}, but no answer says whether its job was made: look for it with "
+                    f"`headrace jobs --file {load.key}`"
+                )
             elif load.whole:
                 said = (
                     "all of it was sent, but no answer says whether its job was made: look for it with `headrace jobs`"
@@ -118,7 +122,10 @@ class Loader:
             try:
                 load.job_id = self._submit(load, load.key)
             except CallFailed as error:
-                if error.status != 404 or load.note is None or not load.reused:
+                if load.note is None:
+                    # What came through a pipe cannot be sent again.
+                    raise StartError(f"{error}; the file is stored: {self._again(load.key)} submits it") from None
+                if error.status != 404 or not load.reused:
                     raise
                 # A token that may not look could not tell that the object is gone.
                 load.note.forget()
@@ -140,15 +147,15 @@ class Loader:
 
     def _submit(self, load: Loaded, key: str) -> str:
         ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)
-        until = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                return self._client.process(key, self._options, ticket)
-            except CallFailed as error:
-                # What took hours to send is not given up because the API is being restarted; the ticket makes it one job.
-                if error.status not in AWAY or time.monotonic() > until:
-                    raise
-            time.sleep(POLL_SECONDS)
+        return self._client.process(key, self._options, ticket)
+
+    def _again(self, key: str) -> str:
+        """How to submit an object."""
+        try:
+            bucket = self._client.ask("GET", "/files", params={"limit": 1})["bucket"]
+        except HeadraceError:
+            return f"POST /process/{key}"
+        return f"`headrace load s3://{bucket}/{key}`"
 
     def _key(self, load: Loaded, shown: Bars, task: Any) -> str:
         file = load.file
@@ -157,7 +164,7 @@ class Loader:
             there = self._client.ask("GET", "/files", params={"prefix": name, "limit": 1})["bucket"]
             if bucket != there:
                 raise StartError(f"this API reads bucket {there} only; put the object there, or ask another API")
-            stamp = [self._client.ask("GET", f"/files/{quote(name, safe='/')}")["etag"]]
+            stamp = [self._client.ask("GET", f"/files/{path_of(name)}")["etag"]]
             load.note = Note(self._client.url, file, stamp)
             load.note.put()
             return name

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import httpx
 import orjson
 
-from api.client import SLOW, CallFailed, Client, readable
+from api.client import SLOW, CallFailed, Client, path_of, readable
 from engine.errors import HeadraceError, StartError
 
 __all__ = ["Note", "Transfer", "forget_old"]
@@ -153,7 +153,8 @@ class Transfer:
         return key
 
     def stream(self, content: IO[bytes], name: str, sent: Sent, whole: Callable[[], None]) -> str:
-        """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed.
+        """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed, unless all of them
+        are there and only the API is away.
 
         `whole` is called when its end is taken for the end, which a stop from then on does not undo.
 
@@ -177,13 +178,26 @@ class Transfer:
                     raise StartError(STOPPED)
                 self._streams.discard(state["uploadId"])
                 whole()
-            return self._complete(state)
         except BaseException:
-            with suppress(HeadraceError):
-                self._client.ask("DELETE", f"/uploads/{state['uploadId']}")
+            self._free(state)
             raise
         finally:
             self._streams.discard(state["uploadId"])
+        try:
+            return self._complete(state)
+        except CallFailed as error:
+            if not error.passes:
+                self._free(state)
+                raise
+            place = f"{self._client.url}/uploads/{state['uploadId']}/complete"
+            raise StartError(
+                f"{error}; all of it is in S3, for a day: when the API answers, POST {place} makes it an object, and POST "
+                f"/process/{state['fileKey']} its job"
+            ) from None
+
+    def _free(self, state: dict[str, Any]) -> None:
+        with suppress(HeadraceError):
+            self._client.ask("DELETE", f"/uploads/{state['uploadId']}")
 
     def there(self, note: Note, size: int) -> str | None:
         """The key of the object that an earlier command made of this very file, where it still is; else it is forgotten.
@@ -193,7 +207,7 @@ class Transfer:
         if (key := note.get("key")) is None:
             return None
         try:
-            if self._client.ask("GET", f"/files/{quote(key, safe='/')}")["size"] == size:
+            if self._client.ask("GET", f"/files/{path_of(key)}")["size"] == size:
                 return key
         except CallFailed as error:
             if error.status == 403:
@@ -243,7 +257,8 @@ class Transfer:
                     continue
                 if number not in urls or time.monotonic() > fresh_until:
                     asked = {"first": number, "count": URLS}
-                    urls, fresh_until = _signed(self._client.ask("GET", f"/uploads/{state['uploadId']}", params=asked))
+                    more = self._client.insist("GET", f"/uploads/{state['uploadId']}", params=asked)
+                    urls, fresh_until = _signed(more)
                 flying.add(self._pool.submit(self._put, urls.pop(number), data, state["headers"], sent))
                 # The parts of a file of terabytes are large, and each is held while it is sent.
                 if len(flying) >= max(1, min(PARALLEL, FLYING_BYTES // state["partBytes"])):
@@ -256,6 +271,7 @@ class Transfer:
         except BaseException:
             for future in flying:
                 future.cancel()
+            wait(flying)  # a part that arrives after the end of its upload would stay in S3, known to nobody
             raise
 
     def _put(self, url: str, data: bytes, headers: dict[str, str], sent: Sent) -> None:
@@ -281,7 +297,7 @@ class Transfer:
         )
 
     def _complete(self, state: dict[str, Any]) -> str:
-        return str(self._client.ask("POST", f"/uploads/{state['uploadId']}/complete", timeout=SLOW)["fileKey"])
+        return str(self._client.insist("POST", f"/uploads/{state['uploadId']}/complete", timeout=SLOW)["fileKey"])
 
 
 def _signed(state: dict[str, Any]) -> tuple[dict[int, str], float]:

@@ -1,22 +1,26 @@
 """Streams and files on their way to S3: the whole of them or nothing, whatever the other side does. No servers."""
 
 import io
+import itertools
 import os
 import threading
 import time
+from urllib.parse import unquote
 
 import httpx
 import pytest
 
 from api import transfer as module
 from api.client import CallFailed, Client
-from api.loader import Loaded, Loader
+from api.loader import Loader
 from api.transfer import Transfer, _exactly
 from engine.errors import StartError
 
 
 class Api:
     """Answers as the HTTP API does, and keeps what it was asked. `parts` of `part_bytes` is what an upload may have."""
+
+    url = "http://api"
 
     def __init__(self, parts=0, part_bytes=8):
         self.asked = []
@@ -37,6 +41,8 @@ class Api:
             for n in range(first, min(first + count, self.state["parts"] + 1))
         ]
         return self.state | {"urls": urls}
+
+    insist = ask
 
 
 @pytest.fixture
@@ -184,36 +190,137 @@ def test_a_job_that_has_not_moved_is_asked_what_it_waits_for():
         code = next(moved)
         return httpx.Response(code, headers={"X-Request-ID": "r", "ETag": '"t"'}, json=ended if code == 200 else None)
 
-    client = Client("http://api")
-    client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
+    client = client_of(answer)
     told = [(state["status"], state.get("waitingFor")) for state in client.states("j", wait=20)]
     assert told == [("PENDING", None), ("PENDING", "a worker"), ("PENDING", "a worker"), ("COMPLETED", None)]
     waits = [prefer for path, prefer in asked if path == "/status/j"]
     assert waits == [None, "wait=3", "wait=20", "wait=20", "wait=20"]
 
 
-def test_what_is_uploaded_is_submitted_when_the_api_is_there_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("api.loader.POLL_SECONDS", 0.001)
-    tickets = []
+def client_of(answer):
+    client = Client("http://api")
+    client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
+    return client
 
-    class Restarting:
-        url = "http://api"
 
-        def process(self, key, options, ticket):
-            tickets.append(ticket)
-            if len(tickets) < 4:
-                raise CallFailed((0, 502, 503)[len(tickets) - 1], "away")
-            return "job"
+def problem(status, kind):
+    told = {"type": f"urn:headrace:problem:{kind}", "detail": f"it is {kind}"}
+    return httpx.Response(status, headers={"X-Request-ID": "r"}, json=told)
 
-    load = Loaded("file")
-    loader = Loader(Restarting(), {}, wait=False, through_api=False)
-    assert loader._submit(load, "k") == "job"
-    assert (len(tickets), len(set(tickets))) == (4, 1)
-    monkeypatch.setattr("api.loader.PATIENCE_SECONDS", 0.05)
-    tickets.clear()
-    monkeypatch.setattr(Restarting, "process", lambda *_: (_ for _ in ()).throw(CallFailed(503, "still away")))
-    with pytest.raises(CallFailed, match="still away"):
-        loader._submit(load, "k")
+
+def test_an_api_that_is_being_restarted_is_waited_for_where_a_call_is_safe_to_repeat(monkeypatch):
+    monkeypatch.setattr("api.client.POLL_SECONDS", 0.001)
+    asked = []
+
+    def answer(request):
+        asked.append(request.headers.get("Idempotency-Key"))
+        if len(asked) == 1:
+            raise httpx.ConnectError("refused")
+        if len(asked) < 4:
+            return problem(503, "unavailable")
+        return httpx.Response(202, headers={"X-Request-ID": "r"}, json={"jobId": "job"})
+
+    client = client_of(answer)
+    assert client.process("k", {}, "ticket") == "job"
+    assert asked == ["ticket"] * 4
+    asked.clear()
+    with pytest.raises(CallFailed, match="does not answer"):
+        client.process("k", {})
+    monkeypatch.setattr("api.client.PATIENCE_SECONDS", 0.05)
+    with pytest.raises(CallFailed, match="it is queue_full"):
+        client_of(lambda request: problem(503, "queue_full")).process("k", {}, "ticket")
+    for status, kind in ((503, "access_denied"), (404, "not_found"), (422, "refused")):
+        asked.clear()
+        refusing = client_of(lambda request, s=status, k=kind: asked.append(None) or problem(s, k))
+        with pytest.raises(CallFailed, match=f"it is {kind}"):
+            refusing.process("k", {}, "ticket")
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("status", "kind", "kept"), [(503, "unavailable", True), (409, "conflict", False)])
+def test_a_stream_that_is_whole_is_not_thrown_away_because_the_api_is(sent, status, kind, kept):
+    api = Api(parts=5)
+    ask = api.ask
+
+    def insist(method, path, **more):
+        if path.endswith("/complete"):
+            raise CallFailed(status, "no", kind)
+        return ask(method, path, **more)
+
+    api.insist = insist
+    with pytest.raises(StartError if kept else CallFailed) as raised:
+        Transfer(api).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda: None)
+    assert ("DELETE /uploads/u" in api.asked) is not kept
+    assert ("http://api/uploads/u/complete" in str(raised.value)) is kept
+
+
+def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
+    under_way, api = [0], Api(parts=5)
+    ask = api.ask
+
+    def put(self, url, data, headers, sent):
+        under_way[0] += 1
+        time.sleep(0.1)
+        under_way[0] -= 1
+        if url.endswith("/1"):
+            raise StartError("no")
+        time.sleep(0.1)
+
+    def deleted(method, path, **more):
+        assert method != "DELETE" or under_way == [0]
+        return ask(method, path, **more)
+
+    monkeypatch.setattr(Transfer, "_put", put)
+    api.ask = deleted
+    with pytest.raises(StartError, match="no"):
+        Transfer(api).stream(io.BytesIO(bytes(40)), "s", lambda n: None, lambda: None)
+    assert api.asked[-1] == "DELETE /uploads/u"
+
+
+def test_a_stream_that_is_stored_and_cannot_be_submitted_is_told_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "stream", lambda *_: "some/key.ndjson")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{}")))
+
+    def answer(request):
+        if request.url.path == "/files":
+            return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"bucket": "b", "files": []})
+        return problem(422, "refused")
+
+    [load] = Loader(client_of(answer), {}, wait=False, through_api=False).run(["-"])
+    assert "it is refused; the file is stored: `headrace load s3://b/some/key.ndjson` submits it" in str(load.error)
+
+
+@pytest.mark.parametrize("key", ["a/../b", "./a", "..", "a/./b c", "a//b", "ü/%2e"])
+def test_a_key_is_asked_for_as_it_is(key):
+    asked = []
+
+    def answer(request):
+        asked.append(request.url.raw_path.decode())
+        return httpx.Response(202, headers={"X-Request-ID": "r"}, json={"jobId": "job"})
+
+    client_of(answer).process(key, {}, "ticket")
+    assert unquote(asked[0]) == f"/process/{key}"
+
+
+def test_a_watcher_for_whom_there_is_no_room_learns_all_the_same_what_a_job_waits_for(monkeypatch):
+    monkeypatch.setattr("api.client.POLL_SECONDS", 0.001)
+    statuses = iter([200, 429, 304, 429, 200])
+
+    def answer(request):
+        if request.url.path == "/jobs/j":
+            return httpx.Response(
+                200, headers={"X-Request-ID": "r"}, json={"status": "PENDING", "waitingFor": "a worker"}
+            )
+        status = next(statuses)
+        if status == 304:
+            assert (request.headers.get("Prefer"), request.headers["If-None-Match"]) == (None, '"t"')
+        told = {"status": "COMPLETED" if next(count) else "PENDING"} if status == 200 else None
+        return httpx.Response(status, headers={"X-Request-ID": "r", "ETag": '"t"'}, json=told)
+
+    count = itertools.count()
+    told = [(state["status"], state.get("waitingFor")) for state in client_of(answer).states("j", wait=20)]
+    assert told == [("PENDING", None), ("PENDING", "a worker"), ("COMPLETED", None)]
 
 
 def test_an_answer_that_never_comes_is_not_waited_for_by_the_hour(tmp_path):
