@@ -69,33 +69,37 @@ def _mongodb(settings: Settings) -> Finding:
 
 def _clock(settings: Settings) -> Finding:
     """This machine's clock beside those of the servers: S3 refuses signatures of a time that is minutes off."""
-    now: dict[str, datetime] = {}
+    off: dict[str, float] = {}
     silent = ""
     if settings.mongo_uri is not None:
         store = Store(settings, pool=2)
         try:
             with translated("reading the time of MongoDB"):
-                now["MongoDB"] = store.control.command("hello")["localTime"].replace(tzinfo=UTC)
+                off["MongoDB"] = _ahead(store.control.command("hello")["localTime"].replace(tzinfo=UTC))
         finally:
             store.close()
     if settings.aws_bucket_name is not None:
         try:
-            now["S3"] = Objects(connect(settings), settings.aws_bucket_name).time()
+            off["S3"] = _ahead(Objects(connect(settings), settings.aws_bucket_name).time())
         except WrongClock:
             raise
         except HeadraceError:
             silent = "S3 cannot be asked for the time: do what the line of S3 says, and look again"
-    if not now and silent:
+    if not off and silent:
         return Finding("clock", "warning", silent)
-    if not now:
+    if not off:
         return Finding("clock", "warning", "there is no server to compare with: set MONGO_URI or AWS_BUCKET_NAME")
-    off = {name: (datetime.now(UTC) - at).total_seconds() for name, at in now.items()}
     told = " and ".join(f"{seconds:+.0f} s from that of {name}" for name, seconds in off.items())
     if max(map(abs, off.values())) > CLOCK_SECONDS:
         return Finding("clock", "warning", f"this machine's clock is {told}: set them, for example with NTP")
     if silent:
         return Finding("clock", "warning", f"this machine's clock is {told}; {silent}")
     return Finding("clock", "ok", f"this machine's clock is {told}")
+
+
+def _ahead(there: datetime) -> float:
+    """By how many seconds this machine's clock is ahead of one that was read a moment ago."""
+    return (datetime.now(UTC) - there).total_seconds()
 
 
 def _s3(settings: Settings) -> Finding:

@@ -13,7 +13,7 @@ from api.operations import Answer, Scope, operation, query_of
 from api.views import is_idle, job_detail, job_status, waiting_for
 from api.watch import PREFER, TOLD, Watch
 from engine.history import History
-from engine.model import TERMINAL, Job, JobState
+from engine.model import TERMINAL, Format, Job, JobState
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.stats import live
@@ -71,7 +71,9 @@ class Detail:
             job, ranges = self._queue.get(job_id), self._history.ranges(job_id)
             waits = None
             if is_idle(job, ranges):
-                waits = waiting_for(job, ranges, paused=self._queue.paused(), workers=len(live(self._store)))
+                # Workers of another version may not tell whose jobs they work on.
+                workers = sum(found.get("database", job.database) == job.database for found in live(self._store))
+                waits = waiting_for(job, ranges, paused=self._queue.paused(), workers=workers)
             return dict(job_detail(job, ranges, waits)), job.state in TERMINAL
 
         self._watch.answer(req, resp, job_id, told)
@@ -161,7 +163,7 @@ class RejectLines:
         query=RejectsQuery,
         answers={
             200: Answer(
-                "A page of rejects; with format=ndjson all raw lines",
+                "A page of rejects; with format=ndjson all raw lines, each up to its first 64 KiB",
                 RejectPage,
                 other_media="application/x-ndjson",
                 headers={"Content-Disposition": "With format=ndjson, the name of a file for them"},
@@ -185,7 +187,9 @@ class RejectLines:
                 stream.close()
                 raise
             resp.content_type = "application/x-ndjson"
-            resp.downloadable_as = f"{job.id}-rejects.ndjson"
+            # What is loaded again under this name is taken for what it was.
+            text = job.plan is not None and job.plan.format is Format.TEXT
+            resp.downloadable_as = f"{job.id}-rejects.{'txt' if text else 'ndjson'}"
             resp.stream = stream
             return
         page: list[Any] = self._rejects.page(job.id, query.limit + 1, int(query.cursor) if query.cursor else None)

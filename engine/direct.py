@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 
 from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
-from engine.objects import PART_TYPE, PARTS_MOST, Objects, s3_translated
+from engine.objects import PART_TYPE, PARTS_MOST, S3_ERRORS, Objects, s3_translated
 from engine.store import Document, Store, translated
 
 if TYPE_CHECKING:
@@ -97,7 +97,14 @@ class DirectUploads:
             )
         with s3_translated(f"starting the upload of {key}"):
             made = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)
-        self._record(upload_id, {"key": key, "uploadId": made["UploadId"], "size": size, "partBytes": chosen})
+        fields = {"key": key, "uploadId": made["UploadId"], "size": size, "partBytes": chosen}
+        try:
+            self._record(upload_id, fields)
+        except BaseException:
+            # Nobody would know of it, and no sweep find it.
+            with suppress(*S3_ERRORS):
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=made["UploadId"])
+            raise
         return self.get(upload_id)
 
     def _record(self, name: str, fields: Document) -> None:
@@ -191,9 +198,19 @@ class DirectUploads:
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
             raise Conflict(f"parts are missing: {shown}; send them, then complete the upload again")
-        total = sum(part.size for part in parts)
-        if upload.size is not None and total != upload.size:
-            raise Conflict(f"the parts add up to {total} bytes, but {upload.size} were announced: send them again")
+        if wrong := [part for part in parts if upload.size_of(part.number) not in (None, part.size)]:
+            shown = ", ".join(f"{part.number} of {part.size}" for part in wrong[:10]) + (
+                " …" if len(wrong) > 10 else ""
+            )
+            raise Conflict(
+                f"parts are not as large as announced ({upload.part_bytes} bytes each, {upload.size} in all): {shown}; send them "
+                "again, then complete the upload again"
+            )
+        if small := [part.number for part in parts[:-1] if part.size < PART_LEAST_BYTES]:
+            shown = ", ".join(map(str, small[:10])) + (" …" if len(small) > 10 else "")
+            raise Conflict(
+                f"parts are smaller than the {PART_LEAST_BYTES} bytes that all but the last must have: {shown}; send larger ones"
+            )
         with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
             self._client.complete_multipart_upload(
                 Bucket=self._bucket,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PARTS_MOST",
     "PART_TYPE",
+    "S3_ERRORS",
     "Listed",
     "Objects",
     "RangeReader",
@@ -52,7 +53,8 @@ __all__ = [
 PARTS_MOST: Final = 10_000
 """Parts that one multipart upload may have."""
 
-_S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
+S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
+"""What the S3 client raises."""
 
 DRAIN_BYTES: Final = 256 * 1024
 """An answer with no more than this left is read to its end, so that its connection can be used again."""
@@ -211,12 +213,23 @@ class Objects:
             try:
                 found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
+                if _status(error) == 400:
+                    self._tell_why(key)
                 # SeaweedFS and others answer 400 to keys that no object can have, such as a/../b.
                 if _status(error) in (400, 404):
                     raise NotFound(f"there is no object {key!r} in bucket {self.bucket}") from None
                 raise
         version = found.get("VersionId", "")
         return Source(self.bucket, key, found["ETag"], "" if version == "null" else version, found["ContentLength"])
+
+    def _tell_why(self, key: str) -> None:
+        """Raises what the credentials or the clock are to blame for: an answer to HEAD has no body that would say so."""
+        try:
+            self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
+        except ClientError as error:
+            told = _translate(error, f"looking for {key}")
+            if isinstance(told, AccessDenied | TokenExpired | WrongClock):
+                raise told from error
 
     def open(self, source: Source, start: int, stop: int) -> RangeReader:
         """Begin to read bytes `start` to `stop` (exclusive) of the version that `source` pins.
@@ -295,16 +308,16 @@ class Objects:
             upload = self._client.create_multipart_upload(Bucket=self.bucket, Key=key, ContentType=PART_TYPE)[
                 "UploadId"
             ]
-            with recorded(key, upload):
-                try:
+            try:
+                with recorded(key, upload):
                     parts = self._send(stream, key, upload)
                     before_complete()
                     self._complete(key, upload, parts)
-                except BaseException:
-                    # What went wrong is to be told, and not that this went wrong, too.
-                    with suppress(*_S3_ERRORS):
-                        self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
-                    raise
+            except BaseException:
+                # What went wrong is to be told, and not that this went wrong, too.
+                with suppress(*S3_ERRORS):
+                    self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+                raise
 
     def _complete(self, key: str, upload: str, parts: list[Any]) -> None:
         """Let S3 make the object of its parts; where the answer is lost, look whether it did."""
@@ -312,7 +325,7 @@ class Objects:
             self._client.complete_multipart_upload(
                 Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
             )
-        except _S3_ERRORS:
+        except S3_ERRORS:
             with suppress(HeadraceError):
                 if self.head(key).etag.strip('"') == _etag_of(parts):
                     return

@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from engine.direct import DirectUploads
+from engine.errors import Transient
+
 MIB = 2**20
 
 
@@ -59,6 +62,37 @@ def test_an_upload_tells_what_is_there_and_where_to_send_the_rest(live):
     assert live.http.post(f"/uploads/{state['uploadId']}/complete").json()["size"] == 12 * MIB
 
 
+@pytest.mark.parametrize("size", [None, 12 * MIB])
+def test_parts_that_s3_would_not_take_are_named(live, size):
+    state = begin(live, partBytes=6 * MIB, **({"size": size} if size else {}))
+    put(state, 1, b"x" * 4 * MIB)
+    put(state, 2, b"x" * 8 * MIB)
+    answer = live.http.post(f"/uploads/{state['uploadId']}/complete")
+    assert answer.status_code == 409
+    assert ("announced" if size else "smaller than") in answer.json()["detail"]
+    assert live.http.delete(f"/uploads/{state['uploadId']}").status_code == 204
+
+
+def test_an_upload_that_cannot_be_recorded_leaves_nothing(live, monkeypatch):
+    uploads, before = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB), len(parts(live))
+
+    def fail(*_, **__):
+        raise Transient("no primary")
+
+    monkeypatch.setattr(uploads, "_record", fail)
+    with pytest.raises(Transient, match="no primary"):
+        uploads.begin(uuid.uuid4().hex, "unrecorded", MIB, None)
+    assert len(parts(live)) == before
+
+
+@pytest.mark.parametrize("dots", ["x/%2E%2E/", "%2E/", "x/y/%2E%2E/%2E%2E/"])
+def test_a_key_with_dots_is_no_other(live, dots):
+    key = live.objects.upload(io.BytesIO(b"{}\n"), f"dots-{uuid.uuid4().hex}").key
+    assert live.http.get(f"/files/{key}").status_code == 200
+    assert live.http.get(f"/files/{dots}{key}").status_code == 404
+    assert live.http.post(f"/process/{dots}{key}").status_code == 404
+
+
 def test_completing_is_safe_to_repeat_also_where_nobody_got_to_write_it_down(live):
     state = begin(live, size=MIB)
     put(state, 1, b"x" * MIB)
@@ -94,8 +128,6 @@ def test_an_upload_that_is_given_up_leaves_nothing(live, end):
 
 
 def test_unfinished_uploads_are_swept_after_a_day(live):
-    from engine.direct import DirectUploads
-
     old, young = begin(live, size=MIB), begin(live, size=MIB)
     day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
     live.store.uploads.update_one({"_id": old["uploadId"]}, day)

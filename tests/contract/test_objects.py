@@ -2,6 +2,7 @@
 
 import io
 import threading
+from contextlib import contextmanager
 
 import boto3
 import pytest
@@ -204,3 +205,37 @@ def test_why_an_upload_failed_is_told_whatever_comes_of_the_rest_of_it(s3, monke
     monkeypatch.setattr(client, "abort_multipart_upload", fail)
     with pytest.raises(Transient, match="ConnectionClosedError"):
         put(objects, b"x" * 12 * MIB, "old")
+
+
+def refused(code, status):
+    """What a client raises that S3 answers so."""
+
+    def answer(**given):
+        raise ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "answer")
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [("ExpiredToken", TokenExpired), ("RequestTimeTooSkewed", WrongClock), ("InvalidKey", NotFound)]
+)
+def test_an_answer_without_a_body_is_not_taken_for_an_object_that_is_not_there(s3, monkeypatch, code, told):
+    objects, client, _ = s3
+    monkeypatch.setattr(client, "head_object", refused("400", 400))
+    monkeypatch.setattr(client, "get_object", refused(code, 400))
+    with pytest.raises(told):
+        objects.head("there")
+
+
+def test_an_upload_that_cannot_be_recorded_leaves_nothing(s3):
+    objects, client, bucket = s3
+
+    @contextmanager
+    def recorded(key, upload_id):
+        raise Transient("no primary")
+        yield
+
+    with pytest.raises(Transient, match="no primary"):
+        objects.upload(io.BytesIO(b"x" * 12 * MIB), "unrecorded", recorded=recorded)
+    left = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert "unrecorded" not in [found["Key"] for found in left]
