@@ -136,16 +136,22 @@ class Durations(Collector):
             self.tell()
 
     def tell(self) -> None:
-        """Add what this process has seen to the sums; what cannot be told is told the next time."""
+        """Add what this process has seen to the sums; what cannot be told is told the next time.
+
+        A database that does not answer is waited for once, and not once for each row.
+        """
         with self._lock:
             seen, self._seen = self._seen, {}
-        for labels, row in seen.items():
-            key = dict(zip(("method", "route", "status"), labels, strict=True))
-            news = {f"row.{index}": value for index, value in enumerate(row) if value}
-            try:
+        try:
+            while seen:
+                labels, row = next(iter(seen.items()))
+                key = dict(zip(("method", "route", "status"), labels, strict=True))
+                news = {f"row.{index}": value for index, value in enumerate(row) if value}
                 self._sums.update_one({"_id": key}, {"$inc": news}, upsert=True)
-            except PyMongoError:
-                with self._lock:
+                del seen[labels]
+        except PyMongoError:
+            with self._lock:
+                for labels, row in seen.items():
                     there = self._seen.setdefault(labels, [0.0] * len(row))
                     self._seen[labels] = [one + other for one, other in zip(there, row, strict=True)]
 

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from typing import Final
 
+import pymongo
 import waitress
 
 from api.app import create_app
@@ -31,6 +32,9 @@ IDLE_SECONDS: Final = 120
 
 CONNECTIONS_MOST: Final = 4096
 SPARE_FILES: Final = 200
+
+LAST_SECONDS: Final = 3.0
+"""How long the last figures may take to be told."""
 
 log = get_logger()
 
@@ -133,7 +137,8 @@ def serve(settings: Settings) -> int:
         # Requests under way are finished, within the task dispatcher's own bound of seconds.
         server.close()
         server.task_dispatcher.shutdown()
-        durations.tell()
+        with pymongo.timeout(LAST_SECONDS):
+            durations.tell()
         store.close()
     log.info("stopped", action="stop")
     return 0

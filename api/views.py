@@ -11,6 +11,8 @@ from engine.model import TERMINAL, Job, JobState, RangeState, Source
 
 __all__ = ["batch_status", "is_idle", "job_detail", "job_status", "moment", "stored_file", "waiting_for"]
 
+NO_WORKER: Final = "a worker: none is alive (start `headrace engine`)"
+
 WHOLE_WITHIN: Final = timedelta(hours=1)
 """All jobs of a batch are made within this, or the request for them has died."""
 
@@ -73,26 +75,28 @@ def job_status(job: Job) -> JobStatus:
 
 
 def is_idle(job: Job, ranges: RangeReport) -> bool:
-    """Whether a job has not ended, and nobody is at work on it."""
-    begun = job.state is not JobState.PENDING
-    ready, leased = ranges.states.get(RangeState.READY, 0), ranges.states.get(RangeState.LEASED, 0)
-    return job.state not in TERMINAL and job.stopping is None and not leased and (ready > 0 or not begun)
+    """Whether a job has not ended, there is something to do for it, and nobody is at work on it."""
+    left = ranges.states.get(RangeState.READY, 0) + ranges.states.get(RangeState.LEASED, 0)
+    to_do = left > 0 or job.state is JobState.PENDING or job.stopping is not None
+    return job.state not in TERMINAL and to_do and not ranges.kept
 
 
-def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) -> str:
-    """What an idle job waits for, in words that go on after "waits for".
+def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) -> str | None:
+    """What an idle job waits for, in words that go on after "waits for"; None where it needs no more than a moment.
 
     Args:
         job, ranges: the job.
         paused: whether the queue is.
         workers: how many are alive.
     """
+    if job.stopping is not None:  # which waits neither for a time nor for the end of a pause
+        return None if workers else NO_WORKER
     if job.options.run_at is not None and job.options.run_at > datetime.now(UTC):
         return f"its time, {moment(job.options.run_at)}"
     if paused:
         return "the queue to be resumed: it is paused (`headrace resume`)"
     if not workers:
-        return "a worker: none is alive (start `headrace engine`)"
+        return NO_WORKER
     last = job.timeline[-1].what if job.timeline and job.state is JobState.PENDING else ""
     why = last.removeprefix(PUT_OFF) if last.startswith(PUT_OFF) else ranges.put_off
     if why is not None:

@@ -83,13 +83,17 @@ class Watch:
                 while time.monotonic() < end and not ended and (not known or tag in known) and not gone():
                     if self.stopping.wait(min(LOOK_SECONDS, max(end - time.monotonic(), 0))):
                         break
-                    # All else that is told, which may take a look at each range, is looked at when the job has changed.
+                    # All else that is told, which may take a look at each range, is looked at when the job has changed, and at
+                    # the end: what it waits for changes by itself.
                     before, seen = seen, tag_of(self.status(job_id)[0])
                     if seen != before:
                         body, ended = told()
                         tag = tag_of(body)
             finally:
                 self.slots.give()
+            if not ended and not gone():
+                body, ended = told()
+                tag = tag_of(body)
         if seconds is not None:
             resp.set_header("Preference-Applied", f"wait={seconds}")
         resp.cache_control = ["no-cache"]

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from engine.errors import Transient
 from engine.jobs import job_of
 from engine.model import Job, JobState, RangeState
 from engine.store import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS, Document, Store, job_key, ranges_of, translated
@@ -16,6 +17,9 @@ HOLDERS_MOST: Final = 100
 CHEAP_SECONDS: Final = 0.05
 """A count of jobs that takes no longer is made anew whenever it is asked for."""
 
+FIRST_SECONDS: Final = 5.0
+"""How long a call waits for another that counts, where there is no count before."""
+
 BACKLOG_SHARE: Final = 20
 """One that takes longer stays good for so many times what it took: the history may hold millions of jobs."""
 
@@ -24,10 +28,12 @@ BACKLOG_SHARE: Final = 20
 class RangeReport:
     """A job's ranges: how many are in each state, the troubles they have had so far, and who has worked on them lately.
 
-    `put_off` is why the next one that is READY has to wait; None where one need not, or none is.
+    `kept` is how many are LEASED by somebody who renews the lease: those of a host that died stay LEASED until a worker frees
+    them. `put_off` is why the next one that is READY has to wait; None where one need not, or none is.
     """
 
     states: dict[RangeState, int]
+    kept: int
     failures: int
     deaths: int
     holders: tuple[str, ...]
@@ -90,6 +96,7 @@ class History:
                 "$group": {
                     "_id": "$state",
                     "count": {"$sum": 1},
+                    "kept": {"$sum": {"$cond": [{"$gt": ["$until", "$$NOW"]}, 1, 0]}},
                     "failures": {"$sum": "$allFailures"},
                     "deaths": {"$sum": "$allDeaths"},
                     "holders": {"$addToSet": "$holders"},
@@ -107,6 +114,7 @@ class History:
         late = [group["next"] for group in groups if group["_id"] == RangeState.READY and group["next"]["late"]]
         return RangeReport(
             {RangeState(group["_id"]): group["count"] for group in groups},
+            sum(group["kept"] for group in groups),
             sum(group["failures"] for group in groups),
             sum(group["deaths"] for group in groups),
             tuple(holders[:HOLDERS_MOST]),
@@ -114,14 +122,24 @@ class History:
         )
 
     def backlog(self) -> Backlog:
-        """How long the queue is, and how old; where it takes long to count, as it was a little while ago."""
-        with self._counting:
+        """How long the queue is, and how old; where it takes long to count, as it was a little while ago.
+
+        One call counts, and the others are told of the count before: a database that does not answer must not make them queue
+        up behind each other. Raises Transient.
+        """
+        if not self._counting.acquire(timeout=FIRST_SECONDS if self._counted is None else 0):
+            if self._counted is None:
+                raise Transient("the jobs are being counted for the first time, which takes long: ask again in a while")
+            return self._counted
+        try:
             began = time.monotonic()
             if self._counted is None or began >= self._good_until:
                 self._counted = self._count()
                 took = time.monotonic() - began
                 self._good_until = began + took * BACKLOG_SHARE if took > CHEAP_SECONDS else 0.0
             return self._counted
+        finally:
+            self._counting.release()
 
     def _count(self) -> Backlog:
         with translated("counting jobs"):

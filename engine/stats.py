@@ -73,7 +73,12 @@ class Reporter(threading.Thread):
         self._workers = store.workers.with_options(write_concern=quick)
         self._totals = store.totals.with_options(write_concern=quick)
         self._holder = name
-        self._fixed = {"slot": slot, "pid": os.getpid(), "host": socket.gethostname()}
+        self._fixed = {
+            "slot": slot,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "database": store.data.name,
+        }
         self._stats = stats
         self._doing = doing
         self._told: dict[str, float] = {}
@@ -140,7 +145,10 @@ def _memory() -> dict[str, int]:
 
 
 def live(store: Store) -> list[Document]:
-    """What each worker that is alive told last, by name. Of one that was replaced a moment ago, its successor is there."""
+    """What each worker that is alive told last, by name. Of one that was replaced a moment ago, its successor is there.
+
+    `database` is the one whose jobs it works on.
+    """
     recent = {"$expr": {"$gt": ["$at", {"$subtract": ["$$NOW", int(LIVE_SECONDS * 1000)]}]}}
     with translated("looking at the workers"):
         found = list(store.workers.find(recent).sort("at", 1))

@@ -14,6 +14,7 @@ import pytest
 
 from api.auth import draw, tokens_of
 from api.operations import Scope
+from engine.errors import SettingsError
 from engine.ports import free_port
 from engine.settings import Settings
 from tests.running import ROOT, Running, until
@@ -286,6 +287,17 @@ def test_a_comment_in_a_file_of_tokens_may_be_indented(tmp_path):
     (tmp_path / "tokens").write_text(f"  # mine\n\n  {entry}  \n\t# more\n")
     [found] = tokens_of(Settings(api_tokens_file=tmp_path / "tokens"))
     assert found.digest == hashlib.sha256(token.encode()).hexdigest()
+
+
+def test_a_list_without_an_entry_is_no_open_door(settings, tmp_path):
+    """Whoever takes the last token away does not mean to let everybody in."""
+    (tmp_path / "tokens").write_text("# ci:read:0000\n\n")
+    for given in ({"api_tokens_file": tmp_path / "tokens"}, {"api_tokens": " , "}):
+        with pytest.raises(SettingsError, match="hold no entry"):
+            tokens_of(Settings(**given))
+    assert tokens_of(Settings()) == []
+    done = _api(settings, tmp_path, api_tokens_file=tmp_path / "tokens", pythonpath=ROOT)
+    assert (done.returncode, "hold no entry" in done.stderr) == (1, True)
 
 
 def test_all_that_is_wrong_with_the_api_is_told_at_once(settings, tmp_path):

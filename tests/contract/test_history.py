@@ -1,5 +1,7 @@
 """What is known of jobs of before: loads that are told, history that is deleted, counts, batches."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ from api.views import batch_status
 from engine.errors import Conflict, Transient
 from engine.history import History
 from engine.job_batches import JobBatches
-from engine.model import Failure, JobOptions, JobState, Tally
+from engine.model import Failure, JobOptions, JobState, RangeState, Tally
 from engine.retention import Retention
 from engine.store import job_key
 from tests.contract.conftest import loaded, plan
@@ -122,6 +124,43 @@ def test_ranges_that_are_all_put_off_tell_why(store, queue, plans, ledger, sourc
     assert history.ranges(job.id).put_off in ("S3 is away", "S3 is slow")
     store.ranges.update_many({}, [{"$set": {"notBefore": "$$NOW"}}])
     assert history.ranges(job.id).put_off is None
+
+
+def test_leases_of_a_host_that_died_are_kept_by_nobody(store, queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(job)
+    ledger.lease(job.id, "w1"), ledger.lease(job.id, "w2")
+    assert (History(store).ranges(job.id).states, History(store).ranges(job.id).kept) == ({RangeState.LEASED: 2}, 2)
+    store.ranges.update_one({"holder": "w1"}, [{"$set": {"until": {"$subtract": ["$$NOW", 1000]}}}])
+    assert History(store).ranges(job.id).kept == 1
+
+
+def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monkeypatch):
+    history, hanging, go_on = History(store), threading.Event(), threading.Event()
+    real = history._count
+
+    def hang():
+        hanging.set()
+        go_on.wait(30)
+        return real()
+
+    monkeypatch.setattr("engine.history.FIRST_SECONDS", 0.05)
+    monkeypatch.setattr("engine.history.BACKLOG_SHARE", 0)
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(history, "_count", hang)
+        first = pool.submit(history.backlog)
+        hanging.wait(30)
+        with pytest.raises(Transient, match="ask again"):
+            history.backlog()
+        go_on.set()
+        assert first.result().states[JobState.PENDING] == 0
+        hanging.clear(), go_on.clear()
+        queue.submit(source, JobOptions())
+        second = pool.submit(history.backlog)
+        hanging.wait(30)
+        assert history.backlog().states[JobState.PENDING] == 0
+        go_on.set()
+        assert second.result().states[JobState.PENDING] == 1
 
 
 def test_a_count_of_jobs_that_takes_long_is_not_made_at_every_call(store, queue, source, monkeypatch):

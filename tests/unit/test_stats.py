@@ -30,7 +30,9 @@ class Told:
 
 def test_a_worker_that_leaves_while_it_tells_tells_nothing_twice_and_is_gone():
     told, stats = Told(), Stats()
-    reporter = Reporter(SimpleNamespace(workers=told, totals=told), "me", 0, stats, dict)
+    reporter = Reporter(
+        SimpleNamespace(workers=told, totals=told, data=SimpleNamespace(name="records")), "me", 0, stats, dict
+    )
     stats.add(lines=5)
     first = threading.Thread(target=reporter.tell)
     first.start()

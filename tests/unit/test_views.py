@@ -14,7 +14,8 @@ JOB = Job("6b04", "records", Source("b", "k", '"e"', None, 100), JobOptions(), J
 
 
 def report(put_off=None, **states):
-    return RangeReport({RangeState(state): count for state, count in states.items()}, 0, 0, (), put_off)
+    kept = states.get("LEASED", 0) - states.pop("stale", 0)
+    return RangeReport({RangeState(state): count for state, count in states.items()}, kept, 0, 0, (), put_off)
 
 
 @pytest.mark.parametrize(
@@ -26,11 +27,20 @@ def report(put_off=None, **states):
         (replace(JOB, state=JobState.PROCESSING), report(READY=3, LEASED=1), False),
         (replace(JOB, state=JobState.PROCESSING), report(DONE=4), False),  # somebody is about to end it
         (replace(JOB, state=JobState.COMPLETED), report(DONE=4), False),
-        (replace(JOB, stopping=Stop(JobState.CANCELLED, None)), report(READY=1), False),
+        (replace(JOB, state=JobState.PROCESSING), report(LEASED=2, stale=1), False),
+        (replace(JOB, state=JobState.PROCESSING), report(LEASED=2, stale=2), True),  # of a host that died
+        (replace(JOB, stopping=Stop(JobState.CANCELLED, None)), report(READY=1, LEASED=1), False),
+        (replace(JOB, stopping=Stop(JobState.CANCELLED, None)), report(LEASED=1, stale=1), True),
     ],
 )
 def test_a_job_is_idle_when_something_of_it_could_be_done_and_nobody_does_it(job, ranges, idle):
     assert is_idle(job, ranges) is idle
+
+
+def test_a_job_that_is_being_stopped_waits_for_a_worker_at_most():
+    stopping = replace(JOB, stopping=Stop(JobState.CANCELLED, None), options=JobOptions(run_at=MADE.replace(year=2099)))
+    assert waiting_for(stopping, report(), paused=True, workers=1) is None
+    assert "none is alive" in waiting_for(stopping, report(), paused=True, workers=0)
 
 
 @pytest.mark.parametrize(

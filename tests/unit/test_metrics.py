@@ -1,0 +1,42 @@
+"""Figures that a process of the API tells, where the database does not take them."""
+
+from types import SimpleNamespace
+
+from pymongo.errors import AutoReconnect
+
+from api.metrics import BOUNDS, Durations
+
+
+class Sums:
+    """A collection that is away when it is told to be."""
+
+    def __init__(self):
+        self.away, self.asked, self.rows = False, 0, {}
+
+    def with_options(self, **_):
+        return self
+
+    def update_one(self, key, news, upsert):
+        self.asked += 1
+        if self.away:
+            raise AutoReconnect("away")
+        row = self.rows.setdefault(tuple(key["_id"].values()), {})
+        for name, value in news["$inc"].items():
+            row[name] = row.get(name, 0) + value
+
+
+def test_a_database_that_is_away_is_asked_once_and_told_all_later():
+    sums = Sums()
+    durations = Durations(SimpleNamespace(requests=sums))
+    for status in range(200, 210):
+        durations.count("GET", "/x", status, 0.1)
+    sums.away = True
+    durations.tell()
+    assert (sums.asked, sums.rows) == (1, {})
+    durations.count("GET", "/x", 200, 0.2)
+    sums.away = False
+    durations.tell()
+    assert len(sums.rows) == 10
+    assert {key: row[f"row.{len(BOUNDS)}"] for key, row in sums.rows.items()} == {
+        ("GET", "/x", str(status)): 2 if status == 200 else 1 for status in range(200, 210)
+    }
