@@ -3,7 +3,6 @@
 Walls are in seconds, CPU in seconds, memory in MB. A ratio is always of two figures of one and the same round.
 """
 
-import os
 import shutil
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from bench import ceiling, shapes
 from bench.rig import ROOT, Rig, Taken, cpu_of
 from engine.job_batches import JobBatches
 from engine.model import JobOptions, JobState, Source
+from engine.settings import cores
 from engine.stats import STAGES, totals
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Spent:
             | {"workers": statistics.median(one.taken.cpu for one in loads)}
             | {"everything else": statistics.median(one.taken.others for one in loads)},
             {stage: statistics.median(one.stages[stage] for one in loads) for stage in STAGES},
-            len(os.sched_getaffinity(0)),
+            cores(),
             writers,
         )
 
@@ -270,7 +270,7 @@ def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
 def defaults(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
     """Walls with one setting changed, over those with the defaults, which run first and last in each round.
 
-    `noise` is by how much these two differed at the median, as a share.
+    `noise` is by how much these two differed at most, as a share.
     """
     source = rig.upload(path)
     ratios: dict[tuple[str, int], list[float]] = {}
@@ -293,7 +293,7 @@ def defaults(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
             ratios.setdefault(which, []).append(2 * seconds / (first + last))
     return {
         "ratios": {which: Spread(tuple(some)) for which, some in ratios.items()},
-        "noise": statistics.median(differences),
+        "noise": max(differences),
     }
 
 
@@ -314,6 +314,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
         with rig.engine() as engine:
             workers = len(engine.workers())
             while rig.store.jobs.count_documents({"open": True}, limit=1):
+                engine.alive()
                 time.sleep(0.05)
         after = totals(rig.store)
         states, documents = batches.get(batch.id).states, rig.store.data[name].count_documents({})
@@ -334,29 +335,33 @@ def pickup(rig: Rig, times: int) -> Spread:
     path.write_bytes(b'{"n":1}\n' * 1000)
     source = rig.upload(path)
     found = []
-    with rig.engine(), rig.api() as (client, _):
+    with rig.engine() as engine, rig.api() as (client, _):
         for _ in range(times):
             time.sleep(0.4)
             began = time.time()
             job_id = client.process(source.key, {"collection": "pickup", "force": True})
             while (job := rig.queue.get(job_id)).started_at is None:
+                engine.alive()
                 time.sleep(0.005)
             found.append(1000 * (job.started_at.timestamp() - began))
     rig.store.data.drop_collection("pickup")
     return Spread(tuple(found))
 
 
-def idle(rig: Rig, seconds: float) -> float:
-    """Percent of one core that an idle engine takes, supervisor and workers together."""
+def idle(rig: Rig, seconds: float, times: int) -> Spread:
+    """Percent of one core that an idle engine takes, supervisor and workers together; several times over so many seconds."""
     with rig.engine() as engine:
         time.sleep(3)
 
         def spent() -> float:
             return engine.cpu() + cpu_of(engine.process.pid)
 
-        before = spent()
-        time.sleep(seconds)
-        return 100 * (spent() - before) / seconds
+        def once() -> float:
+            before = spent()
+            time.sleep(seconds)
+            return 100 * (spent() - before) / seconds
+
+        return Spread(tuple(once() for _ in range(times)))
 
 
 def plain_s3(rig: Rig) -> "S3Client":

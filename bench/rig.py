@@ -23,10 +23,10 @@ from engine.model import Job, JobOptions, Source
 from engine.objects import Objects, connect
 from engine.ports import free_port
 from engine.queue import Queue
-from engine.settings import Settings
+from engine.settings import Settings, cores
 from engine.store import Store, job_key
 
-__all__ = ["Engine", "Rig", "Taken", "cpu_of", "forget_peak", "peak_mb"]
+__all__ = ["Engine", "Rig", "Taken", "cpu_of", "forget_peak", "isolate", "peak_mb"]
 
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
@@ -49,6 +49,14 @@ class Taken:
     @property
     def lines(self) -> int:
         return self.job.progress.tally.lines
+
+
+def isolate() -> None:
+    """Forget what the environment and `.env` say of Headrace: what is measured is its defaults, on servers of its own, and no
+    bucket of somebody's takes part."""
+    for name in [name for name in os.environ if name.lower() in Settings.model_fields]:
+        del os.environ[name]
+    Settings.model_config["env_file"] = None
 
 
 def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:
@@ -88,13 +96,15 @@ def forget_peak(pid: int) -> None:
 class Engine:
     """`headrace engine` as a process; `changes` are settings by name. Leave its context to stop it and see that it went well."""
 
-    def __init__(self, settings: Settings, log: Path, changes: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, folder: Path, changes: dict[str, Any]) -> None:
+        log = folder / f"engine-{uuid.uuid4().hex[:8]}.log"
         environment = _environment(settings, changes)
         self._log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "api.cli", "engine"],
                 env=os.environ | environment,
+                cwd=folder,  # where no .env is
                 stdout=output,
                 stderr=output,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
@@ -121,6 +131,11 @@ class Engine:
         """The highest resident memory that any worker has had, in MB of 1e6 bytes."""
         return max(map(peak_mb, self.workers()))
 
+    def alive(self) -> None:
+        """Raises RuntimeError where it has ended: what is waited for would never come."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the engine ended with {self.process.returncode}: {self._log.read_text()[-500:]}")
+
     def stop(self) -> None:
         """TERM, and wait."""
         if self.process.poll() is None:
@@ -146,11 +161,13 @@ class Rig:
     """Servers under `folder`, and clients of them. Use it as a context manager: it leaves nothing of the folder."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
+        isolate()
         self._stack = ExitStack()
         self._servers = self._stack.enter_context(LocalServers(Settings(), folder))
         fresh = {"mongo_uri": self._servers.overrides["mongo_uri"].replace("/headrace?", "/bench?")}
         self.settings = Settings.model_validate(
-            self._servers.overrides | fresh | {"engine_control_db": "bench_control"} | changes
+            # As many workers as most engines have here: the defaults of others follow from that.
+            self._servers.overrides | fresh | {"engine_control_db": "bench_control", "engine_workers": 2} | changes
         )
         self.folder = folder
         self.store = Store(self.settings)
@@ -172,8 +189,7 @@ class Rig:
 
     def engine(self, workers: int = 2, **changes: Any) -> Engine:
         """An engine that has booted; it is stopped with the rig at the latest."""
-        log = self.folder / f"engine-{uuid.uuid4().hex[:8]}.log"
-        engine = Engine(self.settings, log, {"engine_workers": workers, "engine_log_format": "json"} | changes)
+        engine = Engine(self.settings, self.folder, {"engine_workers": workers, "engine_log_format": "json"} | changes)
         self._stack.callback(engine.stop)
         engine.ready(workers)
         return engine
@@ -187,6 +203,7 @@ class Rig:
             process = subprocess.Popen(
                 [sys.executable, "-m", "api.cli", "api"],
                 env=os.environ | environment,
+                cwd=self.folder,
                 stdout=output,
                 stderr=output,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
@@ -217,9 +234,14 @@ class Rig:
         """Put a job for an object on the queue, into a collection of its own."""
         return self.queue.submit(source, JobOptions(collection=f"c{uuid.uuid4().hex[:8]}", force=True))
 
-    def _wait(self, job: Job) -> Job:
-        """Until the job has COMPLETED. Its state alone is asked for: its numbers, this often, would take a part of the cores."""
+    def _wait(self, job: Job, *engines: Engine) -> Job:
+        """Until the job has COMPLETED by these engines.
+
+        Its state alone is asked for: its numbers, this often, would take a part of the cores.
+        """
         while self.store.jobs.find_one({"_id": job_key(job.id), "open": True}, {"_id": True}) is not None:
+            for engine in engines:
+                engine.alive()
             time.sleep(POLL_SECONDS)
         found = self.queue.get(job.id)
         if found.state != "COMPLETED":
@@ -237,10 +259,12 @@ class Rig:
     def load(self, source: Source, *engines: Engine) -> Taken:
         """Load an object into a collection of its own, which `check` drops."""
         before, servers, all = sum(engine.cpu() for engine in engines), self.servers_cpu(), _cpu_of_all()
-        job = self._wait(self._submit(source))
+        job = self._wait(self._submit(source), *engines)
         cpu = sum(engine.cpu() for engine in engines) - before
         taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}
-        others = max(0.0, _cpu_of_all() - all - cpu - sum(taken_by.values()))
+        # What others take of the cores is seen only where all of these are ours.
+        whole = cores() == len(os.sched_getaffinity(0))
+        others = max(0.0, _cpu_of_all() - all - cpu - sum(taken_by.values())) if whole else 0.0
         peak = max((engine.peak_mb() for engine in engines), default=0)
         assert job.finished_at is not None
         return Taken((job.finished_at - job.created_at).total_seconds(), cpu, peak, taken_by, others, job)

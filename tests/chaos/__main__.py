@@ -1,6 +1,7 @@
 """`python -m tests.chaos [--short] [name …]`: break loads on purpose, on real servers of its own, and tell what was found."""
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import isolate
 from engine.local import LocalServers
 from engine.settings import Settings
 from tests.chaos.rig import Report
@@ -22,6 +24,8 @@ def main():
     parser.add_argument("--short", action="store_true", help="the versions that `make test` runs")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="headrace-chaos-"))
+    isolate()
+    os.chdir(folder)  # where no .env is
     reports = []
     try:
         with LocalServers(Settings(), folder / "servers", ("--setParameter", "enableTestCommands=1")) as servers:
