@@ -1,6 +1,10 @@
 """The API and an engine as processes, on a real port, over real servers."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -12,7 +16,7 @@ from engine.objects import Objects, connect
 from engine.ports import free_port
 from engine.settings import Settings
 from tests.conftest import drop, own_settings
-from tests.running import Running, until
+from tests.running import ROOT, Running, until
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +96,62 @@ def raw(live):
             return b"".join(pieces)
 
     return run
+
+
+@pytest.fixture
+def run(live, tmp_path):
+    """Run a command; returns the finished process."""
+
+    def go(*arguments, code=0, stdin=None, **changes):
+        environment = {
+            "API_URL": f"http://127.0.0.1:{live.port}",
+            "XDG_STATE_HOME": str(tmp_path),
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "api.cli", *map(str, arguments)],
+            env={**os.environ, **environment, **changes},
+            input=stdin,
+            capture_output=True,
+            timeout=120,
+            cwd=tmp_path,
+        )
+        done.out, done.err = done.stdout.decode(), done.stderr.decode()
+        assert done.returncode == code, f"exit code {done.returncode}: {done.out}{done.err}"
+        assert "Traceback" not in done.err
+        return done
+
+    return go
+
+
+@pytest.fixture
+def start(live, tmp_path):
+    """Start a command and let it run; whatever is left of it is killed in the end."""
+    started = []
+
+    def go(*arguments, stdin=None):
+        own = {"API_URL": f"http://127.0.0.1:{live.port}", "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api.cli", *map(str, arguments)],
+            env=os.environ | own,
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            # Whoever runs the tests in the background ignores INT, and so would a child of theirs.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        started.append(process)
+        return process
+
+    yield go
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "some file.ndjson"
+    path.write_bytes(b"".join(b'{"n":%d}\n' % n for n in range(5000)) + b"bad\n")
+    return path

@@ -36,11 +36,12 @@ FLOORS = (
     ("engine.worker",),
     ("engine.supervisor", "engine.local"),
     ("api.problems", "api.answers", "api.models", "api.client"),
-    ("api.operations", "api.limits", "api.views", "api.transfer", "api.show"),
+    ("api.operations", "api.limits", "api.views", "api.transfer", "api.show", "api.terminal"),
     ("api.auth", "api.openapi", "api.metrics", "api.queue", "api.health", "api.uploads", "api.submit", "api.watch"),
     ("api.jobs", "api.files", "api.direct", "api.door"),
     ("api.app",),
     ("api.server", "api.up", "api.doctor", "api.loader"),
+    ("api.remote",),
     ("api.commands",),
     ("api.cli",),
 )

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from api.commands import _console
 from api.show import job_lines, jobs_table, printable, profile_table, queue_lines
+from api.terminal import console
 
 
 def worker(slot, lines, **seconds):
@@ -54,7 +54,7 @@ def test_what_a_file_is_called_is_shown_and_not_obeyed(capsys, monkeypatch):
     job["error"] = {"code": "final", "message": "\x1b[31mred"}
     for key in ("logs[/x].ndjson", "a[bold]b:warning:", "bell\x07\x1b[2J", "two\nlines"):
         told = job | {"fileKey": key, "errors": []}
-        _console().print(jobs_table([told], 200))
+        console().print(jobs_table([told], 200))
         print("\n".join(job_lines(told)))
         said = capsys.readouterr().out
         assert said.count(printable(key)) == 2, said
@@ -70,7 +70,7 @@ def test_jobs_can_be_read_on_a_terminal_of_eighty_columns(capsys, monkeypatch):
         "progress": progress,
         "fileKey": "01M-events.ndjson",
     }
-    _console().print(jobs_table([job | {"createdAt": "2026-11-24T20:22:33.123Z"}], 80))
+    console().print(jobs_table([job | {"createdAt": "2026-11-24T20:22:33.123Z"}], 80))
     said = capsys.readouterr().out
     for cell in ("6b05ef7e2551f5d1095200f7", "PROCESSING", "43", "1,234,567", "12", "01M-"):
         assert cell in said, said

@@ -1,0 +1,333 @@
+"""The commands that ask the HTTP API: loads, jobs, the queue, the workers."""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Final
+from urllib.parse import quote
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from api.client import Client, check_file, reachable
+from api.loader import EXIT_INTERRUPTED, STDIN, Loader
+from api.models import ProcessRequest
+from api.show import (
+    job_lines,
+    jobs_table,
+    plainly,
+    print_json,
+    printable,
+    profile_table,
+    queue_lines,
+    watch,
+    workers_table,
+)
+from api.terminal import AsJson, console, settings_of
+from engine.admission import check_collection_name
+from engine.errors import Refused, StartError
+from engine.model import Format, JobState
+from engine.settings import http_url
+
+__all__ = ["remote"]
+
+EXIT_OF: Final = {"COMPLETED": 0, "FAILED": 3, "CANCELLED": 4}
+TOP_SECONDS: Final = 1.0
+PROFILE_SECONDS: Final = 4.0
+"""Workers tell every two seconds: at least one whole such time lies within."""
+
+Url = Annotated[str | None, typer.Option(help="URL of the API; default: API_URL, or this machine and PORT.")]
+JobId = Annotated[str, typer.Argument(help="Id of the job.")]
+
+remote = typer.Typer()
+
+
+def _client(url: str | None) -> Client:
+    try:
+        http_url(url)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--url") from None
+    settings = settings_of(needs_servers=False)
+    token = settings.api_token.get_secret_value() if settings.api_token else None
+    return Client(url or settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}", token)
+
+
+@remote.command()
+def load(
+    files: Annotated[list[str], typer.Argument(help="Files, s3://bucket/key for objects, - for standard input.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Watch the jobs to their end.")] = False,
+    collection: Annotated[str, typer.Option(help="Where the documents go.")] = "records",
+    format: Annotated[Format, typer.Option(case_sensitive=False, help="How a line becomes a document.")] = Format.AUTO,
+    max_errors: Annotated[str, typer.Option(help="Rejects allowed: a count, or a percentage such as 2%.")] = "1000",
+    priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    run_at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Not before this time, such as 2026-11-24T09:00:00Z.")
+    ] = None,
+    timeout_seconds: Annotated[int | None, typer.Option(help="Fail if it runs longer.")] = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Dry run: read and check, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Load a second copy of what is loaded.")] = False,
+    skip_loaded: Annotated[bool, typer.Option("--skip-loaded", help="Skip what is already loaded.")] = False,
+    through_api: Annotated[bool, typer.Option("--through-api", help="Upload through the API, not directly.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload files and process them. Run it again after an interruption, and it resumes where it was."""
+    budget: Any = int(max_errors) if max_errors.isdecimal() else max_errors
+    options = {"collection": collection, "format": format.value, "maxErrors": budget, "priority": priority}
+    options |= {"validate": validate, "force": force, "ifLoaded": "skip" if skip_loaded else "load"}
+    options |= {"runAt": run_at} if run_at is not None else {}
+    options |= {"timeoutSeconds": timeout_seconds} if timeout_seconds is not None else {}
+    _check_options(options)
+    _check_files(files)
+    client = _client(url)
+    loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
+    if as_json:
+        print_json([load.told() for load in loads])
+    else:
+        for load in loads:
+            # Of one that cannot be watched to its end, the id is all that there is to go on with.
+            if load.job_id is not None and (not wait or load.error is not None):
+                print(load.job_id)
+            elif load.status is not None:
+                print("\n".join(job_lines(load.status)))
+    exits = [0]
+    for load in loads:
+        if load.error is not None:
+            goes_on = f"; job {load.job_id} goes on without you: `headrace status {load.job_id}`" if load.job_id else ""
+            plainly(StartError(f"{load.file}: {load.error}{goes_on}"))
+            exits.append(1)
+        elif load.status is not None:
+            exits.append(EXIT_OF.get(load.status["status"], 0))
+            if load.status["error"]:
+                plainly(StartError(f"{load.file}: {load.status['error']['message']}"))
+    raise typer.Exit(max(exits))
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises BadParameter for what the API would not take: before a file is uploaded for nothing."""
+    try:
+        check_collection_name(ProcessRequest.model_validate(options).collection)
+    except Refused as error:
+        raise typer.BadParameter(str(error), param_hint="--collection") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        option = "--" + re.sub("[A-Z]", lambda capital: "-" + capital.group().lower(), str(fault["loc"][0]))
+        raise typer.BadParameter(fault["msg"].removeprefix("Value error, "), param_hint=option) from None
+
+
+def _check_files(files: list[str]) -> None:
+    """Raises StartError for one that cannot be read, BadParameter for one that is named twice."""
+    seen = set()
+    for file in files:
+        here = file != STDIN and not file.startswith("s3://")
+        if here:
+            check_file(Path(file))
+        place = str(Path(file).resolve()) if here else file
+        if place in seen:
+            raise typer.BadParameter(f"{file} is named twice: name each file once", param_hint="FILES...")
+        seen.add(place)
+
+
+@remote.command()
+def jobs(
+    status: Annotated[JobState | None, typer.Option(case_sensitive=False, help="Only jobs in this state.")] = None,
+    file: Annotated[str | None, typer.Option(help="Only jobs of this key.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Only jobs of this collection.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Only jobs of this batch.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    asked: dict[str, Any] = {"status": status.value if status else None, "file": file, "collection": collection}
+    asked |= {"batch": batch, "limit": limit, "cursor": cursor}
+    page = _client(url).ask("GET", "/jobs", params={name: value for name, value in asked.items() if value is not None})
+    if as_json:
+        print_json(page)
+    else:
+        screen = console()
+        screen.print(jobs_table(page["jobs"], screen.width))
+        if page["next"]:
+            print(f"headrace: there are more: the same with --cursor {page['next']}", file=sys.stderr)
+
+
+@remote.command(name="status")
+def show_status(
+    job_id: JobId,
+    wait: Annotated[bool, typer.Option("--wait", help="Watch it to its end.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a job; the exit code says how it ended."""
+    client = _client(url)
+    if wait:
+        client.status(job_id)  # one that is not there, or an API that is away, is told at once
+        try:
+            watch(client, job_id, Console(highlight=False, stderr=True))
+        except KeyboardInterrupt:
+            print(f"headrace: the job goes on: `headrace status {job_id} --wait`", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    told = client.ask("GET", f"/jobs/{quote(job_id, safe='')}")
+    if as_json:
+        print_json(told)
+    else:
+        print("\n".join(job_lines(told)))
+    raise typer.Exit(EXIT_OF.get(told["status"], 0))
+
+
+def _act(job_id: str, what: str, url: str | None, as_json: bool) -> None:
+    told = _client(url).ask("POST", f"/jobs/{quote(job_id, safe='')}/{what}")
+    if as_json:
+        print_json(told)
+    else:
+        print("\n".join(job_lines(told)))
+
+
+@remote.command()
+def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Cancel a job; what was written stays."""
+    _act(job_id, "cancel", url, as_json)
+
+
+@remote.command()
+def retry(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Rerun the ranges of a job that are not done."""
+    _act(job_id, "retry", url, as_json)
+
+
+@remote.command()
+def rejects(
+    job_id: JobId,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the raw lines to this file, to fix and load again; - for standard output."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the lines that did not become documents."""
+    client = _client(url)
+    if out == Path("-"):
+        for piece in client.rejected(job_id):
+            sys.stdout.buffer.write(piece)
+        return
+    if out is not None:
+        try:
+            size = _save(out, client.rejected(job_id))
+        except (OSError, ValueError, RuntimeError) as error:  # the last one of links that lead to each other
+            why = getattr(error, "strerror", None) or error
+            raise StartError(f"{str(out)!r} cannot be written ({why}): name another file") from None
+        if as_json:
+            print_json({"out": str(out), "bytes": size})
+        else:
+            print(f"{out}: {size:,} bytes")
+        return
+    page = client.ask("GET", f"/jobs/{quote(job_id, safe='')}/rejects", params={"limit": limit})
+    if as_json:
+        print_json(page)
+        return
+    table = Table("line", "byte", "reason", "detail", "raw")
+    for reject in page["rejects"]:
+        line, offset = str(reject["line"] or ""), str(reject["offset"])
+        table.add_row(line, offset, reject["reason"], printable(reject["detail"]), printable(reject["raw"][:80]))
+    console().print(table)
+
+
+def _save(out: Path, pieces: Iterable[bytes]) -> int:
+    """Write pieces to a file, which stays as it was until all of them have come; returns their bytes."""
+    if out.exists() and not out.is_file():
+        with out.open("wb") as there:  # a pipe or a device: what comes is for who reads there
+            return sum(map(there.write, pieces))
+    target = out.resolve()  # the file that a link names is written, and the link stays
+    handle, part = tempfile.mkstemp(prefix=".headrace-", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            size = sum(map(file.write, pieces))
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(part).chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
+        Path(part).replace(target)
+        return size
+    finally:
+        with suppress(OSError):
+            Path(part).unlink()
+
+
+def _show_queue(told: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(told)
+    else:
+        print("\n".join(queue_lines(told)))
+
+
+@remote.command(name="queue")
+def show_queue(url: Url = None, as_json: AsJson = False) -> None:
+    """Show the queue: whether it is paused, and its jobs by state."""
+    _show_queue(_client(url).ask("GET", "/queue"), as_json)
+
+
+@remote.command()
+def pause(url: Url = None, as_json: AsJson = False) -> None:
+    """Begin no more ranges until the queue is resumed."""
+    _show_queue(_client(url).ask("POST", "/queue/pause"), as_json)
+
+
+@remote.command()
+def resume(url: Url = None, as_json: AsJson = False) -> None:
+    """Go on after a pause."""
+    _show_queue(_client(url).ask("POST", "/queue/resume"), as_json)
+
+
+@remote.command()
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Show it once.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch the workers: their jobs, ranges, rates and memory."""
+    client = _client(url)
+    if as_json:
+        print_json(client.ask("GET", "/workers"))
+        return
+    screen = console()
+    if once or not screen.is_terminal:
+        screen.print(workers_table(client.ask("GET", "/workers")["workers"]))
+        return
+    try:
+        with Live(console=screen, auto_refresh=False) as live:
+            while True:
+                live.update(workers_table(client.ask("GET", "/workers")["workers"]), refresh=True)
+                time.sleep(TOP_SECONDS)
+    except KeyboardInterrupt:
+        pass
+
+
+@remote.command()
+def profile(
+    seconds: Annotated[
+        float, typer.Option(min=0, max=3600, help="How long to measure; 0: since they started.")
+    ] = PROFILE_SECONDS,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the time of the live workers goes, stage by stage; as JSON, their counters since they started."""
+    client = _client(url)
+    workers = client.ask("GET", "/workers")["workers"]
+    if as_json:
+        print_json({"workers": workers})
+        return
+    before = []
+    if seconds:
+        time.sleep(seconds)
+        before, workers = workers, client.ask("GET", "/workers")["workers"]
+    console().print(profile_table(workers, before))

@@ -1,0 +1,42 @@
+"""What every command begins with: its settings, and where it prints."""
+
+import os
+import sys
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from engine.errors import SettingsError
+from engine.logs import configure, get_logger
+from engine.settings import Settings
+from engine.settings import load as load_settings
+
+__all__ = ["AsJson", "console", "settings_of"]
+
+WIDE: Final = 240
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def settings_of(*, needs_servers: bool) -> Settings:
+    """The settings, by which logs are written from now on. Raises SettingsError for servers that are needed and not named."""
+    settings, warnings = load_settings()
+    configure(settings.engine_log_level, settings.engine_log_format, settings.secrets())
+    for warning in warnings:
+        get_logger().warning(warning, action="settings")
+    if needs_servers:
+        missing = []
+        if settings.mongo_uri is None:
+            missing.append("MONGO_URI (the MongoDB that keeps the queue and takes the documents)")
+        if settings.aws_bucket_name is None:
+            missing.append("AWS_BUCKET_NAME (the bucket that holds the files)")
+        if missing:
+            raise SettingsError(f"not set: {', '.join(missing)}; set them, or run `headrace up` for servers of its own")
+    return settings
+
+
+def console() -> Console:
+    """Standard output for tables: wide enough, where no terminal sets the width, that nothing is cut."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+    return Console(highlight=False, markup=False, emoji=False, width=wide)

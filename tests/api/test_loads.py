@@ -1,0 +1,205 @@
+"""`headrace load`: files, objects and streams through upload and job, whatever comes between."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import uuid
+
+from tests.running import until
+
+
+def test_load_and_wait_shows_the_way_and_ends_as_the_job_did(run, file, live):
+    done = run("load", file, "--wait", "--collection", "cli")
+    assert "COMPLETED" in done.err
+    [status] = json.loads(run("load", file, "--wait", "--json", "--collection", "cli").out)
+    assert (status["status"], status["progress"]["duplicates"], status["progress"]["rejected"]) == (
+        "COMPLETED",
+        5000,
+        1,
+    )
+    failed = run("load", file, "--wait", "--max-errors", "0", "--collection", "cli", code=3)
+    assert "maxErrors" in failed.err
+
+
+def test_several_files_objects_and_standard_input_load_at_once(run, file, live, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("a line\n")
+    key = live.objects.upload(io.BytesIO(b'{"a":1}\n'), f"cli/{uuid.uuid4().hex}.ndjson").key
+    here = f"s3://{live.bucket}/{key}"
+    done = run(
+        "load", file, other, here, "-", "--wait", "--json", "--collection", "several", stdin=b'{"from":"stdin"}\n'
+    )
+    statuses = json.loads(done.out)
+    assert [status["progress"]["inserted"] for status in statuses] == [5000, 1, 1, 1]
+    assert statuses[2]["fileKey"] == key
+    assert "reads bucket" in run("load", "s3://elsewhere/key", code=1).err
+
+
+def test_a_dry_run_writes_nothing(run, file, live):
+    [status] = json.loads(run("load", file, "--wait", "--json", "--validate", "--collection", "clidry").out)
+    assert (status["validate"], status["progress"]["inserted"]) == (True, 5000)
+    assert live.data["clidry"].count_documents({}) == 0
+
+
+def test_what_is_loaded_is_not_uploaded_again(run, file, live):
+    def load(*options):
+        [status] = json.loads(run("load", file, "--wait", "--json", "--collection", "twice", *options).out)
+        return status
+
+    first, again, skipped = load(), load(), load("--skip-loaded")
+    assert {first["fileKey"]} == {again["fileKey"], skipped["fileKey"]}
+    assert len({first["jobId"], again["jobId"], skipped["jobId"]}) == 3
+    assert (again["alreadyLoadedBy"], again["progress"]["duplicates"]) == (first["jobId"], 5000)
+    assert skipped["progress"]["lines"] == 0
+    assert live.data["twice"].count_documents({}) == 5000
+    forced = load("--force")
+    assert (forced["fileKey"], forced["progress"]["inserted"]) == (first["fileKey"], 5000)
+    live.objects.delete(first["fileKey"])
+    anew = load()
+    assert anew["fileKey"] != first["fileKey"]
+    file.write_bytes(b'{"n":1}\n')
+    assert load()["fileKey"] != anew["fileKey"]
+
+
+def test_files_that_were_not_loaded_for_long_are_forgotten(run, file, tmp_path):
+    run("load", file, "--collection", "cli")
+    [note] = tmp_path.glob("headrace/loads/*")
+    old = note.with_name("old")
+    old.write_text("{}")
+    os.utime(old, (time.time() - 31 * 86400,) * 2)
+    run("load", file, "--collection", "cli")
+    assert list(tmp_path.glob("headrace/loads/*")) == [note]
+
+
+def test_a_load_may_wait_for_its_time(run, file):
+    job_id = run("load", file, "--run-at", "2099-01-01T00:00:00z", "--timeout-seconds", "9").out.strip()
+    assert json.loads(run("cancel", job_id, "--json").out)["runAt"] == "2099-01-01T00:00:00.000Z"
+
+
+def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, start):
+    path = tmp_path / "large.ndjson"
+    line = b'{"text":"%s"}\n' % (b"x" * 1000)
+    path.write_bytes(line * 60_000)
+    process = start("load", path, "--collection", "resumed", "--wait")
+
+    def noted():
+        for note in tmp_path.glob("headrace/loads/*"):
+            return json.loads(note.read_bytes() or b"{}").get("uploadId")
+        return None
+
+    upload = until(noted, what="the note of the upload")
+    until(lambda: live.http.get(f"/uploads/{upload}").json().get("stored"), what="the first part")
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    before = {part["partNumber"] for part in live.http.get(f"/uploads/{upload}").json()["stored"]}
+    assert before
+    [status] = json.loads(run("load", path, "--collection", "resumed", "--wait", "--json").out)
+    assert status["progress"]["inserted"] == 60_000
+    assert live.http.get(f"/uploads/{upload}").status_code == 404  # the same upload, completed
+    assert live.objects.head(status["fileKey"]).size == path.stat().st_size
+
+
+def test_an_upload_whose_completion_was_not_heard_of_is_not_sent_again(run, file, live, tmp_path):
+    [first] = json.loads(run("load", file, "--wait", "--json", "--collection", "unheard").out)
+    [note] = tmp_path.glob("headrace/loads/*")
+    known = json.loads(note.read_bytes())
+    del known["key"]  # what is noted when the answer has come
+    note.write_text(json.dumps(known))
+    [second] = json.loads(run("load", file, "--wait", "--json", "--collection", "unheard").out)
+    assert second["fileKey"] == first["fileKey"]
+    assert second["status"] == "COMPLETED"
+
+
+def test_a_name_that_is_no_text_is_loaded_as_any_other(run, file, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.ndjson"
+    with open(odd, "wb") as content:  # noqa: PTH123 (a path of bytes)
+        content.write(b'{"n":1}\n')
+    told = json.loads(run("load", os.fsdecode(odd), file, "--wait", "--json", "--collection", "odd").out)
+    assert [load["status"] for load in told] == ["COMPLETED", "COMPLETED"]
+    assert told[0]["file"].endswith("caf\ufffd.ndjson")
+
+
+def test_one_file_that_fails_does_not_keep_the_others_and_both_are_told(run, file, live, tmp_path):
+    (tmp_path / "zipped.ndjson").write_bytes(b"\x1f\x8b\x08\x00")
+    told = json.loads(run("load", file, "zipped.ndjson", "--wait", "--json", "--collection", "mixed", code=3).out)
+    assert [load["status"] for load in told] == ["COMPLETED", "FAILED"]
+    missing = "s3://" + live.bucket + "/never/was.ndjson"
+    done = run("load", file, missing, "--collection", "mixed", code=1)
+    [job_id] = done.out.split()
+    assert len(job_id) == 24
+    assert done.err.count("never/was.ndjson") >= 1
+
+
+def test_a_wrong_option_is_told_before_anything_is_uploaded(run, file, live):
+    before = live.store.uploads.count_documents({})
+    for wrong in (["--format", "csv"], ["--max-errors", "5x"], ["--collection", "system.x"]):
+        run("load", file, *wrong, code=2)
+    assert live.store.uploads.count_documents({}) == before
+
+
+def test_what_comes_through_a_pipe_that_can_be_read_once_is_loaded(run, live, tmp_path):
+    pipe = tmp_path / "pipe.ndjson"
+    os.mkfifo(pipe)
+    writer = subprocess.Popen(["sh", "-c", f"printf '{{\"n\":1}}\\n{{\"n\":2}}\\n' > '{pipe}'"])
+    [status] = json.loads(run("load", pipe, "--wait", "--json", "--collection", "piped").out)
+    assert writer.wait(10) == 0
+    assert status["progress"]["inserted"] == 2
+    assert live.data["piped"].count_documents({}) == 2
+
+
+def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, tmp_path, start):
+    path = tmp_path / "watched.ndjson"
+    path.write_bytes(b'{"n":1}\n' * 3000)
+    run("pause")
+    try:
+        process = start("load", path, "--collection", "watched", "--wait")
+        until(lambda: live.store.jobs.find_one({"options.collection": "watched"}), what="the job")
+        until(lambda: any(b'"key"' in n.read_bytes() for n in tmp_path.glob("headrace/loads/*")), what="the note")
+        time.sleep(0.5)  # the answer that tells the job's id is here
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1].decode()
+        assert process.returncode == 130
+    finally:
+        run("resume")
+    job_id = re.search(r"headrace status ([0-9a-f]{24}) --wait", said)[1]
+    [status] = json.loads(run("load", path, "--collection", "watched", "--wait", "--json").out)
+    assert status["jobId"] == job_id
+    assert (status["status"], live.data["watched"].count_documents({})) == ("COMPLETED", 3000)
+    # It is through, and was told so: the next one is a load of its own.
+    [again] = json.loads(run("load", path, "--collection", "watched", "--wait", "--json").out)
+    assert again["jobId"] != job_id
+
+
+def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
+    def unfinished():
+        return live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
+
+    before = unfinished()
+    process = start("load", "-", "--collection", "broken", stdin=subprocess.PIPE)
+    process.stdin.write(b'{"n":1}\n' * 3_000_000)
+    process.stdin.flush()
+    until(lambda: len(unfinished()) > len(before), what="the upload")
+    process.send_signal(signal.SIGINT)
+    assert "nothing of it is kept" in process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert unfinished() == before
+    assert live.store.jobs.count_documents({"options.collection": "broken"}) == 0
+
+
+def test_an_interrupt_after_the_end_of_a_stream_tells_of_the_job_that_is_made(live, start, tmp_path):
+    process = start("load", "-", "--collection", "unwatched", "--wait", stdin=subprocess.PIPE)
+    process.stdin.write(b'{"n":1}\n' * 2_000_000)
+    process.stdin.close()
+    process.stdin = None
+    until(lambda: live.store.jobs.count_documents({"options.collection": "unwatched"}), what="the job")
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1].decode()
+    [job] = live.store.jobs.find({"options.collection": "unwatched"})
+    assert process.returncode == 130
+    assert f"headrace status {job['_id']} --wait" in told
