@@ -376,7 +376,8 @@ def test_make_says_what_to_install_where_python_has_no_venv_module(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     made = subprocess.run(["make", "install", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode != 0
-    assert "has no venv module: sudo apt-get install python3-venv" in made.stderr
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+    assert f"has no venv module: sudo apt-get install {package}" in made.stderr
     assert not (tmp_path / ".venv").exists()
 
 
