@@ -13,6 +13,8 @@ from typing import Any, Final
 from bson import ObjectId
 from bson.codec_options import CodecOptions
 from bson.errors import InvalidId
+from dns.exception import Timeout as DNSTimeout
+from dns.resolver import NoNameservers
 from pymongo import ASCENDING, DESCENDING, IndexModel, InsertOne, MongoClient, ReadPreference, UpdateOne, WriteConcern
 from pymongo.collection import Collection
 from pymongo.database import Database
@@ -88,13 +90,30 @@ LEASABLE: Final = "leasable"
 LEASES: Final = "leases"
 
 TRANSIENT_CODES: Final = frozenset(
-    {6, 7, 24, 43, 50, 63, 64, 79, 89, 91, 112, 133, 136, 150, 189, 202, 237, 262, 290, 317, 358, 384}
-    | {9001, 10058, 10107, 11600, 11601, 11602, 13388, 13435, 13436, 14031}
+    # The network, shutdowns, elections, interruptions, time limits.
+    {6, 7, 24, 50, 64, 79, 83, 89, 90, 91, 133, 134, 189, 202, 216, 237, 262, 279, 281, 290, 310, 317, 355, 358, 384}
+    | {407, 453, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436, 46841, 91331, 10045600}
+    # Locks, snapshots, cursors, and what else of the same time is in the way.
+    | {43, 46, 107, 112, 117, 136, 175, 215, 239, 246, 267, 314, 363, 388, 412, 12586, 12587, 50915}
+    # Routers and shards while data moves, or while they learn where it is.
+    | {63, 70, 82, 145, 149, 150, 199, 203, 211, 249, 250, 272, 319, 338, 342, 343, 406, 9996, 13388, 56846}
+    # Too much load, no room, or writes that somebody has blocked for a while.
+    | {146, 264, 365, 371, 402, 433, 449, 450, 462, 14031}
 )
-"""With these a server answers, for a command or for one document, while it starts, stops, elects, or is in passing trouble."""
+"""With these a server answers, for a command or for one document, while it starts, stops, elects, or is in passing trouble. A
+router says so of each document of a shard that is in trouble, which must not be taken for the documents' own fault.
+
+Of the codes in MongoDB's src/mongo/base/error_codes.yml, from 6.0 on.
+"""
+
+_TRANSIENT_LABELS: Final = frozenset({"RetryableWriteError", "RetryableError", "SystemOverloadedError"})
 
 DUPLICATE_KEY: Final = 11000
-_DENIED_CODES: Final = frozenset({8000, 13, 18, 33})
+
+_ATLAS: Final = 8000
+"""What Atlas adds to MongoDB, as quotas, answers with this."""
+
+_DENIED_CODES: Final = frozenset({13, 18, 33})
 
 
 class _Moves(CommandListener):
@@ -158,6 +177,10 @@ class Store:
             )
         except (ConfigurationError, PyMongoError, ValueError) as error:
             # The text of the error may quote the URI, and with it a password.
+            if isinstance(error.__context__, DNSTimeout | NoNameservers):
+                raise Transient(
+                    "DNS does not answer for the name in MONGO_URI: see that its servers can be reached"
+                ) from None
             mend = "write it as mongodb://host:port/database"
             if settings.mongo_uri.get_secret_value().startswith("mongodb+srv://"):
                 mend = (
@@ -372,14 +395,15 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     if isinstance(error, ConnectionFailure | WTimeoutError | WriteConcernError | ExecutionTimeout):
         return Transient(f"the connection to MongoDB failed while {doing} ({said}): see that it runs")
     if isinstance(error, OperationFailure):
-        labels = error.details.get("errorLabels", []) if error.details else []
-        if error.code in TRANSIENT_CODES or "RetryableWriteError" in labels:
+        if error.code in TRANSIENT_CODES or any(map(error.has_error_label, _TRANSIENT_LABELS)):
             return Transient(f"MongoDB could not answer while {doing} (code {error.code}): check its members")
         if error.code in _DENIED_CODES:
             return AccessDenied(
                 f"MongoDB does not allow {doing} (code {error.code}): check the user in MONGO_URI and its roles"
             )
         detail = str((error.details or {}).get("errmsg", ""))[:500]
+        if error.code == _ATLAS:
+            return AccessDenied(f"MongoDB Atlas does not allow {doing}: {detail}")
         return FinalError(f"MongoDB refused {doing} (code {error.code}): {detail}")
     if isinstance(error, ConfigurationError):
         return Refused(f"MongoDB cannot be used for {doing} ({said}): check MONGO_URI")

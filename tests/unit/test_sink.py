@@ -1,0 +1,57 @@
+"""What becomes of the server's words on a batch. No server."""
+
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+from pymongo.errors import OperationFailure
+
+from engine.batches import Batch
+from engine.decode import decode
+from engine.errors import AccessDenied, Transient
+from engine.errors import Final as FinalError
+from engine.model import Format, Plan, Reason
+from engine.sink import Sink
+from engine.store import translate
+
+DATA = b'{"a":1}\n{"a":2}\n{"a":3}\n'
+BATCH = Batch(0, len(DATA), 0, DATA, np.array([7, 15, 23], np.intp))
+
+
+def written(*errors):
+    """What a batch of three becomes where the server answers with these codes for its first documents."""
+    store = MagicMock()
+    failed = [{"index": index, "code": code, "errmsg": "no"} for index, code in enumerate(errors)]
+    store.data.command.return_value = {"n": BATCH.count - len(failed), "writeErrors": failed}
+    plan = Plan(Format.NDJSON, b"\0" * 6, 2**20, 1, True, 2**20)
+    return Sink(store, "records", plan, 10).write(decode(BATCH, Format.NDJSON, plan.tag, "key"))
+
+
+@pytest.mark.parametrize("code", [82, 211, 343, 365, 371, 402, 433, 453, 462, 10107, 91331])
+def test_a_server_in_trouble_is_not_taken_for_the_fault_of_the_documents(code):
+    with pytest.raises(Transient, match=f"code {code}"):
+        written(code, code)
+
+
+def test_what_is_the_fault_of_a_document_costs_it_alone():
+    tally, rejects = written(121)
+    assert (tally.lines, tally.inserted, tally.rejected) == (3, 2, 1)
+    assert [(found.offset, found.reason, found.code) for found in rejects] == [(0, Reason.REFUSED, 121)]
+
+
+@pytest.mark.parametrize(
+    ("code", "labels", "told", "said"),
+    [
+        (371, [], Transient, "code 371"),
+        (123456, ["RetryableError"], Transient, "code 123456"),
+        (123456, ["SystemOverloadedError"], Transient, "code 123456"),
+        (123456, [], FinalError, "what it says"),
+        (8000, [], AccessDenied, "what it says"),
+        (13, [], AccessDenied, "roles"),
+    ],
+)
+def test_what_a_server_says_of_a_whole_command_passes_or_does_not(code, labels, told, said):
+    error = OperationFailure("no", code, {"errmsg": "what it says", "errorLabels": labels})
+    found = translate(error, "writing")
+    assert type(found) is told
+    assert said in str(found)
