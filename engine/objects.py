@@ -6,6 +6,7 @@ range that was asked for. Build the client after the fork.
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from urllib3.exceptions import HTTPError
@@ -60,7 +62,13 @@ DRAIN_BYTES: Final = 256 * 1024
 """An answer with no more than this left is read to its end, so that its connection can be used again."""
 
 SLICE_BYTES: Final = 256 * 1024
-"""So many bytes of a read are waited for at a time."""
+"""So many bytes of a read are waited for at a time, and fewer where these take longer than `SLICE_SECONDS`."""
+
+FIRST_SLICE_BYTES: Final = 16 * 1024
+SLICE_SECONDS: Final = 1.0
+
+ROLE_ATTEMPTS: Final = 3
+"""How often the role of a machine is asked for: workers that begin at the same time are told to slow down."""
 
 PART_TYPE: Final = "application/json"
 """SeaweedFS gzips what looks like text unless each part says that it is this; ranges of gzip are slow to read."""
@@ -80,18 +88,34 @@ class Stream(Protocol):
 
 def connect(settings: Settings, attempts: int = 2) -> "S3Client":
     """An S3 client, each of whose `attempts` at a call ends within `settings.answer_seconds`: they add up. It does not retry
-    for long: its callers do."""
+    for long: its callers do.
+
+    Raises:
+        Transient: there are no credentials. A client without any stays so for good, even where a machine's role would have some
+            a moment later.
+    """
 
     def plain(value: Any) -> str | None:
         return value.get_secret_value() if value is not None else None
 
-    client: S3Client = boto3.client(
-        "s3",
+    core = botocore.session.get_session()
+    core.set_config_variable("metadata_service_num_attempts", ROLE_ATTEMPTS)
+    session = boto3.Session(
         region_name=settings.aws_region,
-        endpoint_url=settings.aws_endpoint_url,
         aws_access_key_id=settings.aws_access_key_id,
         aws_secret_access_key=plain(settings.aws_secret_access_key),
         aws_session_token=plain(settings.aws_session_token),
+        botocore_session=core,
+    )
+    with s3_translated("looking for credentials"):
+        if session.get_credentials() is None:
+            raise Transient(
+                "S3 cannot be used without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine "
+                "a role"
+            )
+    client: S3Client = session.client(
+        "s3",
+        endpoint_url=settings.aws_endpoint_url,
         config=Config(
             connect_timeout=settings.select_timeout_seconds,
             read_timeout=settings.socket_timeout_seconds,
@@ -134,6 +158,7 @@ class RangeReader:
         self._key = key
         self._at = start
         self._stop = stop
+        self._slice = FIRST_SLICE_BYTES
 
     def read(self, size: int, moved: Callable[[], None] = lambda: None) -> bytes:
         """Exactly `size` bytes unless the range ends before; b"" at its end.
@@ -149,10 +174,15 @@ class RangeReader:
         pieces: list[bytes] = []
         left = size
         try:
-            while left > 0 and (piece := self._body.read(min(left, SLICE_BYTES))):
+            while left > 0:
+                began = time.monotonic()
+                if not (piece := self._body.read(min(left, self._slice))):
+                    break
                 pieces.append(piece)
                 left -= len(piece)
                 moved()
+                quick = time.monotonic() - began < SLICE_SECONDS
+                self._slice = min(2 * self._slice, SLICE_BYTES) if quick else max(self._slice // 2, 1)
         except (BotoCoreError, HTTPError, OSError) as error:
             raise Transient(f"reading {self._key} broke off at byte {self._at} ({type(error).__name__})") from error
         if left > 0:
@@ -213,7 +243,7 @@ class Objects:
             try:
                 found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
-                if _status(error) == 400:
+                if _status(error) in (400, 403):
                     self._tell_why(key)
                 # SeaweedFS and others answer 400 to keys that no object can have, such as a/../b.
                 if _status(error) in (400, 404):
@@ -254,9 +284,14 @@ class Objects:
                     raise ObjectChanged(
                         f"{source.key} was overwritten after the job was submitted: submit a new job for what it is now"
                     ) from None
-                if status == 404:
+                if status == 404 and _code(error) != "NoSuchBucket":
                     raise ObjectGone(
                         f"{source.key} was deleted after the job was submitted: upload it again and submit a new job"
+                    ) from None
+                if status == 403 and _code(error) == "AccessDenied" and version:
+                    raise AccessDenied(
+                        f"S3 does not allow reading {source.key} by its version: give these credentials s3:GetObjectVersion, "
+                        "which a bucket with versions needs besides s3:GetObject"
                     ) from None
                 raise
         reader = RangeReader(answer, source.key, start, stop)
@@ -392,7 +427,7 @@ class Objects:
         """Raises unless S3 answers and the bucket is there."""
         with s3_translated(f"looking at bucket {self.bucket}"):
             try:
-                self._client.head_bucket(Bucket=self.bucket)
+                self._head_bucket()
             except ClientError as error:
                 if _status(error) == 404:
                     raise NotFound(f"there is no bucket {self.bucket}: make it, or set AWS_BUCKET_NAME") from None
@@ -401,8 +436,16 @@ class Objects:
     def time(self) -> datetime:
         """What time it is by the clock of S3, to the second."""
         with s3_translated("reading the time of S3"):
-            answer = self._client.head_bucket(Bucket=self.bucket)
+            answer = self._head_bucket()
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+
+    def _head_bucket(self) -> Any:
+        try:
+            return self._client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            if _status(error) in (400, 403):
+                self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)  # whose refusal says why
+            raise
 
     def ensure_bucket(self) -> None:
         """Make the bucket where it is missing; for the embedded server only."""
@@ -444,6 +487,10 @@ def _etag_of(parts: list[Any]) -> str:
         return ""  # of parts that S3 encrypts, it is no such digest
 
 
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
 def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
@@ -464,14 +511,15 @@ def s3_translated(doing: str) -> Iterator[None]:
 
 
 def _translate(error: ClientError, doing: str) -> HeadraceError:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = _status(error)
+    code, status = _code(error), _status(error)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
         return WrongClock(f"S3 refuses {doing} because this machine's clock is wrong: set it, for example with NTP")
     if code == "ExpiredToken":
         return TokenExpired(f"the session token of the AWS credentials ran out while {doing}: start anew with another")
     if code == "InvalidArgument":
         return Refused(f"S3 refuses what it is asked while {doing}: see that names and cursors are as they were told")
+    if code == "InvalidObjectState":
+        return Refused(f"S3 keeps the object in an archive and does not allow {doing}: restore it, then retry the job")
     if status in (401, 403):
         return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
     if code == "NoSuchBucket":

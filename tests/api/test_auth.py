@@ -157,6 +157,7 @@ def test_tokens_are_found_nowhere(guarded, live):
 
 def _api(settings, tmp_path, **changes):
     given = {"mongo_uri": settings.mongo_uri.get_secret_value(), "aws_bucket_name": "b", "aws_region": "r"}
+    given |= {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
     environment = {name.upper(): str(value) for name, value in (given | changes).items()}
     command = [sys.executable, "-m", "api.cli", "api"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, cwd=tmp_path)

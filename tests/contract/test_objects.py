@@ -1,8 +1,10 @@
 """What is true of objects on every S3 that the suites know: a real server, and moto's model of AWS."""
 
 import io
+import itertools
 import threading
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import boto3
 import pytest
@@ -22,7 +24,8 @@ from engine.errors import (
     Transient,
     WrongClock,
 )
-from engine.objects import Objects, connect, s3_translated
+from engine.model import Source
+from engine.objects import Objects, RangeReader, connect, s3_translated
 from engine.settings import Settings
 
 MIB = 1024 * 1024
@@ -50,6 +53,7 @@ def s3(request):
         ("RequestTimeTooSkewed", 403, WrongClock, False),
         ("InvalidArgument", 400, Refused, None),
         ("AccessDenied", 403, AccessDenied, None),
+        ("InvalidObjectState", 403, Refused, None),
         ("SlowDown", 503, Transient, True),
     ],
 )
@@ -94,7 +98,7 @@ def test_a_long_read_tells_that_it_moves(s3):
     source = put(objects, whole, "long")
     with objects.open(source, 0, len(whole)) as reader:
         assert reader.read(len(whole), lambda: moves.append(True)) == whole
-    assert len(moves) == 5
+    assert 5 < len(moves) < 12
 
 
 def test_an_object_that_is_overwritten_or_deleted_is_never_read_as_the_one_that_was_pinned(s3):
@@ -217,14 +221,83 @@ def refused(code, status):
 
 
 @pytest.mark.parametrize(
-    ("code", "told"), [("ExpiredToken", TokenExpired), ("RequestTimeTooSkewed", WrongClock), ("InvalidKey", NotFound)]
+    ("code", "status", "told"),
+    [
+        ("ExpiredToken", 400, TokenExpired),
+        ("RequestTimeTooSkewed", 403, WrongClock),
+        ("InvalidKey", 400, NotFound),
+        ("AccessDenied", 403, AccessDenied),
+    ],
 )
-def test_an_answer_without_a_body_is_not_taken_for_an_object_that_is_not_there(s3, monkeypatch, code, told):
+def test_an_answer_without_a_body_is_not_taken_for_an_object_that_is_not_there(s3, monkeypatch, code, status, told):
     objects, client, _ = s3
-    monkeypatch.setattr(client, "head_object", refused("400", 400))
-    monkeypatch.setattr(client, "get_object", refused(code, 400))
+    monkeypatch.setattr(client, "head_object", refused(str(status), status))
+    monkeypatch.setattr(client, "get_object", refused(code, status))
     with pytest.raises(told):
         objects.head("there")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "told"), [("ExpiredToken", 400, TokenExpired), ("RequestTimeTooSkewed", 403, WrongClock)]
+)
+def test_a_bucket_that_does_not_say_why_it_cannot_be_seen_is_asked_again(s3, monkeypatch, code, status, told):
+    objects, client, _ = s3
+    monkeypatch.setattr(client, "head_bucket", refused(str(status), status))
+    monkeypatch.setattr(client, "list_objects_v2", refused(code, status))
+    with pytest.raises(told):
+        objects.check()
+    with pytest.raises(told):
+        objects.time()
+    monkeypatch.undo()
+    monkeypatch.setattr(client, "head_bucket", refused("403", 403))
+    with pytest.raises(AccessDenied):
+        objects.check()
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "status", "told", "said"),
+    [
+        ("v1", "AccessDenied", 403, AccessDenied, "s3:GetObjectVersion"),
+        ("", "AccessDenied", 403, AccessDenied, "their rights"),
+        ("", "NoSuchKey", 404, ObjectGone, "was deleted"),
+        ("", "NoSuchBucket", 404, Transient, "no such bucket"),
+    ],
+)
+def test_an_object_that_cannot_be_read_says_what_is_missing(s3, monkeypatch, version, code, status, told, said):
+    objects, client, bucket = s3
+    monkeypatch.setattr(client, "get_object", refused(code, status))
+    with pytest.raises(told, match=said) as caught:
+        objects.open(Source(bucket, "key", '"etag"', version, 10), 0, 10)
+    assert type(caught.value) is told
+
+
+def test_a_client_is_not_made_without_credentials(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(Transient, match="AWS_ACCESS_KEY_ID"):
+        connect(Settings.model_validate({"aws_endpoint_url": "http://127.0.0.1:1"}))
+
+
+def test_of_a_body_that_trickles_less_is_waited_for_at_a_time(monkeypatch):
+    now, asked, moves = [0.0], [], []
+    monkeypatch.setattr("engine.objects.time.monotonic", lambda: now[0])
+
+    class Body:
+        def read(self, size):
+            asked.append(size)
+            now[0] += size / 1000  # bytes a second
+            return b"x" * size
+
+    reader = RangeReader({"Body": Body()}, "key", 0, 2**20)
+    assert len(reader.read(2**16, lambda: moves.append(now[0]))) == 2**16
+    assert max(after - before for before, after in itertools.pairwise([0.0, *moves])) < 20
+    quick, now[0] = RangeReader({"Body": io.BytesIO(bytes(2**21))}, "key", 0, 2**21), 0.0
+    monkeypatch.setattr(quick, "_body", Mock(read=Mock(side_effect=quick._body.read)))
+    assert len(quick.read(2**21)) == 2**21
+    assert [call.args[0] for call in quick._body.read.call_args_list[:6]] == [2**14, 2**15, 2**16, 2**17, 2**18, 2**18]
 
 
 def test_an_upload_that_cannot_be_recorded_leaves_nothing(s3):
