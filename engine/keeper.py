@@ -17,12 +17,15 @@ from engine.queue import Queue
 from engine.steps import Step, reach
 from engine.watermark import Watermark
 
-__all__ = ["KEEPER", "Keeper", "Run"]
+__all__ = ["KEEPER", "STIR_SECONDS", "Keeper", "Run"]
 
 log = get_logger()
 
 KEEPER: Final = "keeper"
 """Name of the thread that renews."""
+
+STIR_SECONDS: Final = 0.5
+"""How often one that waits tells that it lives."""
 
 TICK_SECONDS: Final = 0.7
 """How often a lease is renewed and its progress recorded: so often that the numbers of a job move every second."""
@@ -87,7 +90,7 @@ class Keeper(threading.Thread):
         queue: Queue,
         lease_seconds: float,
         still: Callable[[], float],
-        tell: Callable[[Run | None], None],
+        tell: Callable[[Run], None],
     ) -> None:
         super().__init__(name=KEEPER, daemon=True)
         self._ledger = ledger
@@ -109,9 +112,12 @@ class Keeper(threading.Thread):
     def drop(self) -> None:
         """Let go; when it returns, no tick of a run is under way."""
         self._holding.clear()
-        self._runs = ()
-        with self._busy:
-            pass
+        runs, self._runs = self._runs, ()
+        # Its commands are no movement, and may take long: who waits for them lives all the same.
+        while not self._busy.acquire(timeout=STIR_SECONDS):
+            for run in runs:
+                run.move()
+        self._busy.release()
 
     def run(self) -> None:
         """The thread's loop."""

@@ -18,7 +18,7 @@ from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
 from engine.errors import HeadraceError, LeaseLost, Severed, Transient
-from engine.keeper import Keeper, Run
+from engine.keeper import STIR_SECONDS, Keeper, Run
 from engine.ledger import Ledger
 from engine.lines import Splitter
 from engine.logs import expected, get_logger
@@ -43,9 +43,6 @@ TRIES: Final = 6
 
 BACKOFF_SECONDS: Final = 0.1
 """The first wait between tries; each further one is twice as long, give or take a half."""
-
-STIR_SECONDS: Final = 0.5
-"""How often one that waits between tries tells that it lives."""
 
 BEYOND_BYTES: Final = 64 * 1024
 """How far past the end of its range the first read goes, so that the last line mostly needs no second."""
@@ -80,7 +77,7 @@ class Pipeline:
         rejects: Rejects,
         stats: Stats,
         still: Callable[[], float],
-        tell: Callable[[Run | None], None] = lambda run: None,
+        tell: Callable[[Run], None] = lambda run: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -255,6 +252,9 @@ class Pipeline:
             at = len(run.head)
             yield run.head
         while not splitter.done and at < source.size:
+            if at >= stop:
+                # The last line goes on: ever larger reads, so that a line of gigabytes costs few requests.
+                stop = min(source.size, at + max(2 * (stop - end), BEYOND_BYTES))
             try:
                 run.move()
                 began = time.perf_counter()
@@ -277,9 +277,6 @@ class Pipeline:
                 if tries >= TRIES:
                     raise
                 _back_off(run, tries)
-            if at >= stop:
-                # The last line goes on: ever larger reads, so that a line of gigabytes costs few requests.
-                stop = min(source.size, at + max(2 * (stop - end), BEYOND_BYTES))
             if run.told_to_end():
                 return
 

@@ -123,12 +123,12 @@ class Plans:
             **put_off({"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]}),
         }
         with translated("putting a job off"):
-            self._jobs.update_one(
-                # Whoever put it off since has counted the attempt.
+            found = self._jobs.update_one(
+                # Whoever put it off since has counted the attempt, and who has planned it needs none.
                 _unplanned(job) | {"attempts": job.attempts},
                 [{"$set": changes | happened(f"{PUT_OFF}{failure.message}")}],
             )
-        if attempts > ATTEMPTS:
+        if attempts > ATTEMPTS and found.matched_count:
             self._queue.stop(job, Stop(JobState.FAILED, failure))
 
 

@@ -295,8 +295,8 @@ class Queue:
         """Stop the jobs that have run for longer than they may; returns how many there were."""
         late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
         with translated("looking for overdue jobs"):
-            found = [job_of(job) for job in self._jobs.find(late).hint(DEADLINES).limit(PAGE_JOBS)]
-        for job in found:
+            found = list(self._jobs.find(late).hint(DEADLINES).limit(PAGE_JOBS))
+        for job in filter(None, map(self._readable, found)):
             message = (
                 f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: raise it, or retry the job to go on "
                 "from here"

@@ -123,7 +123,7 @@ def _token(value: SecretStr | None) -> SecretStr | None:
 
 def cores(root: Path = Path("/")) -> int:
     """Cores' worth of time that this process may take: the cores that it may run on, or less by the quota of its control group
-    (version 2) or of one above it, which is how containers are limited; rounded up. `root` is where proc and sys are."""
+    or (version 2) of one above it, which is how containers are limited; rounded up. `root` is where proc and sys are."""
     found = float(len(os.sched_getaffinity(0)))
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
@@ -132,6 +132,11 @@ def cores(root: Path = Path("/")) -> int:
             limit = root / "sys/fs/cgroup" / folder / "cpu.max"
             quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
             if quota != "max":
+                found = min(found, int(quota) / int(period))
+        first = root / "sys/fs/cgroup/cpu"  # version 1, which shows a container its own group only
+        if (first / "cpu.cfs_quota_us").exists():
+            quota, period = ((first / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
+            if int(quota) > 0:
                 found = min(found, int(quota) / int(period))
     except (OSError, ValueError):
         pass  # what cannot be read limits nothing

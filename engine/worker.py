@@ -11,9 +11,9 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from queue import SimpleQueue
 from typing import Any, Final
 
 import pymongo
@@ -46,6 +46,9 @@ __all__ = ["EXIT_BOOT", "EXIT_NOW", "Post", "work"]
 
 EXIT_BOOT: Final = 3
 """This child can never boot: the supervisor stops the whole."""
+
+EXIT_AGAIN: Final = 5
+"""It could not make its clients, for a reason that may pass."""
 
 EXIT_NOW: Final = 4
 """Told to exit at once: what it held is freed by its successor, or when its lease runs out."""
@@ -110,18 +113,16 @@ class Post:
 def work(settings: Settings, post: Post, beat: Beat) -> int:
     """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
     stop = threading.Event()
-    gate = threading.Lock()
-    gate.acquire()
+    said: SimpleQueue[int] = SimpleQueue()
 
     def told(number: int, frame: object) -> None:
         if number == signal.SIGQUIT:
             os._exit(EXIT_NOW)
         # Not set here: this thread may be in the midst of a wait for the event, and hold its lock.
-        with suppress(RuntimeError):  # the gate is open already
-            gate.release()
+        said.put(number)
 
     def set_when_told() -> None:
-        gate.acquire()
+        said.get()
         stop.set()
 
     threading.Thread(target=set_when_told, name="stop", daemon=True).start()
@@ -142,6 +143,10 @@ def work(settings: Settings, post: Post, beat: Beat) -> int:
     except (StartError, FinalError) as error:
         log.error(str(error), action="boot", worker=post.name)
         return EXIT_BOOT
+    except Transient as error:
+        # Without clients it can do nothing; the next one in its place may have better luck.
+        log.error(str(error), action="boot", worker=post.name)
+        return EXIT_AGAIN
 
 
 def _keep_memory() -> None:
@@ -379,6 +384,7 @@ class _Worker:
             self._stats.add(leases_lost=1)
             log.warning(str(error), action="lost", **context)
         elif isinstance(error, Transient):
+            self._chooser.doubt()  # perhaps nobody could be told that the range goes back
             log.warning(str(error), action="postpone", **context)
             self._queue.note(job.id, f"range {index} put off: {error}")
         else:
@@ -389,10 +395,8 @@ class _Worker:
         if job.state in TERMINAL:
             log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._post.name)
 
-    def _tell(self, run: Run | None) -> None:
+    def _tell(self, run: Run) -> None:
         """Show in the process list what this worker does."""
-        if run is None:
-            return
         lease = run.lease
         size = max(lease.range.end - lease.range.start, 1)
         percent = min(100, 100 * (run.mark()[0] - lease.range.start) // size)

@@ -5,10 +5,12 @@ import threading
 import uuid
 from dataclasses import replace
 
+from bson import ObjectId
+
 from engine.chooser import Chooser
 from engine.errors import Transient
 from engine.ledger import DEATHS, VANISHED
-from engine.model import JobOptions, JobState, Tally
+from engine.model import Failure, JobOptions, JobState, Tally
 from engine.planner import Planner
 from tests.contract.conftest import loaded, plan
 
@@ -151,6 +153,15 @@ def test_a_fault_in_planning_costs_the_attempt_of_the_job_that_has_it(store, que
     store.jobs.update_one({"attempts": 1}, {"$unset": {"notBefore": "", "waiting": ""}})
     again = Chooser(queue, plans, ledger, planner, "there", threading.Event(), lambda: None)
     assert [run.job.id for run in again.take()] == [jobs[1].id]
+
+
+def test_a_job_that_was_planned_after_all_is_not_stopped_for_its_last_attempt(store, queue, plans, source):
+    job = queue.submit(source, JobOptions())
+    store.jobs.update_one({"_id": ObjectId(job.id)}, {"$set": {"attempts": 5}})
+    late = queue.get(job.id)
+    plans.fix([(late, plan(1), None)])
+    plans.postpone(late, Failure("unavailable", "no primary"))
+    assert (queue.get(job.id).state, queue.get(job.id).stopping) == (JobState.PROCESSING, None)
 
 
 def test_an_outage_costs_a_job_one_attempt_at_a_time_however_many_workers_have_seen_it(

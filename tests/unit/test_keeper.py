@@ -76,6 +76,22 @@ def test_nothing_is_renewed_that_was_let_go(keeper: Keeper, clock: list[float]) 
     assert renewed(keeper) == []
 
 
+def test_who_waits_for_a_slow_renewal_shows_that_it_lives(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.keeper.STIR_SECONDS", 0.01)
+    run, moved = Mock(), threading.Event()
+    run.move.side_effect = moved.set
+    keeper.hold(run)
+    with keeper._busy:
+        dropping = threading.Thread(target=keeper.drop)
+        dropping.start()
+        assert moved.wait(5)
+        assert dropping.is_alive()
+    dropping.join(5)
+    assert not dropping.is_alive()
+    with keeper._busy:  # and it holds nothing itself
+        pass
+
+
 def test_a_keeper_of_nothing_sleeps_and_one_of_a_lease_looks_after_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.keeper.TICK_SECONDS", 0.05)
     keeper = Keeper(Mock(), Mock(), 30, lambda: 0.0, lambda run: None)

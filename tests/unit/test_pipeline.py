@@ -13,6 +13,32 @@ from engine.pipeline import Pipeline
 from engine.settings import Settings
 
 
+def test_what_was_read_ahead_may_reach_beyond_all_of_a_range(monkeypatch):
+    size, head = 10 * 2**20, b" " * 4 * 2**20
+    lease = Lease("0" * 24, ByteRange(0, 0, 2**20), "token", 1, 0, Tally(), 0, 0, False)
+    job = SimpleNamespace(source=SimpleNamespace(size=size))
+    run = Run(job, lease, threading.Event(), lambda: None, head)
+    asked = []
+
+    def answer(source, start, stop):
+        asked.append((start, stop))
+        reader = MagicMock()
+        reader.__enter__.return_value = reader
+        reader.read.side_effect = [b" " * (stop - start), b""]
+        return reader
+
+    pipeline = Pipeline(Settings(), Mock(), Mock(open=answer), *[Mock()] * 3, Mock(), lambda: 0.0)
+    chunks = []
+    splitter = Splitter(0, 2**20, 2**30)
+    for chunk in pipeline._chunks(run, splitter):
+        splitter.feed(chunk)
+        chunks.append(chunk)
+    pipeline.close()
+    assert sum(map(len, chunks)) == size
+    assert asked[0][0] == len(head)
+    assert all(start < stop <= size for start, stop in asked)
+
+
 @pytest.mark.parametrize("flag", ["stop", "cancelled", "lost"])
 def test_a_line_without_an_end_is_read_no_further_when_the_work_is_to_end(flag):
     lease = Lease("0" * 24, ByteRange(0, 0, 2**40), "token", 1, 0, Tally(), 0, 0, False)

@@ -56,6 +56,17 @@ def test_a_container_has_as_many_cores_as_its_quota_allows(monkeypatch, tmp_path
     assert cores(tmp_path) == found
 
 
+@pytest.mark.parametrize(("quota", "found"), [(-1, 64), (150_000, 2), (100_000, 1)])
+def test_a_container_of_an_older_host_has_as_many_cores_as_its_quota_allows(monkeypatch, tmp_path, quota, found):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,cpuacct:/docker/a\n0::/docker/a\n")
+    (tmp_path / "sys/fs/cgroup/cpu").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert cores(tmp_path) == found
+
+
 def test_without_control_groups_all_cores_are_there(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     assert cores(tmp_path) == 4
