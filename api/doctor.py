@@ -15,7 +15,7 @@ from api.client import Client, reachable
 from engine.errors import HeadraceError, WrongClock
 from engine.objects import Objects, connect
 from engine.settings import Settings, cores
-from engine.stats import live
+from engine.stats import serving
 from engine.store import Store, translated
 
 __all__ = ["Finding", "examine"]
@@ -130,7 +130,7 @@ def _processes(settings: Settings) -> Finding:
         return Finding("processes", "ok", told)
     store = Store(settings, pool=2)
     try:
-        alive = len(live(store))
+        alive = serving(store, store.data.name)
     except HeadraceError:
         return Finding("processes", "ok", told)  # the line of MongoDB says what is wrong
     finally:

@@ -66,7 +66,7 @@ class File:
             "fileKey": source.key,
             "size": source.size,
             "etag": source.etag.strip('"'),
-            "jobs": [job_status(job) for job in self._history.of_file(source.key, JOBS_SHOWN)],
+            "jobs": [job_status(job) for job in self._history.page(JOBS_SHOWN, key=source.key)],
         }
         resp.media = told
 

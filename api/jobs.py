@@ -16,7 +16,7 @@ from engine.history import History
 from engine.model import TERMINAL, Format, Job, JobState
 from engine.queue import Queue
 from engine.rejects import Rejects
-from engine.stats import live
+from engine.stats import serving
 from engine.store import Store
 
 __all__ = ["Cancel", "Detail", "Jobs", "RejectLines", "Retry", "Status"]
@@ -71,8 +71,7 @@ class Detail:
             job, ranges = self._queue.get(job_id), self._history.ranges(job_id)
             waits = None
             if is_idle(job, ranges):
-                # Workers of another version may not tell whose jobs they work on.
-                workers = sum(found.get("database", job.database) == job.database for found in live(self._store))
+                workers = serving(self._store, job.database)
                 waits = waiting_for(job, ranges, paused=self._queue.paused(), workers=workers)
             return dict(job_detail(job, ranges, waits)), job.state in TERMINAL
 

@@ -75,10 +75,8 @@ def job_status(job: Job) -> JobStatus:
 
 
 def is_idle(job: Job, ranges: RangeReport) -> bool:
-    """Whether a job has not ended, there is something to do for it, and nobody is at work on it."""
-    left = ranges.states.get(RangeState.READY, 0) + ranges.states.get(RangeState.LEASED, 0)
-    to_do = left > 0 or job.state is JobState.PENDING or job.stopping is not None
-    return job.state not in TERMINAL and to_do and not ranges.kept
+    """Whether a job has not ended, and nobody is at work on it."""
+    return job.state not in TERMINAL and not ranges.kept
 
 
 def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) -> str | None:
@@ -89,7 +87,9 @@ def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) ->
         paused: whether the queue is.
         workers: how many are alive.
     """
-    if job.stopping is not None:  # which waits neither for a time nor for the end of a pause
+    left = ranges.states.get(RangeState.READY, 0) + ranges.states.get(RangeState.LEASED, 0)
+    # What is to be settled, by any worker, waits neither for a time nor for the end of a pause.
+    if job.stopping is not None or (job.state is JobState.PROCESSING and not left):
         return None if workers else NO_WORKER
     if job.options.run_at is not None and job.options.run_at > datetime.now(UTC):
         return f"its time, {moment(job.options.run_at)}"

@@ -20,6 +20,9 @@ CHEAP_SECONDS: Final = 0.05
 FIRST_SECONDS: Final = 5.0
 """How long a call waits for another that counts, where there is no count before."""
 
+NEXT_SECONDS: Final = 1.0
+"""The same where there is one that is out of date."""
+
 BACKLOG_SHARE: Final = 20
 """One that takes longer stays good for so many times what it took: the history may hold millions of jobs."""
 
@@ -127,7 +130,9 @@ class History:
         One call counts, and the others are told of the count before: a database that does not answer must not make them queue
         up behind each other. Raises Transient.
         """
-        if not self._counting.acquire(timeout=FIRST_SECONDS if self._counted is None else 0):
+        if self._counted is not None and time.monotonic() < self._good_until:
+            return self._counted
+        if not self._counting.acquire(timeout=FIRST_SECONDS if self._counted is None else NEXT_SECONDS):
             if self._counted is None:
                 raise Transient("the jobs are being counted for the first time, which takes long: ask again in a while")
             return self._counted
@@ -163,7 +168,3 @@ class History:
         with translated("looking for jobs of a file"):
             found = self._jobs.find_one({"source.key": key, "open": True}, hint=BY_FILE)
         return None if found is None else job_of(found)
-
-    def of_file(self, key: str, limit: int) -> list[Job]:
-        """The latest jobs of an object."""
-        return self.page(limit, key=key)

@@ -156,6 +156,11 @@ def live(store: Store) -> list[Document]:
     return sorted(places.values(), key=lambda worker: str(worker["_id"]))
 
 
+def serving(store: Store, database: str) -> int:
+    """How many workers are alive that work on the jobs of a database; those of an older version do not tell, and count."""
+    return sum(worker.get("database", database) == database for worker in live(store))
+
+
 def place_of(worker: Document) -> str:
     """The engine and the place in it that a worker has: its name without the incarnation."""
     return str(worker["_id"]).rpartition(":")[0]

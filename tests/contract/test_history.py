@@ -1,6 +1,7 @@
 """What is known of jobs of before: loads that are told, history that is deleted, counts, batches."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -145,6 +146,7 @@ def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monk
         return real()
 
     monkeypatch.setattr("engine.history.FIRST_SECONDS", 0.05)
+    monkeypatch.setattr("engine.history.NEXT_SECONDS", 0.05)
     monkeypatch.setattr("engine.history.BACKLOG_SHARE", 0)
     with ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(history, "_count", hang)
@@ -161,6 +163,25 @@ def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monk
         assert history.backlog().states[JobState.PENDING] == 0
         go_on.set()
         assert second.result().states[JobState.PENDING] == 1
+
+
+def test_who_asks_while_another_counts_is_told_of_no_older_count(store, queue, source, monkeypatch):
+    history, counting = History(store), threading.Event()
+    assert history.backlog().states[JobState.PENDING] == 0
+    queue.submit(source, JobOptions())
+    real = history._count
+
+    def slow():
+        counting.set()
+        time.sleep(0.1)
+        return real()
+
+    monkeypatch.setattr(history, "_count", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(history.backlog)
+        counting.wait(30)
+        assert history.backlog().states[JobState.PENDING] == 1
+        assert first.result().states[JobState.PENDING] == 1
 
 
 def test_a_count_of_jobs_that_takes_long_is_not_made_at_every_call(store, queue, source, monkeypatch):

@@ -22,10 +22,10 @@ def report(put_off=None, **states):
     ("job", "ranges", "idle"),
     [
         (JOB, report(), True),
-        (replace(JOB, state=JobState.PROCESSING), report(), False),  # its ranges are being made
+        (replace(JOB, state=JobState.PROCESSING), report(), True),  # its ranges are to be made
         (replace(JOB, state=JobState.PROCESSING), report(READY=3, DONE=1), True),
         (replace(JOB, state=JobState.PROCESSING), report(READY=3, LEASED=1), False),
-        (replace(JOB, state=JobState.PROCESSING), report(DONE=4), False),  # somebody is about to end it
+        (replace(JOB, state=JobState.PROCESSING), report(DONE=4), True),  # it is to be ended
         (replace(JOB, state=JobState.COMPLETED), report(DONE=4), False),
         (replace(JOB, state=JobState.PROCESSING), report(LEASED=2, stale=1), False),
         (replace(JOB, state=JobState.PROCESSING), report(LEASED=2, stale=2), True),  # of a host that died
@@ -33,14 +33,24 @@ def report(put_off=None, **states):
         (replace(JOB, stopping=Stop(JobState.CANCELLED, None)), report(LEASED=1, stale=1), True),
     ],
 )
-def test_a_job_is_idle_when_something_of_it_could_be_done_and_nobody_does_it(job, ranges, idle):
+def test_a_job_is_idle_until_it_has_ended_while_nobody_works_on_it(job, ranges, idle):
     assert is_idle(job, ranges) is idle
 
 
-def test_a_job_that_is_being_stopped_waits_for_a_worker_at_most():
-    stopping = replace(JOB, stopping=Stop(JobState.CANCELLED, None), options=JobOptions(run_at=MADE.replace(year=2099)))
-    assert waiting_for(stopping, report(), paused=True, workers=1) is None
-    assert "none is alive" in waiting_for(stopping, report(), paused=True, workers=0)
+@pytest.mark.parametrize(
+    ("job", "ranges"),
+    [
+        (
+            replace(JOB, stopping=Stop(JobState.CANCELLED, None), options=JobOptions(run_at=MADE.replace(year=2099))),
+            report(),
+        ),
+        (replace(JOB, state=JobState.PROCESSING), report()),  # who planned it died before its ranges were there
+        (replace(JOB, state=JobState.PROCESSING), report(DONE=3, FAILED=1)),  # and who did its last range, after that
+    ],
+)
+def test_a_job_that_is_to_be_settled_waits_for_a_worker_at_most(job, ranges):
+    assert waiting_for(job, ranges, paused=True, workers=1) is None
+    assert "none is alive" in waiting_for(job, ranges, paused=True, workers=0)
 
 
 @pytest.mark.parametrize(
