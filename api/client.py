@@ -12,7 +12,7 @@ import httpx
 
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["SLOW", "CallFailed", "Client", "check_file", "is_stream", "path_of", "reachable", "readable"]
+__all__ = ["AWAY", "SLOW", "CallFailed", "Client", "check_file", "is_stream", "path_of", "reachable", "readable"]
 
 WAIT_SECONDS: Final = 20
 """How long the API is asked to wait for a job to move."""
@@ -150,6 +150,7 @@ class Client:
         path, detail = (f"/{of}/{quote(job_id, safe='')}" for of in ("status", "jobs"))
         headers: dict[str, str] = {}
         failing: float | None = None
+        patience, due = 0, 0.0
         while True:
             check()
             try:
@@ -157,6 +158,12 @@ class Client:
                 if not answer.is_success and answer.status_code != 304:
                     raise self._problem("GET", path, answer)
                 still = answer.status_code == 304
+                if still and time.monotonic() < due:
+                    # Sooner than was asked for: as many wait already as may, or the API is about to stop. What a job waits
+                    # for, which takes it a look at each range, is not asked more often for that.
+                    headers["Prefer"] = f"wait={patience}"
+                    time.sleep(POLL_SECONDS)
+                    continue
                 status = self.ask("GET", detail) if still else self._told(answer)
             except httpx.HTTPError as error:
                 failed = self._silent(error)
@@ -169,6 +176,7 @@ class Client:
                 if status["status"] in TERMINAL and not still:
                     return
                 patience = wait if still else min(wait, QUIET_SECONDS)
+                due = time.monotonic() + patience
                 headers = {"Prefer": f"wait={patience}", "If-None-Match": answer.headers.get("ETag", "")}
                 continue
             if failed.status != 429 and not failed.passes:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from api.client import TERMINAL, CallFailed, Client, is_stream, path_of, readable
+from api.client import AWAY, TERMINAL, CallFailed, Client, is_stream, path_of, readable
 from api.show import Bars, bars
 from api.transfer import Note, Transfer, forget_old
 from engine.errors import HeadraceError, StartError
@@ -41,8 +41,8 @@ class Loaded:
     note: Note | None = None
     reused: bool = False
     """Whether the object of an earlier command is taken for it."""
-    whole: bool = False
-    """Whether all of a stream is there: its job is being made, and an interrupt does not keep it from that."""
+    whole: str = ""
+    """How to make a job by hand of a stream that is all there: it is being made, and an interrupt does not keep it from that."""
 
     def told(self) -> dict[str, Any]:
         """For a script to read."""
@@ -102,7 +102,7 @@ class Loader:
                 )
             elif load.whole:
                 said = (
-                    "all of it was sent, but no answer says whether its job was made: look for it with `headrace jobs`"
+                    f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {load.whole}"
                 )
             elif load.note is not None:
                 said = "its upload was interrupted: run the same command again, and it resumes where it was"
@@ -124,7 +124,9 @@ class Loader:
             except CallFailed as error:
                 if load.note is None:
                     # What came through a pipe cannot be sent again.
-                    raise StartError(f"{error}; the file is stored: {self._again(load.key)} submits it") from None
+                    look = f"if `headrace jobs --file {load.key}` shows no job, " if error.status in AWAY else ""
+                    said = f"the file is stored: {look}{self._again(load.key)} with the same options submits it"
+                    raise StartError(f"{error}; {said}") from None
                 if error.status != 404 or not load.reused:
                     raise
                 # A token that may not look could not tell that the object is gone.
@@ -176,8 +178,8 @@ class Loader:
             count[0] += number
             shown.uploaded(task, count[0], size, count[0] / max(time.monotonic() - began, 0.001))
 
-        def whole() -> None:
-            load.whole = True
+        def whole(by_hand: str) -> None:
+            load.whole = by_hand
 
         if file == STDIN:
             if sys.stdin is None:

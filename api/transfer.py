@@ -47,6 +47,13 @@ KEEP_SECONDS: Final = 30 * 24 * 3600.0
 
 STOPPED: Final = "sending was stopped"
 
+LAST_PARTS_SECONDS: Final = 2.0
+"""How long a stop waits for the parts of streams that are under way: one that arrives after the end of its upload would stay
+in S3, known to nobody."""
+
+USELESS: Final = (404, 409, 422)
+"""Where completing an upload is answered so, its parts are gone, or will never make an object."""
+
 Sent = Callable[[int], None]
 
 
@@ -118,6 +125,7 @@ class Transfer:
         self._stopped = threading.Event()
         self._deciding = threading.Lock()
         self._streams: set[str] = set()  # of which the end is not taken for the end yet
+        self._flying: set[Future[None]] = set()
 
     def stop(self) -> None:
         """Send no more parts, and free those of streams, which cannot be resumed. A stream that is not whole by now never is."""
@@ -125,6 +133,8 @@ class Transfer:
             self._stopped.set()
             streams = list(self._streams)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if streams:
+            wait(list(self._flying), timeout=LAST_PARTS_SECONDS)
         for upload_id in streams:
             with suppress(HeadraceError):
                 self._client.ask("DELETE", f"/uploads/{upload_id}", timeout=5)
@@ -152,11 +162,12 @@ class Transfer:
         note.put(key=key)
         return key
 
-    def stream(self, content: IO[bytes], name: str, sent: Sent, whole: Callable[[], None]) -> str:
+    def stream(self, content: IO[bytes], name: str, sent: Sent, whole: Callable[[str], None]) -> str:
         """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed, unless all of them
-        are there and only the API is away.
+        are there and may still become an object.
 
-        `whole` is called when its end is taken for the end, which a stop from then on does not undo.
+        `whole` is called when its end is taken for the end, which a stop from then on does not undo, with a sentence that says
+        how to make a job of it by hand.
 
         Raises:
             StartError: it was stopped before, or S3 cannot be reached from here, or the stream is longer than an upload can be.
@@ -165,6 +176,10 @@ class Transfer:
         asked = {"fileName": readable(name), "partBytes": STREAM_PART_BYTES}
         state = self._client.ask("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
+        by_hand = (
+            f"all of it is in S3, for a day: POST {self._client.url}/uploads/{state['uploadId']}/complete makes it an object, "
+            f"and then POST /process/{path_of(state['fileKey'])} its job"
+        )
         try:
             ended = self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
             if not ended and _exactly(content, 1):
@@ -177,7 +192,7 @@ class Transfer:
                 if self._stopped.is_set():
                     raise StartError(STOPPED)
                 self._streams.discard(state["uploadId"])
-                whole()
+                whole(by_hand)
         except BaseException:
             self._free(state)
             raise
@@ -186,14 +201,10 @@ class Transfer:
         try:
             return self._complete(state)
         except CallFailed as error:
-            if not error.passes:
+            if error.status in USELESS:
                 self._free(state)
                 raise
-            place = f"{self._client.url}/uploads/{state['uploadId']}/complete"
-            raise StartError(
-                f"{error}; all of it is in S3, for a day: when the API answers, POST {place} makes it an object, and POST "
-                f"/process/{state['fileKey']} its job"
-            ) from None
+            raise StartError(f"{error}; {by_hand}") from None
 
     def _free(self, state: dict[str, Any]) -> None:
         with suppress(HeadraceError):
@@ -259,7 +270,10 @@ class Transfer:
                     asked = {"first": number, "count": URLS}
                     more = self._client.insist("GET", f"/uploads/{state['uploadId']}", params=asked)
                     urls, fresh_until = _signed(more)
-                flying.add(self._pool.submit(self._put, urls.pop(number), data, state["headers"], sent))
+                future = self._pool.submit(self._put, urls.pop(number), data, state["headers"], sent)
+                flying.add(future)
+                self._flying.add(future)
+                future.add_done_callback(self._flying.discard)
                 # The parts of a file of terabytes are large, and each is held while it is sent.
                 if len(flying) >= max(1, min(PARALLEL, FLYING_BYTES // state["partBytes"])):
                     done, flying = wait(flying, return_when=FIRST_COMPLETED)
@@ -269,9 +283,8 @@ class Transfer:
                 future.result()
             return ended
         except BaseException:
-            for future in flying:
-                future.cancel()
-            wait(flying)  # a part that arrives after the end of its upload would stay in S3, known to nobody
+            # A part that arrives after the end of its upload would stay in S3, known to nobody.
+            wait([future for future in flying if not future.cancel()])
             raise
 
     def _put(self, url: str, data: bytes, headers: dict[str, str], sent: Sent) -> None:

@@ -81,12 +81,12 @@ def test_no_more_than_some_bytes_of_large_parts_are_held(monkeypatch, part_bytes
 def test_a_stream_that_is_longer_than_an_upload_can_be_is_refused_and_not_cut(sent, size, fits):
     api, data = Api(parts=2), bytes(range(size))
     if fits:
-        assert Transfer(api).stream(io.BytesIO(data), "s", lambda n: None, lambda: None) == "k"
+        assert Transfer(api).stream(io.BytesIO(data), "s", lambda n: None, lambda by_hand: None) == "k"
         assert b"".join(sent[url] for url in sorted(sent)) == data
         return
     wholes = []
     with pytest.raises(StartError, match="a stream may have"):
-        Transfer(api).stream(io.BytesIO(data), "s", lambda n: None, lambda: wholes.append(True))
+        Transfer(api).stream(io.BytesIO(data), "s", lambda n: None, wholes.append)
     assert (wholes, api.asked[-1]) == ([], "DELETE /uploads/u")
     assert "POST /uploads/u/complete" not in api.asked
 
@@ -101,7 +101,7 @@ def test_what_another_writes_into_a_pipe_after_its_end_is_not_looked_at(sent):
             # The end is seen by the part that it cuts short, and by the one after it.
             return b"more" if self.ends > 2 else data
 
-    assert Transfer(Api(parts=5)).stream(Pipe(bytes(10)), "s", lambda n: None, lambda: None) == "k"
+    assert Transfer(Api(parts=5)).stream(Pipe(bytes(10)), "s", lambda n: None, lambda by_hand: None) == "k"
     assert [len(data) for data in sent.values()] == [8, 2]
 
 
@@ -124,9 +124,9 @@ def test_a_pipe_that_does_not_block_is_read_to_its_end():
 
 def test_urls_that_grow_old_are_asked_for_anew(sent, monkeypatch):
     fresh, old = Api(parts=3), Api(parts=3)
-    assert Transfer(fresh).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda: None) == "k"
+    assert Transfer(fresh).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda by_hand: None) == "k"
     monkeypatch.setattr(module, "URLS_FRESH_SECONDS", -1)
-    assert Transfer(old).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda: None) == "k"
+    assert Transfer(old).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda by_hand: None) == "k"
     assert (fresh.asked.count("GET /uploads/u"), old.asked.count("GET /uploads/u")) == (0, 3)
 
 
@@ -135,8 +135,8 @@ def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
     api, wholes = Api(), []
     transfer = Transfer(api)
 
-    def whole():
-        wholes.append(True)
+    def whole(by_hand):
+        wholes.append(by_hand)
         if late:  # the stop comes when the end was taken for the end already, and has to wait for that
             stopper = threading.Thread(target=transfer.stop)
             stopper.start()
@@ -177,8 +177,21 @@ def test_what_nobody_thought_of_is_told_of_its_file_and_does_not_keep_the_others
     assert (good.error, good.job_id) == (None, "job of good")
 
 
-def test_a_job_that_has_not_moved_is_asked_what_it_waits_for():
-    asked = []
+class Clock:
+    """Stands for the module `time`: what is waited for passes at once."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_a_job_that_has_not_moved_is_asked_what_it_waits_for(monkeypatch):
+    asked, clock = [], Clock()
+    monkeypatch.setattr("api.client.time", clock)
     moved = iter([200, 304, 304, 304, 200])
 
     def answer(request):
@@ -188,6 +201,8 @@ def test_a_job_that_has_not_moved_is_asked_what_it_waits_for():
             return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"status": "PENDING", "waitingFor": waits})
         ended = {"status": "COMPLETED" if len(asked) > 2 else "PENDING"}
         code = next(moved)
+        if code == 304:
+            clock.sleep(int(request.headers["Prefer"].removeprefix("wait=")))
         return httpx.Response(code, headers={"X-Request-ID": "r", "ETag": '"t"'}, json=ended if code == 200 else None)
 
     client = client_of(answer)
@@ -237,7 +252,17 @@ def test_an_api_that_is_being_restarted_is_waited_for_where_a_call_is_safe_to_re
         assert len(asked) == 1
 
 
-@pytest.mark.parametrize(("status", "kind", "kept"), [(503, "unavailable", True), (409, "conflict", False)])
+@pytest.mark.parametrize(
+    ("status", "kind", "kept"),
+    [
+        (503, "unavailable", True),
+        (503, "wrong_clock", True),
+        (500, "internal", True),
+        (401, "unauthorized", True),
+        (409, "conflict", False),
+        (404, "not_found", False),
+    ],
+)
 def test_a_stream_that_is_whole_is_not_thrown_away_because_the_api_is(sent, status, kind, kept):
     api = Api(parts=5)
     ask = api.ask
@@ -249,22 +274,26 @@ def test_a_stream_that_is_whole_is_not_thrown_away_because_the_api_is(sent, stat
 
     api.insist = insist
     with pytest.raises(StartError if kept else CallFailed) as raised:
-        Transfer(api).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda: None)
+        Transfer(api).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda by_hand: None)
     assert ("DELETE /uploads/u" in api.asked) is not kept
     assert ("http://api/uploads/u/complete" in str(raised.value)) is kept
 
 
 def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
-    under_way, api = [0], Api(parts=5)
+    under_way, lock, api = [0], threading.Lock(), Api(parts=5)
     ask = api.ask
 
     def put(self, url, data, headers, sent):
-        under_way[0] += 1
-        time.sleep(0.1)
-        under_way[0] -= 1
-        if url.endswith("/1"):
-            raise StartError("no")
-        time.sleep(0.1)
+        with lock:
+            under_way[0] += 1
+        try:
+            time.sleep(0.1)
+            if url.endswith("/1"):
+                raise StartError("no")
+            time.sleep(0.1)
+        finally:
+            with lock:
+                under_way[0] -= 1
 
     def deleted(method, path, **more):
         assert method != "DELETE" or under_way == [0]
@@ -273,7 +302,7 @@ def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
     monkeypatch.setattr(Transfer, "_put", put)
     api.ask = deleted
     with pytest.raises(StartError, match="no"):
-        Transfer(api).stream(io.BytesIO(bytes(40)), "s", lambda n: None, lambda: None)
+        Transfer(api).stream(io.BytesIO(bytes(40)), "s", lambda n: None, lambda by_hand: None)
     assert api.asked[-1] == "DELETE /uploads/u"
 
 
@@ -285,10 +314,17 @@ def test_a_stream_that_is_stored_and_cannot_be_submitted_is_told_by_name(monkeyp
     def answer(request):
         if request.url.path == "/files":
             return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"bucket": "b", "files": []})
-        return problem(422, "refused")
+        return problem(*kinds[0])
+
+    kinds = [(422, "refused")]
 
     [load] = Loader(client_of(answer), {}, wait=False, through_api=False).run(["-"])
-    assert "it is refused; the file is stored: `headrace load s3://b/some/key.ndjson` submits it" in str(load.error)
+    again = "`headrace load s3://b/some/key.ndjson` with the same options submits it"
+    assert f"it is refused; the file is stored: {again}" in str(load.error)
+    monkeypatch.setattr("api.client.PATIENCE_SECONDS", 0)
+    kinds[0] = (502, "")
+    [load] = Loader(client_of(answer), {}, wait=False, through_api=False).run(["-"])
+    assert f"the file is stored: if `headrace jobs --file some/key.ndjson` shows no job, {again}" in str(load.error)
 
 
 @pytest.mark.parametrize("key", ["a/../b", "./a", "..", "a/./b c", "a//b", "ü/%2e"])
@@ -304,11 +340,14 @@ def test_a_key_is_asked_for_as_it_is(key):
 
 
 def test_a_watcher_for_whom_there_is_no_room_learns_all_the_same_what_a_job_waits_for(monkeypatch):
-    monkeypatch.setattr("api.client.POLL_SECONDS", 0.001)
-    statuses = iter([200, 429, 304, 429, 200])
+    clock, details = Clock(), []
+    monkeypatch.setattr("api.client.time", clock)
+    # There is room for nobody for 42 seconds; with a half between each two questions.
+    statuses = itertools.chain([200], itertools.islice(itertools.cycle([429, 304]), 84), [200])
 
     def answer(request):
         if request.url.path == "/jobs/j":
+            details.append(clock.now)
             return httpx.Response(
                 200, headers={"X-Request-ID": "r"}, json={"status": "PENDING", "waitingFor": "a worker"}
             )
@@ -320,7 +359,8 @@ def test_a_watcher_for_whom_there_is_no_room_learns_all_the_same_what_a_job_wait
 
     count = itertools.count()
     told = [(state["status"], state.get("waitingFor")) for state in client_of(answer).states("j", wait=20)]
-    assert told == [("PENDING", None), ("PENDING", "a worker"), ("COMPLETED", None)]
+    waiting = [("PENDING", "a worker")] * 2
+    assert (told, details) == ([("PENDING", None), *waiting, ("COMPLETED", None)], [3.5, 24.0])
 
 
 def test_an_answer_that_never_comes_is_not_waited_for_by_the_hour(tmp_path):
