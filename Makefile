@@ -51,7 +51,7 @@ clean: ## remove .venv and what tools left; the data in .headrace stays
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@[ -n "$(PYTHON)" ] || { echo "headrace: Python 3.11 or newer is not on the PATH: sudo apt-get install python3.11 python3.11-venv" >&2; exit 1; }
+	@[ -n "$(PYTHON)" ] || { echo "headrace: Python 3.11 or newer is not on the PATH: sudo apt-get install python3 python3-venv, or python3.11 python3.11-venv where that is older" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "headrace: $(PYTHON) has no venv module: sudo apt-get install python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
