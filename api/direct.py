@@ -9,7 +9,7 @@ from ulid import ULID
 from api.answers import DirectUpload, UploadAnswer
 from api.models import PartsQuery, UploadBegin
 from api.operations import Answer, Scope, body_of, operation, query_of
-from api.uploads import key_for
+from api.uploads import key_for, location_of
 from api.views import stored_file
 from engine.direct import DirectUploads, Part, Upload
 from engine.objects import PART_TYPE
@@ -105,13 +105,14 @@ class Complete:
         summary="Complete an upload: make its parts an object",
         group="uploads",
         scope=Scope.SUBMIT,
-        answers={201: Answer("The file was stored", UploadAnswer)},
+        answers={201: Answer("The file was stored", UploadAnswer, headers={"Location": "Where it is"})},
         errors=(404, 409),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
         """201 with the key; 409 that names the parts that are missing."""
         source = self._uploads.complete(upload_id)
         resp.status = 201
+        resp.location = location_of(source.key)
         resp.media = stored_file(source)
 
 

@@ -6,7 +6,9 @@ is refused here, or by waitress itself, is answered as the application's problem
 
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Final
 
 from waitress.adjustments import Adjustments
@@ -72,9 +74,11 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         if self.command != "POST" or self._route() != UPLOAD:
             # Waitress holds the server's bound against each body: all but uploads have a smaller one.
             self.adj = self.small
-            return
+            look = self._look_at_caller if self.content_length or self.chunked else lambda: None
+        else:
+            look = self._look
         try:
-            self._look()
+            look()
         except Problem as problem:
             self._refuse(problem)
 
@@ -82,10 +86,23 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         """Where the application will take the request, as far as it matters here: it drops slashes at the beginning."""
         return UPLOAD if getattr(self, "path", "").lstrip("/") == UPLOAD.lstrip("/") else UNKNOWN
 
+    def _check(self) -> None:
+        get = self.headers.get
+        self.guard.check(Head(get("AUTHORIZATION"), get("ORIGIN"), get("HOST")), Scope.SUBMIT)
+
+    def _look_at_caller(self) -> None:
+        """Raises Problem where nobody is known who would send a body: a crowd of them would fill the memory. What a caller who is
+        known may do is for the application to say."""
+        try:
+            self._check()
+        except Problem as problem:
+            if problem.code != "forbidden":
+                raise
+
     def _look(self) -> None:
         """Raises Problem where this file is not to be taken in."""
         get = self.headers.get
-        self.guard.check(Head(get("AUTHORIZATION"), get("ORIGIN"), get("HOST")), Scope.SUBMIT)
+        self._check()
         check_encoding(get("CONTENT_ENCODING"))
         check_form(get("CONTENT_TYPE"))
         if self.content_length >= self.adj.max_request_body_size:
@@ -205,9 +222,17 @@ def open_door(server: Any, settings: Settings, guard: Guard, durations: Duration
     class Channel(_Channel):
         parser_class = Parser
 
+    def maintain(each: Any, real: Callable[[float], None], now: float) -> None:
+        """Waitress's own closes connections without a request; one whose client takes nothing of an answer holds its thread."""
+        real(now)
+        for channel in list(each.active_channels.values()):
+            if channel.total_outbufs_len and channel.last_activity < now - each.adj.channel_timeout:
+                channel.handle_close()
+
     servers = [each for each in getattr(server, "map", {}).values() if hasattr(each, "channel_class")] or [server]
     small = Adjustments(max_request_body_size=BODY_MOST_BYTES + 1)
     Parser.settings, Parser.guard, Parser.durations, Parser.small = settings, guard, durations, small
     Parser.uploads = threading.BoundedSemaphore(settings.api_max_uploads)
     for each in servers:
         each.channel_class = Channel
+        each.maintenance = partial(maintain, each, each.maintenance)

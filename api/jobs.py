@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, Final, cast
 
 import falcon
 
-from api.answers import JobDetail, JobPage, JobStatus, RejectPage
+from api.answers import JobDetail, JobPage, JobStatus, RejectBody, RejectPage
 from api.limits import Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
@@ -20,6 +20,8 @@ from engine.stats import serving
 from engine.store import Store
 
 __all__ = ["Cancel", "Detail", "Jobs", "RejectLines", "Retry", "Status"]
+
+NDJSON: Final = "application/x-ndjson"
 
 
 class Status:
@@ -164,7 +166,7 @@ class RejectLines:
             200: Answer(
                 "A page of rejects; with format=ndjson all raw lines, each up to its first 64 KiB",
                 RejectPage,
-                other_media="application/x-ndjson",
+                other_media=NDJSON,
                 headers={"Content-Disposition": "With format=ndjson, the name of a file for them"},
             )
         },
@@ -174,7 +176,8 @@ class RejectLines:
         """200 with `rejects` and `next`; with `format=ndjson`, the raw lines to mend and load again."""
         query = query_of(req, RejectsQuery)
         job = self._queue.get(job_id)
-        plain = "format" not in req.params and "application/x-ndjson" in req.accept
+        resp.append_header("Vary", "Accept")
+        plain = "format" not in req.params and req.client_prefers((falcon.MEDIA_JSON, NDJSON)) == NDJSON
         if query.format == "ndjson" or plain:
             if req.method == "HEAD":
                 raise falcon.HTTPMethodNotAllowed(["GET"])  # nobody would close the stream
@@ -185,17 +188,16 @@ class RejectLines:
             except BaseException:
                 stream.close()
                 raise
-            resp.content_type = "application/x-ndjson"
+            resp.content_type = NDJSON
             # What is loaded again under this name is taken for what it was.
             text = job.plan is not None and job.plan.format is Format.TEXT
             resp.downloadable_as = f"{job.id}-rejects.{'txt' if text else 'ndjson'}"
             resp.stream = stream
             return
-        page: list[Any] = self._rejects.page(job.id, query.limit + 1, int(query.cursor) if query.cursor else None)
-        more, page = len(page) > query.limit, page[: query.limit]
+        page, more = self._rejects.page(job.id, query.limit, int(query.cursor) if query.cursor else None)
         told: RejectPage = {
             "jobId": job.id,
-            "rejects": page,
+            "rejects": cast("list[RejectBody]", page),
             "next": str(page[-1]["offset"]) if more else None,
         }
         resp.media = told

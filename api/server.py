@@ -30,6 +30,9 @@ __all__ = ["serve"]
 IDLE_SECONDS: Final = 120
 """A connection on which nothing moves is closed after this."""
 
+HEAD_MOST_BYTES: Final = 32 * 1024
+"""Of a request: its first line and its headers."""
+
 CONNECTIONS_MOST: Final = 4096
 SPARE_FILES: Final = 200
 
@@ -78,6 +81,7 @@ def serve(settings: Settings) -> int:
     Raises:
         SettingsError: lists all that is wrong with the settings of the API.
         StartError: it cannot listen.
+        Transient: MongoDB does not answer, or there are no credentials for S3.
     """
     tokens = _checked(settings)
     if settings.api_spool_dir is not None:
@@ -101,6 +105,8 @@ def serve(settings: Settings) -> int:
             port=settings.port,
             threads=settings.api_threads,
             max_request_body_size=settings.api_max_upload_bytes,
+            # Waitress looks at all of a head again with every piece of it that comes.
+            max_request_header_size=HEAD_MOST_BYTES,
             channel_timeout=IDLE_SECONDS,
             # A crowd of idle clients must not keep others out.
             connection_limit=_connections(),

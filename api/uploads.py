@@ -5,6 +5,7 @@ import threading
 import unicodedata
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import quote
 
 import falcon
 from falcon.media.multipart import BodyPart, MultipartForm, MultipartParseError
@@ -19,7 +20,7 @@ from api.views import stored_file
 from engine.model import Source
 from engine.objects import Objects, Recorded, Stream
 
-__all__ = ["Uploads", "key_for", "reduced"]
+__all__ = ["Uploads", "key_for", "location_of", "reduced"]
 
 NAME_MOST: Final = 200
 """Characters of a file's name that its key keeps."""
@@ -54,6 +55,11 @@ def key_for(name: str) -> str:
     return f"{ULID()}-{reduced(name)}"
 
 
+def location_of(key: str) -> str:
+    """Where an object is, of this API."""
+    return f"/files/{quote(key)}"
+
+
 class Uploads:
     """POST /upload.
 
@@ -74,7 +80,7 @@ class Uploads:
         scope=Scope.SUBMIT,
         body=FileForm,
         body_media="multipart/form-data",
-        answers={201: Answer("The file was stored", UploadAnswer)},
+        answers={201: Answer("The file was stored", UploadAnswer, headers={"Location": "Where it is"})},
         errors=(415, 503),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -98,6 +104,7 @@ class Uploads:
             if leave := req.env.get(LEAVE):
                 leave()
         resp.status = 201
+        resp.location = location_of(stored.key)
         resp.media = stored_file(stored)
 
     def _store(self, form: MultipartForm, gone: Callable[[], bool]) -> Source:

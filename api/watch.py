@@ -97,7 +97,10 @@ class Watch:
         if seconds is not None:
             resp.set_header("Preference-Applied", f"wait={seconds}")
         resp.cache_control = ["no-cache"]
-        resp.etag = tag
+        # Weak: what is left of the time may differ.
+        weak = falcon.ETag(tag)
+        weak.is_weak = True
+        resp.etag = weak.dumps()
         if tag in known:
             resp.status = 304
         else:

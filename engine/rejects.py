@@ -23,6 +23,9 @@ FIRST_REJECTS: Final = 5
 FIRST_RAW: Final = 1000
 """Characters of a raw line that a job's status shows; a multiple of four, since these may be base64."""
 
+PAGE_BYTES: Final = 4 * 1024 * 1024
+"""A page of rejects ends when its raw lines have so many."""
+
 _LAST: Final = Int64(2**63 - 1)
 
 
@@ -56,12 +59,12 @@ class Rejects:
         with translated("forgetting unconfirmed rejects"):
             self._rejects.delete_many(query)
 
-    def page(self, job_id: str, limit: int, after: int | None = None) -> list[Document]:
-        """Rejects of a job in the order of the file, as they are told to a client.
+    def page(self, job_id: str, limit: int, after: int | None = None) -> tuple[list[Document], bool]:
+        """Rejects of a job in the order of the file, as they are told to a client, and whether there are more of them.
 
         Args:
             job_id: 24 hexadecimal digits.
-            limit: the most to return.
+            limit: the most to return; fewer where their raw lines are long.
             after: only those whose line starts beyond this offset.
 
         `line` is the 1-based line number, or None while ranges before it are not done.
@@ -71,16 +74,22 @@ class Rejects:
         if after is not None:
             lower = {"$gt": {"job": job, "offset": Int64(after)}}
         query = {"_id": lower | {"$lte": {"job": job, "offset": _LAST}}}
-        with translated("reading rejects"):
-            found = list(self._rejects.find(query).sort("_id", 1).limit(limit))
+        found: list[Document] = []
+        size, more = 0, False
+        with translated("reading rejects"), self._rejects.find(query).sort("_id", 1).limit(limit + 1) as cursor:
+            for reject in cursor:
+                if more := len(found) == limit or size >= PAGE_BYTES:
+                    break
+                found.append(reject)
+                size += len(reject["raw"])
         if not found:
-            return []
+            return [], False
         before = self._ledger.first_lines(job_id, {reject["range"] for reject in found})
-        return [_told(reject, before) for reject in found]
+        return [_told(reject, before) for reject in found], more
 
     def first(self, job_id: str) -> list[Document]:
         """The first few rejects of a job as they are told to a client, with raw lines cut short."""
-        return [_cut_short(told) for told in self.page(job_id, FIRST_REJECTS)]
+        return [_cut_short(told) for told in self.page(job_id, FIRST_REJECTS)[0]]
 
     def lines(self, job_id: str) -> Iterator[tuple[int, bytes]]:
         """Every reject of a job as (offset, what is kept of the raw line), in the order of the file."""

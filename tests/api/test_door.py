@@ -6,16 +6,18 @@ import socket
 import struct
 import threading
 import time
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import httpx
 import pytest
 
-from api.door import _Channel
+from api.door import _Channel, open_door
 from api.limits import Depth
 from api.problems import Problem
 from engine.errors import Transient
 from engine.ports import free_port
+from engine.settings import Settings
 from tests.running import Running, alive, until
 
 MIB = 1024 * 1024
@@ -66,6 +68,32 @@ def test_a_chunk_whose_head_has_no_end_is_refused_before_it_costs_anything(live,
 def test_a_body_that_is_no_form_is_refused_when_its_head_is_there(live):
     head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 30000000\r\n\r\n"
     assert sent(live.port, head).startswith(b"HTTP/1.1 415 ")
+
+
+def test_a_body_of_nobody_who_is_known_is_refused_when_its_head_is_there(live):
+    for host, begun in ((b"evil.example", b"HTTP/1.1 403 "), (b"localhost", b"")):
+        head = b"POST /process/x HTTP/1.1\r\nHost: " + host + b"\r\nContent-Length: 500000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
+            line.sendall(head)
+            line.settimeout(0.5)
+            answer = told(line)
+        assert answer.startswith(begun) if begun else not answer, answer
+
+
+def test_a_head_that_does_not_end_is_refused_while_it_is_cheap(live):
+    answer = sent(live.port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ", *[b"a" * 10_000] * 4)
+    assert answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.0 431 ")), answer[:200]
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_let_go_after_a_while():
+    server = SimpleNamespace(adj=SimpleNamespace(channel_timeout=120), maintenance=Mock(), channel_class=None)
+    stuck, reads, waits = (Mock(total_outbufs_len=left, last_activity=at) for left, at in ((9, 0), (9, 990), (0, 0)))
+    server.active_channels = {1: stuck, 2: reads, 3: waits}
+    real = server.maintenance
+    open_door(server, Settings(), Mock(), Mock())
+    server.maintenance(1000)
+    real.assert_called_once_with(1000)
+    assert [channel.handle_close.called for channel in (stuck, reads, waits)] == [True, False, False]
 
 
 def test_a_media_type_is_the_same_in_any_case_of_letters(live):
@@ -137,7 +165,7 @@ def test_many_faults_of_one_request_make_no_large_answer(live):
     for answer in (
         live.http.post("/process/x", json=many),
         live.http.post("/process/x", json={"x" * 900_000: 1}),
-        live.http.get("/jobs", params={f"a{number}": 1 for number in range(5000)}),
+        live.http.get("/jobs", params={f"a{number}": 1 for number in range(3000)}),
         live.http.post("/process", json={"fileKeys": list(range(1000))}),
         live.http.post("/process/x", json=[1]),
     ):

@@ -61,7 +61,7 @@ def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submi
     job = submit(data, max_errors=10_000)
     [job] = drain(job.id, engine_range_bytes=range_bytes)
     assert (job.state, job.failure) == (JobState.COMPLETED, None)
-    found = rejects.page(job.id, 10_000)
+    found = rejects.page(job.id, 10_000)[0]
     assert [(reject["offset"], reject["reason"]) for reject in found] == bad
     lines = data.split(b"\n")
     assert all(
@@ -82,7 +82,9 @@ def test_a_document_too_large_for_mongodb_costs_only_itself(store, submit, drain
     sizes = [16 * 2**20 - 30, 16 * 2**20 + 1, 17 * 2**20, 20 * 2**20, 50 * 2**20]
     data = b"".join(b'{"n":%d}\n{"a":"%s"}\n' % (n, b"x" * size) for n, size in enumerate(sizes))
     [job] = drain(submit(data).id, engine_max_line_bytes=64 * 2**20)
-    assert [(r["reason"], r["length"]) for r in rejects.page(job.id, 10)] == [("too_large", n + 8) for n in sizes[1:]]
+    assert [(r["reason"], r["length"]) for r in rejects.page(job.id, 10)[0]] == [
+        ("too_large", n + 8) for n in sizes[1:]
+    ]
     stored = list(store.data["records"].find().sort("_id", 1))
     assert [d.get("n", len(d.get("a", ""))) for d in stored] == [0, sizes[0], 1, 2, 3, 4]
 
@@ -90,7 +92,7 @@ def test_a_document_too_large_for_mongodb_costs_only_itself(store, submit, drain
 def test_a_line_over_the_limit_is_skipped_and_told(submit, drain, rejects):
     data = b'{"n":1}\n{"a":"' + b"x" * 300_000 + b'"}\n{"n":2}\n'
     [job] = drain(submit(data).id, engine_max_line_bytes=100_000, engine_range_bytes=65_536)
-    [reject] = rejects.page(job.id, 10)
+    [reject] = rejects.page(job.id, 10)[0]
     assert (reject["offset"], reject["reason"], reject["length"], reject["line"]) == (8, "too_large", 300_008, 2)
     assert job.progress.tally.inserted == 2
 
@@ -163,7 +165,7 @@ def test_a_unique_index_and_a_validator_of_the_collection_refuse_single_document
     store.data.create_collection("strict", validator={"n": {"$type": "int"}})
     store.data["strict"].create_index("n", unique=True)
     [job] = drain(submit(b'{"n":1}\n{"n":"x"}\n{"n":1}\n{"n":2}\n', collection="strict").id)
-    assert [(r["offset"], r["reason"], r["code"]) for r in rejects.page(job.id, 10)] == [
+    assert [(r["offset"], r["reason"], r["code"]) for r in rejects.page(job.id, 10)[0]] == [
         (8, "refused", 121),
         (18, "duplicate_key", 11000),
     ]
@@ -263,7 +265,7 @@ def test_a_value_that_the_server_cuts_in_the_midst_of_a_character_costs_no_other
     [job] = drain(submit("\n".join(lines).encode()).id, engine_batch_records=at_once)
     tally = job.progress.tally
     assert (job.state, tally.inserted, tally.rejected) == (JobState.COMPLETED, 20, 1)
-    assert [found["reason"] for found in rejects.page(job.id, 10)] == ["duplicate_key"]
+    assert [found["reason"] for found in rejects.page(job.id, 10)[0]] == ["duplicate_key"]
     assert store.data["records"].count_documents({}) == 20
 
 
