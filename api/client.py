@@ -161,6 +161,7 @@ class Client:
                 if still and time.monotonic() < due:
                     # Sooner than was asked for: as many wait already as may, or the API is about to stop. What a job waits
                     # for, which takes it a look at each range, is not asked more often for that.
+                    failing = None
                     headers["Prefer"] = f"wait={patience}"
                     time.sleep(POLL_SECONDS)
                     continue

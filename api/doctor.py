@@ -128,13 +128,14 @@ def _processes(settings: Settings) -> Finding:
     told = f"ENGINE_WORKERS={workers} on {there} cores"
     if settings.mongo_uri is None:
         return Finding("processes", "ok", told)
-    store = Store(settings, pool=2)
     try:
-        alive = serving(store, store.data.name)
+        store = Store(settings, pool=2)
+        try:
+            alive = serving(store, store.data.name)
+        finally:
+            store.close()
     except HeadraceError:
         return Finding("processes", "ok", told)  # the line of MongoDB says what is wrong
-    finally:
-        store.close()
     if not alive:
         return Finding("processes", "warning", f"{told}, and no worker is alive: start `headrace engine`")
     return Finding("processes", "ok", f"{told}; workers alive on all machines: {alive}")

@@ -31,7 +31,7 @@ from api.show import (
     watch,
     workers_table,
 )
-from api.terminal import AsJson, console, settings_of
+from api.terminal import EXIT_OF, AsJson, console, settings_of
 from engine.admission import check_collection_name
 from engine.errors import Refused, StartError
 from engine.model import Format, JobState
@@ -39,7 +39,6 @@ from engine.settings import http_url
 
 __all__ = ["remote"]
 
-EXIT_OF: Final = {"COMPLETED": 0, "FAILED": 3, "CANCELLED": 4}
 TOP_SECONDS: Final = 1.0
 PROFILE_SECONDS: Final = 4.0
 """Workers tell every two seconds: at least one whole such time lies within."""
@@ -73,7 +72,7 @@ def load(
     ] = None,
     timeout_seconds: Annotated[int | None, typer.Option(help="Fail if it runs longer.")] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Dry run: read and check, write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Load a second copy of what is loaded.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Load it again as a second copy, with new ids.")] = False,
     skip_loaded: Annotated[bool, typer.Option("--skip-loaded", help="Skip what is already loaded.")] = False,
     through_api: Annotated[bool, typer.Option("--through-api", help="Upload through the API, not directly.")] = False,
     url: Url = None,

@@ -33,8 +33,9 @@ FLYING_BYTES: Final = 64 * 1024 * 1024
 TRIES: Final = 5
 URLS: Final = 100
 
-URLS_FRESH_SECONDS: Final = 1800.0
-"""How long signed URLs are used: they are good for an hour, and a slow sender comes to the last of them late."""
+URLS_FRESH_SECONDS: Final = 600.0
+"""How long signed URLs are used: they are good for an hour, but no longer than the credentials that signed them. Those of a
+machine's role are renewed ten minutes before they end."""
 
 STREAM_PART_BYTES: Final = 16 * 1024 * 1024
 """Parts of a stream of unknown length: ten thousand of them are 156 GiB, or 168 GB."""

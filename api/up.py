@@ -19,6 +19,7 @@ from api.auth import draw, tokens_of
 from api.client import CallFailed, Client, check_file, is_stream, reachable
 from api.operations import Scope
 from api.show import watch
+from api.terminal import EXIT_OF
 from engine import sample
 from engine.errors import StartError
 from engine.local import LocalServers, die_with_parent, held_back
@@ -216,7 +217,7 @@ def _run(
         console.print(f"  {line}")
     console.print()
     if once:
-        return 0 if status["status"] == "COMPLETED" else 1
+        return EXIT_OF[status["status"]]
     return _serve(console, children, servers)
 
 

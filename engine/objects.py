@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 import boto3
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConfigNotFound,
+    ConfigParseError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 from urllib3.exceptions import HTTPError
 
 from engine.errors import (
@@ -29,6 +37,7 @@ from engine.errors import (
     ObjectChanged,
     ObjectGone,
     Refused,
+    StartError,
     TokenExpired,
     Transient,
     WrongClock,
@@ -91,15 +100,26 @@ def connect(settings: Settings, attempts: int = 2) -> "S3Client":
     for long: its callers do.
 
     Raises:
+        StartError: AWS_PROFILE or a file of AWS's settings is wrong.
         Transient: there are no credentials. A client without any stays so for good, even where a machine's role would have some
             a moment later.
     """
+    try:
+        return _connect(settings, attempts)
+    except (ProfileNotFound, ConfigParseError, ConfigNotFound) as error:
+        raise StartError(f"the settings of AWS cannot be used: {error}") from None
+    except BotoCoreError as error:
+        raise Transient(f"credentials for S3 could not be had: {error}") from None
+
+
+def _connect(settings: Settings, attempts: int) -> "S3Client":
 
     def plain(value: Any) -> str | None:
         return value.get_secret_value() if value is not None else None
 
     core = botocore.session.get_session()
-    core.set_config_variable("metadata_service_num_attempts", ROLE_ATTEMPTS)
+    asked = int(core.get_config_variable("metadata_service_num_attempts"))
+    core.set_config_variable("metadata_service_num_attempts", max(asked, ROLE_ATTEMPTS))
     session = boto3.Session(
         region_name=settings.aws_region,
         aws_access_key_id=settings.aws_access_key_id,
@@ -107,12 +127,10 @@ def connect(settings: Settings, attempts: int = 2) -> "S3Client":
         aws_session_token=plain(settings.aws_session_token),
         botocore_session=core,
     )
-    with s3_translated("looking for credentials"):
-        if session.get_credentials() is None:
-            raise Transient(
-                "S3 cannot be used without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine "
-                "a role"
-            )
+    if session.get_credentials() is None:
+        raise Transient(
+            "S3 cannot be used without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role"
+        )
     client: S3Client = session.client(
         "s3",
         endpoint_url=settings.aws_endpoint_url,
@@ -191,9 +209,9 @@ class RangeReader:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
-        """Give the connection back, or drop it where much is left unread on it."""
+        """Give the connection back, or drop it where much is left unread on it, or comes slowly."""
         try:
-            if self._stop - self._at <= DRAIN_BYTES:
+            if self._stop - self._at <= DRAIN_BYTES and self._slice >= FIRST_SLICE_BYTES:
                 # Read to its end, the connection goes back by itself.
                 self.read(self._stop - self._at)
                 return

@@ -7,6 +7,7 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from typing import Final
 
 from bson import ObjectId
@@ -294,9 +295,9 @@ class Queue:
     def stop_overdue(self) -> int:
         """Stop the jobs that have run for longer than they may; returns how many there were."""
         late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
-        with translated("looking for overdue jobs"):
-            found = list(self._jobs.find(late).hint(DEADLINES).limit(PAGE_JOBS))
-        for job in filter(None, map(self._readable, found)):
+        with translated("looking for overdue jobs"), self._jobs.find(late).hint(DEADLINES) as cursor:
+            found = list(islice(filter(None, map(self._readable, cursor)), PAGE_JOBS))
+        for job in found:
             message = (
                 f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: raise it, or retry the job to go on "
                 "from here"

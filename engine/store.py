@@ -94,14 +94,15 @@ TRANSIENT_CODES: Final = frozenset(
     {6, 7, 24, 50, 64, 79, 83, 89, 90, 91, 133, 134, 189, 202, 216, 237, 262, 279, 281, 290, 310, 317, 355, 358, 384}
     | {407, 453, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436, 46841, 91331, 10045600}
     # Locks, snapshots, cursors, and what else of the same time is in the way.
-    | {43, 46, 107, 112, 117, 136, 175, 215, 239, 246, 267, 314, 363, 388, 412, 12586, 12587, 50915}
+    | {43, 46, 107, 112, 117, 136, 175, 215, 239, 246, 267, 314, 363, 412, 12586, 12587, 50915}
     # Routers and shards while data moves, or while they learn where it is.
     | {63, 70, 82, 145, 149, 150, 199, 203, 211, 249, 250, 272, 319, 338, 342, 343, 406, 9996, 13388, 56846}
     # Too much load, no room, or writes that somebody has blocked for a while.
     | {146, 264, 365, 371, 402, 433, 449, 450, 462, 14031}
 )
 """With these a server answers, for a command or for one document, while it starts, stops, elects, or is in passing trouble. A
-router says so of each document of a shard that is in trouble, which must not be taken for the documents' own fault.
+router says so of each document of a shard that is in trouble, which must not be taken for the documents' own fault. (388, a
+transaction too large for the cache, is one: of a single document with too many index keys.)
 
 Of the codes in MongoDB's src/mongo/base/error_codes.yml, from 6.0 on.
 """

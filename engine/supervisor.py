@@ -23,7 +23,7 @@ from setproctitle import setproctitle
 from engine.beat import Beat
 from engine.logs import get_logger
 from engine.settings import Settings
-from engine.worker import EXIT_BOOT, Post
+from engine.worker import EXIT_AGAIN, EXIT_BOOT, Post
 
 __all__ = ["Supervisor"]
 
@@ -220,9 +220,11 @@ class Supervisor:
 
     def _bury(self, pid: int, child: _Child, code: int) -> None:
         slot = next((slot for slot in self._slots if slot.pid == pid), None)
-        names = (() if child.beat.released() else child.post.predecessors) + (() if code == 0 else (child.post.name,))
         booted, age = child.beat.booted(), time.monotonic() - child.born
         self._ever_booted |= booted or any(other.beat.booted() for other in self._children.values())
+        # One that has not reached the servers holds nothing.
+        names = () if child.beat.released() else child.post.predecessors
+        names += (child.post.name,) if booted and code != 0 else ()
         child.beat.close()
         if slot is None and self._slots:
             # Its place is gone (TTOU): any other worker to come may free what it held.
@@ -230,14 +232,15 @@ class Supervisor:
         if slot is not None:
             slot.pid = None
             slot.dead += names
-            slot.failures = 0 if booted or code == 0 or age >= YOUNG_SECONDS else slot.failures + 1
+            lasted = age >= YOUNG_SECONDS and code != EXIT_AGAIN  # to look for credentials in vain takes seconds
+            slot.failures = 0 if booted or code == 0 or lasted else slot.failures + 1
             if slot.failures > 1:
                 slot.not_before = time.monotonic() + min(0.1 * 2 ** min(slot.failures, 10), DELAY_MOST_SECONDS)
         if code == 0 or self._stopping:
             log.debug("worker has left", action="reap", worker=child.post.name, exit=code)
         elif code == EXIT_BOOT and not self._ever_booted:
             log.error("a worker cannot start, so the engine stops", action="stop", worker=child.post.name)
-            self._stop(EXIT_BOOT)
+            self._stop(1)
         else:
             cause = "killed because it did not move" if child.silent else _cause(code)
             log.warning("worker died and is replaced", action="reap", worker=child.post.name, cause=cause)

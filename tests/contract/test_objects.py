@@ -20,6 +20,7 @@ from engine.errors import (
     ObjectChanged,
     ObjectGone,
     Refused,
+    StartError,
     TokenExpired,
     Transient,
     WrongClock,
@@ -279,6 +280,13 @@ def test_a_client_is_not_made_without_credentials(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(Transient, match="AWS_ACCESS_KEY_ID"):
         connect(Settings.model_validate({"aws_endpoint_url": "http://127.0.0.1:1"}))
+
+
+def test_settings_of_aws_that_are_wrong_are_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_PROFILE", "nope")
+    with pytest.raises(StartError, match="nope"):
+        connect(Settings.model_validate({"aws_access_key_id": "a", "aws_secret_access_key": "b"}))
 
 
 def test_of_a_body_that_trickles_less_is_waited_for_at_a_time(monkeypatch):

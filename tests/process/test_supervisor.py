@@ -15,7 +15,7 @@ import pytest
 from engine.beat import Beat
 from engine.store import job_key
 from engine.supervisor import Supervisor, _Child, _Slot
-from engine.worker import EXIT_BOOT, Post
+from engine.worker import EXIT_AGAIN, EXIT_BOOT, Post
 from tests.running import Running, alive, title, until
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def test_workers_that_die_hand_their_leases_on_at_once_and_the_job_completes(eng
 def test_an_engine_that_cannot_boot_stops_with_a_sentence(settings, store, tmp_path):
     store.control["schema"].replace_one({"_id": "version"}, {"_id": "version", "version": 999}, upsert=True)
     running = Running("engine", settings, tmp_path / "engine.log")
-    assert running.process.wait(30) == 3
+    assert running.process.wait(30) == 1
     assert any("schema version 999" in line["event"] for line in running.lines())
 
 
@@ -145,7 +145,7 @@ def test_an_engine_whose_control_database_is_not_as_it_must_be_stops_with_a_sent
     store.jobs.drop_index("by_collection")
     store.jobs.create_index([("other", 1)], name="by_collection")
     running = Running("engine", settings, tmp_path / "engine.log")
-    assert running.process.wait(30) == 3
+    assert running.process.wait(30) == 1
     assert any("preparing the control database (code 86)" in line["event"] for line in running.lines())
 
 
@@ -235,6 +235,19 @@ def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(setti
     supervisor._bury(7, _Child(Post("h", "b", 0, 1, (), 1), Beat(), now), EXIT_BOOT)
     assert (slot.failures, slot.pid) == (5001, None)
     assert 1 < slot.not_before - now < 60
+
+
+def test_a_worker_without_clients_holds_nothing_and_is_not_tried_again_at_once(settings):
+    supervisor, slot = Supervisor(settings, lambda *_: 0, _ever_booted=True), _Slot(0, failures=1)
+    supervisor._slots = [slot]
+    for pid in range(7, 10):
+        slot.pid = pid
+        post = Post("h", "b", 0, pid, ("before",), 1)
+        slot.dead = ()
+        supervisor._bury(pid, _Child(post, Beat(), time.monotonic() - 60), EXIT_AGAIN)
+        assert slot.dead == ("before",)
+    assert slot.failures == 4
+    assert slot.not_before > time.monotonic()
 
 
 def test_a_machine_that_has_no_room_for_a_process_now_is_asked_again(settings, monkeypatch):

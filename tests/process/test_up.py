@@ -134,10 +134,10 @@ def test_a_file_of_the_reader_is_loaded_and_its_bad_lines_told(up, tmp_path):
     assert "Rejected at byte 8: invalid_utf8" in run.said
 
 
-def test_a_job_that_fails_ends_with_exit_code_1_and_says_why(up, tmp_path):
+def test_a_job_that_fails_ends_with_exit_code_3_and_says_why(up, tmp_path):
     (tmp_path / "mine.ndjson").write_bytes(b"\x1f\x8b\x08\x00")
     run = up("--once", "--file", str(tmp_path / "mine.ndjson"))
-    assert run.finish() == 1
+    assert run.finish() == 3
     assert "is compressed (gzip)" in run.said
 
 
