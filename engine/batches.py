@@ -51,10 +51,6 @@ class Batch:
         """Line `position` without its newline; a carriage return before that is still there."""
         return self.data[self.start(position) : int(self.ends[position])]
 
-    def lines(self) -> list[bytes]:
-        """All of them."""
-        return self.data.split(b"\n")[: self.count]
-
 
 class Batcher:
     """Gathers lines until a batch is full.

@@ -107,7 +107,7 @@ class Pipeline:
             with expected(f"working on range {run.lease.range.index}"):
                 if run.lease.resumed:
                     self._rejects.forget(run.lease)
-                ended = self._work(run)
+                ended = self._work_in_turn(run) if run.cautious else self._work(run)
         except HeadraceError as error:
             self.keeper.drop()
             self._hand_back(run, error)
@@ -160,38 +160,48 @@ class Pipeline:
             _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
 
     def _work_alone(self, run: Run) -> Ended | HeadraceError:
-        """Work on the lease of a small object in this thread, batch by batch."""
-        assert run.job.plan is not None
+        """Work on the lease of a small object in this thread."""
         try:
             with expected(f"working on range {run.lease.range.index}"):
-                sink, splitter, batcher = self._begin(run, self._settings.engine_batch_records)
-                with closing(self._batches(run, splitter, batcher)) as batches:
-                    for batch in batches:
-                        if run.stop.is_set() or run.cancelled.is_set():
-                            return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
-                        self._write(run, sink, run.job.plan.format, batch, run.opened(batch))
+                return self._work_in_turn(run)
         except HeadraceError as error:
             return error
-        return Ended.DONE if splitter.done else Ended.STOPPED
 
-    def _begin(self, run: Run, lines: int) -> tuple[Sink, Splitter, Batcher]:
-        """What the batches of a run, of so many lines each, go through."""
+    def _begin(self, run: Run) -> tuple[Sink, Splitter, Batcher]:
+        """What the batches of a run go through."""
         lease, job = run.lease, run.job
         assert job.plan is not None
         given = (self._store, job.options.collection, job.plan, self._settings.write_timeout_seconds)
         return (
             DryRun(*given, job.id) if job.options.validate else Sink(*given),
             Splitter(lease.confirmed, lease.range.end, job.plan.max_line_bytes),
-            Batcher(lines, self._settings.engine_batch_bytes, lease.tally.lines),
+            Batcher(self._settings.engine_batch_records, self._settings.engine_batch_bytes, lease.tally.lines),
         )
 
+    def _work_in_turn(self, run: Run) -> Ended:
+        """One batch after the other, in this thread."""
+        assert run.job.plan is not None
+        sink, splitter, batcher = self._begin(run)
+        most = batcher.max_lines
+        if run.cautious:
+            batcher.max_lines = min(CAUTIOUS_LINES, most)
+        with closing(self._batches(run, splitter, batcher)) as batches:
+            for batch in batches:
+                if run.stop.is_set() or run.cancelled.is_set():
+                    return _told(run)
+                self._write(run, sink, run.job.plan.format, batch, run.opened(batch))
+                if run.cautious:
+                    self.keeper.renew(run)
+                    batcher.max_lines = min(2 * batcher.max_lines, most)
+        return Ended.DONE if splitter.done else _told(run)
+
     def _work(self, run: Run) -> Ended:
+        """As many batches at a time as there are writer threads."""
         settings, job = self._settings, run.job
         assert job.plan is not None
-        lines = min(CAUTIOUS_LINES, settings.engine_batch_records) if run.cautious else settings.engine_batch_records
-        sink, splitter, batcher = self._begin(run, lines)
+        sink, splitter, batcher = self._begin(run)
         flying: _Flying = deque()
-        most = 1 if run.cautious else settings.engine_writers + 1
+        most = settings.engine_writers + 1
         exhausted = False
         try:
             with closing(self._batches(run, splitter, batcher)) as batches:
@@ -203,10 +213,6 @@ class Pipeline:
                     closed = run.opened(batch)
                     future = self._writers.submit(self._write, run, sink, job.plan.format, batch, closed)
                     flying.append((future, size))
-                    if run.cautious:
-                        self._make_room(run, flying, 1)
-                        self.keeper.renew(run)
-                        batcher.max_lines = min(2 * batcher.max_lines, settings.engine_batch_records)
                 else:
                     exhausted = splitter.done
             self._make_room(run, flying, 1)
@@ -216,9 +222,7 @@ class Pipeline:
             for future, _ in flying:
                 future.cancel() or future.exception()
             raise
-        if exhausted:
-            return Ended.DONE
-        return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
+        return Ended.DONE if exhausted else _told(run)
 
     def _make_room(self, run: Run, flying: _Flying, most: int, room: int = 0) -> None:
         """Wait until fewer than `most` batches fly, of no more than `room` bytes; raises what a batch raised."""
@@ -330,6 +334,11 @@ class Pipeline:
                 run.lost.set()
         if run.lost.is_set():
             raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
+
+
+def _told(run: Run) -> Ended:
+    """Why the work on a run ended before its range did."""
+    return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
 
 
 def _insist(run: Run, speak: Callable[[], T]) -> T:

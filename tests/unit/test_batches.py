@@ -24,7 +24,7 @@ def test_batches_hold_the_lines_of_the_file_each_once_at_its_offset(lines, termi
         assert (batch.offset, batch.ordinal) == (at, ordinal)
         assert 1 <= batch.count <= most
         assert batch.count == 1 or len(batch.data) <= room
-        assert data[batch.offset : batch.end] == batch.data == b"\n".join(batch.lines()) + b"\n" * batch.terminated
-        assert batch.lines() == [batch.line(position) for position in range(batch.count)]
+        lines = [batch.line(position) for position in range(batch.count)]
+        assert data[batch.offset : batch.end] == batch.data == b"\n".join(lines) + b"\n" * batch.terminated
         at, ordinal = batch.end, ordinal + batch.count
     assert at == len(data)

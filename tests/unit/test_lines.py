@@ -75,7 +75,9 @@ def test_batches_hold_the_same_lines_and_meet_end_to_end(data, max_lines, max_by
     for block in read(data, 0, len(data), sizes):
         batches += batcher.add(block)
     batches += batcher.flush()
-    assert [line for batch in batches for line in batch.lines()] == [line for _, line in whole(data)]
+    assert [batch.line(position) for batch in batches for position in range(batch.count)] == [
+        line for _, line in whole(data)
+    ]
     assert [batch.offset for batch in batches] == [0, *(batch.end for batch in batches[:-1])]
     assert batches[-1].end == len(data)
     assert all(batch.count <= max_lines for batch in batches)
