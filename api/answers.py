@@ -46,10 +46,16 @@ class ProblemBody(TypedDict):
 
 
 class Failed(TypedDict):
-    """Why a job failed: a stable code and a sentence."""
+    """Why a job failed."""
 
-    code: str
-    message: str
+    code: Annotated[
+        str,
+        Field(
+            description="Stable: access_denied, failed, final, object_changed, object_gone, refused, timeout, too_many_errors, "
+            "unavailable, unexpected, workers_died"
+        ),
+    ]
+    message: Annotated[str, Field(description="What happened, and what to do next")]
 
 
 class RejectBody(TypedDict):
@@ -120,21 +126,23 @@ class EventBody(TypedDict):
 
 
 class JobDetail(JobStatus):
-    """A job, with what it was asked for, what became of its ranges and what happened to it.
+    """A job, with what it was asked for, what became of its ranges and what happened to it."""
 
-    `waitingFor` tells, where nobody is at work on it, what it waits for: a worker, its time, the end of a pause, another try.
-    """
-
-    maxErrors: int | str
-    ifLoaded: str
-    force: bool
-    timeoutSeconds: int | None
-    waitingFor: str | None
-    ranges: dict[str, int]
-    attempts: int
-    deaths: int
-    workers: list[str]
-    timeline: list[EventBody]
+    maxErrors: Annotated[int | str, Field(description="Rejects allowed: a count, or a percentage")]
+    ifLoaded: Annotated[str, Field(description="skip: it completes at once where it has been loaded before")]
+    force: Annotated[bool, Field(description="It loads a second copy")]
+    timeoutSeconds: Annotated[int | None, Field(description="How long it may run")]
+    waitingFor: Annotated[
+        str | None,
+        Field(
+            description="Where nobody is at work on it: a worker, its time, the end of a pause, its turn, another try"
+        ),
+    ]
+    ranges: Annotated[dict[str, int], Field(description="Its ranges by state")]
+    attempts: Annotated[int, Field(description="How often work on its ranges has failed")]
+    deaths: Annotated[int, Field(description="How often a worker has died over one of them")]
+    workers: Annotated[list[str], Field(description="Who has worked on it lately")]
+    timeline: Annotated[list[EventBody], Field(description="What happened to it, oldest first")]
 
 
 class JobPage(TypedDict):
@@ -171,13 +179,13 @@ class BatchAnswer(TypedDict):
 class BatchStatus(TypedDict):
     """A batch: its jobs by state, and their progress summed. `status` is PROCESSING until all have ended."""
 
-    batchId: str
-    status: _State
-    createdAt: _Moment | None
-    jobs: int
-    states: dict[str, int]
-    bytesTotal: int
-    lines: int
+    batchId: Annotated[str, Field(description="24 hexadecimal digits")]
+    status: Annotated[_State, Field(description="Of ended jobs FAILED before CANCELLED before COMPLETED")]
+    createdAt: Annotated[_Moment | None, Field(description="When it was submitted")]
+    jobs: Annotated[int, Field(description="How many jobs it has")]
+    states: Annotated[dict[str, int], Field(description="Its jobs by state")]
+    bytesTotal: Annotated[int, Field(description="Bytes of all its objects")]
+    lines: Annotated[int, Field(description="Lines that are done, over all its jobs; so the rest")]
     inserted: int
     duplicates: int
     rejected: int

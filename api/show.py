@@ -222,6 +222,7 @@ def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, 
     )
     earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
     since = [_since(worker, earlier.get((worker["host"], worker["pid"]), {})) for worker in workers]
+    several = len({worker["host"] for worker in workers}) > 1
     for worker in [*since, _sum(since)] if len(since) > 1 else since:
         counts = worker["counts"]
         lines = counts.get("lines", 0)
@@ -231,7 +232,8 @@ def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, 
             _spent(s, lines) + ("" if stage == "stall" or not s else f" ({100 * s / whole:.0f} %)")
             for stage, s in seconds.items()
         ]
-        table.add_row(str(worker["slot"]), f"{lines:,.0f}", *cells)
+        name = f"{worker['host']} {worker['slot']}" if several and "host" in worker else str(worker["slot"])
+        table.add_row(name, f"{lines:,.0f}", *cells)
     return table
 
 

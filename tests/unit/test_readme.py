@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.errors import (
     AccessDenied,
     Conflict,
+    Final,
     KeyReused,
     NotFound,
     Refused,
@@ -90,6 +91,7 @@ def test_every_type_of_problem_is_told():
     literal = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
     # Those of the engine's errors which an answer may be, and of Falcon's; and one that no client is left to read.
     answered = {
-        e.code for e in (Transient, WrongClock, TokenExpired, AccessDenied, NotFound, Conflict, Refused, KeyReused)
+        e.code
+        for e in (Transient, WrongClock, TokenExpired, AccessDenied, NotFound, Conflict, Refused, KeyReused, Final)
     }
-    assert told == (literal | answered | {"method_not_allowed"}) - {"client_gone"}
+    assert told == (literal | answered | {"method_not_allowed", "bad_request"}) - {"client_gone"}

@@ -32,6 +32,13 @@ def test_a_profile_is_of_the_time_between_two_looks():
     assert "10.00" not in told
 
 
+def test_a_profile_of_several_machines_tells_them_apart():
+    there = worker(0, 1e6, decode=1.0) | {"host": "other"}
+    told = shown([worker(0, 1e6, decode=1.0), there])
+    assert [name in told for name in ("h 0", "other 0", "all")] == [True] * 3
+    assert "h 0" not in shown([worker(0, 1e6, decode=1.0), worker(1, 1e6, decode=1.0)])
+
+
 def test_what_a_file_is_called_is_shown_and_not_obeyed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     progress = {
