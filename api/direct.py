@@ -12,7 +12,7 @@ from api.operations import Answer, Scope, body_of, operation, query_of
 from api.uploads import key_for, location_of
 from api.views import stored_file
 from engine.direct import DirectUploads, Part, Upload
-from engine.objects import PART_TYPE
+from engine.s3 import PART_TYPE
 
 __all__ = ["Abort", "Begin", "Complete", "Under"]
 

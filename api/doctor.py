@@ -13,7 +13,8 @@ from typing import Final
 from api.auth import is_loopback, tokens_of
 from api.client import Client, reachable
 from engine.errors import HeadraceError, WrongClock
-from engine.objects import Objects, connect
+from engine.objects import Objects
+from engine.s3 import connect
 from engine.settings import Settings, cores
 from engine.stats import serving
 from engine.store import Store, translated

@@ -18,10 +18,11 @@ from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.objects import PARTS_MOST, Objects, connect
+from engine.objects import PARTS_MOST, Objects
 from engine.ports import check_port
 from engine.queue import Queue
 from engine.rejects import Rejects
+from engine.s3 import connect
 from engine.settings import Settings
 from engine.store import Store
 

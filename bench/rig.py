@@ -20,9 +20,10 @@ from api.client import Client
 from engine.ledger import Ledger
 from engine.local import LocalServers, die_with_parent
 from engine.model import Job, JobOptions, Source
-from engine.objects import Objects, connect
+from engine.objects import Objects
 from engine.ports import free_port
 from engine.queue import Queue
+from engine.s3 import connect
 from engine.settings import Settings, cores
 from engine.store import Store, job_key
 

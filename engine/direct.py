@@ -14,7 +14,8 @@ from botocore.exceptions import ClientError
 
 from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
-from engine.objects import PART_TYPE, PARTS_MOST, S3_ERRORS, Objects, s3_translated
+from engine.objects import PARTS_MOST, Objects
+from engine.s3 import PART_TYPE, S3_ERRORS, s3_translated
 from engine.store import Document, Store, translated
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
 from engine.errors import HeadraceError, StartError
-from engine.objects import Objects, connect
+from engine.objects import Objects
 from engine.ports import free_port, ports_in_pairs
+from engine.s3 import connect
 from engine.settings import DEFAULT_DATABASE, Settings
 
 __all__ = ["BUCKET", "LocalServers", "die_with_parent", "held_back", "mongod_path"]

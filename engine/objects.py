@@ -1,33 +1,22 @@
 """The S3 side: what an object is now, ranged reads of one pinned version of it, uploads in parallel parts.
 
 Every read carries `If-Match`, so two versions of an object are never mixed, and every answer is checked for being the
-range that was asked for. Build the client after the fork.
+range that was asked for.
 """
 
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-import boto3
-import botocore.session
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConfigNotFound,
-    ConfigParseError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
+from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from engine.errors import (
@@ -36,36 +25,27 @@ from engine.errors import (
     NotFound,
     ObjectChanged,
     ObjectGone,
-    Refused,
-    StartError,
     TokenExpired,
     Transient,
     WrongClock,
 )
 from engine.model import Source
-from engine.settings import Settings
+from engine.s3 import PART_TYPE, S3_ERRORS, code_of, s3_translated, status_of, translate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
 
 __all__ = [
     "PARTS_MOST",
-    "PART_TYPE",
-    "S3_ERRORS",
     "Listed",
     "Objects",
     "RangeReader",
     "Recorded",
     "Stream",
-    "connect",
-    "s3_translated",
 ]
 
 PARTS_MOST: Final = 10_000
 """Parts that one multipart upload may have."""
-
-S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
-"""What the S3 client raises."""
 
 DRAIN_BYTES: Final = 256 * 1024
 """An answer with no more than this left is read to its end, so that its connection can be used again."""
@@ -75,12 +55,6 @@ SLICE_BYTES: Final = 256 * 1024
 
 FIRST_SLICE_BYTES: Final = 16 * 1024
 SLICE_SECONDS: Final = 1.0
-
-ROLE_ATTEMPTS: Final = 3
-"""How often the role of a machine is asked for: workers that begin at the same time are told to slow down."""
-
-PART_TYPE: Final = "application/json"
-"""SeaweedFS gzips what looks like text unless each part says that it is this; ranges of gzip are slow to read."""
 
 
 Recorded = Callable[[str, str], AbstractContextManager[None]]
@@ -93,69 +67,6 @@ class Stream(Protocol):
     def read(self, size: int = -1, /) -> bytes:
         """At most `size` bytes; none at the end."""
         ...
-
-
-def connect(settings: Settings, attempts: int = 2) -> "S3Client":
-    """An S3 client, each of whose `attempts` at a call ends within `settings.answer_seconds`: they add up. It does not retry
-    for long: its callers do.
-
-    Raises:
-        StartError: AWS_PROFILE or a file of AWS's settings is wrong.
-        Transient: there are no credentials. A client without any stays so for good, even where a machine's role would have some
-            a moment later.
-    """
-    try:
-        return _connect(settings, attempts)
-    except (ProfileNotFound, ConfigParseError, ConfigNotFound) as error:
-        raise StartError(f"the settings of AWS cannot be used: {error}") from None
-    except BotoCoreError as error:
-        raise Transient(f"credentials for S3 could not be had: {error}") from None
-
-
-def _connect(settings: Settings, attempts: int) -> "S3Client":
-
-    def plain(value: Any) -> str | None:
-        return value.get_secret_value() if value is not None else None
-
-    core = botocore.session.get_session()
-    asked = int(core.get_config_variable("metadata_service_num_attempts"))
-    core.set_config_variable("metadata_service_num_attempts", max(asked, ROLE_ATTEMPTS))
-    session = boto3.Session(
-        region_name=settings.aws_region,
-        aws_access_key_id=settings.aws_access_key_id,
-        aws_secret_access_key=plain(settings.aws_secret_access_key),
-        aws_session_token=plain(settings.aws_session_token),
-        botocore_session=core,
-    )
-    if session.get_credentials() is None:
-        raise Transient(
-            "S3 cannot be used without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role"
-        )
-    client: S3Client = session.client(
-        "s3",
-        endpoint_url=settings.aws_endpoint_url,
-        config=Config(
-            connect_timeout=settings.select_timeout_seconds,
-            read_timeout=settings.socket_timeout_seconds,
-            retries={"mode": "standard", "total_max_attempts": attempts},
-            max_pool_connections=32,
-            # The default for signed URLs is an older one that AWS refuses in newer regions.
-            signature_version="s3v4",
-            s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
-            tcp_keepalive=True,
-            # The types hold what this would look at again in each call, for a tenth of its time.
-            parameter_validation=False,
-            # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
-    client.meta.events.register("before-call.s3.UploadPart", _name_type)
-    return client
-
-
-def _name_type(params: dict[str, Any], **_: object) -> None:
-    params["headers"]["Content-Type"] = PART_TYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,10 +172,10 @@ class Objects:
             try:
                 found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
-                if _status(error) in (400, 403):
+                if status_of(error) in (400, 403):
                     self._tell_why(key)
                 # SeaweedFS and others answer 400 to keys that no object can have, such as a/../b.
-                if _status(error) in (400, 404):
+                if status_of(error) in (400, 404):
                     raise NotFound(f"there is no object {key!r} in bucket {self.bucket}") from None
                 raise
         version = found.get("VersionId", "")
@@ -275,7 +186,7 @@ class Objects:
         try:
             self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
         except ClientError as error:
-            told = _translate(error, f"looking for {key}")
+            told = translate(error, f"looking for {key}")
             if isinstance(told, AccessDenied | TokenExpired | WrongClock):
                 raise told from error
 
@@ -297,16 +208,16 @@ class Objects:
                     **version,  # type: ignore[arg-type]
                 )
             except ClientError as error:
-                status = _status(error)
+                status = status_of(error)
                 if status == 412 or status == 416:
                     raise ObjectChanged(
                         f"{source.key} was overwritten after the job was submitted: submit a new job for what it is now"
                     ) from None
-                if status == 404 and _code(error) != "NoSuchBucket":
+                if status == 404 and code_of(error) != "NoSuchBucket":
                     raise ObjectGone(
                         f"{source.key} was deleted after the job was submitted: upload it again and submit a new job"
                     ) from None
-                if status == 403 and _code(error) == "AccessDenied" and version:
+                if status == 403 and code_of(error) == "AccessDenied" and version:
                     raise AccessDenied(
                         f"S3 does not allow reading {source.key} by its version: give these credentials s3:GetObjectVersion, "
                         "which a bucket with versions needs besides s3:GetObject"
@@ -447,7 +358,7 @@ class Objects:
             try:
                 self._head_bucket()
             except ClientError as error:
-                if _status(error) == 404:
+                if status_of(error) == 404:
                     raise NotFound(f"there is no bucket {self.bucket}: make it, or set AWS_BUCKET_NAME") from None
                 raise
 
@@ -461,7 +372,7 @@ class Objects:
         try:
             return self._client.head_bucket(Bucket=self.bucket)
         except ClientError as error:
-            if _status(error) in (400, 403):
+            if status_of(error) in (400, 403):
                 self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)  # whose refusal says why
             raise
 
@@ -503,45 +414,3 @@ def _etag_of(parts: list[Any]) -> str:
         return f"{hashlib.md5(bytes.fromhex(digests), usedforsecurity=False).hexdigest()}-{len(parts)}"
     except ValueError:
         return ""  # of parts that S3 encrypts, it is no such digest
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-@contextmanager
-def s3_translated(doing: str) -> Iterator[None]:
-    """Within it, errors of the S3 client come out as the project's own."""
-    try:
-        yield
-    except ClientError as error:
-        raise _translate(error, doing) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise AccessDenied(f"S3 cannot be used for {doing}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-    except (BotoCoreError, HTTPError, OSError) as error:
-        raise Transient(
-            f"S3 does not answer while {doing} ({type(error).__name__}): see that it can be reached"
-        ) from error
-
-
-def _translate(error: ClientError, doing: str) -> HeadraceError:
-    code, status = _code(error), _status(error)
-    if code in ("RequestTimeTooSkewed", "RequestExpired"):
-        return WrongClock(f"S3 refuses {doing} because this machine's clock is wrong: set it, for example with NTP")
-    if code == "ExpiredToken":
-        return TokenExpired(f"the session token of the AWS credentials ran out while {doing}: start anew with another")
-    if code == "InvalidArgument":
-        return Refused(f"S3 refuses what it is asked while {doing}: see that names and cursors are as they were told")
-    if code == "InvalidObjectState":
-        return Refused(f"S3 keeps the object in an archive and does not allow {doing}: restore it, then retry the job")
-    if status in (401, 403):
-        return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
-    if code == "NoSuchBucket":
-        return Transient(f"there is no such bucket while {doing}: make it, or set AWS_BUCKET_NAME to one that there is")
-    if status == 404:
-        return NotFound(f"S3 found nothing while {doing} ({code or status})")
-    return Transient(f"S3 could not answer while {doing} ({code or status}): check the S3 server")

@@ -31,13 +31,14 @@ from engine.keeper import KEEPER, Run
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Freed, Job, JobState, Stop
-from engine.objects import Objects, connect
+from engine.objects import Objects
 from engine.pipeline import Ended, Pipeline
 from engine.planner import Planner
 from engine.plans import Plans
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.retention import Retention
+from engine.s3 import connect
 from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats
 from engine.store import Document, Store

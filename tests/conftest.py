@@ -18,10 +18,11 @@ from engine.beat import Beat
 from engine.ledger import Ledger
 from engine.local import LocalServers
 from engine.model import TERMINAL, Job, JobOptions
-from engine.objects import Objects, connect
+from engine.objects import Objects
 from engine.ports import free_port
 from engine.queue import Queue
 from engine.rejects import Rejects
+from engine.s3 import connect
 from engine.settings import Settings
 from engine.store import Store
 from engine.worker import Post, _Worker

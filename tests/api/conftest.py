@@ -12,8 +12,9 @@ import httpx
 import pytest
 from bson import ObjectId
 
-from engine.objects import Objects, connect
+from engine.objects import Objects
 from engine.ports import free_port
+from engine.s3 import connect
 from engine.settings import Settings
 from tests.conftest import drop, own_settings
 from tests.running import ROOT, Running, until

@@ -15,8 +15,9 @@ from engine.errors import Transient
 from engine.jobs import Ticket
 from engine.ledger import Ledger
 from engine.model import TERMINAL, JobOptions
-from engine.objects import Objects, connect
+from engine.objects import Objects
 from engine.queue import Queue
+from engine.s3 import connect
 from engine.settings import Settings
 from engine.store import Store
 from tests.chaos import corpus

@@ -26,7 +26,8 @@ from engine.errors import (
     WrongClock,
 )
 from engine.model import Source
-from engine.objects import Objects, RangeReader, connect, s3_translated
+from engine.objects import Objects, RangeReader
+from engine.s3 import connect, s3_translated
 from engine.settings import Settings
 
 MIB = 1024 * 1024

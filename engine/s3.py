@@ -1,0 +1,152 @@
+"""The client of S3, and what its errors mean. Build the client after the fork."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import boto3
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConfigNotFound,
+    ConfigParseError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from urllib3.exceptions import HTTPError
+
+from engine.errors import (
+    AccessDenied,
+    HeadraceError,
+    NotFound,
+    Refused,
+    StartError,
+    TokenExpired,
+    Transient,
+    WrongClock,
+)
+from engine.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
+
+__all__ = ["PART_TYPE", "S3_ERRORS", "code_of", "connect", "s3_translated", "status_of", "translate"]
+
+S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
+"""What the S3 client raises."""
+
+ROLE_ATTEMPTS: Final = 3
+"""How often the role of a machine is asked for: workers that begin at the same time are told to slow down."""
+
+PART_TYPE: Final = "application/json"
+"""SeaweedFS gzips what looks like text unless each part says that it is this; ranges of gzip are slow to read."""
+
+
+def connect(settings: Settings, attempts: int = 2) -> "S3Client":
+    """An S3 client, each of whose `attempts` at a call ends within `settings.answer_seconds`: they add up. It does not retry
+    for long: its callers do.
+
+    Raises:
+        StartError: AWS_PROFILE or a file of AWS's settings is wrong.
+        Transient: there are no credentials. A client without any stays so for good, even where a machine's role would have some
+            a moment later.
+    """
+    try:
+        return _connect(settings, attempts)
+    except (ProfileNotFound, ConfigParseError, ConfigNotFound) as error:
+        raise StartError(f"the settings of AWS cannot be used: {error}") from None
+    except BotoCoreError as error:
+        raise Transient(f"credentials for S3 could not be had: {error}") from None
+
+
+def _connect(settings: Settings, attempts: int) -> "S3Client":
+    def plain(value: Any) -> str | None:
+        return value.get_secret_value() if value is not None else None
+
+    core = botocore.session.get_session()
+    asked = int(core.get_config_variable("metadata_service_num_attempts"))
+    core.set_config_variable("metadata_service_num_attempts", max(asked, ROLE_ATTEMPTS))
+    session = boto3.Session(
+        region_name=settings.aws_region,
+        aws_access_key_id=settings.aws_access_key_id,
+        aws_secret_access_key=plain(settings.aws_secret_access_key),
+        aws_session_token=plain(settings.aws_session_token),
+        botocore_session=core,
+    )
+    if session.get_credentials() is None:
+        raise Transient(
+            "S3 cannot be used without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role"
+        )
+    client: S3Client = session.client(
+        "s3",
+        endpoint_url=settings.aws_endpoint_url,
+        config=Config(
+            connect_timeout=settings.select_timeout_seconds,
+            read_timeout=settings.socket_timeout_seconds,
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            max_pool_connections=32,
+            # The default for signed URLs is an older one that AWS refuses in newer regions.
+            signature_version="s3v4",
+            s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
+            tcp_keepalive=True,
+            # The types hold what this would look at again in each call, for a tenth of its time.
+            parameter_validation=False,
+            # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+    client.meta.events.register("before-call.s3.UploadPart", _name_type)
+    return client
+
+
+def _name_type(params: dict[str, Any], **_: object) -> None:
+    params["headers"]["Content-Type"] = PART_TYPE
+
+
+def code_of(error: ClientError) -> str:
+    """S3's name for what is wrong; "" where the answer has no body that says so."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def status_of(error: ClientError) -> int:
+    """The HTTP status of the answer."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+@contextmanager
+def s3_translated(doing: str) -> Iterator[None]:
+    """Within it, errors of the S3 client come out as the project's own."""
+    try:
+        yield
+    except ClientError as error:
+        raise translate(error, doing) from error
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise AccessDenied(f"S3 cannot be used for {doing}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+    except (BotoCoreError, HTTPError, OSError) as error:
+        raise Transient(
+            f"S3 does not answer while {doing} ({type(error).__name__}): see that it can be reached"
+        ) from error
+
+
+def translate(error: ClientError, doing: str) -> HeadraceError:
+    """The project's error for one of S3's; `doing` says what was being done."""
+    code, status = code_of(error), status_of(error)
+    if code in ("RequestTimeTooSkewed", "RequestExpired"):
+        return WrongClock(f"S3 refuses {doing} because this machine's clock is wrong: set it, for example with NTP")
+    if code == "ExpiredToken":
+        return TokenExpired(f"the session token of the AWS credentials ran out while {doing}: start anew with another")
+    if code == "InvalidArgument":
+        return Refused(f"S3 refuses what it is asked while {doing}: see that names and cursors are as they were told")
+    if code == "InvalidObjectState":
+        return Refused(f"S3 keeps the object in an archive and does not allow {doing}: restore it, then retry the job")
+    if status in (401, 403):
+        return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
+    if code == "NoSuchBucket":
+        return Transient(f"there is no such bucket while {doing}: make it, or set AWS_BUCKET_NAME to one that there is")
+    if status == 404:
+        return NotFound(f"S3 found nothing while {doing} ({code or status})")
+    return Transient(f"S3 could not answer while {doing} ({code or status}): check the S3 server")
