@@ -4,7 +4,6 @@ So that nobody who may not upload fills the spool, and no upload is sent in full
 is refused here, or by waitress itself, is answered as the application's problems are.
 """
 
-import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +17,7 @@ from waitress.task import WSGITask
 from waitress.utilities import Error
 
 from api.auth import Guard, Head
-from api.limits import LEAVE
+from api.limits import LEAVE, Slots
 from api.metrics import Durations
 from api.operations import BODY_MOST_BYTES, Scope, check_encoding, check_form
 from api.problems import Problem, problem_body, problem_headers, request_id_of
@@ -61,7 +60,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     settings: ClassVar[Settings]
     guard: ClassVar[Guard]
     durations: ClassVar[Durations]
-    uploads: ClassVar[threading.BoundedSemaphore]
+    uploads: ClassVar[Slots]
     small: ClassVar[Adjustments]
     """As the server's, but for the size of a body."""
 
@@ -107,11 +106,9 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         check_form(get("CONTENT_TYPE"))
         if self.content_length >= self.adj.max_request_body_size:
             raise _too_large(self.settings)
-        if not self.uploads.acquire(blocking=False):
-            most = self.settings.api_max_uploads
-            raise Problem(503, "busy", f"{most} uploads are under way already: try again in a little while")
+        self.uploads.take()
         # Given back when the application is done or the request is over; at the latest when nobody knows of it any more.
-        self._give_back = weakref.finalize(self, self.uploads.release)
+        self._give_back = weakref.finalize(self, self.uploads.give)
 
     def received(self, data: bytes) -> int:
         """Bytes of the request; what waitress refuses is told as a problem."""
@@ -232,7 +229,7 @@ def open_door(server: Any, settings: Settings, guard: Guard, durations: Duration
     servers = [each for each in getattr(server, "map", {}).values() if hasattr(each, "channel_class")] or [server]
     small = Adjustments(max_request_body_size=BODY_MOST_BYTES + 1)
     Parser.settings, Parser.guard, Parser.durations, Parser.small = settings, guard, durations, small
-    Parser.uploads = threading.BoundedSemaphore(settings.api_max_uploads)
+    Parser.uploads = Slots(settings.api_max_uploads, 503, "uploads")
     for each in servers:
         each.channel_class = Channel
         each.maintenance = partial(maintain, each, each.maintenance)

@@ -21,7 +21,7 @@ class Slots:
     Args:
         most: how many there are.
         status: of the problem where none is left, 429 or 503.
-        what: that they are, in a sentence to the client.
+        what: a plural noun for the detail of that problem, such as "downloads".
     """
 
     def __init__(self, most: int, status: int, what: str) -> None:

@@ -43,16 +43,15 @@ LAST_SECONDS: Final = 3.0
 log = get_logger()
 
 
-def _connections() -> int:
-    """How many clients may be connected: as many as there are file descriptors, less what the process itself needs."""
+def _open_files() -> int:
+    """Let this process open as many files as its connections may need, where the system lets it; returns how many it may."""
+    wanted = CONNECTIONS_MOST + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = (
-        CONNECTIONS_MOST + SPARE_FILES if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS_MOST + SPARE_FILES)
-    )
-    if soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    most = max(soft, most)
-    return max(100, min(CONNECTIONS_MOST, most - SPARE_FILES))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
 
 
 def _checked(settings: Settings) -> list[Token]:
@@ -105,12 +104,12 @@ def serve(settings: Settings) -> int:
             host=settings.api_host,
             port=settings.port,
             threads=settings.api_threads,
-            max_request_body_size=settings.api_max_upload_bytes,
+            max_request_body_size=settings.api_max_upload_bytes + 1,  # from which on it refuses
             # Waitress looks at all of a head again with every piece of it that comes.
             max_request_header_size=HEAD_MOST_BYTES,
             channel_timeout=IDLE_SECONDS,
             # A crowd of idle clients must not keep others out.
-            connection_limit=_connections(),
+            connection_limit=max(100, _open_files() - SPARE_FILES),
             # So that a client which leaves is noticed while its request is worked on.
             channel_request_lookahead=1,
             asyncore_use_poll=True,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from enum import Enum, auto
-from itertools import count
 from typing import Final, TypeVar
 
 from engine.batches import Batch, Batcher
@@ -280,7 +279,7 @@ class Pipeline:
                 self._stats.add(retries=1)
                 if tries >= TRIES:
                     raise
-                _back_off(run, tries)
+                self._stats.add(seconds_backoff=_back_off(run, tries))
             if run.told_to_end():
                 return
 
@@ -288,7 +287,7 @@ class Pipeline:
         """One batch, in a writer thread: decode, write, write its rejects, confirm."""
         job, plan = run.job, run.job.plan
         assert plan is not None
-        began, waited = time.perf_counter(), self._store.waited()
+        began, waited, backed_off = time.perf_counter(), self._store.waited(), 0.0
         documents = decode(batch, format, plan.tag, job.source.key)
         if documents:
             reach(Step.PARSED)
@@ -310,7 +309,7 @@ class Pipeline:
                     raise
                 if isinstance(error, Severed):
                     at_a_time = max(1, (at_a_time or batch.count) // 4)
-                _back_off(run, tries)
+                backed_off += _back_off(run, tries)
         close(tally)
         run.move()
         waited = self._store.waited() - waited
@@ -321,8 +320,9 @@ class Pipeline:
             bytes=tally.bytes,
             batches=1,
             seconds_decode=documents.seconds,
-            seconds_encode=time.perf_counter() - began - documents.seconds - waited,
+            seconds_encode=time.perf_counter() - began - documents.seconds - waited - backed_off,
             seconds_wait=waited,
+            seconds_backoff=backed_off,
         )
 
     def _guard(self, run: Run) -> None:
@@ -347,20 +347,20 @@ def _insist(run: Run, speak: Callable[[], T]) -> T:
     LeaseLost after a try without an answer may mean that it is told already, or that somebody else holds the range by now:
     whatever follows from a range that is done is left to those who see it.
     """
-    for tries in count(1):
+    for tries in range(1, TRIES):
         try:
             return speak()
         except Transient:
-            if tries == TRIES:
-                raise
             _back_off(run, tries)
-    raise AssertionError  # the loop has no end of its own
+    return speak()
 
 
-def _back_off(run: Run, tries: int) -> None:
-    """Wait before the next try; less when the worker is to stop."""
-    end = time.monotonic() + BACKOFF_SECONDS * 2**tries * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
+def _back_off(run: Run, tries: int) -> float:
+    """Wait before the next try, less when the worker is to stop; returns the seconds that it took."""
+    began = time.monotonic()
+    end = began + BACKOFF_SECONDS * 2**tries * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
     while (left := end - time.monotonic()) > 0:
         run.move()  # it does not hang
         if run.stop.wait(min(left, STIR_SECONDS)):
-            return
+            break
+    return time.monotonic() - began

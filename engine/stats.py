@@ -29,10 +29,10 @@ REPORT_SECONDS: Final = 2.0
 LIVE_SECONDS: Final = 15.0
 """A worker that has told nothing for so long is not shown."""
 
-STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "queue")
+STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "queue", "backoff")
 """Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding and sending
-batches; waiting for the database to take them; the reader's wait for room among the batches under way; and waiting for the
-database over jobs and ranges."""
+batches; waiting for the database to take them; the reader's wait for room among the batches under way; waiting for the
+database over jobs and ranges; and the pauses before what failed is tried again."""
 
 log = get_logger()
 
@@ -91,9 +91,7 @@ class Reporter(threading.Thread):
         while True:
             try:
                 self.tell()
-            except (
-                Exception
-            ) as error:  # numbers for people: the work goes on without, and the next ones may come through
+            except Exception as error:  # numbers for people: the work goes on, and the next ones may come through
                 log.exception("a worker's figures could not be told", action="report", cause=str(error))
             time.sleep(REPORT_SECONDS)
 

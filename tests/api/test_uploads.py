@@ -240,6 +240,12 @@ def test_a_body_over_the_limit_is_refused_and_leaves_nothing(live):
     assert stored(live) == before
 
 
+def test_the_largest_body_that_is_allowed_is_taken_and_one_byte_more_is_not(raw):
+    body = form(b"x" * (40 * MIB - len(form(b""))))
+    assert raw(request(body)).startswith(b"HTTP/1.1 201 ")
+    assert raw(request(b"", len(body) + 1)).startswith(b"HTTP/1.1 413 ")
+
+
 def test_the_api_stays_flat_while_a_large_file_goes_through(live):
     def resident():
         status = Path(f"/proc/{live.api.pid}/status").read_text()

@@ -4,13 +4,17 @@ import threading
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
+import numpy as np
 import pytest
 
+from engine.batches import Batch
+from engine.errors import Transient
 from engine.keeper import Run
 from engine.lines import Splitter
-from engine.model import ByteRange, Lease, Tally
+from engine.model import ByteRange, Format, Lease, Tally
 from engine.pipeline import Pipeline
 from engine.settings import Settings
+from engine.stats import Stats
 
 
 def test_what_was_read_ahead_may_reach_beyond_all_of_a_range(monkeypatch):
@@ -58,3 +62,24 @@ def test_a_line_without_an_end_is_read_no_further_when_the_work_is_to_end(flag):
     chunks = list(pipeline._chunks(run, Splitter(0, 2**40, 2**20)))
     pipeline.close()
     assert len(chunks) == len(reads) == 3
+
+
+def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
+    pauses = iter((1.5, 2.5))
+    monkeypatch.setattr("engine.pipeline._back_off", lambda run, tries: next(pauses))
+    clock = iter((0.0, 4.5))
+    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    sink = Mock()
+    sink.write.side_effect = [Transient("away"), Transient("away"), (Tally(lines=1), [])]
+    store = Mock()
+    store.waited.return_value = 0.0
+    stats = Stats()
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, stats, lambda: 0.0)
+    batch = Batch(0, 3, 0, b"{}\n", np.array([2]))
+    monkeypatch.setattr("engine.pipeline.decode", lambda *what: Mock(seconds=0.0))
+    monkeypatch.setattr("engine.pipeline.time.perf_counter", lambda: next(clock))
+    pipeline._write(run, sink, Format.NDJSON, batch, lambda tally: None)
+    pipeline.close()
+    counts = stats.counts()
+    assert (counts["seconds_backoff"], counts["seconds_encode"], counts["retries"]) == (4.0, 0.5, 2)
