@@ -165,7 +165,7 @@ class Client:
                     headers["Prefer"] = f"wait={patience}"
                     time.sleep(POLL_SECONDS)
                     continue
-                status = self.ask("GET", detail) if still else self._told(answer)
+                status = self.ask("GET", detail) if still else self._body_of(answer)
             except httpx.HTTPError as error:
                 failed = self._silent(error)
             except CallFailed as error:
@@ -209,7 +209,7 @@ class Client:
             raise self._silent(error) from None
         if not answer.is_success:
             raise self._problem(method, path, answer)
-        return self._told(answer)
+        return self._body_of(answer)
 
     def insist(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         """As `ask`, for a call that is safe to repeat: an API that is being restarted is waited for."""
@@ -223,16 +223,16 @@ class Client:
                     raise
             time.sleep(POLL_SECONDS)
 
-    def _told(self, answer: httpx.Response) -> dict[str, Any]:
+    def _body_of(self, answer: httpx.Response) -> dict[str, Any]:
         """What was answered. Raises CallFailed where it was not Headrace that did."""
         try:
-            told = answer.json() if answer.content else {}
+            body = answer.json() if answer.content else {}
         except ValueError:
-            told = None
+            body = None
         # Whoever answers {} to everything does not name each request.
-        if not isinstance(told, dict) or "X-Request-ID" not in answer.headers:
+        if not isinstance(body, dict) or "X-Request-ID" not in answer.headers:
             raise CallFailed(answer.status_code, f"{self.url} does not speak as Headrace does: check API_URL and PORT")
-        return told
+        return body
 
     def _silent(self, error: Exception) -> CallFailed:
         why = type(error).__name__
@@ -242,10 +242,10 @@ class Client:
 
     def _problem(self, method: str, path: str, answer: httpx.Response) -> CallFailed:
         try:
-            told = answer.json()
+            body = answer.json()
         except ValueError:
-            told = {}
-        detail = told.get("detail") if isinstance(told, dict) else None
+            body = {}
+        detail = body.get("detail") if isinstance(body, dict) else None
         if answer.status_code == 401 and detail:
             detail += "; set API_TOKEN"
         if answer.has_redirect_location and not detail:
@@ -257,5 +257,5 @@ class Client:
         return CallFailed(
             answer.status_code,
             detail or f"{method} {path} was answered with {answer.status_code}: {answer.text[:200]}",
-            str(told.get("type", "")).rpartition(":")[2] if isinstance(told, dict) else "",
+            str(body.get("type", "")).rpartition(":")[2] if isinstance(body, dict) else "",
         )

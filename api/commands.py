@@ -107,10 +107,10 @@ def doctor(as_json: AsJson = False) -> None:
     settings = settings_of(needs_servers=False)
     findings = list(examine(settings))
     if as_json:
-        print_json([{"what": f.what, "state": f.state, "said": f.said} for f in findings])
+        print_json([{"what": f.what, "state": f.state, "message": f.message} for f in findings])
     else:
         for found in findings:
-            print(f"{found.state:<8} {found.what:<10} {found.said}")
+            print(f"{found.state:<8} {found.what:<10} {found.message}")
     raise typer.Exit(1 if any(found.state == "wrong" for found in findings) else 0)
 
 
@@ -165,11 +165,11 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 (a person is shown a sentence, whatever it is)
         get_logger().debug("the command failed", action="command", exc_info=error)
-        said = f"something unexpected happened ({type(error).__name__}): ENGINE_LOG_LEVEL=debug shows where"
+        message = f"something unexpected happened ({type(error).__name__}): ENGINE_LOG_LEVEL=debug shows where"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _drop_output()
-            said = "there is no room where the output goes: free some, or let it go elsewhere"
-        plainly(StartError(said))
+            message = "there is no room where the output goes: free some, or let it go elsewhere"
+        plainly(StartError(message))
         sys.exit(1)
 
 

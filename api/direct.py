@@ -19,7 +19,7 @@ __all__ = ["Abort", "Begin", "Complete", "Under"]
 URLS_AT_FIRST: Final = 100
 
 
-def _told(upload: Upload, urls: Sequence[tuple[int, str]], stored: Sequence[Part]) -> DirectUpload:
+def _upload_body(upload: Upload, urls: Sequence[tuple[int, str]], stored: Sequence[Part]) -> DirectUpload:
     return {
         "uploadId": upload.id,
         "fileKey": upload.key,
@@ -57,7 +57,7 @@ class Begin:
         upload = self._uploads.begin(str(ULID()), key_for(request.file_name), request.size, request.part_bytes)
         resp.status = 201
         resp.location = f"/uploads/{upload.id}"
-        resp.media = _told(upload, self._uploads.urls(upload.id, 1, URLS_AT_FIRST), ())
+        resp.media = _upload_body(upload, self._uploads.urls(upload.id, 1, URLS_AT_FIRST), ())
 
 
 class Under:
@@ -80,7 +80,7 @@ class Under:
         upload = self._uploads.get(upload_id)
         resp.cache_control = ["no-store"]
         urls = self._uploads.urls(upload_id, query.first, query.count)
-        resp.media = _told(upload, urls, self._uploads.parts(upload_id))
+        resp.media = _upload_body(upload, urls, self._uploads.parts(upload_id))
 
     @operation(
         summary="Abort an upload",

@@ -30,7 +30,7 @@ class Finding:
 
     what: str
     state: str
-    said: str
+    message: str
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
@@ -57,8 +57,10 @@ def _mongodb(settings: Settings) -> Finding:
     try:
         store.ping()
         if store.standalone():
-            said = "it is not a member of a replica set: make it a replica set of one (--replSet, then rs.initiate())"
-            return Finding("MongoDB", "warning", said)
+            message = (
+                "it is not a member of a replica set: make it a replica set of one (--replSet, then rs.initiate())"
+            )
+            return Finding("MongoDB", "warning", message)
         probe = store.control["doctor"]
         with translated("writing to MongoDB"):
             probe.insert_one({})
@@ -90,12 +92,12 @@ def _clock(settings: Settings) -> Finding:
         return Finding("clock", "warning", silent)
     if not off:
         return Finding("clock", "warning", "there is no server to compare with: set MONGO_URI or AWS_BUCKET_NAME")
-    told = " and ".join(f"{seconds:+.0f} s from that of {name}" for name, seconds in off.items())
+    differences = " and ".join(f"{seconds:+.0f} s from that of {name}" for name, seconds in off.items())
     if max(map(abs, off.values())) > CLOCK_SECONDS:
-        return Finding("clock", "warning", f"this machine's clock is {told}: set them, for example with NTP")
+        return Finding("clock", "warning", f"this machine's clock is {differences}: set them, for example with NTP")
     if silent:
-        return Finding("clock", "warning", f"this machine's clock is {told}; {silent}")
-    return Finding("clock", "ok", f"this machine's clock is {told}")
+        return Finding("clock", "warning", f"this machine's clock is {differences}; {silent}")
+    return Finding("clock", "ok", f"this machine's clock is {differences}")
 
 
 def _ahead(there: datetime) -> float:
@@ -124,11 +126,11 @@ def _s3(settings: Settings) -> Finding:
 def _processes(settings: Settings) -> Finding:
     there, workers = cores(), settings.engine_workers
     if workers > 2 * there:
-        said = f"ENGINE_WORKERS={workers} on {there} cores: more than two a core slow each other down"
-        return Finding("processes", "warning", said)
-    told = f"ENGINE_WORKERS={workers} on {there} cores"
+        message = f"ENGINE_WORKERS={workers} on {there} cores: more than two a core slow each other down"
+        return Finding("processes", "warning", message)
+    message = f"ENGINE_WORKERS={workers} on {there} cores"
     if settings.mongo_uri is None:
-        return Finding("processes", "ok", told)
+        return Finding("processes", "ok", message)
     try:
         store = Store(settings, pool=2)
         try:
@@ -136,10 +138,10 @@ def _processes(settings: Settings) -> Finding:
         finally:
             store.close()
     except HeadraceError:
-        return Finding("processes", "ok", told)  # the line of MongoDB says what is wrong
+        return Finding("processes", "ok", message)  # the line of MongoDB says what is wrong
     if not alive:
-        return Finding("processes", "warning", f"{told}, and no worker is alive: start `headrace engine`")
-    return Finding("processes", "ok", f"{told}; workers alive on all machines: {alive}")
+        return Finding("processes", "warning", f"{message}, and no worker is alive: start `headrace engine`")
+    return Finding("processes", "ok", f"{message}; workers alive on all machines: {alive}")
 
 
 def _spool(settings: Settings) -> Finding:
@@ -149,26 +151,26 @@ def _spool(settings: Settings) -> Finding:
     except OSError as error:
         return Finding("spool", "wrong", f"{folder}: {error.strerror}: make it, or set API_SPOOL_DIR to another")
     if free < settings.api_max_upload_bytes:
-        said = (
+        message = (
             f"{folder} has {free / 1e9:.1f} GB left and API_MAX_UPLOAD_BYTES is {settings.api_max_upload_bytes / 1e9:.1f} GB: "
             "free some, or set API_SPOOL_DIR to a larger disk"
         )
-        return Finding("spool", "warning", said)
+        return Finding("spool", "warning", message)
     return Finding("spool", "ok", f"{folder} has {free / 1e9:.1f} GB left")
 
 
 def _api(settings: Settings) -> Finding:
     tokens = tokens_of(settings)
     if not tokens and not is_loopback(settings.api_host):
-        said = f"API_HOST={settings.api_host} and no tokens: `headrace api` will not start; draw some with `headrace token`"
-        return Finding("API", "wrong", said)
-    told = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens"
+        message = f"API_HOST={settings.api_host} and no tokens: `headrace api` will not start; draw some with `headrace token`"
+        return Finding("API", "wrong", message)
+    message = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens"
     url = settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}"
     client = Client(url)
     try:
         client.ask("GET", "/healthz")
     except HeadraceError as error:
-        return Finding("API", "warning", f"{told}; {error}")
+        return Finding("API", "warning", f"{message}; {error}")
     finally:
         client.close()
-    return Finding("API", "ok", f"{told}; {url} answers")
+    return Finding("API", "ok", f"{message}; {url} answers")

@@ -19,7 +19,7 @@ from waitress.utilities import Error
 from api.auth import Guard, Head
 from api.limits import LEAVE, Slots
 from api.metrics import Durations
-from api.operations import BODY_MOST_BYTES, Scope, check_encoding, check_form
+from api.operations import MAX_BODY_BYTES, Scope, check_encoding, check_form
 from api.problems import Problem, problem_body, problem_headers, request_id_of
 from engine.logs import get_logger
 from engine.settings import Settings
@@ -29,10 +29,10 @@ __all__ = ["open_door"]
 UPLOAD: Final = "/upload"
 UNKNOWN: Final = "unknown"
 
-CHUNK_LINE_MOST_BYTES: Final = 1024
+MAX_CHUNK_LINE_BYTES: Final = 1024
 """The line before a chunk of a body: a number, and what HTTP lets stand behind it."""
 
-TRAILER_MOST_BYTES: Final = 16 * 1024
+MAX_TRAILER_BYTES: Final = 16 * 1024
 """What may follow the last chunk."""
 
 log = get_logger()
@@ -122,7 +122,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             )
             return len(data)
         line, trailer = (len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
-        if line > CHUNK_LINE_MOST_BYTES or trailer > TRAILER_MOST_BYTES:
+        if line > MAX_CHUNK_LINE_BYTES or trailer > MAX_TRAILER_BYTES:
             # Waitress looks at all of it again with every piece that comes.
             detail = "a chunk header or the trailer of the body is too long: send it as HTTP/1.1 says"
             self._refuse(Problem(400, "malformed_request", detail))
@@ -201,7 +201,7 @@ def _problem_of(error: Any, settings: Settings, *, uploading: bool) -> Problem:
     if status == 413 and uploading:
         return _too_large(settings)
     if status == 413:
-        return Problem(413, "too_large", f"the body of this call has at most {BODY_MOST_BYTES} bytes")
+        return Problem(413, "too_large", f"the body of this call has at most {MAX_BODY_BYTES} bytes")
     if status == 431:
         return Problem(431, "headers_too_large", "the headers of the request are too large: send fewer or shorter ones")
     if error.body == "Bad URI":
@@ -227,7 +227,7 @@ def open_door(server: Any, settings: Settings, guard: Guard, durations: Duration
                 channel.handle_close()
 
     servers = [each for each in getattr(server, "map", {}).values() if hasattr(each, "channel_class")] or [server]
-    small = Adjustments(max_request_body_size=BODY_MOST_BYTES + 1)
+    small = Adjustments(max_request_body_size=MAX_BODY_BYTES + 1)
     Parser.settings, Parser.guard, Parser.durations, Parser.small = settings, guard, durations, small
     Parser.uploads = Slots(settings.api_max_uploads, 503, "uploads")
     for each in servers:

@@ -34,7 +34,7 @@ class Files:
         """200 with a page."""
         query = query_of(req, FilesQuery)
         page, after = self._objects.list(query.prefix, query.limit, query.cursor)
-        told: FilePage = {
+        body: FilePage = {
             "bucket": self._objects.bucket,
             "files": [
                 {"fileKey": o.key, "size": o.size, "etag": o.etag.strip('"'), "modifiedAt": moment(o.modified)}
@@ -42,7 +42,7 @@ class Files:
             ],
             "next": after,
         }
-        resp.media = told
+        resp.media = body
 
 
 class File:
@@ -62,13 +62,13 @@ class File:
     def on_get(self, req: falcon.Request, resp: falcon.Response, file_key: str) -> None:
         """200 with the object's size, ETag and jobs."""
         source = self._objects.head(checked_key(file_key))
-        told: FileDetail = {
+        body: FileDetail = {
             "fileKey": source.key,
             "size": source.size,
             "etag": source.etag.strip('"'),
             "jobs": [job_status(job) for job in self._history.page(JOBS_SHOWN, key=source.key)],
         }
-        resp.media = told
+        resp.media = body
 
     @operation(
         summary="Delete an object that no open job needs",

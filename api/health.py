@@ -6,7 +6,7 @@ from typing import Final
 
 import falcon
 
-from api.answers import Health as Told
+from api.answers import Health as HealthBody
 from api.operations import Answer, operation
 from api.problems import Problem
 from engine.errors import HeadraceError
@@ -23,7 +23,7 @@ class Health:
         summary="Whether this process answers",
         group="health",
         scope=None,
-        answers={200: Answer("It does", Told)},
+        answers={200: Answer("It does", HealthBody)},
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """200 always."""
@@ -46,7 +46,7 @@ class Ready:
         summary="Whether MongoDB and S3 answer",
         group="health",
         scope=None,
-        answers={200: Answer("Both do", Told)},
+        answers={200: Answer("Both do", HealthBody)},
         errors=(503,),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -57,13 +57,13 @@ class Ready:
                 self._under_way[name] = self._pool.submit(check)
         asked = dict(self._under_way)
         wait(asked.values(), PATIENCE_SECONDS)
-        told = {name: _said(future) for name, future in asked.items()}
-        if bad := [f"{name}: {said}" for name, said in told.items() if said != "ok"]:
-            raise Problem(503, "not_ready", "; ".join(bad), checks=told)
-        resp.media = {"status": "ready", **told}
+        states = {name: _state_of(future) for name, future in asked.items()}
+        if bad := [f"{name}: {state}" for name, state in states.items() if state != "ok"]:
+            raise Problem(503, "not_ready", "; ".join(bad), checks=states)
+        resp.media = {"status": "ready", **states}
 
 
-def _said(future: Future[None]) -> str:
+def _state_of(future: Future[None]) -> str:
     if not future.done():
         return f"no answer within {PATIENCE_SECONDS:g} seconds: see that it runs and can be reached"
     error = future.exception()

@@ -11,7 +11,7 @@ from api.limits import Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
 from api.views import is_idle, job_detail, job_status, waiting_for
-from api.watch import PREFER, TOLD, Watch
+from api.watch import REQUEST_HEADERS, RESPONSE_HEADERS, Watch
 from engine.history import History
 from engine.model import TERMINAL, Format, Job, JobState
 from engine.queue import Queue
@@ -34,10 +34,10 @@ class Status:
         summary="A job's state and progress",
         group="jobs",
         scope=Scope.READ,
-        headers=PREFER,
+        headers=REQUEST_HEADERS,
         answers={
-            200: Answer("The job", JobStatus, headers=TOLD),
-            304: Answer("It is as If-None-Match says", headers=TOLD),
+            200: Answer("The job", JobStatus, headers=RESPONSE_HEADERS),
+            304: Answer("It is as If-None-Match says", headers=RESPONSE_HEADERS),
         },
         errors=(404, 429),
     )
@@ -59,17 +59,17 @@ class Detail:
         summary="A job with its ranges, its workers and what happened to it",
         group="jobs",
         scope=Scope.READ,
-        headers=PREFER,
+        headers=REQUEST_HEADERS,
         answers={
-            200: Answer("The job", JobDetail, headers=TOLD),
-            304: Answer("It is as If-None-Match says", headers=TOLD),
+            200: Answer("The job", JobDetail, headers=RESPONSE_HEADERS),
+            304: Answer("It is as If-None-Match says", headers=RESPONSE_HEADERS),
         },
         errors=(404, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """200 with all that is known of the job."""
 
-        def told() -> tuple[dict[str, Any], bool]:
+        def look() -> tuple[dict[str, Any], bool]:
             job, ranges = self._queue.get(job_id), self._history.ranges(job_id)
             waits = None
             if is_idle(job, ranges):
@@ -77,7 +77,7 @@ class Detail:
                 waits = waiting_for(job, ranges, paused=self._queue.paused(), workers=workers)
             return dict(job_detail(job, ranges, waits)), job.state in TERMINAL
 
-        self._watch.answer(req, resp, job_id, told)
+        self._watch.answer(req, resp, job_id, look)
 
 
 class Jobs:
@@ -101,14 +101,14 @@ class Jobs:
         # One more than asked for tells whether there is a next page.
         page = self._history.page(query.limit + 1, query.cursor, state, query.file, query.collection, query.batch)
         more, page = len(page) > query.limit, page[: query.limit]
-        told: JobPage = {"jobs": [job_status(job) for job in page], "next": page[-1].id if more else None}
-        resp.media = told
+        body: JobPage = {"jobs": [job_status(job) for job in page], "next": page[-1].id if more else None}
+        resp.media = body
 
 
-def _told(req: falcon.Request, job: Job) -> JobStatus:
+def _status_for(req: falcon.Request, job: Job) -> JobStatus:
     """A job; to a caller who may not read, without its rejects, since they hold raw lines."""
-    told = job_status(job)
-    return told if req.context.may(Scope.READ) else {**told, "errors": []}
+    status = job_status(job)
+    return status if req.context.may(Scope.READ) else {**status, "errors": []}
 
 
 class Cancel:
@@ -127,7 +127,7 @@ class Cancel:
     def on_post(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """202 with the job as it is now."""
         resp.status = 202
-        resp.media = _told(req, self._queue.cancel(job_id))
+        resp.media = _status_for(req, self._queue.cancel(job_id))
 
 
 class Retry:
@@ -146,7 +146,7 @@ class Retry:
     def on_post(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """202 with the job as it is now."""
         resp.status = 202
-        resp.media = _told(req, self._queue.retry(job_id))
+        resp.media = _status_for(req, self._queue.retry(job_id))
 
 
 class RejectLines:
@@ -195,12 +195,12 @@ class RejectLines:
             resp.stream = stream
             return
         page, more = self._rejects.page(job.id, query.limit, int(query.cursor) if query.cursor else None)
-        told: RejectPage = {
+        body: RejectPage = {
             "jobId": job.id,
             "rejects": cast("list[RejectBody]", page),
             "next": str(page[-1]["offset"]) if more else None,
         }
-        resp.media = told
+        resp.media = body
 
 
 class _Download:

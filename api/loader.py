@@ -44,7 +44,7 @@ class Loaded:
     whole: str = ""
     """How to make a job by hand of a stream that is all there: it is being made, and an interrupt does not keep it from that."""
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For a script to read."""
         if self.status is not None and self.error is None:
             return {"file": readable(self.file), **self.status}
@@ -92,26 +92,26 @@ class Loader:
             if load.status is not None and load.status["status"] in TERMINAL:
                 continue
             if load.job_id is not None:
-                said = f"its job goes on without you: watch it with `headrace status {load.job_id} --wait`"
+                advice = f"its job goes on without you: watch it with `headrace status {load.job_id} --wait`"
             elif load.whole and load.error is not None:
-                said = str(load.error)
+                advice = str(load.error)
             elif load.key is not None and load.note is None:
-                said = (
+                advice = (
                     f"it is stored as {load.key}, but no answer says whether its job was made: look for it with "
                     f"`headrace jobs --file {load.key}`"
                 )
             elif load.whole:
-                said = (
+                advice = (
                     f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {load.whole}"
                 )
             elif load.note is not None:
-                said = "its upload was interrupted: run the same command again, and it resumes where it was"
+                advice = "its upload was interrupted: run the same command again, and it resumes where it was"
             elif load.file == STDIN:
-                said = "it was interrupted, and nothing of it is kept: send it again from its beginning"
+                advice = "it was interrupted, and nothing of it is kept: send it again from its beginning"
             else:
-                said = "it was not begun, or cannot be resumed: run the same command again"
+                advice = "it was not begun, or cannot be resumed: run the same command again"
             name = "standard input" if load.file == STDIN else load.file
-            print(f"headrace: interrupted; {name}: {said}", file=sys.stderr)
+            print(f"headrace: interrupted; {name}: {advice}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)  # threads in the midst of a request would keep the process
 
@@ -125,8 +125,8 @@ class Loader:
                 if load.note is None:
                     # What came through a pipe cannot be sent again.
                     look = f"if `headrace jobs --file {load.key}` shows no job, " if error.status in AWAY else ""
-                    said = f"the file is stored: {look}{self._again(load.key)} with the same options submits it"
-                    raise StartError(f"{error}; {said}") from None
+                    advice = f"the file is stored: {look}{self._again(load.key)} with the same options submits it"
+                    raise StartError(f"{error}; {advice}") from None
                 if error.status != 404 or not load.reused:
                     raise
                 # A token that may not look could not tell that the object is gone.

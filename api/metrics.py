@@ -107,7 +107,7 @@ class Durations(Collector):
         self._sums = store.requests.with_options(write_concern=WriteConcern(1))
         self._lock = threading.Lock()
         self._seen: dict[tuple[str, str, str], list[float]] = {}
-        threading.Thread(target=self._tell_for_ever, name="durations", daemon=True).start()
+        threading.Thread(target=self._flush_for_ever, name="durations", daemon=True).start()
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Note when it began."""
@@ -130,12 +130,12 @@ class Durations(Collector):
                 row[index] += 1
             row[-1] += seconds
 
-    def _tell_for_ever(self) -> None:
+    def _flush_for_ever(self) -> None:
         while True:
             time.sleep(TELL_SECONDS)
-            self.tell()
+            self.flush()
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         """Add what this process has seen to the sums; what cannot be told is told the next time.
 
         A database that does not answer is waited for once, and not once for each row.
@@ -159,7 +159,7 @@ class Durations(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        self.tell()
+        self.flush()
         found = HistogramMetricFamily(
             "headrace_http_request_seconds",
             "Seconds from the application's first sight of a request to its answer",

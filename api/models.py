@@ -21,11 +21,11 @@ __all__ = [
 ]
 
 PAGE: Final = 100
-PAGE_MOST: Final = 1000
-KEYS_MOST: Final = 1000
+MAX_PAGE_SIZE: Final = 1000
+MAX_KEYS: Final = 1000
 JOB_ID: Final = r"^[0-9a-f]{24}$"
 
-_COUNT_MOST: Final = 2**53 - 1
+_MAX_COUNT: Final = 2**53 - 1
 _PERCENTAGE: Final = r"^(100(\.0{1,6})?|[0-9]{1,2}(\.[0-9]{1,6})?)%$"
 _MOMENT: Final = (
     r"^2[0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?"
@@ -51,7 +51,7 @@ def _budget(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError('write a count such as 1000, or a percentage such as "2%"')
     if isinstance(value, int):
-        if not 0 <= value <= _COUNT_MOST:
+        if not 0 <= value <= _MAX_COUNT:
             raise ValueError("a count is not negative, and below 2^53")
         return value
     if not re.fullmatch(_PERCENTAGE, value):
@@ -76,7 +76,7 @@ def _moment(value: object) -> object:
 
 _BUDGET_SCHEMA: Final[dict[str, Any]] = {
     "anyOf": [
-        {"type": "integer", "minimum": 0, "maximum": _COUNT_MOST},
+        {"type": "integer", "minimum": 0, "maximum": _MAX_COUNT},
         {"type": "string", "pattern": _PERCENTAGE},
     ]
 }
@@ -147,7 +147,7 @@ class BatchRequest(ProcessRequest):
 
     prefix: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
     file_keys: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=1024)]] | None, Field(min_length=1, max_length=KEYS_MOST)
+        list[Annotated[str, Field(min_length=1, max_length=1024)]] | None, Field(min_length=1, max_length=MAX_KEYS)
     ] = None
 
     @model_validator(mode="after")
@@ -175,7 +175,7 @@ class _Query(BaseModel):
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
 
 
-Limit = Annotated[int, Field(ge=1, le=PAGE_MOST, description="The most to return")]
+Limit = Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE, description="The most to return")]
 
 
 class JobsQuery(_Query):

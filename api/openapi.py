@@ -84,16 +84,16 @@ _POLICY: Final = (
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The OpenAPI document of these routes."""
     found = [
-        (path, method, told, parameters)
+        (path, method, operation, parameters)
         for path, resource, parameters in routes
         for method in METHODS
-        if (told := operation_of(resource, method)) is not None
+        if (operation := operation_of(resource, method)) is not None
     ]
-    schemas, names = _schemas([told for _, _, told, _ in found])
+    schemas, names = _schemas([operation for _, _, operation, _ in found])
     paths: dict[str, Any] = {}
-    for path, method, told, parameters in found:
+    for path, method, operation, parameters in found:
         place = re.sub(r"\{(\w+)(?::\w+)?\}", lambda match: "{" + _camel(match.group(1)) + "}", path)
-        paths.setdefault(place, {})[method] = _operation(told, method, place, parameters, names)
+        paths.setdefault(place, {})[method] = _operation(operation, method, place, parameters, names)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -113,8 +113,8 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
 def _schemas(operations: Sequence[Operation]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """Every type that is named, and what stands for it where it is used."""
     types: list[tuple[int, Any, Any]] = []
-    for told in operations:
-        for body, mode in [(told.body, "validation"), *((a.body, "serialization") for a in told.answers.values())]:
+    for each in operations:
+        for body, mode in [(each.body, "validation"), *((a.body, "serialization") for a in each.answers.values())]:
             if body is not None and all(id(body) != key for key, _, _ in types):
                 types.append((id(body), mode, body))
     types.append((id(ProblemBody), "serialization", ProblemBody))
@@ -125,28 +125,28 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[str, Any], dict[int,
 
 
 def _operation(
-    told: Operation, method: str, path: str, parameters: Mapping[str, str], names: Mapping[int, dict[str, Any]]
+    operation: Operation, method: str, path: str, parameters: Mapping[str, str], names: Mapping[int, dict[str, Any]]
 ) -> dict[str, Any]:
     made: dict[str, Any] = {
         "operationId": method + "".join(part.title() for part in re.findall(r"\w+", path)),
-        "summary": told.summary,
-        "tags": [told.group],
-        "responses": {str(status): _answer(answer, names) for status, answer in told.answers.items()},
+        "summary": operation.summary,
+        "tags": [operation.group],
+        "responses": {str(status): _answer(answer, names) for status, answer in operation.answers.items()},
     }
-    problems = {*told.errors, 500}
-    if told.body is not None:
+    problems = {*operation.errors, 500}
+    if operation.body is not None:
         problems |= {400, 413, 415}
-        problems |= {422} if told.body_media == "application/json" else set()
-        content = {told.body_media: {"schema": names[id(told.body)]}}
-        made["requestBody"] = {"content": content, "required": not _takes_nothing(told.body)}
-    if told.query is not None:
+        problems |= {422} if operation.body_media == "application/json" else set()
+        content = {operation.body_media: {"schema": names[id(operation.body)]}}
+        made["requestBody"] = {"content": content, "required": not _takes_nothing(operation.body)}
+    if operation.query is not None:
         problems.add(422)
-    if told.scope is not None:
+    if operation.scope is not None:
         problems |= {401, 403, 503}
-        made["security"] = [{"bearer": [told.scope.value]}, {}]
-        made["description"] = f"Needs the scope `{told.scope.value}` where the API has tokens."
+        made["security"] = [{"bearer": [operation.scope.value]}, {}]
+        made["description"] = f"Needs the scope `{operation.scope.value}` where the API has tokens."
     problem = {"application/problem+json": {"schema": names[id(ProblemBody)]}}
-    for status in sorted(problems - set(told.answers)):
+    for status in sorted(problems - set(operation.answers)):
         headers = _headers(_PROBLEM_HEADERS.get(status, {}))
         made["responses"][str(status)] = {"description": _PROBLEMS[status], "headers": headers, "content": problem}
     given = [
@@ -162,10 +162,10 @@ def _operation(
     ]
     given += [
         {"name": name, "in": "header", "required": False, "description": what, "schema": _HEADERS[name]}
-        for name, what in told.headers.items()
+        for name, what in operation.headers.items()
     ]
-    if told.query is not None:
-        schema = told.query.model_json_schema()
+    if operation.query is not None:
+        schema = operation.query.model_json_schema()
         given += [
             {"name": name, "in": "query", "required": False, "schema": _plain(field)}
             for name, field in schema["properties"].items()

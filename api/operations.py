@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from api.problems import Problem, invalid
 
 __all__ = [
-    "BODY_MOST_BYTES",
+    "MAX_BODY_BYTES",
     "Answer",
     "Operation",
     "Scope",
@@ -24,9 +24,9 @@ __all__ = [
     "query_of",
 ]
 
-BODY_MOST_BYTES: Final = 1024 * 1024
+MAX_BODY_BYTES: Final = 1024 * 1024
 
-FIELDS_MOST: Final = 50
+MAX_FIELDS: Final = 50
 """Fields or parameters of one request that are looked at: each of them that is not known is told, and they are few."""
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -75,10 +75,10 @@ class Operation:
 
 def operation(**more: Any) -> Callable[[Responder], Responder]:
     """Say of a responder what it takes and gives; the arguments are those of `Operation`."""
-    told = Operation(**more)
+    described = Operation(**more)
 
     def mark(responder: Responder) -> Responder:
-        responder.operation = told  # type: ignore[attr-defined]
+        responder.operation = described  # type: ignore[attr-defined]
         return responder
 
     return mark
@@ -96,9 +96,9 @@ def body_of(req: falcon.Request, model: type[Model]) -> Model:
     Raises Problem: it is too large, compressed, no JSON, or not what `model` takes.
     """
     check_encoding(req.get_header("Content-Encoding"))
-    raw = req.bounded_stream.read(BODY_MOST_BYTES + 1)
-    if len(raw) > BODY_MOST_BYTES:
-        raise Problem(413, "too_large", f"the body of this call has at most {BODY_MOST_BYTES} bytes")
+    raw = req.bounded_stream.read(MAX_BODY_BYTES + 1)
+    if len(raw) > MAX_BODY_BYTES:
+        raise Problem(413, "too_large", f"the body of this call has at most {MAX_BODY_BYTES} bytes")
     if not raw.strip():
         return _checked(model, {}, "field")
     try:
@@ -130,7 +130,7 @@ def check_form(media_type: str | None) -> None:
 def _checked(model: type[Model], given: object, kind: str, *, strict: bool | None = None) -> Model:
     if not isinstance(given, dict):
         raise Problem(422, "invalid_request", "the body is JSON, but no object: send {…} with the fields of this call")
-    if len(given) > FIELDS_MOST:
+    if len(given) > MAX_FIELDS:
         raise Problem(
             422, "invalid_request", f"{len(given)} {kind}s are more than any call takes: see /docs for those there are"
         )

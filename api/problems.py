@@ -25,8 +25,8 @@ __all__ = ["Problem", "RequestIds", "install", "invalid", "problem_body", "probl
 
 TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5
-FAULTS_MOST: Final = 20
-NAME_MOST: Final = 100
+MAX_FAULTS: Final = 20
+MAX_NAME_LENGTH: Final = 100
 METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 SECURITY_HEADERS: Final = {
@@ -77,8 +77,8 @@ class RequestIds:
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
         """Log what was answered; what was only looked at, and found, at debug."""
         quiet = resp.status_code < 400 and req.method in ("GET", "HEAD")
-        say = log.debug if quiet or req.path in ("/healthz", "/readyz") else log.info
-        say("answered", action="request", method=req.method, path=req.path, status=resp.status_code)
+        record = log.debug if quiet or req.path in ("/healthz", "/readyz") else log.info
+        record("answered", action="request", method=req.method, path=req.path, status=resp.status_code)
 
 
 def install(app: "falcon.App[Any, Any]") -> None:
@@ -96,8 +96,8 @@ def _id(req: falcon.Request) -> str:
 def problem_body(problem: Problem, request_id: str) -> tuple[str, bytes]:
     """The title of a problem, and it all as JSON."""
     title = falcon.util.code_to_http_status(problem.status).split(" ", 1)[1]
-    told = {"type": TYPE_BASE + problem.code, "title": title, "status": problem.status, "detail": problem.detail}
-    return title, orjson.dumps(told | {"requestId": request_id} | problem.more)
+    fields = {"type": TYPE_BASE + problem.code, "title": title, "status": problem.status, "detail": problem.detail}
+    return title, orjson.dumps(fields | {"requestId": request_id} | problem.more)
 
 
 def problem_headers(problem: Problem, request_id: str) -> dict[str, str]:
@@ -147,14 +147,14 @@ def invalid(error: ValidationError, kind: str, names: Sequence[str]) -> Problem:
     unknown = f"there is no such {kind}; the {kind}s are {', '.join(names)}"
     faults = [
         {
-            "field": ".".join(map(str, fault["loc"]))[:NAME_MOST] or ("body" if kind == "field" else "query"),
+            "field": ".".join(map(str, fault["loc"]))[:MAX_NAME_LENGTH] or ("body" if kind == "field" else "query"),
             "message": unknown if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, "),
         }
-        for fault in error.errors(include_url=False, include_input=False, include_context=False)[:FAULTS_MOST]
+        for fault in error.errors(include_url=False, include_input=False, include_context=False)[:MAX_FAULTS]
     ]
     detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
-    if error.error_count() > FAULTS_MOST:
-        detail += f"; and {error.error_count() - FAULTS_MOST} more"
+    if error.error_count() > MAX_FAULTS:
+        detail += f"; and {error.error_count() - MAX_FAULTS} more"
     return Problem(422, "invalid_request", detail, errors=faults)
 
 

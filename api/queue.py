@@ -14,7 +14,7 @@ from engine.store import Store
 __all__ = ["Pause", "QueueNow", "Resume", "Workers"]
 
 
-def _told(queue: Queue, history: History) -> QueueState:
+def _state(queue: Queue, history: History) -> QueueState:
     backlog = history.backlog()
     return {
         "paused": queue.paused(),
@@ -38,7 +38,7 @@ class QueueNow:
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """200."""
-        resp.media = _told(self._queue, self._history)
+        resp.media = _state(self._queue, self._history)
 
 
 class Pause:
@@ -57,7 +57,7 @@ class Pause:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """200; safe to repeat."""
         self._queue.pause()
-        resp.media = _told(self._queue, self._history)
+        resp.media = _state(self._queue, self._history)
 
 
 class Resume:
@@ -76,7 +76,7 @@ class Resume:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """200; safe to repeat."""
         self._queue.resume()
-        resp.media = _told(self._queue, self._history)
+        resp.media = _state(self._queue, self._history)
 
 
 class Workers:
@@ -97,5 +97,5 @@ class Workers:
         workers: list[Any] = [
             {"name": found["_id"]} | {name: found[name] for name in fields} for found in live(self._store)
         ]
-        told: WorkerPage = {"workers": cast("list[WorkerBody]", workers)}
-        resp.media = told
+        body: WorkerPage = {"workers": cast("list[WorkerBody]", workers)}
+        resp.media = body

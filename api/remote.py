@@ -89,7 +89,7 @@ def load(
     client = _client(url)
     loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
     if as_json:
-        print_json([load.told() for load in loads])
+        print_json([load.summary() for load in loads])
     else:
         for load in loads:
             # Of one that cannot be watched to its end, the id is all that there is to go on with.
@@ -175,20 +175,20 @@ def show_status(
         except KeyboardInterrupt:
             print(f"headrace: the job goes on: `headrace status {job_id} --wait`", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
-    told = client.ask("GET", f"/jobs/{quote(job_id, safe='')}")
+    job = client.ask("GET", f"/jobs/{quote(job_id, safe='')}")
     if as_json:
-        print_json(told)
+        print_json(job)
     else:
-        print("\n".join(job_lines(told)))
-    raise typer.Exit(EXIT_OF.get(told["status"], 0))
+        print("\n".join(job_lines(job)))
+    raise typer.Exit(EXIT_OF.get(job["status"], 0))
 
 
 def _act(job_id: str, what: str, url: str | None, as_json: bool) -> None:
-    told = _client(url).ask("POST", f"/jobs/{quote(job_id, safe='')}/{what}")
+    job = _client(url).ask("POST", f"/jobs/{quote(job_id, safe='')}/{what}")
     if as_json:
-        print_json(told)
+        print_json(job)
     else:
-        print("\n".join(job_lines(told)))
+        print("\n".join(job_lines(job)))
 
 
 @remote.command()
@@ -262,11 +262,11 @@ def _save(out: Path, pieces: Iterable[bytes]) -> int:
             Path(part).unlink()
 
 
-def _show_queue(told: dict[str, Any], as_json: bool) -> None:
+def _show_queue(queue: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json(told)
+        print_json(queue)
     else:
-        print("\n".join(queue_lines(told)))
+        print("\n".join(queue_lines(queue)))
 
 
 @remote.command(name="queue")

@@ -18,7 +18,7 @@ from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.objects import PARTS_MOST, Objects
+from engine.objects import MAX_PARTS, Objects
 from engine.ports import check_port
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -31,10 +31,10 @@ __all__ = ["serve"]
 IDLE_SECONDS: Final = 120
 """A connection on which nothing moves is closed after this."""
 
-HEAD_MOST_BYTES: Final = 32 * 1024
+MAX_HEAD_BYTES: Final = 32 * 1024
 """Of a request: its first line and its headers."""
 
-CONNECTIONS_MOST: Final = 4096
+MAX_CONNECTIONS: Final = 4096
 SPARE_FILES: Final = 200
 
 LAST_SECONDS: Final = 3.0
@@ -45,7 +45,7 @@ log = get_logger()
 
 def _open_files() -> int:
     """Let this process open as many files as its connections may need, where the system lets it; returns how many it may."""
-    wanted = CONNECTIONS_MOST + SPARE_FILES
+    wanted = MAX_CONNECTIONS + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted
@@ -91,7 +91,7 @@ def serve(settings: Settings) -> int:
     queue = Queue(store, ledger)
     s3, bucket = connect(settings), settings.aws_bucket_name or ""
     # Parts of one size, however long a file turns out to be, and so large that the largest has no more than S3 takes.
-    part_bytes = max(settings.api_part_bytes, -(-settings.api_max_upload_bytes // PARTS_MOST))
+    part_bytes = max(settings.api_part_bytes, -(-settings.api_max_upload_bytes // MAX_PARTS))
     objects = Objects(s3, bucket, part_bytes, settings.api_upload_parallel)
     uploads = DirectUploads(store, s3, bucket, settings.api_part_bytes)
     guard, durations, stopping = Guard(tokens), Durations(store), threading.Event()
@@ -106,7 +106,7 @@ def serve(settings: Settings) -> int:
             threads=settings.api_threads,
             max_request_body_size=settings.api_max_upload_bytes + 1,  # from which on it refuses
             # Waitress looks at all of a head again with every piece of it that comes.
-            max_request_header_size=HEAD_MOST_BYTES,
+            max_request_header_size=MAX_HEAD_BYTES,
             channel_timeout=IDLE_SECONDS,
             # A crowd of idle clients must not keep others out.
             connection_limit=max(100, _open_files() - SPARE_FILES),
@@ -125,13 +125,13 @@ def serve(settings: Settings) -> int:
 
     open_door(server, settings, guard, durations)
 
-    def told(number: int, frame: object) -> None:
+    def handle_signal(number: int, frame: object) -> None:
         stopping.set()
         # The one exception that the server's loop lets through wherever it is raised.
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, told)
-    signal.signal(signal.SIGINT, told)
+    signal.signal(signal.SIGTERM, handle_signal)
+    signal.signal(signal.SIGINT, handle_signal)
     log.info("listening", action="start", host=settings.api_host, port=settings.port)
     try:
         server.run()
@@ -144,7 +144,7 @@ def serve(settings: Settings) -> int:
         server.close()
         server.task_dispatcher.shutdown()
         with pymongo.timeout(LAST_SECONDS):
-            durations.tell()
+            durations.flush()
         store.close()
     log.info("stopped", action="stop")
     return 0

@@ -59,20 +59,20 @@ class Bars:
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress = progress
         self._console = console
-        self._said: dict[TaskID, float] = {}
+        self._printed_at: dict[TaskID, float] = {}
         self._uploading: set[TaskID] = set()
 
     def add(self, name: str) -> TaskID:
         """A bar for a file."""
-        return self._progress.add_task(printable(name), total=100, state="", told="")
+        return self._progress.add_task(printable(name), total=100, state="", text="")
 
     def uploaded(self, task: TaskID, sent: int, size: int | None, rate: float) -> None:
         """So many bytes were sent; `size` None: nobody knows of how many."""
         share = 100 * sent / size if size else None
-        told = f"{sent / 1e6:,.0f} MB  {rate / 1e6:,.0f} MB/s"
+        text = f"{sent / 1e6:,.0f} MB  {rate / 1e6:,.0f} MB/s"
         left = (size - sent) / rate if size and rate else None
         self._uploading.add(task)
-        self._show(task, "uploading", share, told, left, last=size is not None and sent >= size)
+        self._show(task, "uploading", share, text, left, last=size is not None and sent >= size)
 
     def unchanged(self, task: TaskID) -> None:
         """It is there as it was uploaded before."""
@@ -81,35 +81,35 @@ class Bars:
 
     def processed(self, task: TaskID, status: dict[str, Any]) -> None:
         """The job is so far."""
-        told, state = status["progress"], status["status"]
-        rate = told["recordsPerSecond"]
-        speed = rate * told["bytesDone"] / told["lines"] / 1e6 if told["lines"] else 0.0
-        text = f"{told['lines']:,} lines  {rate:,.0f} records/s  {speed:,.0f} MB/s"
+        progress, state = status["progress"], status["status"]
+        rate = progress["recordsPerSecond"]
+        speed = rate * progress["bytesDone"] / progress["lines"] / 1e6 if progress["lines"] else 0.0
+        text = f"{progress['lines']:,} lines  {rate:,.0f} records/s  {speed:,.0f} MB/s"
         if waits := status.get("waitingFor"):
             text = f"waits for {printable(waits)}"
         elif state == "PENDING" and status["runAt"]:
             text = f"not before {status['runAt']}"
-        if told["rejected"]:
-            text += f"  {told['rejected']:,} rejected"
-        left = None if waits else told["secondsLeft"]
-        self._show(task, state, told["percent"], text, left, last=state in TERMINAL)
+        if progress["rejected"]:
+            text += f"  {progress['rejected']:,} rejected"
+        left = None if waits else progress["secondsLeft"]
+        self._show(task, state, progress["percent"], text, left, last=state in TERMINAL)
 
     def _show(
-        self, task: TaskID, state: str, share: float | None, told: str, left: float | None, *, last: bool
+        self, task: TaskID, state: str, share: float | None, text: str, left: float | None, *, last: bool
     ) -> None:
         # One bar to the end: of a file that is uploaded and processed, each is a half.
         whole = share or 0
         if task in self._uploading:
             whole = whole / 2 if state in ("uploading", "uploaded") else 50 + whole / 2
         if left is not None and not last:
-            told += f"  {_span(left)} left"
-        self._progress.update(task, state=state, completed=whole, told=told)
+            text += f"  {_span(left)} left"
+        self._progress.update(task, state=state, completed=whole, text=text)
         now = time.monotonic()
-        if not self._console.is_terminal and (last or now - self._said.get(task, 0) >= LINE_SECONDS):
-            self._said[task] = now
+        if not self._console.is_terminal and (last or now - self._printed_at.get(task, 0) >= LINE_SECONDS):
+            self._printed_at[task] = now
             name = self._progress.tasks[task].description
             percent = f"{share:>5.1f} %" if share is not None else "      "
-            self._console.print(f"{name}  {state:<10} {percent}  {told}", markup=False, soft_wrap=True)
+            self._console.print(f"{name}  {state:<10} {percent}  {text}", markup=False, soft_wrap=True)
 
 
 def _span(seconds: float) -> str:
@@ -126,7 +126,7 @@ def bars(console: Console) -> Iterator[Bars]:
         TextColumn("{task.description}", markup=False),
         TextColumn("{task.fields[state]:<10}"),
         BarColumn(),
-        TextColumn("{task.percentage:>5.1f} %  {task.fields[told]}", markup=False),
+        TextColumn("{task.percentage:>5.1f} %  {task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bars(progress, console)
@@ -147,11 +147,12 @@ def job_lines(status: dict[str, Any]) -> Iterator[str]:
 
 
 def _job_lines(status: dict[str, Any]) -> Iterator[str]:
-    told = status["progress"]
+    progress = status["progress"]
     yield f"{status['jobId']}  {status['status']}{' (stopping)' if status['stopping'] else ''}  {status['fileKey']}"
     yield (
-        f"  {told['percent']} %, {told['lines']:,} lines: {told['inserted']:,} inserted, {told['duplicates']:,} duplicates, "
-        f"{told['rejected']:,} rejected, {told['blank']:,} blank; {told['recordsPerSecond']:,.0f} records/s"
+        f"  {progress['percent']} %, {progress['lines']:,} lines: {progress['inserted']:,} inserted, "
+        f"{progress['duplicates']:,} duplicates, {progress['rejected']:,} rejected, "
+        f"{progress['blank']:,} blank; {progress['recordsPerSecond']:,.0f} records/s"
     )
     if waits := status.get("waitingFor"):
         yield f"  waits for {waits}"
@@ -182,8 +183,8 @@ def jobs_table(jobs: Sequence[dict[str, Any]], width: int) -> Table:
         pad_edge=False,
     )
     for job in jobs:
-        told = job["progress"]
-        numbers = (f"{told['percent']:.0f}", f"{told['lines']:,}", f"{told['rejected']:,}")
+        progress = job["progress"]
+        numbers = (f"{progress['percent']:.0f}", f"{progress['lines']:,}", f"{progress['rejected']:,}")
         created = [job["createdAt"][:16].replace("T", " ")] if width >= WIDE_COLUMNS else []
         table.add_row(job["jobId"], job["status"], *numbers, *created, printable(job["fileKey"]))
     return table

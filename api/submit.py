@@ -24,10 +24,10 @@ from engine.queue import Queue
 __all__ = ["Batches", "Process", "ProcessMany", "checked_key"]
 
 HEADS_AT_A_TIME: Final = 16
-PREFIX_MOST: Final = 10_000
+MAX_PREFIX_OBJECTS: Final = 10_000
 """Objects that one prefix may name."""
 
-KEY_MOST: Final = 1024
+MAX_KEY_BYTES: Final = 1024
 """Bytes that S3 takes as a key."""
 
 KEY_HEADER: Final = "Makes the call safe to repeat: the same key with the same request gives the same answer"
@@ -41,8 +41,8 @@ def checked_key(key: str) -> str:
         size = len(key.encode())
     except UnicodeEncodeError:
         size = 0
-    if not 1 <= size <= KEY_MOST or "\0" in key:
-        raise NotFound(f"a file's key has 1 to {KEY_MOST} bytes of UTF-8: GET /files lists those there are")
+    if not 1 <= size <= MAX_KEY_BYTES or "\0" in key:
+        raise NotFound(f"a file's key has 1 to {MAX_KEY_BYTES} bytes of UTF-8: GET /files lists those there are")
     return key
 
 
@@ -92,12 +92,12 @@ class Process:
             job = self._queue.submit(source, request.options(), ticket)
         resp.status = 202
         resp.location = f"/status/{job.id}"
-        told: ProcessAnswer = {
+        body: ProcessAnswer = {
             "message": "Job created successfully",
             "jobId": job.id,
             "status": job.state.value,
         }
-        resp.media = told
+        resp.media = body
 
 
 class ProcessMany:
@@ -131,8 +131,8 @@ class ProcessMany:
             batch = self._batches.submit(sources, request.options(), ticket)
         resp.status = 202
         resp.location = f"/batches/{batch.id}"
-        told: BatchAnswer = {"message": "Batch created successfully", "batchId": batch.id, "jobs": batch.count}
-        resp.media = told
+        body: BatchAnswer = {"message": "Batch created successfully", "batchId": batch.id, "jobs": batch.count}
+        resp.media = body
 
     def _asked(self, request: BatchRequest) -> list[str]:
         keys = sorted({checked_key(key) for key in request.file_keys or self._keys(request.prefix or "")})
@@ -146,9 +146,11 @@ class ProcessMany:
         while True:
             page, after = self._objects.list(prefix, after=after)
             count += len(page)
-            if count > PREFIX_MOST:
+            if count > MAX_PREFIX_OBJECTS:
                 raise Problem(
-                    422, "invalid_request", f"prefix: more than {PREFIX_MOST} objects begin with it; name a longer one"
+                    422,
+                    "invalid_request",
+                    f"prefix: more than {MAX_PREFIX_OBJECTS} objects begin with it; name a longer one",
                 )
             yield from (found.key for found in page if found.size or not found.key.endswith("/"))
             if after is None:

@@ -245,12 +245,12 @@ class Transfer:
         if (upload_id := note.get("uploadId")) is None:
             return None
         try:
-            told = self._client.ask("POST", f"/uploads/{quote(upload_id, safe='')}/complete", timeout=SLOW)
+            answer = self._client.ask("POST", f"/uploads/{quote(upload_id, safe='')}/complete", timeout=SLOW)
         except CallFailed as error:
             if error.status != 404:
                 raise
             return None
-        return str(told["fileKey"]) if told["size"] == size else None
+        return str(answer["fileKey"]) if answer["size"] == size else None
 
     def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> bool:
         """Send the parts; returns whether what is read came to its end before all the parts that there may be were sent."""
@@ -289,7 +289,7 @@ class Transfer:
             raise
 
     def _put(self, url: str, data: bytes, headers: dict[str, str], sent: Sent) -> None:
-        said = ""
+        failure = ""
         for tries in range(TRIES):
             if self._stopped.is_set():
                 raise StartError(STOPPED)
@@ -298,15 +298,15 @@ class Transfer:
                 if answer.is_success:
                     sent(len(data))
                     return
-                said = f"was answered with {answer.status_code}"
+                failure = f"was answered with {answer.status_code}"
                 if answer.status_code < 500:
                     break
             except httpx.HTTPError as error:
-                said = f"failed ({type(error).__name__})"
+                failure = f"failed ({type(error).__name__})"
             self._stopped.wait(0.2 * 2**tries)
         where = httpx.URL(url).host
         raise StartError(
-            f"sending a part to S3 at {where} {said}: run the same command again to go on, or send the file "
+            f"sending a part to S3 at {where} {failure}: run the same command again to go on, or send the file "
             "--through-api where S3 cannot be reached from here"
         )
 

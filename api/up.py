@@ -35,7 +35,7 @@ EXIT_INTERRUPTED: Final = 130
 GOES_ON: Final = "goes on when Headrace runs here again (`make run RECORDS=0` loads nothing more)"
 
 
-class _Told(BaseException):
+class _Stopped(BaseException):
     """TERM or INT came. No error of the program: nothing may swallow it."""
 
 
@@ -51,7 +51,7 @@ class _Signals:
         self.count += 1
         # Every one: where Python cannot let an exception out, such as in the callback of some library, it is lost.
         if self._before is None:
-            raise _Told
+            raise _Stopped
 
     def stopping(self) -> None:
         """The stop begins: from now on a signal ends nothing, and does not change how the command ends."""
@@ -140,7 +140,7 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
                 signals.stopping()
         console.print("Stopped.")
         return code
-    except _Told:
+    except _Stopped:
         console.print("Stopped.")
         return EXIT_INTERRUPTED if once else 0
 
@@ -198,7 +198,7 @@ def _run(
         console.print(f"Processing {key} as job {job_id} …")
         try:
             status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check_all(children, servers))
-        except _Told:
+        except _Stopped:
             console.print(f"Job {job_id} has not ended: it {GOES_ON}")
             raise
     except CallFailed:
@@ -272,11 +272,12 @@ def _check_all(children: list[_Child], servers: LocalServers) -> None:
 
 
 def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:
-    told = status["progress"]
+    progress = status["progress"]
     console.print()
     console.print(
-        f"{status['status']}: {told['lines']:,} lines, {told['inserted']:,} inserted, {told['duplicates']:,} duplicates, "
-        f"{told['rejected']:,} rejected, {told['blank']:,} blank; {told['recordsPerSecond']:,.0f} records/s"
+        f"{status['status']}: {progress['lines']:,} lines, {progress['inserted']:,} inserted, "
+        f"{progress['duplicates']:,} duplicates, {progress['rejected']:,} rejected, "
+        f"{progress['blank']:,} blank; {progress['recordsPerSecond']:,.0f} records/s"
     )
     if status["error"]:
         console.print(f"Error: {status['error']['message']}")

@@ -22,10 +22,10 @@ from engine.objects import Objects, Recorded, Stream
 
 __all__ = ["Uploads", "key_for", "location_of", "reduced"]
 
-NAME_MOST: Final = 200
+MAX_NAME_LENGTH: Final = 200
 """Characters of a file's name that its key keeps."""
 
-EXTENSION_MOST: Final = 20
+MAX_EXTENSION_LENGTH: Final = 20
 """Characters behind the last dot of a name, beyond which they are no extension."""
 
 REST_BYTES: Final = 256 * 1024
@@ -40,9 +40,9 @@ def reduced(name: str) -> str:
     name = name.replace("\\", "/").rsplit("/", 1)[-1]
     stem, dot, extension = name.rpartition(".")
     stem, extension = (_plain(stem), _plain(extension)) if dot else (_plain(name), "")
-    if not extension or len(extension) > EXTENSION_MOST:
-        return _plain(name)[:NAME_MOST] or "file"
-    return f"{stem[-max(NAME_MOST - len(extension) - 1, 1) :].lstrip('._-') or 'file'}.{extension}"
+    if not extension or len(extension) > MAX_EXTENSION_LENGTH:
+        return _plain(name)[:MAX_NAME_LENGTH] or "file"
+    return f"{stem[-max(MAX_NAME_LENGTH - len(extension) - 1, 1) :].lstrip('._-') or 'file'}.{extension}"
 
 
 def _plain(text: str) -> str:

@@ -20,9 +20,9 @@ from engine.errors import HeadraceError
 from engine.model import TERMINAL
 from engine.queue import Queue
 
-__all__ = ["PREFER", "TOLD", "Events", "Watch"]
+__all__ = ["REQUEST_HEADERS", "RESPONSE_HEADERS", "Events", "Watch"]
 
-WAIT_MOST_SECONDS: Final = 60
+MAX_WAIT_SECONDS: Final = 60
 LOOK_SECONDS: Final = 0.25
 EVENTS_SECONDS: Final = 600.0
 """How long one stream of events lasts; the client asks for the next one by itself."""
@@ -31,12 +31,12 @@ HEARTBEAT_SECONDS: Final = 5.0
 RETRY_MILLISECONDS: Final = 3000
 """After which a client whose stream has ended asks for the next one."""
 
-PREFER: Final[Mapping[str, str]] = {
+REQUEST_HEADERS: Final[Mapping[str, str]] = {
     "Prefer": "wait=N: answer when the job has ended, or is no longer as If-None-Match says, or after N seconds (60 at most)",
     "If-None-Match": "The ETag of an answer before",
 }
 
-TOLD: Final[Mapping[str, str]] = {
+RESPONSE_HEADERS: Final[Mapping[str, str]] = {
     "ETag": "ETag of this state",
     "Preference-Applied": "The wait that was asked for, as far as it is granted",
 }
@@ -45,7 +45,7 @@ _WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])
 ANY: Final = "*"
 """In If-None-Match: whatever is there now."""
 
-Told = Callable[[], tuple[dict[str, Any], bool]]
+Look = Callable[[], tuple[dict[str, Any], bool]]
 
 
 class Watch:
@@ -67,10 +67,10 @@ class Watch:
         job = self._queue.get(job_id)
         return dict(job_status(job)), job.state in TERMINAL
 
-    def answer(self, req: falcon.Request, resp: falcon.Response, job_id: str, told: Told) -> None:
+    def answer(self, req: falcon.Request, resp: falcon.Response, job_id: str, look: Look) -> None:
         """Answer with what is told of a job: at once, or after the wait that the client prefers."""
         known = _known(req)
-        body, ended = told()
+        body, ended = look()
         tag = tag_of(body)
         if ANY in known:
             known = {tag}
@@ -87,12 +87,12 @@ class Watch:
                     # the end: what it waits for changes by itself.
                     before, seen = seen, tag_of(self.status(job_id)[0])
                     if seen != before:
-                        body, ended = told()
+                        body, ended = look()
                         tag = tag_of(body)
             finally:
                 self.slots.give()
             if not ended and not gone():
-                body, ended = told()
+                body, ended = look()
                 tag = tag_of(body)
         if seconds is not None:
             resp.set_header("Preference-Applied", f"wait={seconds}")
@@ -122,7 +122,7 @@ def _known(req: falcon.Request) -> set[str]:
 
 def _wait(req: falcon.Request) -> int | None:
     match = _WAIT.search(req.get_header("Prefer") or "")
-    return min(int(match.group(1)), WAIT_MOST_SECONDS) if match else None
+    return min(int(match.group(1)), MAX_WAIT_SECONDS) if match else None
 
 
 class Events:

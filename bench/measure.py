@@ -71,7 +71,7 @@ class Spread:
     def median(self) -> float:
         return statistics.median(self.values)
 
-    def told(self, digits: int = 2) -> str:
+    def text(self, digits: int = 2) -> str:
         """The median, and the least and the most where there was more than one round."""
         if len(self.values) == 1:
             return f"{self.median:,.{digits}f}"
@@ -223,8 +223,8 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
 
 
 def _version(tool: str) -> str:
-    said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
-    return said[0].replace(" version:", "") if said else "of an unknown version"
+    output = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return output[0].replace(" version:", "") if output else "of an unknown version"
 
 
 def _import(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:

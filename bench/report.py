@@ -36,7 +36,7 @@ GIGABYTES: Final = 10
 BUSY: Final = 0.9
 """Share of the cores' time beyond which nothing but fewer instructions makes a load quicker."""
 
-MEMORY_MOST_MB: Final = 200
+MAX_MEMORY_MB: Final = 200
 FLAT: Final = 1.15
 """Peaks that lie no further apart than this are the same."""
 
@@ -71,14 +71,14 @@ class Report:
         """Measure a section and add its rows: what, target, judge. Where it fails, the others are measured all the same."""
         try:
             found = run()
-            told = [(what, target, *judge(found)) for what, target, judge in rows]
+            judged = [(what, target, *judge(found)) for what, target, judge in rows]
         except Exception as error:  # noqa: BLE001 (whatever it is, it stands in the report)
             why = self.wrong[name] = f"not measured: {type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
-            told = [(what, target, why, None) for what, target, _ in rows]
+            judged = [(what, target, why, None) for what, target, _ in rows]
             print(f"{name}: {why}", file=sys.stderr, flush=True)
         else:
             self.found[name] = found
-        for what, target, reached, met in told:
+        for what, target, reached, met in judged:
             self.rows.append((what, target, reached, met))
             print(f"{_mark(target, met):<13} {what}: {reached} (target {target})", flush=True)
 
@@ -90,33 +90,33 @@ def _mark(target: str, met: bool | None) -> str:
 
 def _most(name: str, limit: float, digits: int = 2) -> Judge:
     """A figure by its name is at most so much at the median."""
-    return lambda found: (found[name].told(digits), found[name].median <= limit)
+    return lambda found: (found[name].text(digits), found[name].median <= limit)
 
 
 def _least(name: str, limit: float, digits: int = 2) -> Judge:
     """A figure by its name is at least so much at the median."""
-    return lambda found: (found[name].told(digits), found[name].median >= limit)
+    return lambda found: (found[name].text(digits), found[name].median >= limit)
 
 
 def _imported(found: dict[str, Any]) -> tuple[str, bool | None]:
     note = found["import note"]
     if "import ratio" not in found:
         return f"not measured: {note}", None
-    return f"{found['import ratio'].told()} ({note})", found["import ratio"].median >= 2.5
+    return f"{found['import ratio'].text()} ({note})", found["import ratio"].median >= 2.5
 
 
 def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
     """Whether peaks, in MB by the size of the file in bytes, are low and the same; None where one is missing."""
-    told = ", ".join(
+    text = ", ".join(
         f"not measured at {size / 1e9:g} GB: needs {measure.room_for(size) / 1e9:.0f} GB free"
         if peak is None
         else f"{peak} at {size / 1e9:g} GB"
         for size, peak in peaks.items()
     )
     known = [peak for peak in peaks.values() if peak is not None]
-    if known and max(known) >= MEMORY_MOST_MB:
-        return told, False
-    return told, max(known) <= FLAT * min(known) if len(known) == len(peaks) else None
+    if known and max(known) >= MAX_MEMORY_MB:
+        return text, False
+    return text, max(known) <= FLAT * min(known) if len(known) == len(peaks) else None
 
 
 def run(rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None) -> Report:
@@ -180,7 +180,7 @@ def run(rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None) ->
     sizes = [5 * 10**7, 10**8] if quick else sorted({10**8, min(10**9, gigabytes * 10**9), gigabytes * 10**9})
     report.measure(
         "memory", lambda: measure.memory(rig, sizes),
-        ("peak memory of a worker, MB (lines up to 1 MiB)", f"< {MEMORY_MOST_MB}, flat (15 %)", flat),
+        ("peak memory of a worker, MB (lines up to 1 MiB)", f"< {MAX_MEMORY_MB}, flat (15 %)", flat),
     )  # fmt: skip
     return report
 
@@ -191,20 +191,22 @@ def bottleneck(spent: Spent) -> str:
     busy = sum(spent.cpu.values()) / have
     if busy >= BUSY:
         shares = ", ".join(f"{name} {100 * seconds / have:.0f}" for name, seconds in spent.cpu.items())
-        told = f"the cores, {100 * busy:.0f} % of whose time is taken: {shares}"
+        detail = f"the cores, {100 * busy:.0f} % of whose time is taken: {shares}"
         others = spent.cpu.get("everything else", 0.0) / have
-        return told if others < NOT_FREE else f"{told}; this machine was not idle, so this is inconclusive"
-    told = f"the cores are taken for {100 * busy:.0f} % of the time"
+        return detail if others < NOT_FREE else f"{detail}; this machine was not idle, so this is inconclusive"
+    detail = f"the cores are taken for {100 * busy:.0f} % of the time"
     stages = spent.stages
     if stages["read"] > stages["stall"]:
         return (
             f"S3: for each line the reader waits {stages['read']:.1f} µs for it, and {stages['stall']:.1f} µs until its lines "
-            f"are taken on; {told}"
+            f"are taken on; {detail}"
         )
     # The writers of a worker wait side by side, and take turns at everything else: one interpreter runs one of them at a time.
     wait, work = stages["wait"] / spent.writers, stages["split"] + stages["decode"] + stages["encode"]
-    told = f"{wait:.1f} µs of a worker's time for each line beside {work:.1f} µs of its own work; {told}"
-    return f"MongoDB: its answers take {told}" if wait > work else f"the workers' CPU: MongoDB's answers take {told}"
+    detail = f"{wait:.1f} µs of a worker's time for each line beside {work:.1f} µs of its own work; {detail}"
+    return (
+        f"MongoDB: its answers take {detail}" if wait > work else f"the workers' CPU: MongoDB's answers take {detail}"
+    )
 
 
 def scaling(walls: dict[str, float], two: Spent) -> str:
@@ -222,12 +224,12 @@ def fastest(ratios: dict[tuple[str, int], Spread], noise: float) -> str:
         for (name, value), spread in ratios.items()
         if max(spread.values) < 1 - noise
     ]
-    told = f"two runs with the defaults in one round differed by {100 * noise:.0f} % at most"
+    detail = f"two runs with the defaults in one round differed by {100 * noise:.0f} % at most"
     if noise > NOISY:
-        return f"No verdict: {told}."
+        return f"No verdict: {detail}."
     if better:
-        return f"Faster here than the defaults in every round, by more than the noise: {', '.join(better)}; {told}."
-    return f"Nothing that was tried is faster than the defaults by more than the noise: {told}."
+        return f"Faster here than the defaults in every round, by more than the noise: {', '.join(better)}; {detail}."
+    return f"Nothing that was tried is faster than the defaults by more than the noise: {detail}."
 
 
 def _shown(name: str, value: int) -> str:
@@ -250,9 +252,9 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
             "",
             "| | seconds | CPU seconds: the client | the database | S3 |",
             "|---|---|---|---|---|",
-            f"| ceiling | {found['ceiling'].told()} | | {_of(found, 'database cpu, ceiling')} | |",
+            f"| ceiling | {found['ceiling'].text()} | | {_of(found, 'database cpu, ceiling')} | |",
             (
-                f"| Headrace, S3 to documents | {found['headrace'].told()} | {_of(found, 'worker cpu')} | "
+                f"| Headrace, S3 to documents | {found['headrace'].text()} | {_of(found, 'worker cpu')} | "
                 f"{_of(found, 'database cpu')} | {_of(found, 's3 cpu')} |"
             ),
             f"| import tool, from a local file | {_of(found, 'import')} | | | |",
@@ -270,7 +272,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
             f"| processes | seconds | {' | '.join(f'% of all cores: {name}' for name in programs)} |",
             "|---|---|" + "---|" * len(programs),
             *(
-                f"| {name} | {wall.told()} | "
+                f"| {name} | {wall.text()} | "
                 + " | ".join(f"{100 * spent.cpu[program] / (spent.cores * spent.wall):.0f}" for program in programs)
                 + " |"
                 for name, (wall, spent) in found.items()
@@ -296,16 +298,16 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
 
     def latency(found: dict[str, Spread]) -> list[str]:
         return [
-            f"Lines a second through a proxy at 0 ms: {found['0 ms'].told(0)};",
-            f"with 20 ms added to MongoDB and to S3: {found['added'].told(0)}.",
+            f"Lines a second through a proxy at 0 ms: {found['0 ms'].text(0)};",
+            f"with 20 ms added to MongoDB and to S3: {found['added'].text(0)}.",
         ]
 
     def upload(found: dict[str, Spread]) -> list[str]:
         return [
-            f"MB a second: POST /upload {found['api'].told(0)}, boto3's own `upload_file` {found['boto3'].told(0)}, and with the",
+            f"MB a second: POST /upload {found['api'].text(0)}, boto3's own `upload_file` {found['boto3'].text(0)}, and with the",
             (
                 f"settings that Headrace gives boto3 (no checksums that nobody asked for, and parts of a type "
-                f"that SeaweedFS does not gzip) {found['boto3, tuned'].told(0)}."
+                f"that SeaweedFS does not gzip) {found['boto3, tuned'].text(0)}."
             ),
         ]
 
@@ -314,7 +316,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
         return [
             "| setting | wall, over that with the defaults in the same round |",
             "|---|---|",
-            *(f"| {_shown(*which)} | {spread.told()} |" for which, spread in ratios.items()),
+            *(f"| {_shown(*which)} | {spread.text()} |" for which, spread in ratios.items()),
             "",
             fastest(ratios, found["noise"]),
         ]
@@ -349,7 +351,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
         "",
         *section("ladder", headline),
     ]
-    for title, name, told in (
+    for title, name, render in (
         ("From the ceiling to the import tool", "ladder", ladder),
         ("Processes", "scale", scale),
         ("Where a worker's time goes", "ladder", stages),
@@ -357,13 +359,13 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
         ("Upload", "upload", upload),
         ("Defaults", "defaults", defaults),
     ):
-        lines += ["", f"## {title}", "", *section(name, told)]
+        lines += ["", f"## {title}", "", *section(name, render)]
     (place / "REPORT.md").write_text("\n".join([*lines, ""]))
 
 
 def _of(ladder: dict[str, Any], name: str) -> str:
     spread = ladder.get(name)
-    return spread.told() if isinstance(spread, Spread) else "not measured"
+    return spread.text() if isinstance(spread, Spread) else "not measured"
 
 
 def _commit() -> str:
@@ -387,8 +389,8 @@ def _machine() -> str:
 def _mongod() -> str:
     from engine.local import mongod_path
 
-    said = subprocess.run([mongod_path(), "--version"], capture_output=True, text=True, check=False).stdout
-    return said.split("v", 2)[-1].split()[0] if said else "unknown"
+    output = subprocess.run([mongod_path(), "--version"], capture_output=True, text=True, check=False).stdout
+    return output.split("v", 2)[-1].split()[0] if output else "unknown"
 
 
 def main() -> None:

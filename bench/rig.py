@@ -145,8 +145,8 @@ class Engine:
 
     def check(self) -> None:
         """See that nothing went wrong: a load in which a worker was replaced, or waited for a server, measures that."""
-        told = [orjson.loads(line) for line in self._log.read_bytes().splitlines() if line.startswith(b"{")]
-        if trouble := [line["event"] for line in told if line["level"] not in ("info", "debug")]:
+        events = [orjson.loads(line) for line in self._log.read_bytes().splitlines() if line.startswith(b"{")]
+        if trouble := [line["event"] for line in events if line["level"] not in ("info", "debug")]:
             raise RuntimeError(f"the engine had trouble, so that its figures tell of that: {'; '.join(trouble)}")
 
     def __enter__(self) -> Self:

@@ -60,9 +60,9 @@ def test_write(measure: Any, rig: Rig, file: Files, what: str, records: int, bat
         command = {"insert": names[0], "ordered": False, "writeConcern": {"w": "majority"}}
         return sum(rig.store.data.command(command | {"documents": documents})["n"] for documents in made)
 
-    told = {"batch": batch, "shape": "ordinary"}
+    info = {"batch": batch, "shape": "ordinary"}
     assert (
-        measure(write if ready else all_of_it, size=len(data), records=records, rounds=3, setup=fresh, **told)
+        measure(write if ready else all_of_it, size=len(data), records=records, rounds=3, setup=fresh, **info)
         == records
     )
     fresh()
@@ -180,5 +180,5 @@ def test_upload(
         s3.upload_file(str(path), rig.bucket, key, ExtraArgs={"ContentType": "application/json"})
         return key
 
-    told = {"shape": "ordinary", "through": through, "pid": pid if posted else os.getpid()}
-    assert measure(upload, size=path.stat().st_size, records=records, rounds=3, **told)
+    info = {"shape": "ordinary", "through": through, "pid": pid if posted else os.getpid()}
+    assert measure(upload, size=path.stat().st_size, records=records, rounds=3, **info)

@@ -10,7 +10,7 @@ from engine.store import Document, translated
 
 __all__ = ["check_collection", "check_collection_name", "check_ticket"]
 
-NAMESPACE_MOST: Final = 255
+MAX_NAMESPACE_BYTES: Final = 255
 """Bytes that MongoDB takes as the name of a database and a collection with a dot between."""
 
 
@@ -26,7 +26,7 @@ def check_collection(database: Database[Document], name: str) -> None:
     """Raises Refused where this collection cannot take documents."""
     check_collection_name(name)
     refusal = None
-    if len(f"{database.name}.{name}".encode()) > NAMESPACE_MOST:
+    if len(f"{database.name}.{name}".encode()) > MAX_NAMESPACE_BYTES:
         refusal = "its name is longer than MongoDB takes"
     else:
         with translated("looking at the collection"):

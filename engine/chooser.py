@@ -19,7 +19,7 @@ from engine.steps import Step, reach
 
 __all__ = ["Chooser"]
 
-TOGETHER_MOST: Final = 16
+MAX_TOGETHER: Final = 16
 """Small jobs that a worker takes on together."""
 
 BARREN_SECONDS: Final = 10.0
@@ -159,7 +159,7 @@ class Chooser:
         together = [job]
         places = {_place(job)}
         for other in list(self._seen) if _may_go_along(job) else ():
-            if len(together) == TOGETHER_MOST:
+            if len(together) == MAX_TOGETHER:
                 break
             like = other.options.priority == job.options.priority and _may_go_along(other)
             if like and _place(other) not in places:

@@ -37,8 +37,8 @@ _SEPARATOR: Final = b",%d," % _MARK
 # The smallest integer outside int64 has 19 digits. All digits made '0', a run of 19 is one `find` away.
 _ZEROS: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
 _RUN: Final = b"0" * 19
-_MOST: Final = b"%d" % (2**63 - 1)
-_MOST_BELOW: Final = b"%d" % 2**63
+_INT64_MAX_DIGITS: Final = b"%d" % (2**63 - 1)
+_INT64_MIN_DIGITS: Final = b"%d" % 2**63
 _MINUS: Final = ord("-")
 
 # Strings are matched first, so that digits within them are passed over; then numbers, whole, to see if they are integers.
@@ -301,7 +301,7 @@ def _wide_at(data: bytes, place: int) -> bool:
     start, end = place - len(left) + len(before), place + len(right) - len(right.lstrip(_DIGITS))
     if end - start < len(_RUN) or before.endswith(b"."):
         return False
-    most = _MOST_BELOW if before.endswith(b"-") else _MOST
+    most = _INT64_MIN_DIGITS if before.endswith(b"-") else _INT64_MAX_DIGITS
     return end - start > len(_RUN) or data[start:end] > most
 
 
@@ -316,7 +316,7 @@ def _has_wide_digits(data: bytes) -> bool:
         # Behind a point stands a fraction, and behind a digit the rest of one.
         if before not in b".0" and (
             zeros.startswith(b"0", at + len(_RUN))
-            or data[at : at + len(_RUN)] > (_MOST_BELOW if before == _MINUS else _MOST)
+            or data[at : at + len(_RUN)] > (_INT64_MIN_DIGITS if before == _MINUS else _INT64_MAX_DIGITS)
         ):
             return True
         at = zeros.find(_RUN, at + 1)

@@ -14,19 +14,19 @@ from botocore.exceptions import ClientError
 
 from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
-from engine.objects import PARTS_MOST, Objects
+from engine.objects import MAX_PARTS, Objects
 from engine.s3 import PART_TYPE, S3_ERRORS, s3_translated
 from engine.store import Document, Store, translated
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
 
-__all__ = ["URLS_MOST", "DirectUploads", "Part", "Upload"]
+__all__ = ["MAX_URLS", "DirectUploads", "Part", "Upload"]
 
 PART_LEAST_BYTES: Final = 5 * 1024 * 1024
-PART_MOST_BYTES: Final = 5 * 1024**3
+MAX_PART_BYTES: Final = 5 * 1024**3
 
-URLS_MOST: Final = 1000
+MAX_URLS: Final = 1000
 """Signed URLs in one answer."""
 
 URL_SECONDS: Final = 3600
@@ -63,7 +63,7 @@ class Upload:
     @property
     def parts(self) -> int:
         """How many parts it may have."""
-        return PARTS_MOST if self.size is None else max(1, -(-self.size // self.part_bytes))
+        return MAX_PARTS if self.size is None else max(1, -(-self.size // self.part_bytes))
 
     def size_of(self, number: int) -> int | None:
         """The bytes that a part must have, where the size of the file is known."""
@@ -89,12 +89,12 @@ class DirectUploads:
         Raises:
             Refused: the file is too large for S3, or the parts are too small for it.
         """
-        chosen = part_bytes or max(self._part_bytes, -(-(size or 0) // PARTS_MOST))
-        if not PART_LEAST_BYTES <= chosen <= PART_MOST_BYTES:
-            raise Refused(f"partBytes: S3 takes parts of {PART_LEAST_BYTES} to {PART_MOST_BYTES} bytes")
-        if size is not None and size > chosen * PARTS_MOST:
+        chosen = part_bytes or max(self._part_bytes, -(-(size or 0) // MAX_PARTS))
+        if not PART_LEAST_BYTES <= chosen <= MAX_PART_BYTES:
+            raise Refused(f"partBytes: S3 takes parts of {PART_LEAST_BYTES} to {MAX_PART_BYTES} bytes")
+        if size is not None and size > chosen * MAX_PARTS:
             raise Refused(
-                f"partBytes: {size} bytes in parts of {chosen} are more than the {PARTS_MOST} parts that S3 takes"
+                f"partBytes: {size} bytes in parts of {chosen} are more than the {MAX_PARTS} parts that S3 takes"
             )
         with s3_translated(f"starting the upload of {key}"):
             made = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)

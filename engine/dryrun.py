@@ -23,7 +23,7 @@ from engine.store import DUPLICATE_KEY, Document, Store, job_key, translate, tra
 
 __all__ = ["DryRun"]
 
-DEPTH_MOST: Final = 180
+MAX_DEPTH: Final = 180
 """How deep the server takes a document to be nested (measured on 6.0; it documents 100)."""
 
 VALIDATION_FAILED: Final = 121
@@ -227,8 +227,8 @@ class DryRun(Sink):
             work.refuse(index, Reason.BAD_ID, "an _id is no array", _ID_IS_ARRAY)
         elif _has_operators(document["_id"]):
             work.refuse(index, Reason.BAD_ID, "an _id has no keys that begin with $", _ID_HAS_OPERATOR)
-        elif line.count(b"{") + line.count(b"[") > DEPTH_MOST and _depth(document) > DEPTH_MOST:
-            detail = f"the document is nested deeper than {DEPTH_MOST} levels"
+        elif line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
+            detail = f"the document is nested deeper than {MAX_DEPTH} levels"
             work.refuse(index, Reason.TOO_DEEP, detail, TOO_DEEP)
         elif excess := too_large(size):
             work.refuse(index, Reason.TOO_LARGE, excess)

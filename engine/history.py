@@ -12,7 +12,7 @@ from engine.store import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS, Document, 
 
 __all__ = ["Backlog", "History", "RangeReport"]
 
-HOLDERS_MOST: Final = 100
+MAX_HOLDERS: Final = 100
 
 CHEAP_SECONDS: Final = 0.05
 """A count of jobs that takes no longer is made anew whenever it is asked for."""
@@ -120,7 +120,7 @@ class History:
             sum(group["kept"] for group in groups),
             sum(group["failures"] for group in groups),
             sum(group["deaths"] for group in groups),
-            tuple(holders[:HOLDERS_MOST]),
+            tuple(holders[:MAX_HOLDERS]),
             (late[0].get("failure") or {}).get("message") if late else None,
         )
 

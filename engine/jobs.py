@@ -42,7 +42,7 @@ LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": {"$n
 PUT_OFF: Final = "put off: "
 """How the event begins that tells why a job could not be planned."""
 
-TIMELINE_MOST: Final = 100
+MAX_TIMELINE_EVENTS: Final = 100
 """Events that a job remembers."""
 
 
@@ -94,7 +94,7 @@ def happened(what: str) -> Document:
     """Sets the timeline of a job, with this event at its end."""
     event = {"at": "$$NOW", "what": {"$literal": what}}
     known = {"$ifNull": ["$timeline", []]}
-    return {"timeline": {"$slice": [{"$concatArrays": [known, [event]]}, -TIMELINE_MOST]}}
+    return {"timeline": {"$slice": [{"$concatArrays": [known, [event]]}, -MAX_TIMELINE_EVENTS]}}
 
 
 def put_off(until: object) -> Document:

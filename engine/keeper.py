@@ -90,14 +90,14 @@ class Keeper(threading.Thread):
         queue: Queue,
         lease_seconds: float,
         still: Callable[[], float],
-        tell: Callable[[Run], None],
+        report: Callable[[Run], None],
     ) -> None:
         super().__init__(name=KEEPER, daemon=True)
         self._ledger = ledger
         self._queue = queue
         self._lease_seconds = lease_seconds
         self._still = still
-        self._tell = tell
+        self._report = report
         self._runs: tuple[Run, ...] = ()
         self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
@@ -155,7 +155,7 @@ class Keeper(threading.Thread):
                 run.cancelled.set()
             elif stamps.stale:
                 self._queue.roll_up(run.job.id)
-            self._tell(run)
+            self._report(run)
         except LeaseLost:
             run.lost.set()
         except HeadraceError as error:

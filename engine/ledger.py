@@ -39,7 +39,7 @@ EXPIRY_GRACE_SECONDS: Final = 4
 HELD_SECONDS: Final = 1.0
 """How soon a job is looked at again whose ranges others hold."""
 
-HOLDERS_MOST: Final = 10
+MAX_HOLDERS: Final = 10
 """Holders that a range remembers."""
 
 OPEN_BATCH: Final = 10_000
@@ -280,7 +280,7 @@ class Ledger:
             "holder": holder,
             "until": self.until(),
             "leases": {"$add": [{"$ifNull": ["$leases", 0]}, 1]},
-            "holders": {"$slice": [{"$concatArrays": [earlier, [holder]]}, -HOLDERS_MOST]},
+            "holders": {"$slice": [{"$concatArrays": [earlier, [holder]]}, -MAX_HOLDERS]},
         }
 
     def _speak(self, lease: Lease, changes: Document, doing: str) -> None:

@@ -127,11 +127,11 @@ class _Server:
         lines = self.log.read_text(errors="replace").strip().splitlines()
         for line in reversed(lines):
             with suppress(ValueError, KeyError, TypeError):
-                told = json.loads(line)
-                if told["s"] in ("E", "F") and "aborting after" not in told["msg"]:
-                    more = told.get("attr", {})
+                entry = json.loads(line)
+                if entry["s"] in ("E", "F") and "aborting after" not in entry["msg"]:
+                    more = entry.get("attr", {})
                     why = more.get("error") or more.get("reason") or more.get("message") or more.get("msg") or ""
-                    return f"{told['msg']}{': ' if why else ''}{why}"[:300]
+                    return f"{entry['msg']}{': ' if why else ''}{why}"[:300]
         return lines[-1][:300] if lines else "none"
 
     def why(self) -> str:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
 
 __all__ = [
-    "PARTS_MOST",
+    "MAX_PARTS",
     "Listed",
     "Objects",
     "RangeReader",
@@ -44,7 +44,7 @@ __all__ = [
     "Stream",
 ]
 
-PARTS_MOST: Final = 10_000
+MAX_PARTS: Final = 10_000
 """Parts that one multipart upload may have."""
 
 DRAIN_BYTES: Final = 256 * 1024
@@ -150,7 +150,7 @@ class Objects:
     Args:
         client: as `connect` makes it.
         bucket: its name.
-        part_bytes: size of a part of an upload, of which S3 takes no more than `PARTS_MOST`.
+        part_bytes: size of a part of an upload, of which S3 takes no more than `MAX_PARTS`.
         parallel: parts under way at a time, of all uploads together.
     """
 
@@ -186,9 +186,9 @@ class Objects:
         try:
             self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
         except ClientError as error:
-            told = translate(error, f"looking for {key}")
-            if isinstance(told, AccessDenied | TokenExpired | WrongClock):
-                raise told from error
+            cause = translate(error, f"looking for {key}")
+            if isinstance(cause, AccessDenied | TokenExpired | WrongClock):
+                raise cause from error
 
     def open(self, source: Source, start: int, stop: int) -> RangeReader:
         """Begin to read bytes `start` to `stop` (exclusive) of the version that `source` pins.
@@ -224,14 +224,14 @@ class Objects:
                     ) from None
                 raise
         reader = RangeReader(answer, source.key, start, stop)
-        said = answer.get("ContentRange", "")
+        content_range = answer.get("ContentRange", "")
         if answer["ETag"] != source.etag:
             reader.drop()
             raise ObjectChanged(f"{source.key} was overwritten after the job was submitted: submit a new job")
-        if said != f"bytes {start}-{stop - 1}/{source.size}" or answer["ContentLength"] != stop - start:
+        if content_range != f"bytes {start}-{stop - 1}/{source.size}" or answer["ContentLength"] != stop - start:
             reader.drop()
             raise Transient(
-                f"S3 answered a request for bytes {start}-{stop - 1} of {source.key} with {said or 'the whole object'!r}"
+                f"S3 answered a request for bytes {start}-{stop - 1} of {source.key} with {content_range or 'the whole object'!r}"
             )
         return reader
 

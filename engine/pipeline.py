@@ -76,7 +76,7 @@ class Pipeline:
         rejects: Rejects,
         stats: Stats,
         still: Callable[[], float],
-        tell: Callable[[Run], None] = lambda run: None,
+        report: Callable[[Run], None] = lambda run: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -84,7 +84,7 @@ class Pipeline:
         self._ledger = ledger
         self._rejects = rejects
         self._stats = stats
-        self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, tell)
+        self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, report)
         self.keeper.start()
         self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
 
@@ -137,16 +137,16 @@ class Pipeline:
             reach(Step.CLOSE)
             closed = _insist(done[0], lambda: self._ledger.close_all([(run.lease, run.mark()[1]) for run in done]))
             reach(Step.CLOSED)
-        told: list[tuple[Run, Ended | HeadraceError]] = []
+        results: list[tuple[Run, Ended | HeadraceError]] = []
         for run, outcome in outcomes:
             try:
                 if outcome is not Ended.DONE:
                     self._hand_back(run, outcome if isinstance(outcome, HeadraceError) else None)
             except HeadraceError as error:
-                told.append((run, error))
+                results.append((run, error))
             else:
-                told.append((run, outcome))
-        return told, closed
+                results.append((run, outcome))
+        return results, closed
 
     def _hand_back(self, run: Run, error: HeadraceError | None = None) -> None:
         """Tell the ledger that a lease ended before its range did, and because of what."""
@@ -187,12 +187,12 @@ class Pipeline:
         with closing(self._batches(run, splitter, batcher)) as batches:
             for batch in batches:
                 if run.stop.is_set() or run.cancelled.is_set():
-                    return _told(run)
+                    return _ended_early(run)
                 self._write(run, sink, run.job.plan.format, batch, run.opened(batch))
                 if run.cautious:
                     self.keeper.renew(run)
                     batcher.max_lines = min(2 * batcher.max_lines, most)
-        return Ended.DONE if splitter.done else _told(run)
+        return Ended.DONE if splitter.done else _ended_early(run)
 
     def _work(self, run: Run) -> Ended:
         """As many batches at a time as there are writer threads."""
@@ -221,7 +221,7 @@ class Pipeline:
             for future, _ in flying:
                 future.cancel() or future.exception()
             raise
-        return Ended.DONE if exhausted else _told(run)
+        return Ended.DONE if exhausted else _ended_early(run)
 
     def _make_room(self, run: Run, flying: _Flying, most: int, room: int = 0) -> None:
         """Wait until fewer than `most` batches fly, of no more than `room` bytes; raises what a batch raised."""
@@ -336,7 +336,7 @@ class Pipeline:
             raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
 
 
-def _told(run: Run) -> Ended:
+def _ended_early(run: Run) -> Ended:
     """Why the work on a run ended before its range did."""
     return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
 

@@ -54,7 +54,7 @@ RANGES_PER_WORKER: Final = 4
 SMALL_RANGE_BYTES: Final = 8 * 1024 * 1024
 """A range is not made smaller than this only to have more of them: each costs a request and a few writes."""
 
-RANGES_MOST: Final = 100_000
+MAX_RANGES: Final = 100_000
 """Ranges of one object, whatever the settings: each is a document, and they are summed once a second."""
 
 TAG_DRAWS: Final = 64
@@ -282,7 +282,7 @@ class Planner:
     def _plan(self, draft: _Draft, source: _Registered) -> Plan:
         size = draft.job.source.size
         share = max(-(-size // self._shares), SMALL_RANGE_BYTES)
-        range_bytes = max(min(self._range_bytes, share), -(-size // RANGES_MOST))
+        range_bytes = max(min(self._range_bytes, share), -(-size // MAX_RANGES))
         return Plan(draft.format, source.tag, range_bytes, count(size, range_bytes), source.sole, self._max_line_bytes)
 
     def _register(self, drafts: Sequence[_Draft]) -> list[_Registered]:

@@ -41,8 +41,8 @@ class Rejects:
         it returns."""
         documents = [_document(job, lease, reject) for reject in rejects]
         with translated("writing rejects"):
-            told = write_all(self._rejects, [InsertOne(document) for document in documents])
-            for there in (documents[fault["index"]] for fault in told["writeErrors"]):
+            result = write_all(self._rejects, [InsertOne(document) for document in documents])
+            for there in (documents[fault["index"]] for fault in result["writeErrors"]):
                 earlier = {"_id": there["_id"], "lease": {"$lt": lease.number}}
                 self._rejects.replace_one(earlier, there)
 
@@ -85,11 +85,11 @@ class Rejects:
         if not found:
             return [], False
         before = self._ledger.first_lines(job_id, {reject["range"] for reject in found})
-        return [_told(reject, before) for reject in found], more
+        return [_public(reject, before) for reject in found], more
 
     def first(self, job_id: str) -> list[Document]:
         """The first few rejects of a job as they are told to a client, with raw lines cut short."""
-        return [_cut_short(told) for told in self.page(job_id, FIRST_REJECTS)[0]]
+        return [_cut_short(reject) for reject in self.page(job_id, FIRST_REJECTS)[0]]
 
     def lines(self, job_id: str) -> Iterator[tuple[int, bytes]]:
         """Every reject of a job as (offset, what is kept of the raw line), in the order of the file."""
@@ -139,15 +139,15 @@ def _is_text(data: bytes) -> bool:
     return True
 
 
-def _cut_short(told: Document) -> Document:
-    if len(told["raw"]) <= FIRST_RAW:
-        return told
-    return told | {"raw": told["raw"][:FIRST_RAW], "rawLength": told["length"]}
+def _cut_short(reject: Document) -> Document:
+    if len(reject["raw"]) <= FIRST_RAW:
+        return reject
+    return reject | {"raw": reject["raw"][:FIRST_RAW], "rawLength": reject["length"]}
 
 
-def _told(found: Document, before: dict[int, int]) -> Document:
+def _public(found: Document, before: dict[int, int]) -> Document:
     first = before.get(found["range"])
-    told: dict[str, Any] = {
+    reject: dict[str, Any] = {
         "line": None if first is None else first + found["ordinal"] + 1,
         "offset": found["_id"]["offset"],
         "length": found["length"],
@@ -155,4 +155,4 @@ def _told(found: Document, before: dict[int, int]) -> Document:
         "detail": found["detail"],
         "raw": found["raw"],
     }
-    return told | {name: found[name] for name in ("encoding", "rawLength", "code") if name in found}
+    return reject | {name: found[name] for name in ("encoding", "rawLength", "code") if name in found}

@@ -148,11 +148,11 @@ def _writers(found: dict[str, Any]) -> int:
     return max(2, min(8, 128 // int(found["engine_workers"])))
 
 
-def _setting(default: Any, description: str, unit: str = "", told: str = "", **limits: Any) -> Any:
-    """A setting; `told` is a default in words where it is worked out."""
+def _setting(default: Any, description: str, unit: str = "", in_words: str = "", **limits: Any) -> Any:
+    """A setting; `in_words` is the default in words where it is worked out."""
     extra: dict[str, Any] = {"unit": unit}
     if callable(default):
-        extra["told"] = told
+        extra["in_words"] = in_words
         return Field(default_factory=default, description=description, json_schema_extra=extra, **limits)
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 

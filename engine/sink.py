@@ -168,9 +168,9 @@ class Sink:
             raise translate(error, f"writing to collection {self._collection}") from error
         except PyMongoError as error:
             _forget_frames(error)
-            told = translate(error, f"writing to collection {self._collection}")
+            failure = translate(error, f"writing to collection {self._collection}")
             # Its subclasses tell of a time that ran out, or of a primary that is none.
-            raise (Severed(str(told)) if type(error) is AutoReconnect else told) from error
+            raise (Severed(str(failure)) if type(error) is AutoReconnect else failure) from error
 
     def _account(self, work: Work, indexes: Sequence[int], reply: Dict) -> None:
         failed = reply.get("writeErrors", ())

@@ -81,53 +81,53 @@ class Reporter(threading.Thread):
         }
         self._stats = stats
         self._doing = doing
-        self._told: dict[str, float] = {}
-        self._told_at = time.monotonic()
-        self._telling = threading.Lock()
+        self._reported: dict[str, float] = {}
+        self._reported_at = time.monotonic()
+        self._reporting = threading.Lock()
         self._left = False
 
     def run(self) -> None:
         """The thread's loop."""
         while True:
             try:
-                self.tell()
+                self.report()
             except Exception as error:  # numbers for people: the work goes on, and the next ones may come through
                 log.exception("a worker's figures could not be told", action="report", cause=str(error))
             time.sleep(REPORT_SECONDS)
 
-    def tell(self, *, last: bool = False) -> None:
+    def report(self, *, last: bool = False) -> None:
         """Tell now; what cannot be told is told the next time. `last`: the worker leaves, and nothing is told after that."""
         # Two at a time would both tell of the same. The last word is not worth a long wait.
-        if not self._telling.acquire(timeout=REPORT_SECONDS if last else -1):
+        if not self._reporting.acquire(timeout=REPORT_SECONDS if last else -1):
             return
         try:
             if not self._left:
                 self._left = last
-                self._tell(last)
+                self._report(last)
         finally:
-            self._telling.release()
+            self._reporting.release()
 
-    def _tell(self, last: bool) -> None:
+    def _report(self, last: bool) -> None:
         counts = self._stats.counts()
         now = time.monotonic()
-        news = {name: value - self._told.get(name, 0) for name, value in counts.items()}
+        news = {name: value - self._reported.get(name, 0) for name, value in counts.items()}
         news = {name: value for name, value in news.items() if value}
-        rate = news.get("lines", 0) / max(now - self._told_at, 0.001)
+        rate = news.get("lines", 0) / max(now - self._reported_at, 0.001)
         try:
             if news:
                 self._totals.update_one({"_id": "totals"}, {"$inc": news}, upsert=True)
-                self._told = counts
-            self._told_at = now
+                self._reported = counts
+            self._reported_at = now
             if last:
                 self._workers.delete_one({"_id": self._holder})
                 return
-            told: Document = self._fixed | {
+            document: Document = self._fixed | {
                 "counts": counts,
                 "rate": round(rate, 1),
                 **_memory(),
                 "doing": self._doing(),
             }
-            fields = {name: {"$literal": value} for name, value in told.items()} | {"at": "$$NOW"}
+            fields = {name: {"$literal": value} for name, value in document.items()} | {"at": "$$NOW"}
             self._workers.update_one({"_id": self._holder}, [{"$set": fields}], upsert=True)
         except PyMongoError:
             pass  # numbers for people: the work goes on without

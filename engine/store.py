@@ -176,7 +176,7 @@ class Store:
                 retryWrites=True,
                 w="majority",
             )
-        except (ConfigurationError, PyMongoError, ValueError) as error:
+        except (PyMongoError, ValueError) as error:
             # The text of the error may quote the URI, and with it a password.
             if isinstance(error.__context__, DNSTimeout | NoNameservers):
                 raise Transient(
@@ -390,11 +390,11 @@ def claims_of(job: ObjectId) -> Document:
 
 def translate(error: PyMongoError, doing: str) -> HeadraceError:
     """The project's error for one of the driver's; `doing` says what was being done."""
-    said = f"{type(error).__name__}"
+    name = type(error).__name__
     if isinstance(error, ServerSelectionTimeoutError):
         return Transient(f"MongoDB does not answer while {doing}: see that it runs and that MONGO_URI names it")
     if isinstance(error, ConnectionFailure | WTimeoutError | WriteConcernError | ExecutionTimeout):
-        return Transient(f"the connection to MongoDB failed while {doing} ({said}): see that it runs")
+        return Transient(f"the connection to MongoDB failed while {doing} ({name}): see that it runs")
     if isinstance(error, OperationFailure):
         if error.code in TRANSIENT_CODES or any(map(error.has_error_label, _TRANSIENT_LABELS)):
             return Transient(f"MongoDB could not answer while {doing} (code {error.code}): check its members")
@@ -407,8 +407,8 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
             return AccessDenied(f"MongoDB Atlas does not allow {doing}: {detail}")
         return FinalError(f"MongoDB refused {doing} (code {error.code}): {detail}")
     if isinstance(error, ConfigurationError):
-        return Refused(f"MongoDB cannot be used for {doing} ({said}): check MONGO_URI")
-    return Transient(f"MongoDB failed while {doing} ({said}): see its log")
+        return Refused(f"MongoDB cannot be used for {doing} ({name}): check MONGO_URI")
+    return Transient(f"MongoDB failed while {doing} ({name}): see its log")
 
 
 def write_all(collection: Collection[Document], writes: Sequence[InsertOne[Document] | UpdateOne]) -> Document:

@@ -38,7 +38,7 @@ ASLEEP_SECONDS: Final = 5.0
 YOUNG_SECONDS: Final = 1.0
 """A worker that dies younger than this, without having booted, is replaced with a delay that doubles."""
 
-DELAY_MOST_SECONDS: Final = 5.0
+MAX_DELAY_SECONDS: Final = 5.0
 
 PR_SET_PDEATHSIG: Final = 1
 
@@ -160,7 +160,7 @@ class Supervisor:
                 slot = self._slots.pop()
                 log.info("one worker less", action="shrink", workers=len(self._slots))
                 if slot.pid is not None:
-                    self._tell(slot.pid, signal.SIGTERM)
+                    self._signal(slot.pid, signal.SIGTERM)
                 else:
                     self._slots[0].dead += slot.dead  # whoever comes next frees what they held
 
@@ -172,9 +172,9 @@ class Supervisor:
         self._deadline = time.monotonic() + self.settings.engine_grace_seconds
         log.info("engine stops", action="stop", workers=len(self._children))
         for pid in self._children:
-            self._tell(pid, signal.SIGTERM)
+            self._signal(pid, signal.SIGTERM)
 
-    def _tell(self, pid: int, number: int) -> None:
+    def _signal(self, pid: int, number: int) -> None:
         child = self._children.get(pid)
         if child is None:
             return
@@ -185,7 +185,7 @@ class Supervisor:
 
     def _kill_all(self, number: int) -> None:
         for pid in self._children:
-            self._tell(pid, number)
+            self._signal(pid, number)
         self._deadline = min(self._deadline, time.monotonic() + 1.0)
 
     def _kill_silent(self) -> None:
@@ -235,7 +235,7 @@ class Supervisor:
             lasted = age >= YOUNG_SECONDS and code != EXIT_AGAIN  # to look for credentials in vain takes seconds
             slot.failures = 0 if booted or code == 0 or lasted else slot.failures + 1
             if slot.failures > 1:
-                slot.not_before = time.monotonic() + min(0.1 * 2 ** min(slot.failures, 10), DELAY_MOST_SECONDS)
+                slot.not_before = time.monotonic() + min(0.1 * 2 ** min(slot.failures, 10), MAX_DELAY_SECONDS)
         if code == 0 or self._stopping:
             log.debug("worker has left", action="reap", worker=child.post.name, exit=code)
         elif code == EXIT_BOOT and not self._ever_booted:
@@ -253,7 +253,7 @@ class Supervisor:
         if not all(child is not None and not child.leaving and child.beat.booted() for child in standing):
             return
         # Its place is filled when it has gone, by a successor that frees at once what it held if it does not go softly.
-        self._tell(self._replacing.popleft(), signal.SIGTERM)
+        self._signal(self._replacing.popleft(), signal.SIGTERM)
 
     def _top_up(self) -> None:
         if self._stopping:
@@ -278,7 +278,7 @@ class Supervisor:
                 worker=post.name,
                 cause=error.strerror,
             )
-            slot.not_before = time.monotonic() + DELAY_MOST_SECONDS
+            slot.not_before = time.monotonic() + MAX_DELAY_SECONDS
             return
         else:
             if pid == 0:

@@ -114,16 +114,16 @@ class Post:
 def work(settings: Settings, post: Post, beat: Beat) -> int:
     """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
     stop = threading.Event()
-    said: SimpleQueue[int] = SimpleQueue()
+    signals: SimpleQueue[int] = SimpleQueue()
 
-    def told(number: int, frame: object) -> None:
+    def handle(number: int, frame: object) -> None:
         if number == signal.SIGQUIT:
             os._exit(EXIT_NOW)
         # Not set here: this thread may be in the midst of a wait for the event, and hold its lock.
-        said.put(number)
+        signals.put(number)
 
     def set_when_told() -> None:
-        said.get()
+        signals.get()
         stop.set()
 
     threading.Thread(target=set_when_told, name="stop", daemon=True).start()
@@ -131,8 +131,8 @@ def work(settings: Settings, post: Post, beat: Beat) -> int:
     # TERM to all of them, and the supervisor's own comes on top.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, told)
-    signal.signal(signal.SIGQUIT, told)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGQUIT, handle)
     # Documents die young and hold no cycles: counting their births to look for cycles is all cost. It is done between
     # ranges, and what is there at the start (the libraries) is left out of it.
     gc.disable()
@@ -214,7 +214,7 @@ class _Worker:
             self._rejects,
             stats,
             self._beat.age,
-            self._tell,
+            self._report,
         )
         reporter = Reporter(self._store, self._post.name, self._post.slot, stats, lambda: self._doing)
         reporter.start()
@@ -233,7 +233,7 @@ class _Worker:
         self._planner.close()
         try:
             with pymongo.timeout(LAST_SECONDS):
-                reporter.tell(last=True)
+                reporter.report(last=True)
                 self._chooser.settle_doubt()
         except HeadraceError:
             return EXIT_NOW  # something may be held, which the successor frees
@@ -339,7 +339,7 @@ class _Worker:
 
     def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
         """Work on leases to their end, and bring their jobs to an end where that was the last of them."""
-        self._tell(runs[0])
+        self._report(runs[0])
         try:
             if len(runs) == 1:
                 self._run_one(pipeline, runs[0])
@@ -396,7 +396,7 @@ class _Worker:
         if job.state in TERMINAL:
             log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._post.name)
 
-    def _tell(self, run: Run) -> None:
+    def _report(self, run: Run) -> None:
         """Show in the process list what this worker does."""
         lease = run.lease
         size = max(lease.range.end - lease.range.start, 1)

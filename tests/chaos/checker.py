@@ -22,7 +22,7 @@ sys.setrecursionlimit(20_000)  # the standard library's parser nests as deep as 
 BLANK = re.compile(rb"[ \t\n\r\x0b\x0c]*")
 DEPTH = 1024
 SERVER_DEPTH = 180
-BSON_MOST = 16 * 1024 * 1024
+MAX_BSON_BYTES = 16 * 1024 * 1024
 
 
 @dataclass
@@ -171,7 +171,7 @@ def encoded(document, identity):
     if depth_of(document) > SERVER_DEPTH:
         raise Bad("too_deep")
     data = bson.encode({"_id": identity, **document})
-    if len(data) > BSON_MOST:
+    if len(data) > MAX_BSON_BYTES:
         raise Bad("too_large")
     return data
 
@@ -193,7 +193,7 @@ def text_of(line, file_key):
         raise Bad("invalid_utf8") from None
 
 
-RAW_MOST = 64 * 1024
+MAX_RAW_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -210,13 +210,15 @@ def _says(reject, wanted, before):
     """Whether a reject says of its line what it must."""
     raw = reject["raw"].encode() if "encoding" not in reject else base64.b64decode(reject["raw"])
     # A raw line that is cut may end before a character that the cut went through.
-    whole = raw == wanted.raw or (wanted.length > RAW_MOST and wanted.raw.startswith(raw) and len(raw) > RAW_MOST - 4)
+    whole = raw == wanted.raw or (
+        wanted.length > MAX_RAW_BYTES and wanted.raw.startswith(raw) and len(raw) > MAX_RAW_BYTES - 4
+    )
     code = {"duplicate_key": 11000, "refused": 121}.get(wanted.reason, reject.get("code"))
     return (
         whole
         and (reject["length"], reject["reason"], reject.get("code")) == (wanted.length, wanted.reason, code)
         and before[reject["range"]] + reject["ordinal"] == wanted.number
-        and reject.get("rawLength") == (wanted.length if wanted.length > RAW_MOST else None)
+        and reject.get("rawLength") == (wanted.length if wanted.length > MAX_RAW_BYTES else None)
     )
 
 
@@ -248,7 +250,7 @@ def check(stream, collection, rejects, told, tag, before, limit, text_key=None, 
             document = document_of(body) if text_key is None else text_of(body, text_key)
             if "_id" in document:
                 data = encoded(document, document["_id"])
-                claim = _Wanted(len(line), "duplicate_key", number, line[:RAW_MOST])
+                claim = _Wanted(len(line), "duplicate_key", number, line[:MAX_RAW_BYTES])
                 rivals[bson.encode({"": document["_id"]})].append((offset, claim, data))
             else:
                 data = encoded(document, ObjectId(tag + offset.to_bytes(6, "big")))
@@ -256,7 +258,7 @@ def check(stream, collection, rejects, told, tag, before, limit, text_key=None, 
                     raise Bad("refused")
                 expected[offset] = data
         except Bad as why:
-            bad[offset] = _Wanted(len(line), str(why), number, line[:RAW_MOST])
+            bad[offset] = _Wanted(len(line), str(why), number, line[:MAX_RAW_BYTES])
     documents = len(expected)
     seen = Counter()
     raw = collection.with_options(codec_options=CodecOptions(document_class=RawBSONDocument))

@@ -31,11 +31,11 @@ def test_a_database_that_is_away_is_asked_once_and_told_all_later():
     for status in range(200, 210):
         durations.count("GET", "/x", status, 0.1)
     sums.away = True
-    durations.tell()
+    durations.flush()
     assert (sums.asked, sums.rows) == (1, {})
     durations.count("GET", "/x", 200, 0.2)
     sums.away = False
-    durations.tell()
+    durations.flush()
     assert len(sums.rows) == 10
     assert {key: row[f"row.{len(BOUNDS)}"] for key, row in sums.rows.items()} == {
         ("GET", "/x", str(status)): 2 if status == 200 else 1 for status in range(200, 210)

@@ -35,7 +35,7 @@ def shown(value, unit):
 
 def row(name, field):
     unit = field.json_schema_extra["unit"]
-    default = field.json_schema_extra["told"] if field.default_factory else shown(field.default, unit)
+    default = field.json_schema_extra["in_words"] if field.default_factory else shown(field.default, unit)
     return f"| `{name.upper()}` | {default} | {unit or '–'} | {field.description} |"
 
 

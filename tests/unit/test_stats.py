@@ -34,14 +34,14 @@ def test_a_worker_that_leaves_while_it_tells_tells_nothing_twice_and_is_gone():
         SimpleNamespace(workers=told, totals=told, data=SimpleNamespace(name="records")), "me", 0, stats, dict
     )
     stats.add(lines=5)
-    first = threading.Thread(target=reporter.tell)
+    first = threading.Thread(target=reporter.report)
     first.start()
     assert told.begun.wait(30)
-    last = threading.Thread(target=reporter.tell, kwargs={"last": True})
+    last = threading.Thread(target=reporter.report, kwargs={"last": True})
     last.start()
     told.go_on.set()
     first.join(30)
     last.join(30)
-    reporter.tell()
+    reporter.report()
     assert told.sums == [{"lines": 5}]
     assert told.workers == ["here", "gone"]
