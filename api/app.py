@@ -1,4 +1,4 @@
-"""The routes, and nothing else."""
+"""The application: its routes, what each of them is given, and what applies to all of them."""
 
 import threading
 from typing import Any, cast
@@ -9,7 +9,7 @@ from falcon.media import JSONHandler
 from prometheus_client import CollectorRegistry
 
 from api.auth import Guard
-from api.direct import Abort, Begin, Complete, Under
+from api.direct import Abort, Complete, DirectUploadById, NewDirectUpload
 from api.files import File, Files
 from api.health import Health, Ready
 from api.jobs import Cancel, Detail, Jobs, RejectLines, Retry, Status
@@ -19,7 +19,7 @@ from api.openapi import Docs, OpenApi, Route
 from api.problems import RequestIds, install
 from api.queue import Pause, QueueNow, Resume, Workers
 from api.submit import Batches, Process, ProcessMany
-from api.uploads import Uploads
+from api.uploads import FormUploads
 from api.watch import Events, Watch
 from engine.direct import DirectUploads
 from engine.history import History
@@ -62,9 +62,9 @@ def create_app(
     job, key = {"jobId": "Id of the job"}, {"fileKey": "Key of the object; it may hold slashes"}
     upload = {"uploadId": "Id of the upload"}
     routes: list[Route] = [
-        ("/upload", Uploads(objects, uploads.recorded, stopping), {}),
-        ("/uploads", Begin(uploads), {}),
-        ("/uploads/{upload_id}", Under(uploads), upload),
+        ("/upload", FormUploads(objects, uploads.recorded, stopping), {}),
+        ("/uploads", NewDirectUpload(uploads), {}),
+        ("/uploads/{upload_id}", DirectUploadById(uploads), upload),
         ("/uploads/{upload_id}/complete", Complete(uploads), upload),
         ("/uploads/{upload_id}/abort", Abort(uploads), upload),
         ("/files", Files(objects), {}),

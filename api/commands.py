@@ -1,4 +1,4 @@
-"""The commands of `headrace`: the only place that wires everything together.
+"""The commands of `headrace` that start or look at its parts on this machine; those that talk to the API are in `remote`.
 
 Exit codes: 0 done; 1 it could not be done; 2 wrong usage; 3 the job FAILED; 4 it was CANCELLED; 130 interrupted.
 """

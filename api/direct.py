@@ -14,7 +14,7 @@ from api.views import stored_file
 from engine.direct import DirectUploads, Part, Upload
 from engine.s3 import PART_TYPE
 
-__all__ = ["Abort", "Begin", "Complete", "Under"]
+__all__ = ["Abort", "Complete", "DirectUploadById", "NewDirectUpload"]
 
 URLS_AT_FIRST: Final = 100
 
@@ -33,7 +33,7 @@ def _upload_body(upload: Upload, urls: Sequence[tuple[int, str]], stored: Sequen
     }
 
 
-class Begin:
+class NewDirectUpload:
     """POST /uploads."""
 
     def __init__(self, uploads: DirectUploads) -> None:
@@ -60,7 +60,7 @@ class Begin:
         resp.media = _upload_body(upload, self._uploads.urls(upload.id, 1, URLS_AT_FIRST), ())
 
 
-class Under:
+class DirectUploadById:
     """GET and DELETE /uploads/{uploadId}."""
 
     def __init__(self, uploads: DirectUploads) -> None:

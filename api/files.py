@@ -33,7 +33,7 @@ class Files:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """200 with a page."""
         query = query_of(req, FilesQuery)
-        page, after = self._objects.list(query.prefix, query.limit, query.cursor)
+        page, after = self._objects.page(query.prefix, query.limit, query.cursor)
         body: FilePage = {
             "bucket": self._objects.bucket,
             "files": [

@@ -81,6 +81,7 @@ def serve(settings: Settings) -> int:
     Raises:
         SettingsError: lists all that is wrong with the settings of the API.
         StartError: it cannot listen.
+        AccessDenied: the user in `MONGO_URI` may not do what is needed.
         Transient: MongoDB does not answer, or there are no credentials for S3.
     """
     tokens = _checked(settings)

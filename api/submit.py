@@ -144,7 +144,7 @@ class ProcessMany:
         after: str | None = None
         count = 0
         while True:
-            page, after = self._objects.list(prefix, after=after)
+            page, after = self._objects.page(prefix, after=after)
             count += len(page)
             if count > MAX_PREFIX_OBJECTS:
                 raise Problem(

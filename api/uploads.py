@@ -20,7 +20,7 @@ from api.views import stored_file
 from engine.model import Source
 from engine.objects import Objects, Recorded, Stream
 
-__all__ = ["Uploads", "key_for", "location_of", "reduced"]
+__all__ = ["FormUploads", "key_for", "location_of", "reduced"]
 
 MAX_NAME_LENGTH: Final = 200
 """Characters of a file's name that its key keeps."""
@@ -60,7 +60,7 @@ def location_of(key: str) -> str:
     return f"/files/{quote(key)}"
 
 
-class Uploads:
+class FormUploads:
     """POST /upload.
 
     Args:

@@ -29,7 +29,7 @@ EVENTS_SECONDS: Final = 600.0
 
 HEARTBEAT_SECONDS: Final = 5.0
 RETRY_MILLISECONDS: Final = 3000
-"""After which a client whose stream has ended asks for the next one."""
+"""The delay before reconnecting that clients of an event stream are told."""
 
 REQUEST_HEADERS: Final[Mapping[str, str]] = {
     "Prefer": "wait=N: answer when the job has ended, or is no longer as If-None-Match says, or after N seconds (60 at most)",

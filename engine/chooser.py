@@ -78,7 +78,7 @@ class Chooser:
     def settle_doubt(self) -> None:
         """Free what the worker may hold unknowingly. Raises Transient, and the doubt stays."""
         if self._doubtful:
-            self._ledger.forsake(self._holder)
+            self._ledger.release_idle(self._holder)
             self._doubtful = False
 
     def take(self) -> list[Run]:

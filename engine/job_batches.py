@@ -12,7 +12,7 @@ from engine.admission import check_collection, check_ticket
 from engine.errors import NotFound
 from engine.jobs import Ticket, new_job, ticket_document
 from engine.model import JobOptions, JobState, Source, Tally
-from engine.store import Document, Store, object_key, translated, write_all
+from engine.store import Document, Store, parse_id, translated, write_all
 
 __all__ = ["JobBatch", "JobBatches"]
 
@@ -98,7 +98,7 @@ class JobBatches:
 
     def get(self, batch_id: str) -> JobBatch:
         """A batch, its jobs summed; those whose history has been pruned are only counted. Raises NotFound."""
-        key = object_key(batch_id, "batch")
+        key = parse_id(batch_id, "batch")
         total: Document = {name: {"$sum": f"$progress.tally.{name}"} for name in Tally().document()}
         stages: list[Document] = [
             {"$match": {"batch": key}},

@@ -143,17 +143,17 @@ class Keeper(threading.Thread):
         return max(self._ticked_at, self._held_at) if len(runs) > 1 else self._ticked_at
 
     def tick(self, run: Run) -> None:
-        """Renew, record progress, look at the job's stamps. Errors that pass are left to the next tick."""
+        """Renew, record progress, look at the signals of the job. Errors that pass are left to the next tick."""
         if self._still() >= self._lease_seconds:
             return
         try:
             self.renew(run)
-            stamps = self._queue.look(run.job.id)
-            if stamps.overdue and not stamps.stopping:
+            signals = self._queue.look(run.job.id)
+            if signals.overdue and not signals.stopping:
                 self._queue.stop_overdue()
-            if stamps.stopping or stamps.overdue:
+            if signals.stopping or signals.overdue:
                 run.cancelled.set()
-            elif stamps.stale:
+            elif signals.stale:
                 self._queue.roll_up(run.job.id)
             self._report(run)
         except LeaseLost:

@@ -16,7 +16,8 @@ from pymongo import InsertOne, ReturnDocument, UpdateOne
 
 from engine.errors import LeaseLost
 from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
-from engine.store import LEASABLE, LEASES, Document, Store, job_key, ranges_of, translated, write_all
+from engine.schema import LEASABLE, LEASES
+from engine.store import Document, Store, job_key, ranges_of, translated, write_all
 
 __all__ = ["ATTEMPTS", "DEATHS", "UNSPENT_WAIT", "VANISHED", "Ledger", "Summary", "wait_ms"]
 
@@ -165,7 +166,7 @@ class Ledger:
             return []
         return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths")
 
-    def forsake(self, holder: str) -> None:
+    def release_idle(self, holder: str) -> None:
         """Free what a holder still holds that is alive and works on nothing: the answer to its last command was lost."""
         with translated("freeing leases"):
             fresh = {"state": RangeState.READY, "resumed": True}
@@ -207,7 +208,7 @@ class Ledger:
         with translated("looking for open ranges"):
             return self._ranges.find_one(query, {"_id": 1}, hint=LEASABLE) is not None
 
-    def sum(self, job_id: str) -> Summary:
+    def summarize(self, job_id: str) -> Summary:
         """Add up the ranges of a job."""
         job = job_key(job_id)
         total: Document = {name: {"$sum": f"$tally.{name}"} for name in Tally().document()}

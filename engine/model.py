@@ -1,4 +1,4 @@
-"""The nouns that pass between rooms, and the two state machines.
+"""The domain types, and the state machines of jobs and ranges.
 
 Nothing here does I/O, reads a clock or knows of a library outside the standard one. Offsets and sizes are bytes,
 counted from the start of the object; times are aware datetimes in UTC as the database server told them.

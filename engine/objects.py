@@ -332,7 +332,7 @@ class Objects:
         finally:
             wait(futures)  # what is under way belongs to an upload that is about to end
 
-    def list(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> "tuple[list[Listed], str | None]":
+    def page(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> tuple[list[Listed], str | None]:
         """A page of the bucket's objects by key, and where the next one begins; None at the end.
 
         Args:

@@ -1,4 +1,4 @@
-"""One lease through the straight path: ranged reads, lines, batches, bulk writes, confirmation.
+"""A lease from its start to its end: ranged reads, lines, batches, bulk writes, confirmation.
 
 Knows nothing of processes. The calling thread reads and splits; a few writer threads decode and write one batch each,
 so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease once a second.
@@ -64,7 +64,7 @@ _Flying = deque[tuple[Future[None], int]]
 
 
 class Pipeline:
-    """Takes leases through to their end, one at a time."""
+    """Takes leases through to their end: one at a time, or several of small objects side by side."""
 
     def __init__(
         self,

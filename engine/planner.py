@@ -208,7 +208,7 @@ class Planner:
             else:
                 done.append(Prepared(job, error=looked))
         if unseen:
-            self._plans.unclaim(unseen, holder)
+            self._plans.release_claims(unseen, holder)
         plans: list[tuple[Job, Plan, str | None]] = []
         for draft, source in zip(drafts, self._register(drafts), strict=True):
             job, plan = draft.job, self._plan(draft, source)

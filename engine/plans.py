@@ -10,7 +10,8 @@ from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait
 from engine.logs import get_logger
 from engine.model import Failure, Job, JobState, Plan, Stop
 from engine.queue import Queue
-from engine.store import READY_JOBS, Document, Store, job_key, translated, write_all
+from engine.schema import READY_JOBS
+from engine.store import Document, Store, job_key, translated, write_all
 
 __all__ = ["Plans"]
 
@@ -67,13 +68,13 @@ class Plans:
                 log.warning(str(error), action="plan", job=job.id, worker=holder)
         return left
 
-    def unclaim(self, jobs: Sequence[Job], holder: str) -> None:
+    def release_claims(self, jobs: Sequence[Job], holder: str) -> None:
         """Let anyone plan these jobs at once, which `holder` has claimed and not looked at."""
         ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING, "planner.holder": holder}
         with translated("giving jobs back"):
             self._jobs.update_many(ids, {"$unset": {"planner.until": "", "planner.holder": ""}})
 
-    def disclaim(self, holders: Sequence[str]) -> None:
+    def release_claims_of_dead(self, holders: Sequence[str]) -> None:
         """Let others plan at once what these, who are dead, were about to plan."""
         if holders:
             mine = {"open": True, "database": self._database, "waiting": None, "planner.holder": {"$in": list(holders)}}

@@ -45,23 +45,11 @@ from engine.model import (
 )
 from engine.ranges import cut
 from engine.rejects import Rejects
+from engine.schema import BY_FILE, DEADLINES, OPEN_JOBS, READY_JOBS, STOPPING_JOBS, WAITING_JOBS
 from engine.steps import Step, reach
-from engine.store import (
-    BY_FILE,
-    DEADLINES,
-    OPEN_JOBS,
-    READY_JOBS,
-    STOPPING_JOBS,
-    WAITING_JOBS,
-    Document,
-    Store,
-    claims_of,
-    job_key,
-    translated,
-    write_all,
-)
+from engine.store import Document, Store, claims_of, job_key, translated, write_all
 
-__all__ = ["Queue", "Stamps"]
+__all__ = ["JobSignals", "Queue"]
 
 PAGE_JOBS: Final = 16
 """Open jobs that a worker looks at together."""
@@ -76,7 +64,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Stamps:
+class JobSignals:
     """What the holder of a range needs to know of its job, once a second."""
 
     stopping: bool
@@ -220,7 +208,7 @@ class Queue:
         self._ledger.open(job.id, (cut(job.source.size, of, index) for index in range(of)))
         reach(Step.OPENED)
 
-    def look(self, job_id: str) -> Stamps:
+    def look(self, job_id: str) -> JobSignals:
         """What a holder must know: is the job being stopped, has it run for too long, are its numbers old? One read."""
         epoch = datetime(1970, 1, 1)  # noqa: DTZ001 (BSON dates are UTC)
         stages: list[Document] = [
@@ -234,12 +222,12 @@ class Queue:
                 }
             },
         ]
-        with translated("reading the stamps of a job"):
+        with translated("reading the signals of a job"):
             found = next(iter(self._jobs.aggregate(stages)), None)
         if found is None:
-            return Stamps(stopping=True, overdue=False, stale=False)
+            return JobSignals(stopping=True, overdue=False, stale=False)
         stopping = bool(found.get("stopping")) or found["state"] != JobState.PROCESSING
-        return Stamps(stopping, found["overdue"], found["stale"])
+        return JobSignals(stopping, found["overdue"], found["stale"])
 
     def roll_up(self, job_id: str) -> None:
         """Sum the job's ranges into its progress, unless another worker has just done so; judge its error budget."""
@@ -255,7 +243,7 @@ class Queue:
         job = job_of(found)
         if job.plan is None:
             return
-        summary = self._ledger.sum(job_id)
+        summary = self._ledger.summarize(job_id)
         seconds = {"$divide": [{"$subtract": ["$$NOW", "$progress.at"]}, 1000]}
         lately = {
             "$divide": [{"$subtract": [summary.tally.lines, "$progress.tally.lines"]}, {"$max": [seconds, 0.001]}]
@@ -322,11 +310,11 @@ class Queue:
         if job.plan is None:
             assert job.stopping is not None
             return self._end(job, job.stopping, None)
-        summary = self._ledger.sum(job_id)
+        summary = self._ledger.summarize(job_id)
         if summary.ranges < job.plan.range_count:
             # Whoever planned the job died over it, or is about to lease its only range: afterwards it is there for all to see.
             self.open_ranges(job)
-            summary = self._ledger.sum(job_id)
+            summary = self._ledger.summarize(job_id)
         complete = summary.done == job.plan.range_count
         if job.stopping is not None and not (complete and job.stopping.to is JobState.CANCELLED):
             return job if summary.leased else self._end(job, job.stopping, (summary.tally, summary.done))
@@ -354,7 +342,7 @@ class Queue:
             matched = write_all(self._jobs, writes)["nMatched"]
         reach(Step.FINISHED)
         for job, _ in ended:
-            self._judged_all(job, 1)
+            self._release_dry_run_claims(job, 1)
         if matched == len(ended):
             return [replace(job, state=stop.to) for job, stop, _ in judged]
         return [self.settle(job.id) for job, _ in ended]
@@ -415,10 +403,10 @@ class Queue:
             found = self._jobs.find_one_and_update(query, [{"$set": changes}], return_document=ReturnDocument.AFTER)
         reach(Step.FINISHED)
         if numbers is not None:
-            self._judged_all(job, numbers[1])
+            self._release_dry_run_claims(job, numbers[1])
         return self.get(job.id) if found is None else job_of(found)
 
-    def _judged_all(self, job: Job, done: int) -> None:
+    def _release_dry_run_claims(self, job: Job, done: int) -> None:
         """Release what a dry run has claimed when it has ended with all its ranges done: nothing will ask for it again.
 
         Where that fails, the job has ended all the same, and the rest is released when its history is deleted.

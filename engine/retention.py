@@ -5,7 +5,8 @@ from engine.jobs import LOADED
 from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL
-from engine.store import ENDED_JOBS, PRUNED_JOBS, Document, Store, claims_of, translated
+from engine.schema import ENDED_JOBS, PRUNED_JOBS
+from engine.store import Document, Store, claims_of, translated
 
 __all__ = ["Retention"]
 

@@ -1,6 +1,6 @@
 """Every setting, from the environment and `.env`, checked against each other at the start.
 
-The environment wins over `.env`; an empty value counts as unset. Nothing else in the project reads the environment.
+The environment wins over `.env`; an empty value counts as unset. No other module reads settings from the environment.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""The two databases: the client, the collections, their indexes and the schema version.
+"""The two databases: the client, the collections, and what errors of the driver mean.
 
 Documents of users live in the database that `MONGO_URI` names; jobs, ranges and the rest live in the control database,
 so that no line of a file can become a job. Build a Store after the fork, never before: a client does not survive one.
@@ -15,12 +15,11 @@ from bson.codec_options import CodecOptions
 from bson.errors import InvalidId
 from dns.exception import Timeout as DNSTimeout
 from dns.resolver import NoNameservers
-from pymongo import ASCENDING, DESCENDING, IndexModel, InsertOne, MongoClient, ReadPreference, UpdateOne, WriteConcern
+from pymongo import InsertOne, MongoClient, ReadPreference, UpdateOne, WriteConcern
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import (
     BulkWriteError,
-    CollectionInvalid,
     ConfigurationError,
     ConnectionFailure,
     ExecutionTimeout,
@@ -35,28 +34,17 @@ from pymongo.read_concern import ReadConcern
 
 from engine.errors import AccessDenied, HeadraceError, NotFound, Refused, StartError, Transient
 from engine.errors import Final as FinalError
+from engine.schema import prepare
 from engine.settings import Settings
 
 __all__ = [
-    "BY_FILE",
-    "BY_STATE",
-    "DEADLINES",
     "DUPLICATE_KEY",
-    "ENDED_JOBS",
-    "LEASABLE",
-    "LEASES",
-    "OPEN_JOBS",
-    "PRUNED_JOBS",
-    "READY_JOBS",
-    "SCHEMA_VERSION",
-    "STOPPING_JOBS",
     "TRANSIENT_CODES",
-    "WAITING_JOBS",
     "Document",
     "Store",
     "claims_of",
     "job_key",
-    "object_key",
+    "parse_id",
     "ranges_of",
     "translate",
     "translated",
@@ -64,30 +52,6 @@ __all__ = [
 ]
 
 Document = dict[str, Any]
-
-SCHEMA_VERSION: Final = 1
-"""Of the control database. An engine does not start on one that a newer version has written."""
-
-WIRE_VERSION: Final = 17
-"""What MongoDB 6.0 speaks: the oldest LTS whose aggregation has all that is asked of it here, as `$firstN`."""
-
-WAKEUPS_BYTES: Final = 64 * 1024
-"""Size of the capped collection that idle workers watch."""
-
-WORKERS_SECONDS: Final = 600
-"""What a worker told of itself is forgotten after this."""
-
-OPEN_JOBS: Final = "open_jobs"
-BY_FILE: Final = "by_file"
-BY_STATE: Final = "by_state"
-DEADLINES: Final = "deadlines"
-ENDED_JOBS: Final = "ended_jobs"
-PRUNED_JOBS: Final = "pruned_jobs"
-READY_JOBS: Final = "ready_jobs"
-STOPPING_JOBS: Final = "stopping_jobs"
-WAITING_JOBS: Final = "waiting_jobs"
-LEASABLE: Final = "leasable"
-LEASES: Final = "leases"
 
 TRANSIENT_CODES: Final = frozenset(
     # The network, shutdowns, elections, interruptions, time limits.
@@ -118,9 +82,9 @@ _DENIED_CODES: Final = frozenset({13, 18, 33})
 
 
 class _Moves(CommandListener):
-    """A command within its deadline is movement: a worker that waits for a slow database does not hang.
+    """Counts every command as a sign of life: a worker that waits for a slow database does not hang.
 
-    And how long each thread has waited for answers, in seconds: a command is encoded when it is said to have started.
+    And sums up, for each thread, the seconds that it waited for answers: a command is encoded before it is `started`.
     """
 
     def __init__(self, moved: Callable[[], None]) -> None:
@@ -210,135 +174,15 @@ class Store:
         self.requests: Collection[Document] = self.control["requests"]
 
     def prepare(self) -> None:
-        """Make the collections and indexes where they are missing; safe to repeat by anyone at any time.
+        """Make what the control database needs where it is missing; safe to repeat by anyone at any time.
 
         Raises:
             StartError: the control database was written by a newer version, or MongoDB is too old.
+            AccessDenied: the user in `mongo_uri` may not.
             Transient: the database does not answer.
         """
         with translated("preparing the control database"):
-            if self.control.command("hello").get("maxWireVersion", 0) < WIRE_VERSION:
-                raise StartError("this MongoDB is older than 6.0: update it, or set MONGO_URI to one that is not")
-            found = self.control["schema"].find_one_and_update(
-                {"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True, return_document=True
-            )
-            assert found is not None  # an upsert returns what it made
-            if found["version"] > SCHEMA_VERSION:
-                raise StartError(
-                    f"the control database {self.control.name} has schema version {found['version']} and this engine knows "
-                    f"{SCHEMA_VERSION}: update Headrace here, or set ENGINE_CONTROL_DB to another name"
-                )
-            self.jobs.create_indexes(
-                [
-                    IndexModel(
-                        [("open", ASCENDING), ("options.priority", DESCENDING), ("_id", ASCENDING)],
-                        name=OPEN_JOBS,
-                        partialFilterExpression={"open": True},
-                    ),
-                    # Of the jobs of other databases and of those that wait for their time workers read nothing: there may be as
-                    # many as jobs may be open.
-                    IndexModel(
-                        [
-                            ("open", ASCENDING),
-                            ("database", ASCENDING),
-                            ("waiting", ASCENDING),
-                            ("options.priority", DESCENDING),
-                            ("_id", ASCENDING),
-                        ],
-                        name=READY_JOBS,
-                        partialFilterExpression={"open": True},
-                    ),
-                    IndexModel(
-                        [("notBefore", ASCENDING)], name=WAITING_JOBS, partialFilterExpression={"waiting": True}
-                    ),
-                    IndexModel(
-                        [("finishedAt", ASCENDING)],
-                        name=ENDED_JOBS,
-                        partialFilterExpression={"finishedAt": {"$type": "date"}},
-                    ),
-                    IndexModel(
-                        [("stopping.to", ASCENDING)],
-                        name=STOPPING_JOBS,
-                        partialFilterExpression={"stopping.to": {"$type": "string"}},
-                    ),
-                    IndexModel([("pruned", ASCENDING)], name=PRUNED_JOBS, partialFilterExpression={"pruned": True}),
-                    IndexModel(
-                        [("deadline", ASCENDING)],
-                        name=DEADLINES,
-                        partialFilterExpression={"deadline": {"$type": "date"}},
-                    ),
-                    IndexModel(
-                        [("ticket.key", ASCENDING)],
-                        name="by_ticket",
-                        unique=True,
-                        partialFilterExpression={"ticket.key": {"$type": "string"}},
-                    ),
-                    IndexModel(
-                        [("batch", ASCENDING), ("source.key", ASCENDING)],
-                        name="by_batch",
-                        unique=True,
-                        partialFilterExpression={"batch": {"$type": "objectId"}},
-                    ),
-                    IndexModel([("source.key", ASCENDING), ("_id", DESCENDING)], name=BY_FILE),
-                    IndexModel([("options.collection", ASCENDING), ("_id", DESCENDING)], name="by_collection"),
-                    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name=BY_STATE),
-                ]
-            )
-            self.batches.create_indexes(
-                [
-                    IndexModel(
-                        [("ticket.key", ASCENDING)],
-                        name="by_ticket",
-                        unique=True,
-                        partialFilterExpression={"ticket.key": {"$type": "string"}},
-                    )
-                ]
-            )
-            self.workers.create_indexes(
-                [IndexModel([("at", ASCENDING)], name="silent", expireAfterSeconds=WORKERS_SECONDS)]
-            )
-            self.uploads.create_indexes([IndexModel([("createdAt", ASCENDING)], name="by_age")])
-            self.ranges.create_indexes(
-                [
-                    IndexModel(
-                        [("job", ASCENDING), ("state", ASCENDING)],
-                        name=LEASABLE,
-                        partialFilterExpression={"state": {"$in": ["READY", "LEASED"]}},
-                    ),
-                    IndexModel(
-                        [("state", ASCENDING), ("until", ASCENDING)],
-                        name=LEASES,
-                        partialFilterExpression={"state": "LEASED"},
-                    ),
-                ]
-            )
-            self.sources.create_indexes(
-                [
-                    IndexModel(
-                        [(f"source.{name}", ASCENDING) for name in ("bucket", "key", "etag", "version", "size")]
-                        + [("format", ASCENDING), ("generation", ASCENDING)],
-                        name="source",
-                        unique=True,
-                    ),
-                    IndexModel([("tag", ASCENDING)], name="tag", unique=True),
-                ]
-            )
-            self._prepare_wakeups()
-
-    def _prepare_wakeups(self) -> None:
-        """A capped collection that is not empty: a tailable cursor dies at once on any other."""
-        try:
-            self.control.create_collection("wakeups", capped=True, size=WAKEUPS_BYTES)
-        except CollectionInvalid:
-            if not self.wakeups.options().get("capped"):
-                # Somebody has dropped it, and the next word made another.
-                with suppress(OperationFailure):  # by another process, which was quicker
-                    self.control.command("convertToCapped", "wakeups", size=WAKEUPS_BYTES)
-        except OperationFailure as error:
-            if error.code != 48:  # NamespaceExists: another process was quicker
-                raise
-        if self.wakeups.find_one({}, {"_id": True}) is None:
-            self.wakeups.insert_one({})
+            prepare(self.control)
 
     def standalone(self) -> bool:
         """Whether the server is neither a member of a replica set nor a router: it takes no retryable writes."""
@@ -367,10 +211,10 @@ class Store:
 
 def job_key(job_id: str) -> ObjectId:
     """The `_id` of a job. Raises NotFound where `job_id` is not 24 hexadecimal digits."""
-    return object_key(job_id, "job")
+    return parse_id(job_id, "job")
 
 
-def object_key(text: str, what: str) -> ObjectId:
+def parse_id(text: str, what: str) -> ObjectId:
     """The `_id` of a thing. Raises NotFound where `text` is not 24 hexadecimal digits."""
     try:
         return ObjectId(text)
@@ -412,7 +256,7 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
 
 
 def write_all(collection: Collection[Document], writes: Sequence[InsertOne[Document] | UpdateOne]) -> Document:
-    """Send writes together. Those that would double what is unique are passed over; the others are acknowledged on return.
+    """Send writes together. Those that violate a unique index are skipped; the others are acknowledged on return.
 
     Returns the driver's account of it: `nMatched`, `upserted` and `writeErrors`, with the `index` of each.
 

@@ -20,14 +20,14 @@ from typing import Final
 
 from setproctitle import setproctitle
 
-from engine.beat import Beat
+from engine.heartbeat import Heartbeat
 from engine.logs import get_logger
 from engine.settings import Settings
-from engine.worker import EXIT_AGAIN, EXIT_BOOT, Post
+from engine.worker import EXIT_AGAIN, EXIT_BOOT, WorkerIdentity
 
 __all__ = ["Supervisor"]
 
-Work = Callable[[Settings, Post, Beat], int]
+Work = Callable[[Settings, WorkerIdentity, Heartbeat], int]
 
 LOOP_SECONDS: Final = 0.5
 """The longest sleep of the loop."""
@@ -49,8 +49,8 @@ log = get_logger()
 
 @dataclass(slots=True)
 class _Child:
-    post: Post
-    beat: Beat
+    post: WorkerIdentity
+    beat: Heartbeat
     born: float
     leaving: bool = False  # told to stop softly; not to be replaced by reap
     silent: bool = False  # killed because it did not move
@@ -264,12 +264,12 @@ class Supervisor:
 
     def _fork(self, slot: _Slot) -> None:
         self._born += 1
-        post = Post(self._host, self._boot, slot.number, self._born, slot.dead, os.getpid())
+        post = WorkerIdentity(self._host, self._boot, slot.number, self._born, slot.dead, os.getpid())
         _flush()
         # A signal between the fork and the child's own handlers would be noted in a queue that nobody reads.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            beat = Beat()
+            beat = Heartbeat()
             pid = os.fork()
         except OSError as error:
             log.error(
@@ -288,7 +288,7 @@ class Supervisor:
         slot.pid, slot.dead = pid, ()
         self._children[pid] = _Child(post, beat, time.monotonic())
 
-    def _be_child(self, post: Post, beat: Beat, blocked: set[int | signal.Signals]) -> None:
+    def _be_child(self, post: WorkerIdentity, beat: Heartbeat, blocked: set[int | signal.Signals]) -> None:
         """Never returns, so that nothing of the supervisor runs twice."""
         code = 1
         try:

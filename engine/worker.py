@@ -1,6 +1,6 @@
 """The loop of one child: look for a job, plan it where nobody has, lease a range, run it; idle cheaply; stop softly.
 
-Clients are built here, after the fork. One worker holds one lease at a time.
+Clients are built here, after the fork. One worker holds one lease at a time, or up to 16 of small objects.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ from pymongo.cursor import Cursor
 from pymongo.errors import PyMongoError
 from setproctitle import setproctitle
 
-from engine.beat import Beat
 from engine.chooser import Chooser
 from engine.direct import DirectUploads
 from engine.errors import Final as FinalError
 from engine.errors import HeadraceError, LeaseLost, StartError, Transient
+from engine.heartbeat import Heartbeat
 from engine.keeper import KEEPER, Run
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
@@ -43,7 +43,7 @@ from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats
 from engine.store import Document, Store
 
-__all__ = ["EXIT_AGAIN", "EXIT_BOOT", "EXIT_NOW", "Post", "work"]
+__all__ = ["EXIT_AGAIN", "EXIT_BOOT", "EXIT_NOW", "WorkerIdentity", "work"]
 
 EXIT_BOOT: Final = 3
 """This child can never boot: the supervisor stops the whole."""
@@ -91,7 +91,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
+class WorkerIdentity:
     """A worker's place: what its supervisor tells it at the fork.
 
     `boot` is drawn anew by each supervisor; `predecessors` are names of dead workers whose leases it must free first;
@@ -111,7 +111,7 @@ class Post:
         return f"{self.host}:{self.boot}:{self.slot}:{self.incarnation}"
 
 
-def work(settings: Settings, post: Post, beat: Beat) -> int:
+def work(settings: Settings, post: WorkerIdentity, beat: Heartbeat) -> int:
     """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
     stop = threading.Event()
     signals: SimpleQueue[int] = SimpleQueue()
@@ -163,7 +163,7 @@ def _keep_memory() -> None:
 
 
 class _Worker:
-    def __init__(self, settings: Settings, post: Post, beat: Beat, stop: threading.Event) -> None:
+    def __init__(self, settings: Settings, post: WorkerIdentity, beat: Heartbeat, stop: threading.Event) -> None:
         self._settings = settings
         self._post = post
         self._beat = beat
@@ -263,7 +263,7 @@ class _Worker:
             try:
                 self._store.prepare()
                 freed = self._ledger.release(self._post.predecessors)
-                self._plans.disclaim(self._post.predecessors)
+                self._plans.release_claims_of_dead(self._post.predecessors)
                 self._note(freed, "died")
                 if self._post.slot == 0 and self._store.standalone():
                     log.warning(

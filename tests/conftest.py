@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engine.batches import Batch
-from engine.beat import Beat
+from engine.heartbeat import Heartbeat
 from engine.ledger import Ledger
 from engine.local import LocalServers
 from engine.model import TERMINAL, Job, JobOptions
@@ -25,7 +25,7 @@ from engine.rejects import Rejects
 from engine.s3 import connect
 from engine.settings import Settings
 from engine.store import Store
-from engine.worker import Post, _Worker
+from engine.worker import WorkerIdentity, _Worker
 
 # How long an example takes says something of the machine, and nothing of what is tested.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -121,8 +121,8 @@ def drain(settings: Settings, queue: Queue) -> Callable[..., list[Job]]:
 
     def run(*job_ids: str, seconds: float = 60, **changes: object) -> list[Job]:
         stop = threading.Event()
-        post = Post("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
-        worker = _Worker(settings.model_copy(update=changes), post, Beat(), stop)
+        post = WorkerIdentity("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
+        worker = _Worker(settings.model_copy(update=changes), post, Heartbeat(), stop)
 
         def watch() -> None:
             until = time.monotonic() + seconds

@@ -29,7 +29,7 @@ def test_one_worker_at_a_time_is_about_to_plan_a_job_and_a_dead_one_makes_room(q
     claimed = plans.claim([job, others[0]], "first")
     assert [claimed_job.id for claimed_job in claimed] == [job.id, others[0].id]
     assert [claimed_job.id for claimed_job in plans.claim([job, *others], "second")] == [others[1].id]
-    plans.disclaim(["first"])
+    plans.release_claims_of_dead(["first"])
     assert [claimed_job.id for claimed_job in plans.claim([job, others[1]], "third")] == [job.id]
 
 
@@ -37,7 +37,7 @@ def test_a_job_over_whose_plan_workers_die_is_stopped(queue, plans, source):
     job = queue.submit(source, JobOptions())
     for number in range(DEATHS):
         assert plans.claim([job], f"dead {number}")
-        plans.disclaim([f"dead {number}"])
+        plans.release_claims_of_dead([f"dead {number}"])
     assert not plans.claim([job], "next")
     job = queue.get(job.id)
     assert (job.state, job.failure.code) == (JobState.FAILED, "workers_died")
@@ -108,7 +108,7 @@ def test_many_ranges_are_written_down_once_however_often_that_is_tried(queue, pl
     [job] = plans.fix([(queue.submit(source, JobOptions()), plan(25_000), None)])
     queue.open_ranges(job)
     queue.open_ranges(job)
-    assert ledger.sum(job.id).ready == 25_000
+    assert ledger.summarize(job.id).ready == 25_000
 
 
 def test_small_jobs_are_planned_and_finished_together(queue, planner, ledger, objects, source):

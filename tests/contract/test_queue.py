@@ -30,9 +30,9 @@ from tests.contract.conftest import plan
 
 def test_what_a_living_worker_has_forgotten_is_freed_without_a_death(store, queue, planner, ledger, source):
     [prepared] = planner.prepare([queue.submit(source, JobOptions())], "here")
-    ledger.forsake("elsewhere")
+    ledger.release_idle("elsewhere")
     assert ledger.lease(prepared.job.id, "other") is None
-    ledger.forsake("here")
+    ledger.release_idle("here")
     again = ledger.lease(prepared.job.id, "here")
     assert (again.deaths, again.number) == (0, 2)
 
@@ -41,7 +41,7 @@ def test_a_cancel_between_plan_and_lease_ends_with_nothing_leased(queue, plans, 
     [job] = plans.fix([(queue.submit(source, JobOptions()), plan(1), None)])
     assert queue.cancel(job.id).state is JobState.CANCELLED
     assert ledger.open_leased({job.id: ByteRange(0, 0, source.size)}, "planner") == {}
-    assert ledger.sum(job.id).leased == 0
+    assert ledger.summarize(job.id).leased == 0
 
 
 def test_a_job_ends_only_when_no_range_of_it_is_leased(queue, plans, ledger, source):

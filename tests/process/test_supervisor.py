@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.beat import Beat
+from engine.heartbeat import Heartbeat
 from engine.store import job_key
 from engine.supervisor import Supervisor, _Child, _Slot
-from engine.worker import EXIT_AGAIN, EXIT_BOOT, Post
+from engine.worker import EXIT_AGAIN, EXIT_BOOT, WorkerIdentity
 from tests.running import Running, alive, title, until
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(setti
     supervisor, slot = Supervisor(settings, lambda *_: 0, _ever_booted=True), _Slot(0, pid=7, failures=5000)
     supervisor._slots = [slot]
     now = time.monotonic()
-    supervisor._bury(7, _Child(Post("h", "b", 0, 1, (), 1), Beat(), now), EXIT_BOOT)
+    supervisor._bury(7, _Child(WorkerIdentity("h", "b", 0, 1, (), 1), Heartbeat(), now), EXIT_BOOT)
     assert (slot.failures, slot.pid) == (5001, None)
     assert 1 < slot.not_before - now < 60
 
@@ -242,9 +242,9 @@ def test_a_worker_without_clients_holds_nothing_and_is_not_tried_again_at_once(s
     supervisor._slots = [slot]
     for pid in range(7, 10):
         slot.pid = pid
-        post = Post("h", "b", 0, pid, ("before",), 1)
+        post = WorkerIdentity("h", "b", 0, pid, ("before",), 1)
         slot.dead = ()
-        supervisor._bury(pid, _Child(post, Beat(), time.monotonic() - 60), EXIT_AGAIN)
+        supervisor._bury(pid, _Child(post, Heartbeat(), time.monotonic() - 60), EXIT_AGAIN)
         assert slot.dead == ("before",)
     assert slot.failures == 4
     assert slot.not_before > time.monotonic()

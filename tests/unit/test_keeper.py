@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from engine.keeper import TICK_SECONDS, Keeper
-from engine.queue import Stamps
+from engine.queue import JobSignals
 
 SHORT = 0.26 * TICK_SECONDS
 
@@ -32,7 +32,7 @@ def kept(keeper: Keeper, clock: list[float], *runs: Any, seconds: float) -> None
 @pytest.fixture
 def keeper(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Keeper:
     queue = Mock()
-    queue.look.return_value = Stamps(stopping=False, overdue=False, stale=False)
+    queue.look.return_value = JobSignals(stopping=False, overdue=False, stale=False)
     keeper = Keeper(Mock(), queue, 30, lambda: 0.0, lambda run: None)
     monkeypatch.setattr(keeper, "renew", Mock())
     return keeper

@@ -9,13 +9,13 @@ import mmap
 import time
 from typing import Final
 
-__all__ = ["Beat"]
+__all__ = ["Heartbeat"]
 
 _BOOTED: Final = 8
 _RELEASED: Final = 9
 
 
-class Beat:
+class Heartbeat:
     """Shared between one worker and its supervisor. Times are of the system's monotonic clock, seconds."""
 
     __slots__ = ("_clock", "_memory")

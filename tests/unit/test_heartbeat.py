@@ -2,7 +2,7 @@
 
 import multiprocessing
 
-from engine.beat import Beat
+from engine.heartbeat import Heartbeat
 
 
 def _move(beat, moving):
@@ -13,7 +13,7 @@ def _move(beat, moving):
 
 def test_a_worker_that_moves_without_end_is_never_seen_as_one_that_does_not():
     fork = multiprocessing.get_context("fork")
-    beat, moving = Beat(), fork.Event()
+    beat, moving = Heartbeat(), fork.Event()
     worker = fork.Process(target=_move, args=(beat, moving), daemon=True)
     worker.start()
     try:
@@ -28,7 +28,7 @@ def test_a_worker_that_moves_without_end_is_never_seen_as_one_that_does_not():
 
 
 def test_marks_do_not_touch_the_clock_and_the_memory_can_be_given_back():
-    beat = Beat()
+    beat = Heartbeat()
     assert (beat.booted(), beat.released()) == (False, False)
     beat.mark_released()
     beat.mark_booted()

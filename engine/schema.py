@@ -1,0 +1,138 @@
+"""What the control database must hold before anything is done in it: its version, its indexes, its capped collection."""
+
+from contextlib import suppress
+from typing import Any, Final
+
+from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo.database import Database
+from pymongo.errors import CollectionInvalid, OperationFailure
+
+from engine.errors import StartError
+
+__all__ = [
+    "BY_FILE",
+    "BY_STATE",
+    "DEADLINES",
+    "ENDED_JOBS",
+    "LEASABLE",
+    "LEASES",
+    "OPEN_JOBS",
+    "PRUNED_JOBS",
+    "READY_JOBS",
+    "SCHEMA_VERSION",
+    "STOPPING_JOBS",
+    "WAITING_JOBS",
+    "prepare",
+]
+
+SCHEMA_VERSION: Final = 1
+"""Of the control database. An engine does not start on one that a newer version has written."""
+
+WIRE_VERSION: Final = 17
+"""What MongoDB 6.0 speaks: the oldest LTS whose aggregation has all that is asked of it here, as `$firstN`."""
+
+WAKEUPS_BYTES: Final = 64 * 1024
+"""Size of the capped collection that idle workers watch."""
+
+WORKERS_SECONDS: Final = 600
+"""What a worker told of itself is forgotten after this."""
+
+_NAMESPACE_EXISTS: Final = 48
+
+OPEN_JOBS: Final = "open_jobs"
+BY_FILE: Final = "by_file"
+BY_STATE: Final = "by_state"
+DEADLINES: Final = "deadlines"
+ENDED_JOBS: Final = "ended_jobs"
+PRUNED_JOBS: Final = "pruned_jobs"
+READY_JOBS: Final = "ready_jobs"
+STOPPING_JOBS: Final = "stopping_jobs"
+WAITING_JOBS: Final = "waiting_jobs"
+LEASABLE: Final = "leasable"
+LEASES: Final = "leases"
+
+
+def _index(name: str, *fields: str, where: dict[str, Any] | None = None, **more: Any) -> IndexModel:
+    """An index; a field with a minus before it descends, and `where` says of which documents it is."""
+    keys = [(field.removeprefix("-"), DESCENDING if field.startswith("-") else ASCENDING) for field in fields]
+    return IndexModel(keys, name=name, **({"partialFilterExpression": where} if where else {}), **more)
+
+
+_BY_TICKET: Final = _index("by_ticket", "ticket.key", where={"ticket.key": {"$type": "string"}}, unique=True)
+
+INDEXES: Final[dict[str, list[IndexModel]]] = {
+    "jobs": [
+        _index(OPEN_JOBS, "open", "-options.priority", "_id", where={"open": True}),
+        # Of the jobs of other databases and of those that wait for their time workers read nothing: there may be as many as
+        # jobs may be open.
+        _index(READY_JOBS, "open", "database", "waiting", "-options.priority", "_id", where={"open": True}),
+        _index(WAITING_JOBS, "notBefore", where={"waiting": True}),
+        _index(ENDED_JOBS, "finishedAt", where={"finishedAt": {"$type": "date"}}),
+        _index(STOPPING_JOBS, "stopping.to", where={"stopping.to": {"$type": "string"}}),
+        _index(PRUNED_JOBS, "pruned", where={"pruned": True}),
+        _index(DEADLINES, "deadline", where={"deadline": {"$type": "date"}}),
+        _BY_TICKET,
+        _index("by_batch", "batch", "source.key", where={"batch": {"$type": "objectId"}}, unique=True),
+        _index(BY_FILE, "source.key", "-_id"),
+        _index("by_collection", "options.collection", "-_id"),
+        _index(BY_STATE, "state", "-_id"),
+    ],
+    "batches": [_BY_TICKET],
+    "workers": [_index("silent", "at", expireAfterSeconds=WORKERS_SECONDS)],
+    "uploads": [_index("by_age", "createdAt")],
+    "ranges": [
+        _index(LEASABLE, "job", "state", where={"state": {"$in": ["READY", "LEASED"]}}),
+        _index(LEASES, "state", "until", where={"state": "LEASED"}),
+    ],
+    "sources": [
+        _index(
+            "source",
+            *(f"source.{name}" for name in ("bucket", "key", "etag", "version", "size")),
+            "format",
+            "generation",
+            unique=True,
+        ),
+        _index("tag", "tag", unique=True),
+    ],
+}
+"""The indexes of each collection."""
+
+
+def prepare(control: Database[dict[str, Any]]) -> None:
+    """Check the versions of MongoDB and of the schema, and make the indexes and the capped collection where they are missing.
+
+    Raises:
+        StartError: the control database was written by a newer version, or MongoDB is too old.
+        PyMongoError: as the driver raises it.
+    """
+    if control.command("hello").get("maxWireVersion", 0) < WIRE_VERSION:
+        raise StartError("this MongoDB is older than 6.0: update it, or set MONGO_URI to one that is not")
+    found = control["schema"].find_one_and_update(
+        {"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True, return_document=True
+    )
+    assert found is not None  # an upsert returns what it made
+    if found["version"] > SCHEMA_VERSION:
+        raise StartError(
+            f"the control database {control.name} has schema version {found['version']} and this engine knows "
+            f"{SCHEMA_VERSION}: update Headrace here, or set ENGINE_CONTROL_DB to another name"
+        )
+    for name, indexes in INDEXES.items():
+        control[name].create_indexes(indexes)
+    _prepare_wakeups(control)
+
+
+def _prepare_wakeups(control: Database[dict[str, Any]]) -> None:
+    """A capped collection that is not empty: a tailable cursor dies at once on any other."""
+    wakeups = control["wakeups"]
+    try:
+        control.create_collection("wakeups", capped=True, size=WAKEUPS_BYTES)
+    except CollectionInvalid:
+        if not wakeups.options().get("capped"):
+            # Somebody has dropped it, and the next word made another.
+            with suppress(OperationFailure):  # by another process, which was quicker
+                control.command("convertToCapped", "wakeups", size=WAKEUPS_BYTES)
+    except OperationFailure as error:
+        if error.code != _NAMESPACE_EXISTS:  # another process was quicker
+            raise
+    if wakeups.find_one({}, {"_id": True}) is None:
+        wakeups.insert_one({})
