@@ -6,6 +6,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -53,8 +54,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 def _mongodb(settings: Settings) -> Finding:
     if settings.mongo_uri is None:
         return Finding("MongoDB", "warning", "MONGO_URI is not set: `headrace up` starts a server of its own")
-    store = Store(settings, pool=2)
-    try:
+    with closing(Store(settings, pool=2)) as store:
         store.ping()
         if store.standalone():
             message = (
@@ -66,8 +66,6 @@ def _mongodb(settings: Settings) -> Finding:
             probe.insert_one({})
             probe.drop()
         return Finding("MongoDB", "ok", "a replica set or router answers and takes writes")
-    finally:
-        store.close()
 
 
 def _clock(settings: Settings) -> Finding:
@@ -75,12 +73,8 @@ def _clock(settings: Settings) -> Finding:
     off: dict[str, float] = {}
     silent = ""
     if settings.mongo_uri is not None:
-        store = Store(settings, pool=2)
-        try:
-            with translated("reading the time of MongoDB"):
-                off["MongoDB"] = _ahead(store.control.command("hello")["localTime"].replace(tzinfo=UTC))
-        finally:
-            store.close()
+        with closing(Store(settings, pool=2)) as store, translated("reading the time of MongoDB"):
+            off["MongoDB"] = _ahead(store.control.command("hello")["localTime"].replace(tzinfo=UTC))
     if settings.aws_bucket_name is not None:
         try:
             off["S3"] = _ahead(Objects(connect(settings), settings.aws_bucket_name).time())
@@ -132,11 +126,8 @@ def _processes(settings: Settings) -> Finding:
     if settings.mongo_uri is None:
         return Finding("processes", "ok", message)
     try:
-        store = Store(settings, pool=2)
-        try:
+        with closing(Store(settings, pool=2)) as store:
             alive = serving(store, store.data.name)
-        finally:
-            store.close()
     except HeadraceError:
         return Finding("processes", "ok", message)  # the line of MongoDB says what is wrong
     if not alive:

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 from pydantic.alias_generators import to_camel
 
+from engine.direct import MAX_URLS
 from engine.model import Format, JobOptions
+from engine.objects import MAX_PARTS
 
 __all__ = [
     "BatchRequest",
@@ -121,15 +123,15 @@ class ProcessRequest(_Request):
     def options(self) -> JobOptions:
         """As the engine takes them."""
         return JobOptions(
-            self.collection,
-            Format(self.format),
-            self.max_errors,
-            self.priority,
-            self.force,
-            self.if_loaded,
-            self.dry_run,
-            self.timeout_seconds,
-            self.run_at,
+            collection=self.collection,
+            format=Format(self.format),
+            max_errors=self.max_errors,
+            priority=self.priority,
+            force=self.force,
+            if_loaded=self.if_loaded,
+            validate=self.dry_run,
+            timeout_seconds=self.timeout_seconds,
+            run_at=self.run_at,
         )
 
 
@@ -208,5 +210,5 @@ class FilesQuery(_Query):
 class PartsQuery(_Query):
     """Which signed URLs."""
 
-    first: Annotated[int, Field(ge=1, le=10_000, description="Number of the first part")] = 1
-    count: Annotated[int, Field(ge=0, le=1000)] = PAGE
+    first: Annotated[int, Field(ge=1, le=MAX_PARTS, description="Number of the first part")] = 1
+    count: Annotated[int, Field(ge=0, le=MAX_URLS)] = PAGE

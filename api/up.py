@@ -184,7 +184,6 @@ def _run(
 
     if file is None and records == 0:
         return 0 if once else _serve(console, children, servers)
-    options: dict[str, Any] = {}
     if file is None:
         file = folder / f"sample-{records}.ndjson"
         if not file.exists():
@@ -194,7 +193,7 @@ def _run(
     console.print(f"Uploading {file} ({size / 1e6:,.1f} MB) …")
     try:
         key = client.upload(file)
-        job_id = client.process(key, options)
+        job_id = client.process(key, {})
         console.print(f"Processing {key} as job {job_id} …")
         try:
             status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check_all(children, servers))

@@ -75,7 +75,7 @@ class Documents:
     documents) brought their own `_id`; `rejects` holds the lines that became none, and `blank` counts those of white space
     only. `seconds` is what parsing has taken so far, over all passes.
 
-    It is true when there is any document; what is parsed to know that is not parsed again by the pass that follows.
+    What `any` has parsed is not parsed again by the pass that follows.
     """
 
     def __init__(self, batch: Batch, format: Format, tag: bytes, file_key: str) -> None:
@@ -90,7 +90,8 @@ class Documents:
         self.blank = 0
         self.seconds = 0.0
 
-    def __bool__(self) -> bool:
+    def any(self) -> bool:
+        """Whether there is any document; parses up to the first of them."""
         if self._begun is None:
             pieces = self._pieces()
             if (first := next(filter(None, pieces), None)) is not None:

@@ -1,7 +1,7 @@
 """Jobs that are submitted together, one for each of many objects, and summed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from bson import ObjectId
@@ -10,7 +10,7 @@ from pymongo.errors import DuplicateKeyError
 
 from engine.admission import check_collection, check_ticket
 from engine.errors import NotFound
-from engine.jobs import Ticket, new_job, ticket_document
+from engine.jobs import Ticket, new_job
 from engine.model import JobOptions, JobState, Source, Tally
 from engine.store import Document, Store, parse_id, translated, write_all
 
@@ -69,7 +69,7 @@ class JobBatches:
         keys = {"$literal": [source.key for source in sources]}
         fields: Document = {"createdAt": "$$NOW", "count": len(sources), "keys": keys}
         if ticket is not None:
-            fields["ticket"] = {"$literal": ticket_document(ticket)}
+            fields["ticket"] = {"$literal": asdict(ticket)}
         with translated("submitting a batch of jobs"):
             try:
                 key = ObjectId()

@@ -1,6 +1,6 @@
 """How a job is kept in MongoDB: from nouns to the fields of its document, and back. No I/O."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from bson import Binary
@@ -33,7 +33,7 @@ __all__ = [
     "planned",
     "progress_document",
     "put_off",
-    "ticket_document",
+    "same_source",
 ]
 
 # Matches jobs that have read their object to its end, and written what it holds.
@@ -58,13 +58,7 @@ def new_job(source: Source, options: JobOptions, database: str, more: Document) 
     """The fields of a new job, as a stage of a pipeline sets them."""
     document: Document = {
         "database": database,
-        "source": {
-            "bucket": source.bucket,
-            "key": source.key,
-            "etag": source.etag,
-            "version": source.version,
-            "size": source.size,
-        },
+        "source": asdict(source),
         "options": {
             "collection": options.collection,
             "format": options.format,
@@ -85,9 +79,9 @@ def new_job(source: Source, options: JobOptions, database: str, more: Document) 
     return {"createdAt": "$$NOW"} | fields | put_off({"$literal": options.run_at}) | happened("submitted")
 
 
-def ticket_document(ticket: Ticket) -> Document:
-    """A ticket as it is kept in the job that it made."""
-    return {"key": ticket.key, "digest": ticket.digest}
+def same_source(source: Source) -> Document:
+    """Matches documents of this very version of an object."""
+    return {f"source.{name}": value for name, value in asdict(source).items()}
 
 
 def happened(what: str) -> Document:
@@ -136,45 +130,45 @@ def progress_document(tally: Tally, total: int, done: int) -> Document:
 
 def failure_document(failure: Failure | None) -> Document | None:
     """A failure as it is kept, and None as None."""
-    return None if failure is None else {"code": failure.code, "message": failure.message}
+    return None if failure is None else asdict(failure)
 
 
 def failure_of(document: Document | None) -> Failure | None:
     """The other way round."""
-    return None if document is None else Failure(document["code"], document["message"])
+    return None if document is None else Failure(**document)
 
 
 def _plan_of(found: Document) -> Plan:
     return Plan(
-        Format(found["format"]),
-        bytes(found["tag"]),
-        found["rangeBytes"],
-        found["rangeCount"],
-        found["sole"],
-        found["maxLineBytes"],
+        format=Format(found["format"]),
+        tag=bytes(found["tag"]),
+        range_bytes=found["rangeBytes"],
+        range_count=found["rangeCount"],
+        sole=found["sole"],
+        max_line_bytes=found["maxLineBytes"],
     )
 
 
 def job_of(found: Document) -> Job:
     """The job that a document of `jobs` holds."""
-    source, options = found["source"], found["options"]
+    options = found["options"]
     plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
     tally = Tally.from_document(progress.get("tally", {}))
     loaded_by, planner = found.get("alreadyLoadedBy"), found.get("planner", {})
     return Job(
         id=str(found["_id"]),
         database=found["database"],
-        source=Source(source["bucket"], source["key"], source["etag"], source["version"], source["size"]),
+        source=Source(**found["source"]),
         options=JobOptions(
-            options["collection"],
-            Format(options["format"]),
-            options["maxErrors"],
-            options["priority"],
-            options["force"],
-            options["ifLoaded"],
-            options.get("validate", False),
-            options.get("timeoutSeconds"),
-            options.get("runAt"),
+            collection=options["collection"],
+            format=Format(options["format"]),
+            max_errors=options["maxErrors"],
+            priority=options["priority"],
+            force=options["force"],
+            if_loaded=options["ifLoaded"],
+            validate=options.get("validate", False),
+            timeout_seconds=options.get("timeoutSeconds"),
+            run_at=options.get("runAt"),
         ),
         state=JobState(found["state"]),
         created_at=found["createdAt"],

@@ -7,7 +7,7 @@ no match means that the lease was lost. All times are the server's (`$$NOW`), so
 import random
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Final
 
@@ -110,15 +110,15 @@ class Ledger:
         if found is None:
             return None
         return Lease(
-            job_id,
-            ByteRange(found["_id"]["index"], found["start"], found["end"]),
-            token,
-            found["leases"] + 1,
-            found["confirmed"],
-            Tally.from_document(found["tally"]),
-            found["attempts"],
-            found["deaths"] + found.get("vanished", 0),
-            found["resumed"],
+            job_id=job_id,
+            range=ByteRange(found["_id"]["index"], found["start"], found["end"]),
+            token=token,
+            number=found["leases"] + 1,
+            confirmed=found["confirmed"],
+            tally=Tally.from_document(found["tally"]),
+            attempts=found["attempts"],
+            deaths=found["deaths"] + found.get("vanished", 0),
+            resumed=found["resumed"],
         )
 
     def renew(self, lease: Lease, confirmed: int, tally: Tally) -> None:
@@ -150,7 +150,7 @@ class Ledger:
         changes: Document = _come_to(confirmed, tally) | {
             "attempts": attempts,
             "allFailures": {"$add": ["$allFailures", 1]},
-            "failure": {"$literal": {"code": failure.code, "message": failure.message}},
+            "failure": {"$literal": asdict(failure)},
         }
         if attempts > ATTEMPTS:
             changes["state"] = RangeState.FAILED
@@ -235,7 +235,7 @@ class Ledger:
             counts[RangeState.LEASED],
             counts[RangeState.DONE],
             counts[RangeState.FAILED],
-            tuple(Failure(f["code"], f["message"]) for f in failures if f),
+            tuple(Failure(**f) for f in failures if f),
         )
 
     def reopen(self, job_id: str) -> None:

@@ -5,9 +5,10 @@ counted from the start of the object; times are aware datetimes in UTC as the da
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
+from operator import add
 from typing import Any, Final
 
 __all__ = [
@@ -132,14 +133,7 @@ class Tally:
     bytes: int = 0
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
-            self.lines + other.lines,
-            self.inserted + other.inserted,
-            self.duplicates + other.duplicates,
-            self.rejected + other.rejected,
-            self.blank + other.blank,
-            self.bytes + other.bytes,
-        )
+        return Tally(*map(add, astuple(self), astuple(other)))
 
     @classmethod
     def from_document(cls, document: Mapping[str, int]) -> "Tally":
@@ -148,7 +142,7 @@ class Tally:
 
     def document(self) -> dict[str, int]:
         """The tally as a plain dict, field by field."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

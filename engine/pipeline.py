@@ -289,7 +289,7 @@ class Pipeline:
         assert plan is not None
         began, waited, backed_off = time.perf_counter(), self._store.waited(), 0.0
         documents = decode(batch, format, plan.tag, job.source.key)
-        if documents:
+        if documents.any():
             reach(Step.PARSED)
         at_a_time: int | None = None
         for tries in range(1, TRIES + 1):

@@ -17,6 +17,7 @@ from pymongo.errors import DuplicateKeyError
 
 from engine.decode import BOM
 from engine.errors import HeadraceError, Refused, Transient
+from engine.jobs import same_source
 from engine.ledger import Ledger
 from engine.logs import expected
 from engine.model import ByteRange, Format, Job, JobState, Lease, Plan, Source
@@ -405,6 +406,4 @@ def _entry(source: Document, job: Job) -> Document | None:
 
 
 def _identity(job: Job, format: Format) -> Document:
-    source = job.source
-    pinned = {"bucket": source.bucket, "key": source.key, "etag": source.etag, "version": source.version}
-    return {f"source.{name}": value for name, value in (pinned | {"size": source.size}).items()} | {"format": format}
+    return same_source(job.source) | {"format": format}

@@ -5,7 +5,7 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import islice
 from typing import Final
@@ -28,7 +28,7 @@ from engine.jobs import (
     new_job,
     progress_document,
     put_off,
-    ticket_document,
+    same_source,
 )
 from engine.ledger import Ledger
 from engine.logs import get_logger
@@ -101,13 +101,7 @@ class Queue:
                 # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
                 created = self._jobs.find_one_and_update(
                     {"_id": ObjectId()},
-                    [
-                        {
-                            "$set": new_job(
-                                source, options, self._database, {"ticket": ticket_document(ticket)} if ticket else {}
-                            )
-                        }
-                    ],
+                    [{"$set": new_job(source, options, self._database, {"ticket": asdict(ticket)} if ticket else {})}],
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
@@ -442,7 +436,7 @@ class Queue:
     def loaded_by(self, job: Job, format: Format) -> str | None:
         """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
         query = LOADED | {
-            **{f"source.{name}": getattr(job.source, name) for name in ("bucket", "key", "etag", "version", "size")},
+            **same_source(job.source),
             "plan.format": format,
             "options.collection": job.options.collection,
             "database": job.database,

@@ -2,7 +2,7 @@
 
 from engine.model import ByteRange
 
-__all__ = ["count", "cut", "plan"]
+__all__ = ["count", "cut"]
 
 
 def count(size: int, range_bytes: int) -> int:
@@ -18,14 +18,3 @@ def cut(size: int, of: int, index: int) -> ByteRange:
     The ranges are even, to a byte: with a short last one, the workers that take full ones would finish after it.
     """
     return ByteRange(index, size * index // of, size * (index + 1) // of)
-
-
-def plan(size: int, range_bytes: int) -> list[ByteRange]:
-    """The ranges of an object of `size` bytes: in order, without gap or overlap, from 0 to `size`.
-
-    Args:
-        size: of the object, bytes.
-        range_bytes: the most that one range may hold, bytes.
-    """
-    of = count(size, range_bytes)
-    return [cut(size, of, index) for index in range(of)]

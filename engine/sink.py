@@ -101,7 +101,7 @@ class Sink:
             Final: the server will never take this, whatever the documents are.
         """
         work = Work(documents, 0, 0, [])
-        if documents:
+        if documents.any():
             self._insert(work, at_a_time or documents.batch.count, between)
         work.rejects += documents.rejects
         work.rejects.sort(key=lambda r: r.offset)

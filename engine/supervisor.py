@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from setproctitle import setproctitle
@@ -62,13 +62,11 @@ class _Slot:
 
     number: int
     dead: tuple[str, ...] = ()
-    incarnation: int = 0
     failures: int = 0
     not_before: float = 0.0
     pid: int | None = None
 
 
-@dataclass(slots=True)
 class Supervisor:
     """Keeps `engine_workers` children at work.
 
@@ -77,21 +75,22 @@ class Supervisor:
         work: what a child runs; its result is the child's exit code.
     """
 
-    settings: Settings
-    work: Work
-    _slots: list[_Slot] = field(default_factory=list)
-    _children: dict[int, _Child] = field(default_factory=dict)
-    _signals: deque[int] = field(default_factory=deque)
-    _boot: str = field(default_factory=lambda: secrets.token_hex(4))
-    _host: str = field(default_factory=socket.gethostname)
-    _stopping: bool = False
-    _deadline: float = 0.0
-    _killed: bool = False
-    _exit: int = 0
-    _wake: tuple[int, int] = (-1, -1)
-    _replacing: deque[int] = field(default_factory=deque)
-    _born: int = 0
-    _ever_booted: bool = False
+    def __init__(self, settings: Settings, work: Work) -> None:
+        self._settings = settings
+        self._work = work
+        self._host = socket.gethostname()
+        self._boot = secrets.token_hex(4)
+        self._slots: list[_Slot] = []
+        self._children: dict[int, _Child] = {}  # by pid
+        self._forks = 0
+        self._ever_booted = False  # whether any worker has reached the servers
+        self._signals: deque[int] = deque()  # that came and are not handled yet
+        self._wake = (-1, -1)  # a pipe on which a signal ends the loop's sleep
+        self._replacing: deque[int] = deque()  # pids of those that HUP has still to replace
+        self._stopping = False
+        self._deadline = 0.0  # of the stop
+        self._killed = False
+        self._exit = 0
 
     def run(self) -> int:
         """Supervise until told to stop; returns the exit code: 0 after a soft stop in time."""
@@ -101,7 +100,7 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, self._note)
         setproctitle("headrace: supervisor")
-        self._slots = [_Slot(number) for number in range(self.settings.engine_workers)]
+        self._slots = [_Slot(number) for number in range(self._settings.engine_workers)]
         log.info("engine starts", action="start", workers=len(self._slots), pid=os.getpid())
         away_since = time.monotonic()
         while True:
@@ -169,7 +168,7 @@ class Supervisor:
             return
         self._stopping = True
         self._exit = exit_code
-        self._deadline = time.monotonic() + self.settings.engine_grace_seconds
+        self._deadline = time.monotonic() + self._settings.engine_grace_seconds
         log.info("engine stops", action="stop", workers=len(self._children))
         for pid in self._children:
             self._signal(pid, signal.SIGTERM)
@@ -199,7 +198,7 @@ class Supervisor:
             return
         for pid, child in self._children.items():
             silent = child.beat.age()
-            if silent > self.settings.engine_watchdog_seconds - LOOP_SECONDS:
+            if silent > self._settings.engine_watchdog_seconds - LOOP_SECONDS:
                 log.error(
                     "worker has not moved and is killed", action="kill", worker=child.post.name, silent=round(silent, 1)
                 )
@@ -263,8 +262,8 @@ class Supervisor:
                 self._fork(slot)
 
     def _fork(self, slot: _Slot) -> None:
-        self._born += 1
-        post = WorkerIdentity(self._host, self._boot, slot.number, self._born, slot.dead, os.getpid())
+        self._forks += 1
+        post = WorkerIdentity(self._host, self._boot, slot.number, self._forks, slot.dead, os.getpid())
         _flush()
         # A signal between the fork and the child's own handlers would be noted in a queue that nobody reads.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -300,7 +299,7 @@ class Supervisor:
             if os.getppid() != post.parent:
                 os._exit(1)  # the supervisor died before it could be watched
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            code = self.work(self.settings, post, beat)
+            code = self._work(self._settings, post, beat)
         except BaseException:
             log.exception("worker failed", action="crash", worker=post.name)
         finally:

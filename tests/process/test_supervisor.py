@@ -229,8 +229,8 @@ def test_a_log_that_nobody_takes_does_not_end_the_engine(settings, tmp_path, mon
 
 
 def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(settings):
-    supervisor, slot = Supervisor(settings, lambda *_: 0, _ever_booted=True), _Slot(0, pid=7, failures=5000)
-    supervisor._slots = [slot]
+    supervisor, slot = Supervisor(settings, lambda *_: 0), _Slot(0, pid=7, failures=5000)
+    supervisor._slots, supervisor._ever_booted = [slot], True
     now = time.monotonic()
     supervisor._bury(7, _Child(WorkerIdentity("h", "b", 0, 1, (), 1), Heartbeat(), now), EXIT_BOOT)
     assert (slot.failures, slot.pid) == (5001, None)
@@ -238,8 +238,8 @@ def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(setti
 
 
 def test_a_worker_without_clients_holds_nothing_and_is_not_tried_again_at_once(settings):
-    supervisor, slot = Supervisor(settings, lambda *_: 0, _ever_booted=True), _Slot(0, failures=1)
-    supervisor._slots = [slot]
+    supervisor, slot = Supervisor(settings, lambda *_: 0), _Slot(0, failures=1)
+    supervisor._slots, supervisor._ever_booted = [slot], True
     for pid in range(7, 10):
         slot.pid = pid
         post = WorkerIdentity("h", "b", 0, pid, ("before",), 1)

@@ -248,14 +248,14 @@ def encoded(document):
 def test_each_pass_over_the_documents_gives_them_again():
     documents = decode(batch_of(b'{"a":1}', b"bad", b"", b'{"a":2}'), Format.NDJSON, TAG, "key")
     for _ in range(3):
-        assert documents
+        assert documents.any()
         assert [document["a"] for document in documents] == [1, 2]
         assert (documents.positions, len(documents.rejects), documents.blank) == ([0, 3], 1, 1)
 
 
 def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():
     documents = decode(batch_of(b"bad", b"", b"[]"), Format.NDJSON, TAG, "key")
-    assert not documents
+    assert not documents.any()
     assert [str(r.reason) for r in documents.rejects] == ["invalid_json", "not_an_object"]
     assert documents.blank == 1
 
