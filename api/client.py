@@ -5,14 +5,26 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 from urllib.parse import quote
 
 import httpx
 
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["AWAY", "SLOW", "CallFailed", "Client", "check_file", "is_stream", "path_of", "reachable", "readable"]
+__all__ = [
+    "AWAY",
+    "CHANGED",
+    "SLOW",
+    "CallFailed",
+    "Client",
+    "check_file",
+    "is_stream",
+    "path_of",
+    "reachable",
+    "readable",
+    "version_of",
+]
 
 WAIT_SECONDS: Final = 20
 """How long the API is asked to wait for a job to move."""
@@ -36,6 +48,11 @@ SLOW_SECONDS: Final = 3600.0
 """The same where much is to be done first: a whole file stored, an object made of its parts, the bytes of rejects fetched."""
 
 SLOW: Final = httpx.Timeout(30, read=SLOW_SECONDS, write=SLOW_SECONDS)
+
+CHANGED: Final = (
+    "was written to while it was sent, so that what arrived is of two versions: run the command again when nobody writes to "
+    "it, or load a copy"
+)
 
 TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELLED")
 
@@ -72,6 +89,12 @@ def check_file(file: Path) -> None:
             pass
     except OSError as error:
         raise StartError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def version_of(content: IO[bytes]) -> tuple[int, int]:
+    """What changes whenever somebody writes to a file: its size in bytes, and when that was last done, in nanoseconds."""
+    found = os.fstat(content.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def readable(name: str) -> str:
@@ -117,12 +140,21 @@ class Client:
         return None if answer.is_success else str(self._problem("GET", "/readyz", answer))
 
     def upload(self, file: Path) -> str:
-        """Upload a file through the API; returns its key."""
+        """Upload a file through the API; returns its key. Raises StartError where it was written to meanwhile."""
         check_file(file)
         with file.open("rb") as content:
-            return str(
-                self.ask("POST", "/upload", timeout=SLOW, files={"file": (readable(file.name), content)})["fileKey"]
-            )
+            version = version_of(content)
+            try:
+                answer = self.ask("POST", "/upload", timeout=SLOW, files={"file": (readable(file.name), content)})
+            except HeadraceError:
+                if version_of(content) != version:
+                    raise StartError(f"{file.name} {CHANGED}") from None
+                raise
+            if version_of(content) != version:
+                raise StartError(
+                    f"{file.name} {CHANGED}. What was stored as {answer['fileKey']} is of no use: delete it"
+                )
+            return str(answer["fileKey"])
 
     def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> str:
         """Submit a job for a key; returns the job's id: that of before where the same ticket came before."""

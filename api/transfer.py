@@ -20,7 +20,7 @@ from urllib.parse import quote
 import httpx
 import orjson
 
-from api.client import SLOW, CallFailed, Client, path_of, readable
+from api.client import CHANGED, SLOW, CallFailed, Client, path_of, readable, version_of
 from engine.errors import HeadraceError, StartError
 
 __all__ = ["Note", "Transfer", "forget_old"]
@@ -144,21 +144,30 @@ class Transfer:
         """Send a file; returns its key. `sent` is called with numbers of bytes, those that were there already too.
 
         Raises:
-            StartError: the file cannot be read, or S3 cannot be reached from here.
+            StartError: the file cannot be read, or was written to meanwhile, or S3 cannot be reached from here.
             CallFailed: of the API.
         """
-        size = file.stat().st_size
+        with file.open("rb") as content:
+            return self._file(content, file.name, note, sent)
+
+    def _file(self, content: IO[bytes], name: str, note: Note, sent: Sent) -> str:
+        version = version_of(content)
+        size = version[0]
         state = self._resumed(note)
         if state is None and (key := self._completed(note, size)) is not None:
             note.put(key=key)
             sent(size)
             return key
         if state is None:
-            state = self._client.ask("POST", "/uploads", json={"fileName": readable(file.name), "size": size})
+            state = self._client.ask("POST", "/uploads", json={"fileName": readable(name), "size": size})
             note.put(uploadId=state["uploadId"])
         there = {part["partNumber"]: part for part in state["stored"]}
-        with file.open("rb") as content:
-            self._send(state, there, lambda number: _part(content, number, state["partBytes"]), sent)
+        self._send(state, there, lambda number: _part(content, number, state["partBytes"], size), sent)
+        if version_of(content) != version:
+            # Of two versions, lines would be torn where their parts meet.
+            self._free(state)
+            note.forget()
+            raise StartError(f"{name} {CHANGED}")
         key = self._complete(state)
         note.put(key=key)
         return key
@@ -319,9 +328,11 @@ def _signed(state: dict[str, Any]) -> tuple[dict[int, str], float]:
     return {part["partNumber"]: part["url"] for part in state["urls"]}, time.monotonic() + URLS_FRESH_SECONDS
 
 
-def _part(content: IO[bytes], number: int, size: int) -> bytes:
-    content.seek((number - 1) * size)
-    return content.read(size)
+def _part(content: IO[bytes], number: int, part_bytes: int, size: int) -> bytes:
+    """Part `number` of the first `size` bytes: a file may have grown since it was asked for its size."""
+    start = (number - 1) * part_bytes
+    content.seek(start)
+    return content.read(min(part_bytes, size - start))
 
 
 def _exactly(content: IO[bytes], size: int) -> bytes:

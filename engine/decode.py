@@ -37,9 +37,9 @@ _SEPARATOR: Final = b",%d," % _MARK
 # The smallest integer outside int64 has 19 digits. All digits made '0', a run of 19 is one `find` away.
 _ZEROS: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
 _RUN: Final = b"0" * 19
+_DIGIT_RUN: Final = re.compile(rb"0++")
 _INT64_MAX_DIGITS: Final = b"%d" % (2**63 - 1)
 _INT64_MIN_DIGITS: Final = b"%d" % 2**63
-_MINUS: Final = ord("-")
 
 # Strings are matched first, so that digits within them are passed over; then numbers, whole, to see if they are integers.
 _TOKEN: Final = re.compile(
@@ -313,14 +313,14 @@ def _has_wide_digits(data: bytes) -> bool:
         return False  # of most data; from the right, the search is a third quicker
     at = zeros.find(_RUN)
     while at >= 0:
-        before = zeros[at - 1] if at else 0
-        # Behind a point stands a fraction, and behind a digit the rest of one.
-        if before not in b".0" and (
-            zeros.startswith(b"0", at + len(_RUN))
-            or data[at : at + len(_RUN)] > (_INT64_MIN_DIGITS if before == _MINUS else _INT64_MAX_DIGITS)
-        ):
+        run = _DIGIT_RUN.match(zeros, at)
+        assert run is not None  # it begins there
+        before, end = zeros[at - 1 : at], run.end()
+        most = _INT64_MIN_DIGITS if before == b"-" else _INT64_MAX_DIGITS
+        # Behind a point stands a fraction.
+        if before != b"." and (end - at > len(_RUN) or data[at:end] > most):
             return True
-        at = zeros.find(_RUN, at + 1)
+        at = zeros.find(_RUN, end)
     return False
 
 

@@ -9,6 +9,10 @@ import subprocess
 import time
 import uuid
 
+import pytest
+
+from api.client import Client
+from engine.errors import StartError
 from tests.running import until
 
 
@@ -203,3 +207,22 @@ def test_an_interrupt_after_the_end_of_a_stream_tells_of_the_job_that_is_made(li
     [job] = live.store.jobs.find({"options.collection": "unwatched"})
     assert process.returncode == 130
     assert f"headrace status {job['_id']} --wait" in told
+
+
+@pytest.mark.parametrize("change", [b"", b"appended"])
+def test_a_file_that_is_written_to_while_it_goes_through_the_api_is_told(live, monkeypatch, tmp_path, change):
+    path = tmp_path / "f.ndjson"
+    path.write_bytes(b'{"n":1}\n' * 100_000)
+    os.utime(path, (1, 1))
+    client = Client(f"http://127.0.0.1:{live.port}")
+    monkeypatch.setattr(client, "_http", live.http)
+    ask = client.ask
+
+    def change_it(*given, **more):
+        with path.open("ab" if change else "r+b") as file:
+            file.write(change or b'{"n":2}\n')
+        return ask(*given, **more)
+
+    monkeypatch.setattr(client, "ask", change_it)
+    with pytest.raises(StartError, match=r"f\.ndjson was written to while it was sent"):
+        client.upload(path)

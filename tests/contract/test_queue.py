@@ -159,7 +159,9 @@ def test_whatever_is_done_to_jobs_and_ranges_they_move_as_the_tables_say(
     assert len(moves) >= 8, moves
 
 
-def test_a_job_that_was_stopped_is_not_finished_with_its_fellows(queue, planner, ledger, objects):
+def test_a_job_that_is_loaded_whole_before_anybody_looks_is_completed_in_spite_of_a_stop(
+    queue, planner, ledger, objects
+):
     made = [objects.upload(io.BytesIO(b"{}"), f"{uuid.uuid4().hex}.json") for _ in range(2)]
     prepared = planner.prepare([queue.submit(each, JobOptions()) for each in made], "holder")
     queue.cancel(prepared[0].job.id)

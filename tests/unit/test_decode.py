@@ -9,7 +9,7 @@ from bson import ObjectId
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.decode import Identity, _may_have_wide_digits, decode
+from engine.decode import Identity, _has_wide_digits, _may_have_wide_digits, decode
 from engine.model import Format
 from tests.conftest import batch_of
 
@@ -263,3 +263,21 @@ def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():
 def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():
     binary = bytes(range(1, 13))
     assert bson.encode({"_id": Identity(binary)}) == bson.encode({"_id": ObjectId(binary)})
+
+
+@pytest.mark.parametrize(
+    ("text", "wide"), [(b"3.%b", False), (b"-%b", True), (b"%b", True), (b'"a": 0.%b, "b": 1', False)]
+)
+def test_a_long_run_of_digits_is_looked_at_once(text, wide):
+    looks = []
+
+    class Counting(bytes):
+        def find(self, *given):
+            looks.append(given)
+            return super().find(*given)
+
+        def translate(self, *given):
+            return Counting(super().translate(*given))
+
+    assert _has_wide_digits(Counting(text % (b"1415926535" * 10_000))) is wide
+    assert len(looks) <= 2

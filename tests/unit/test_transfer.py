@@ -13,7 +13,7 @@ import pytest
 from api import transfer as module
 from api.client import CallFailed, Client
 from api.loader import Loader
-from api.transfer import Transfer, _exactly
+from api.transfer import Note, Transfer, _exactly
 from engine.errors import StartError
 
 
@@ -379,3 +379,30 @@ def test_an_answer_that_never_comes_is_not_waited_for_by_the_hour(tmp_path):
     client.ask("GET", "/jobs")
     client.upload(tmp_path / "file")
     assert waits == {"/status/j": 50, "/jobs": 120, "/upload": 3600}
+
+
+@pytest.mark.parametrize("change", [b"", b"appended", None])
+def test_a_file_that_is_written_to_while_it_is_sent_becomes_no_object(sent, monkeypatch, tmp_path, change):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path, api = tmp_path / "f.ndjson", Api(parts=3)
+    path.write_bytes(bytes(20))
+    os.utime(path, (1, 1))
+    api.state |= {"size": 20, "stored": []}
+    put = Transfer._put
+
+    def change_it(self, url, data, headers, sent):
+        put(self, url, data, headers, sent)
+        if url.endswith("/1") and change is not None:
+            with path.open("ab" if change else "r+b") as file:
+                file.write(change or b"written over")
+
+    monkeypatch.setattr(Transfer, "_put", change_it)
+    note = Note(api.url, str(path), [20, 1])
+    if change is None:
+        assert Transfer(api).file(path, note, lambda n: None) == "k"
+    else:
+        with pytest.raises(StartError, match=r"f\.ndjson was written to while it was sent"):
+            Transfer(api).file(path, note, lambda n: None)
+        assert api.asked[-1] == "DELETE /uploads/u"
+        assert note.get("uploadId") is None
+    assert sum(map(len, sent.values())) == 20
