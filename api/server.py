@@ -1,4 +1,4 @@
-"""The HTTP API under waitress: its own process, stopped softly by TERM and INT."""
+"""The HTTP API under waitress: its own process, stopped softly by TERM, INT and HUP."""
 
 import errno
 import resource
@@ -127,20 +127,22 @@ def serve(settings: Settings) -> int:
     open_door(server, settings, guard, durations)
 
     def handle_signal(number: int, frame: object) -> None:
-        stopping.set()
-        # The one exception that the server's loop lets through wherever it is raised.
-        raise KeyboardInterrupt
+        if not stopping.is_set():  # the stop itself is not to be interrupted
+            stopping.set()
+            # The one exception that the server's loop lets through wherever it is raised.
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, handle_signal)
-    signal.signal(signal.SIGINT, handle_signal)
-    log.info("listening", action="start", host=settings.api_host, port=settings.port)
     try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if (
+                number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+            ):  # which is what nohup asks for
+                signal.signal(number, handle_signal)
+        log.info("listening", action="start", host=settings.api_host, port=settings.port)
         server.run()
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # Requests under way are finished, within the task dispatcher's own bound of seconds.
         server.close()
         server.task_dispatcher.shutdown()

@@ -36,11 +36,11 @@ GOES_ON: Final = "goes on when Headrace runs here again (`make run RECORDS=0` lo
 
 
 class _Stopped(BaseException):
-    """TERM or INT came. No error of the program: nothing may swallow it."""
+    """TERM, INT or HUP came. No error of the program: nothing may swallow it."""
 
 
 class _Signals:
-    """A TERM or INT ends what goes on; from the stop's beginning they only hurry it, so that the servers still stop softly."""
+    """A signal ends what goes on; from the stop's beginning it only hurries it, so that the servers still stop softly."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -130,8 +130,9 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
         raise StartError("AWS_ENDPOINT_URL is set and AWS_BUCKET_NAME is not: name the bucket, or unset both")
     check_port(settings.port, settings.api_host)
     signals = _Signals()
-    signal.signal(signal.SIGTERM, signals.note)
-    signal.signal(signal.SIGINT, signals.note)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # which is what nohup asks for
+            signal.signal(number, signals.note)
     try:
         with ExitStack() as stack:
             try:

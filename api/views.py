@@ -33,7 +33,8 @@ def job_status(job: Job) -> JobStatus:
     done = size if job.state is JobState.COMPLETED else min(progress.bytes_done, size)
     rate = progress.rate
     if job.state in TERMINAL and job.started_at and job.finished_at:
-        rate = tally.lines / max((job.finished_at - job.started_at).total_seconds(), 0.001)
+        worked = (job.finished_at - job.started_at).total_seconds() - job.idle_seconds
+        rate = tally.lines / max(worked, 0.001)
     left: float | None = None
     if job.state in TERMINAL:
         left = 0.0

@@ -186,7 +186,9 @@ class DryRun(Sink):
             if isinstance(values, list)
         ]
         with translated("looking for documents that are there already"):
-            found = self._data[self._collection].find({"$or": queries}, {**dict.fromkeys(fields, 1), "_id": 0})
+            # By whole fields: MongoDB takes no projection of both a path and a part of it.
+            shown = {"_id": 0} | {field.partition(".")[0]: 1 for field in fields}
+            found = self._data[self._collection].find({"$or": queries}, shown)
             there = {_identity(_normal([_value(document, field) for field in fields])) for document in found}
         return [index for index, values in keys.items() if _identity(_normal(values)) in there]
 

@@ -188,6 +188,7 @@ def job_of(found: Document) -> Job:
         already_loaded_by=str(loaded_by) if loaded_by else None,
         attempts=found["attempts"],
         round=found["round"],
+        idle_seconds=found.get("idleMilliseconds", 0) / 1000,
         batch=str(found["batch"]) if "batch" in found else None,
         planner_deaths=planner.get("deaths", 0) + planner.get("lapses", 0),
         errors=tuple(found.get("errors", ())),

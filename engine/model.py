@@ -196,8 +196,8 @@ class Reject:
 class Plan:
     """What the first to join a job fixed, once, for all.
 
-    `tag` is the six bytes that begin each generated `_id`. `sole` tells that no earlier job has worked on this source
-    in this collection, so that a duplicate of a generated `_id` can only be our own replay. A line of more than
+    `tag` is the six bytes that begin each generated `_id`. `sole` tells that no other job has loaded this source into this
+    collection as it is now, so that a duplicate of a generated `_id` can only be our own replay. A line of more than
     `max_line_bytes` is a reject, whatever the settings of the engine that meets it.
     """
 
@@ -268,7 +268,8 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class Job:
     """One load of one source into one collection. `id` is 24 hexadecimal digits; `attempts` counts the failures to plan it,
-    and `round` its retries. `planner_deaths` counts the workers that died or vanished in a row while they planned it.
+    and `round` its retries; `idle_seconds` is how long it had ended before these. `planner_deaths` counts the workers that
+    died or vanished in a row while they planned it.
 
     `database` is where the collection is: only engines whose `MONGO_URI` names it work on the job. `batch` is that of the
     call that made it together with others. `timeline` holds its latest hundred events, and `errors` its first five rejects as
@@ -290,6 +291,7 @@ class Job:
     already_loaded_by: str | None = None
     attempts: int = 0
     round: int = 0
+    idle_seconds: float = 0.0
     batch: str | None = None
     planner_deaths: int = 0
     timeline: tuple[Event, ...] = ()

@@ -170,6 +170,7 @@ class Planner:
         settings: Settings,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
+        self._data = store.data
         self._sources = store.sources
         self._wake = store.wake
         self._queue = queue
@@ -328,7 +329,14 @@ class Planner:
         assert entry is not None  # it was there, or has just been pushed
         if entry["firstJob"] == job_key(job.id):
             return _Registered(bytes(found["tag"]), True, self._loaded_before(job, format))
-        return _Registered(bytes(found["tag"]), False, self._loaded_by(job, format))
+        # What was loaded may have been deleted since: then again there is nothing that a duplicate could be of.
+        sole = self._is_empty(job) and not self._queue.others_load(job, format, now=True)
+        return _Registered(bytes(found["tag"]), sole, self._loaded_by(job, format))
+
+    def _is_empty(self, job: Job) -> bool:
+        """Whether the collection that a job loads into holds no document."""
+        with translated("looking into the collection"):
+            return self._data[job.options.collection].find_one({}, {"_id": 1}) is None
 
     def _loaded_before(self, job: Job, format: Format) -> str | None:
         """As `_loaded_by`, of a source that only `force` can have loaded here: asked where it matters, by `skip`."""

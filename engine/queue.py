@@ -372,8 +372,11 @@ class Queue:
             if job.stopping is not None:
                 raise Conflict(f"job {job_id} is still stopping: retry it when it is {job.stopping.to}")
             return job
-        if self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True}) is not None:
+        with translated("retrying a job"):
+            pruned = self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True})
+        if pruned is not None:
             raise Conflict(f"the history of job {job_id} is being deleted: submit a new job")
+        shared = job.plan is not None and job.plan.sole and self.others_load(job, job.plan.format)
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt")
@@ -382,6 +385,11 @@ class Queue:
         changes |= put_off("$options.runAt")
         if job.options.timeout_seconds is not None and job.plan is not None:
             changes["deadline"] = from_now(job.options.timeout_seconds)
+        if job.started_at is not None:
+            since = {"$subtract": ["$$NOW", "$finishedAt"]}
+            changes["idleMilliseconds"] = {"$add": [{"$ifNull": ["$idleMilliseconds", 0]}, since]}
+        if shared:
+            changes["plan.sole"] = False
         changes |= happened("retried")
         changes |= dict.fromkeys(gone, "$$REMOVE")
         # Where somebody else was quicker, what they made of it is told.
@@ -435,15 +443,22 @@ class Queue:
 
     def loaded_by(self, job: Job, format: Format) -> str | None:
         """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
-        query = LOADED | {
-            **same_source(job.source),
-            "plan.format": format,
-            "options.collection": job.options.collection,
-            "database": job.database,
-        }
+        query = LOADED | _same_load(job, format)
         with translated("looking for earlier loads"):
             found = self._jobs.find_one(query, {"_id": 1}, sort=[("_id", -1)], hint=BY_FILE)
         return None if found is None else str(found["_id"])
+
+    def others_load(self, job: Job, format: Format, *, now: bool = False) -> bool:
+        """Whether another job writes the same documents into the same collection: ever, or `now`."""
+        if job.options.force:
+            return False
+        other = {"_id": {"$ne": job_key(job.id)}, "options.validate": {"$ne": True}, "options.force": {"$ne": True}}
+        query: Document = other | _same_load(job, format)
+        if now:
+            # Those that are being planned beside it are told by no format yet.
+            query |= {"open": True, "plan.format": {"$in": [format, None]}}
+        with translated("looking for other loads"):
+            return self._jobs.find_one(query, {"_id": 1}, hint=BY_FILE) is not None
 
     def _first_errors(self, job_id: str, tally: Tally) -> Document:
         """What sets the rejects that a status shows, so that to look at it reads no more than the job."""
@@ -453,6 +468,12 @@ class Queue:
         """Write an event into a job's timeline."""
         with translated("writing down what happened to a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
+
+
+def _same_load(job: Job, format: Format) -> Document:
+    """Matches jobs with a plan that load what this one does to where it does."""
+    where = {"options.collection": job.options.collection, "database": job.database}
+    return same_source(job.source) | where | {"plan.format": format}
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

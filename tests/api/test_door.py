@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import signal
 import socket
 import struct
 import threading
@@ -234,3 +235,19 @@ def test_a_connection_that_ends_while_its_lock_is_held_lets_go_of_what_waits_on_
     with channel.requests_lock:
         channel.handle_close()
     waiting.leave.assert_called_once_with()
+
+
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)]
+)
+def test_whatever_tells_the_api_to_stop_it_stops_softly(live, tmp_path, numbers):
+    port = free_port()
+    api = Running("api", live.settings, tmp_path / "api.log", port=port)
+    try:
+        until(lambda: "listening" in (tmp_path / "api.log").read_text(), what="the API")
+        for number in numbers[1:]:
+            api.process.send_signal(number)
+        assert api.stop(numbers[0]) == 0
+        assert "stopped" in (tmp_path / "api.log").read_text()
+    finally:
+        api.end()

@@ -23,6 +23,7 @@ def test_a_second_load_is_told_of_the_first_before_and_after_its_history_is_prun
 ):
     first = loaded(planner, queue, ledger, source)
     assert first.state is JobState.COMPLETED
+    store.data["records"].insert_one({})
     second = loaded(planner, queue, ledger, source)
     assert (second.already_loaded_by, second.plan.sole, second.plan.tag) == (first.id, False, first.plan.tag)
     skipped = loaded(planner, queue, ledger, source, if_loaded="skip")
@@ -34,10 +35,11 @@ def test_a_second_load_is_told_of_the_first_before_and_after_its_history_is_prun
     assert loaded(planner, queue, ledger, source, collection="other", if_loaded="skip").already_loaded_by is None
 
 
-def test_a_load_that_did_not_complete_is_not_taken_for_one(queue, planner, ledger, source):
+def test_a_load_that_did_not_complete_is_not_taken_for_one(store, queue, planner, ledger, source):
     [prepared] = planner.prepare([queue.submit(source, JobOptions())], "holder")
     ledger.give_back(prepared.lease, 0, Tally())
     queue.cancel(prepared.job.id)
+    store.data["records"].insert_one({})
     second = loaded(planner, queue, ledger, source, if_loaded="skip")
     assert (second.already_loaded_by, second.plan.sole, second.progress.tally.lines) == (None, False, 1)
 

@@ -5,13 +5,14 @@ import io
 import random
 import uuid
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from pymongo.errors import AutoReconnect
+from pymongo.errors import AutoReconnect, NotPrimaryError
 from pymongo.monitoring import CommandListener, _Listeners
 
-from engine.errors import Conflict, LeaseLost, Refused
+from engine.errors import Conflict, LeaseLost, Refused, Transient
 from engine.model import (
     JOB_MOVES,
     RANGE_MOVES,
@@ -24,7 +25,7 @@ from engine.model import (
     Tally,
 )
 from engine.queue import Queue
-from engine.store import Store
+from engine.store import Store, job_key
 from tests.contract.conftest import plan
 
 
@@ -192,3 +193,43 @@ def test_what_idle_workers_watch_is_mended_at_the_next_start(store, broken):
     store.prepare()
     assert store.wakeups.options()["capped"] is True
     assert store.wakeups.count_documents({}) >= 1
+
+
+def test_a_retry_while_the_primary_steps_down_is_a_trouble_that_passes(queue, source, store, monkeypatch):
+    job = queue.submit(source, JobOptions())
+    queue.cancel(job.id)
+
+    def fail(*_, **__):
+        raise NotPrimaryError("stepped down")
+
+    get = queue.get
+
+    def get_and_fail(job_id):
+        found = get(job_id)
+        monkeypatch.setattr(store.jobs, "find_one", fail)
+        return found
+
+    monkeypatch.setattr(queue, "get", get_and_fail)
+    with pytest.raises(Transient):
+        queue.retry(job.id)
+
+
+def test_the_time_a_job_lay_ended_before_its_retry_is_not_of_its_work(queue, plans, source, store):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.cancel(job.id)
+    minute = timedelta(seconds=60)
+    ended = queue.get(job.id)
+    store.jobs.update_one(
+        {"_id": job_key(job.id)},
+        {"$set": {"startedAt": ended.started_at - minute, "finishedAt": ended.finished_at - minute}},
+    )
+    assert 59 < queue.retry(job.id).idle_seconds < 90
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_job_that_is_retried_counts_what_others_have_loaded_since_as_theirs(queue, plans, source, shared):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.cancel(job.id)
+    if shared:
+        plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    assert queue.retry(job.id).plan.sole is not shared

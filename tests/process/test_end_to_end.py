@@ -315,6 +315,21 @@ def test_a_text_with_a_run_of_nul_is_a_text(submit, drain):
     assert (job.state, job.progress.tally.inserted) == (JobState.COMPLETED, 3)
 
 
+def test_what_was_loaded_and_deleted_is_inserted_anew_whatever_is_lost_on_the_way(store, submit, drain, queue):
+    data = b'{"n":1}\n' * 3000
+    first = submit(data)
+    drain(first.id)
+    store.data["records"].drop()
+    again = queue.submit(first.source, first.options)
+    unheard = {"failCommands": ["insert"], "writeConcernError": {"code": 91, "errmsg": "stopping"}}
+    store.client.admin.command({"configureFailPoint": "failCommand", "mode": {"times": 1}, "data": unheard})
+    [job] = drain(again.id)
+    tally = job.progress.tally
+    assert (tally.inserted, tally.duplicates, store.data["records"].count_documents({})) == (3000, 0, 3000)
+    [third] = drain(queue.submit(first.source, first.options).id)
+    assert (third.progress.tally.inserted, third.progress.tally.duplicates) == (0, 3000)
+
+
 JUDGED = {
     "numbers of two types are one _id": ({}, [], b'{"_id":1}\n{"_id":1.0,"b":1}\n'),
     "and one key": ({}, ["e"], b'{"e":1}\n{"e":1.0}\n{"e":2}\n{"e":0}\n{"e":-0.0}\n'),
@@ -331,6 +346,11 @@ JUDGED = {
         ["e"],
         b'{"_id":1,"e":"there"}\n{"_id":1,"e":"y"}\n{"_id":2,"e":"y"}\n{"_id":2}\n',
     ),
+    "an index over a field and a part of it": (
+        {},
+        [("e", "e.x"), ("_id.n", "e")],
+        b'{"e":{"x":1}}\n{"e":{"x":1}}\n{"e":"there"}\n',
+    ),
     "a validator that stumbles": (
         {"$expr": {"$gt": [{"$strLenCP": "$a"}, 3]}},
         [],
@@ -344,7 +364,7 @@ def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
     validator, unique, data = JUDGED[case]
     there = store.data.create_collection("records", validator=validator) if validator else store.data["records"]
     for field in unique:
-        there.create_index(field, unique=True)
+        there.create_index([(name, 1) for name in field] if isinstance(field, tuple) else field, unique=True)
     if not validator:
         there.insert_many([{"_id": 5.0, "e": "there", "ref": 1}, {"_id": 6, "e": 7, "ref": 2}])
     job = submit(data, f"{uuid.uuid4().hex}.ndjson", validate=True)
