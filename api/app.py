@@ -13,9 +13,10 @@ from api.direct import Abort, Complete, DirectUploadById, NewDirectUpload
 from api.files import File, Files
 from api.health import Health, Ready
 from api.jobs import Cancel, Detail, Jobs, RejectLines, Retry, Status
-from api.limits import Depth, Slots
+from api.limits import Depth, S3Calls, Slots
 from api.metrics import Durations, Metrics
 from api.openapi import Docs, OpenApi, Route
+from api.operations import NoParameters
 from api.problems import RequestIds, install
 from api.queue import Pause, QueueNow, Resume, Workers
 from api.submit import Batches, Process, ProcessMany
@@ -48,7 +49,9 @@ def create_app(
     history, batches = History(store), JobBatches(store)
     registry = CollectorRegistry()
     app = falcon.App(
-        middleware=cast("Any", [RequestIds(), durations, _WholePath(), guard]),
+        middleware=cast(
+            "Any", [RequestIds(), durations, _WholePath(), guard, NoParameters(), S3Calls(settings.api_threads)]
+        ),
     )
     app.req_options.strip_url_path_trailing_slash = False
     app.req_options.keep_blank_qs_values = True

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -105,12 +106,13 @@ def doctor(as_json: AsJson = False) -> None:
     from api.doctor import examine
 
     settings = settings_of(needs_servers=False)
-    findings = list(examine(settings))
+    findings = []
+    for found in examine(settings):
+        findings.append(found)
+        if not as_json:
+            print(f"{found.state:<8} {found.what:<10} {found.message}", flush=True)  # some take a while
     if as_json:
-        print_json([{"what": f.what, "state": f.state, "message": f.message} for f in findings])
-    else:
-        for found in findings:
-            print(f"{found.state:<8} {found.what:<10} {found.message}")
+        print_json([asdict(found) for found in findings])
     raise typer.Exit(1 if any(found.state == "wrong" for found in findings) else 0)
 
 

@@ -40,6 +40,7 @@ class NewDirectUpload:
         self._uploads = uploads
 
     @operation(
+        waits_for_s3=True,
         summary="Start an upload whose parts the client sends to S3 itself",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -67,6 +68,7 @@ class DirectUploadById:
         self._uploads = uploads
 
     @operation(
+        waits_for_s3=True,
         summary="An upload under way: the parts that S3 has, and signed URLs",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -83,6 +85,7 @@ class DirectUploadById:
         resp.media = _upload_body(upload, urls, self._uploads.parts(upload_id))
 
     @operation(
+        waits_for_s3=True,
         summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -102,6 +105,7 @@ class Complete:
         self._uploads = uploads
 
     @operation(
+        waits_for_s3=True,
         summary="Complete an upload: make its parts an object",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -123,6 +127,7 @@ class Abort:
         self._uploads = uploads
 
     @operation(
+        waits_for_s3=True,
         summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,

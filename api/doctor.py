@@ -49,6 +49,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
             yield check(settings)
         except HeadraceError as error:
             yield Finding(what, "wrong", str(error))
+            if check is _mongodb:
+                settings = settings.model_copy(update={"mongo_uri": None})  # to wait for it once is enough
 
 
 def _mongodb(settings: Settings) -> Finding:
@@ -61,10 +63,11 @@ def _mongodb(settings: Settings) -> Finding:
                 "it is not a member of a replica set: make it a replica set of one (--replSet, then rs.initiate())"
             )
             return Finding("MongoDB", "warning", message)
-        probe = store.control["doctor"]
-        with translated("writing to MongoDB"):
-            probe.insert_one({})
-            probe.drop()
+        for database in (store.control, store.data):
+            probe = database[f"headrace-doctor-{uuid.uuid4().hex}"]
+            with translated(f"writing to database {database.name}"):
+                probe.insert_one({})
+                probe.drop()
         return Finding("MongoDB", "ok", "a replica set or router answers and takes writes")
 
 
@@ -85,7 +88,7 @@ def _clock(settings: Settings) -> Finding:
     if not off and silent:
         return Finding("clock", "warning", silent)
     if not off:
-        return Finding("clock", "warning", "there is no server to compare with: set MONGO_URI or AWS_BUCKET_NAME")
+        return Finding("clock", "warning", "there is no server that answers to compare with")
     differences = " and ".join(f"{seconds:+.0f} s from that of {name}" for name, seconds in off.items())
     if max(map(abs, off.values())) > CLOCK_SECONDS:
         return Finding("clock", "warning", f"this machine's clock is {differences}: set them, for example with NTP")
@@ -119,20 +122,19 @@ def _s3(settings: Settings) -> Finding:
 
 def _processes(settings: Settings) -> Finding:
     there, workers = cores(), settings.engine_workers
+    message, state = f"ENGINE_WORKERS={workers} on {there} cores", "ok"
     if workers > 2 * there:
-        message = f"ENGINE_WORKERS={workers} on {there} cores: more than two a core slow each other down"
-        return Finding("processes", "warning", message)
-    message = f"ENGINE_WORKERS={workers} on {there} cores"
+        message, state = f"{message}: more than two a core slow each other down", "warning"
     if settings.mongo_uri is None:
-        return Finding("processes", "ok", message)
+        return Finding("processes", state, message)
     try:
         with closing(Store(settings, pool=2)) as store:
             alive = serving(store, store.data.name)
     except HeadraceError:
-        return Finding("processes", "ok", message)  # the line of MongoDB says what is wrong
+        return Finding("processes", state, message)  # the line of MongoDB says what is wrong
     if not alive:
         return Finding("processes", "warning", f"{message}, and no worker is alive: start `headrace engine`")
-    return Finding("processes", "ok", f"{message}; workers alive on all machines: {alive}")
+    return Finding("processes", state, f"{message}; workers alive on all machines: {alive}")
 
 
 def _spool(settings: Settings) -> Finding:

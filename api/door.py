@@ -70,6 +70,13 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         except ValueError:
             # Of a length of thousands of digits, or an address in the target that is none.
             raise ParsingError("a number or an address in its head is invalid") from None
+        if self.version == "1.1" and "HOST" not in self.headers:
+            raise ParsingError("it has no header Host")
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            # A proxy before this may go by the other of the two, and take what follows for a request of its own.
+            raise ParsingError("it has both Content-Length and Transfer-Encoding")
+        if self.proxy_netloc:
+            self.headers["HOST"] = self.proxy_netloc  # which goes before the header
         if self.command != "POST" or self._route() != UPLOAD:
             # Waitress holds the server's bound against each body: all but uploads have a smaller one.
             self.adj = self.small
@@ -156,6 +163,12 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
 class _Task(WSGITask):  # type: ignore[misc]
     """A request on its way to the application."""
+
+    def set_close_on_finish(self) -> None:
+        """Close the connection after this answer. Waitress would, too, where an answer has no length because it has no body."""
+        bodiless = not self.wrote_header and not self.has_body and self.version == "1.1"
+        if not bodiless or self.request.headers.get("CONNECTION", "").lower() == "close":
+            super().set_close_on_finish()
 
     def get_environment(self) -> dict[str, Any]:
         environment: dict[str, Any] = super().get_environment()

@@ -23,6 +23,7 @@ class Files:
         self._objects = objects
 
     @operation(
+        waits_for_s3=True,
         summary="The objects of the bucket, by key",
         group="files",
         scope=Scope.READ,
@@ -53,6 +54,7 @@ class File:
         self._history = history
 
     @operation(
+        waits_for_s3=True,
         summary="An object and its latest jobs",
         group="files",
         scope=Scope.READ,
@@ -71,6 +73,7 @@ class File:
         resp.media = body
 
     @operation(
+        waits_for_s3=True,
         summary="Delete an object that no open job needs",
         group="files",
         scope=Scope.ADMIN,

@@ -2,14 +2,24 @@
 
 import threading
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
+import falcon
+
+from api.operations import operation_of
 from api.problems import Problem
 from engine.queue import Queue
 
-__all__ = ["LEAVE", "Depth", "Slots"]
+__all__ = ["LEAVE", "Depth", "S3Calls", "Slots"]
 
 COUNT_SECONDS: Final = 1.0
+
+SLOW_SECONDS: Final = 5.0
+"""A call that has waited for S3 for so long tells that it is in trouble."""
+
+SPARE_THREADS: Final = 4
+"""So many threads do not wait for S3, whatever comes."""
 
 LEAVE: Final = "headrace.leave"
 """Where a request's environment holds what to call when an upload is done with, so that the next may be sent from then on."""
@@ -37,6 +47,41 @@ class Slots:
     def give(self) -> None:
         """Give one back."""
         self._free.release()
+
+
+class S3Calls:
+    """Middleware: an S3 that does not answer does not take the threads from calls that do without it, `/healthz` among them.
+
+    Args:
+        threads: how many requests are worked on at a time.
+        clock: tells seconds.
+    """
+
+    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._most = max(1, threads - SPARE_THREADS)
+        self._slow_most = max(1, threads // 4)
+        self._began: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
+    ) -> None:
+        """Raises Problem where so many wait for S3 that no more may."""
+        operation = operation_of(resource, req.method)
+        if operation is None or not operation.waits_for_s3:
+            return
+        with self._lock:
+            now = self._clock()
+            slow = sum(now - began > SLOW_SECONDS for began in self._began.values())
+            if slow >= self._slow_most or len(self._began) >= self._most:
+                raise Problem(503, "unavailable", "S3 is slow to answer, and others wait for it: send this again later")
+            self._began[id(req)] = now
+
+    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
+        """It waits no longer."""
+        with self._lock:
+            self._began.pop(id(req), None)
 
 
 class Depth:

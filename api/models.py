@@ -67,13 +67,13 @@ def _moment(value: object) -> object:
     """A time with its offset from UTC, as in 2026-11-24T09:00:00Z."""
     if value is None or isinstance(value, datetime):
         return value
-    wrong = "write an RFC 3339 time from the year 2000 on with its offset from UTC, such as 2026-11-24T09:00:00Z"
+    wrong = "write an RFC 3339 time of the years 2000 to 2999 with its offset from UTC, such as 2026-11-24T09:00:00Z"
     if not isinstance(value, str) or not re.fullmatch(_MOMENT, value):
         raise ValueError(wrong)
     try:
         return datetime.fromisoformat(value.upper())
-    except ValueError:  # there is no such day
-        raise ValueError(wrong) from None
+    except ValueError:
+        raise ValueError(f"there is no such day: {wrong}") from None
 
 
 _BUDGET_SCHEMA: Final[dict[str, Any]] = {

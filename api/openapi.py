@@ -139,10 +139,8 @@ def _operation(
         problems |= {422} if operation.body_media == "application/json" else set()
         content = {operation.body_media: {"schema": names[id(operation.body)]}}
         made["requestBody"] = {"content": content, "required": not _takes_nothing(operation.body)}
-    if operation.query is not None:
-        problems.add(422)
     if operation.scope is not None:
-        problems |= {401, 403, 503}
+        problems |= {401, 403, 422, 503}
         made["security"] = [{"bearer": [operation.scope.value]}, {}]
         made["description"] = f"Needs the scope `{operation.scope.value}` where the API has tokens."
     problem = {"application/problem+json": {"schema": names[id(ProblemBody)]}}

@@ -9,11 +9,12 @@ import falcon
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from api.problems import Problem, invalid
+from api.problems import MAX_NAME_LENGTH, Problem, invalid
 
 __all__ = [
     "MAX_BODY_BYTES",
     "Answer",
+    "NoParameters",
     "Operation",
     "Scope",
     "body_of",
@@ -59,7 +60,8 @@ class Answer:
 class Operation:
     """One method of one path.
 
-    `scope` None: open to all. `errors` are the statuses of its problems, beside those that any call may have.
+    `scope` None: open to all. `errors` are the statuses of its problems, beside those that any call may have. `waits_for_s3`
+    tells that it ends no sooner than S3 answers.
     """
 
     summary: str
@@ -71,6 +73,7 @@ class Operation:
     body_media: str = "application/json"
     query: type[BaseModel] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    waits_for_s3: bool = False
 
 
 def operation(**more: Any) -> Callable[[Responder], Responder]:
@@ -109,9 +112,27 @@ def body_of(req: falcon.Request, model: type[Model]) -> Model:
 
 
 def query_of(req: falcon.Request, model: type[Model]) -> Model:
-    """The request's query, checked. Raises Problem, also for a name that is not known."""
-    given = {name: value[-1] if isinstance(value, list) else value for name, value in req.params.items()}
-    return _checked(model, given, "parameter", strict=False)
+    """The request's query, checked. Raises Problem, also for a name that is not known, or stands there twice."""
+    if twice := [name for name, value in req.params.items() if isinstance(value, list)]:
+        raise Problem(
+            422, "invalid_request", f"{twice[0][:MAX_NAME_LENGTH]}: this parameter is taken once: send one of them"
+        )
+    return _checked(model, req.params, "parameter", strict=False)
+
+
+class NoParameters:
+    """Middleware: a call without parameters is not made where it has some. Whoever sends `?validate=true` to a call that takes
+    this in its body would be taken at less than their word."""
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
+    ) -> None:
+        """Raises Problem."""
+        operation = operation_of(resource, req.method)
+        if operation is not None and operation.scope is not None and operation.query is None and req.params:
+            name = next(iter(req.params))[:MAX_NAME_LENGTH]
+            fields = ": its options are fields of a JSON body" if operation.body is not None else ""
+            raise Problem(422, "invalid_request", f"{name}: this call takes no parameters{fields}")
 
 
 def check_encoding(encoding: str | None) -> None:

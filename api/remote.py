@@ -191,6 +191,12 @@ def _act(job_id: str, what: str, url: str | None, as_json: bool) -> None:
         print("\n".join(job_lines(job)))
 
 
+def _shown(reject: dict[str, Any]) -> str:
+    """The beginning of a rejected line; of one that is no text, of its base64."""
+    encoding = f"{reject['encoding']}: " if "encoding" in reject else ""
+    return encoding + printable(reject["raw"][:80])
+
+
 @remote.command()
 def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Cancel a job; what was written stays."""
@@ -238,7 +244,7 @@ def rejects(
     table = Table("line", "byte", "reason", "detail", "raw")
     for reject in page["rejects"]:
         line, offset = str(reject["line"] or ""), str(reject["offset"])
-        table.add_row(line, offset, reject["reason"], printable(reject["detail"]), printable(reject["raw"][:80]))
+        table.add_row(line, offset, reject["reason"], printable(reject["detail"]), _shown(reject))
     console().print(table)
 
 

@@ -18,7 +18,7 @@ from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.objects import MAX_PARTS, Objects
+from engine.objects import MAX_PARTS, Objects, warn_if_away
 from engine.ports import check_port
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -58,8 +58,12 @@ def _checked(settings: Settings) -> list[Token]:
     """The tokens. Raises SettingsError, which lists all that is wrong."""
     wrong: list[str] = []
     tokens: list[Token] = []
-    if settings.api_spool_dir is not None and not settings.api_spool_dir.is_dir():
-        wrong.append(f"API_SPOOL_DIR={settings.api_spool_dir} is not a folder: make it, or name another")
+    try:
+        with tempfile.TemporaryFile(dir=settings.api_spool_dir):
+            pass
+    except OSError as error:
+        where = settings.api_spool_dir or "unset"
+        wrong.append(f"API_SPOOL_DIR={where} takes no files ({error.strerror}): name a folder that does")
     try:
         tokens = tokens_of(settings)
     except SettingsError as error:
@@ -139,6 +143,7 @@ def serve(settings: Settings) -> int:
             ):  # which is what nohup asks for
                 signal.signal(number, handle_signal)
         log.info("listening", action="start", host=settings.api_host, port=settings.port)
+        warn_if_away(objects)
         server.run()
     except KeyboardInterrupt:
         pass

@@ -72,6 +72,7 @@ class Process:
         self._depth = depth
 
     @operation(
+        waits_for_s3=True,
         summary="Submit a job for an object",
         group="jobs",
         scope=Scope.SUBMIT,
@@ -109,6 +110,7 @@ class ProcessMany:
         self._depth = depth
 
     @operation(
+        waits_for_s3=True,
         summary="Submit a job for each of many objects",
         group="jobs",
         scope=Scope.SUBMIT,

@@ -29,6 +29,10 @@ from engine.settings import Settings
 __all__ = ["up"]
 
 READY_SECONDS: Final = 60.0
+
+QUIET_SECONDS: Final = 5.0
+"""What keeps the parts from being ready is told after this."""
+
 SAMPLE_SEED: Final = 1
 EXIT_INTERRUPTED: Final = 130
 
@@ -177,7 +181,7 @@ def _run(
         children.append(child)
     url = f"http://{reachable(settings.api_host)}:{settings.port}"
     client = Client(url, token)
-    _wait_ready(client, children, servers)
+    _wait_ready(console, client, children, servers)
     overrides = servers.overrides
     console.print(f"MongoDB  {overrides.get('mongo_uri', 'as MONGO_URI names it')}")
     console.print(f"S3       {overrides.get('aws_endpoint_url', 'as the AWS_ settings name it')}")
@@ -247,10 +251,14 @@ def _write_sample(file: Path, records: int) -> None:
         part.unlink(missing_ok=True)
 
 
-def _wait_ready(client: Client, children: list[_Child], servers: LocalServers) -> None:
+def _wait_ready(console: Console, client: Client, children: list[_Child], servers: LocalServers) -> None:
     deadline = time.monotonic() + READY_SECONDS
+    shown, show_from = "", time.monotonic() + QUIET_SECONDS
     while (why := client.not_ready()) is not None:
         _check(children, servers)
+        if why != shown and time.monotonic() > show_from:
+            console.print(f"Not ready yet: {why}")
+            shown = why
         if time.monotonic() > deadline:
             raise StartError(f"not ready within {READY_SECONDS:g} seconds: {why} (log: {children[0].log})")
         time.sleep(0.1)

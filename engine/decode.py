@@ -149,7 +149,7 @@ class Documents:
                 if not body.strip():
                     self.blank += 1
                 else:
-                    self._refuse(position, Reason.INVALID_JSON, str(error))
+                    self._refuse(position, Reason.INVALID_JSON, f"{error.msg}: column {error.colno} of the line")
                 continue
             if type(document) is not dict:
                 self._refuse(position, Reason.NOT_AN_OBJECT, f"the line is {_KINDS[type(document)]}, not an object")

@@ -18,7 +18,7 @@ from pymongo.errors import DocumentTooLarge, OperationFailure
 
 from engine.errors import Final as FinalError
 from engine.model import Plan, Reason
-from engine.sink import TOO_DEEP, TOO_LARGE, Sink, Work, encode, too_large, unencodable
+from engine.sink import TOO_DEEP, TOO_DEEP_DETAIL, TOO_LARGE, Sink, Work, encode, too_large, unencodable
 from engine.store import DUPLICATE_KEY, Document, Store, job_key, translate, translated, write_all
 
 __all__ = ["DryRun"]
@@ -230,8 +230,7 @@ class DryRun(Sink):
         elif _has_operators(document["_id"]):
             work.refuse(index, Reason.BAD_ID, "an _id has no keys that begin with $", _ID_HAS_OPERATOR)
         elif line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
-            detail = f"the document is nested deeper than {MAX_DEPTH} levels"
-            work.refuse(index, Reason.TOO_DEEP, detail, TOO_DEEP)
+            work.refuse(index, Reason.TOO_DEEP, TOO_DEEP_DETAIL, TOO_DEEP)
         elif excess := too_large(size):
             work.refuse(index, Reason.TOO_LARGE, excess)
         else:

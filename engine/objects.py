@@ -29,6 +29,7 @@ from engine.errors import (
     Transient,
     WrongClock,
 )
+from engine.logs import get_logger
 from engine.model import Source
 from engine.s3 import PART_TYPE, S3_ERRORS, code_of, s3_translated, status_of, translate
 
@@ -42,7 +43,10 @@ __all__ = [
     "RangeReader",
     "Recorded",
     "Stream",
+    "warn_if_away",
 ]
+
+log = get_logger()
 
 MAX_PARTS: Final = 10_000
 """Parts that one multipart upload may have."""
@@ -384,6 +388,19 @@ class Objects:
             except ClientError as error:
                 if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
                     raise
+
+
+def warn_if_away(objects: Objects) -> None:
+    """Look, beside what goes on, whether the bucket can be used, and write into the log where it cannot: early, and not only when
+    the first call fails."""
+
+    def look() -> None:
+        try:
+            objects.check()
+        except HeadraceError as error:
+            log.warning("S3 cannot be used for now", action="start", cause=str(error))
+
+    threading.Thread(target=look, name="s3-check", daemon=True).start()
 
 
 class _Pushed:

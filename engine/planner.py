@@ -76,6 +76,7 @@ _COMPRESSED: Final = {
 
 
 _BZIP2: Final = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
+_PRETTY: Final = re.compile(rb"\s*\{[ \t\r]*\n")
 
 
 def decide(asked: Format, key: str, head: bytes) -> Format:
@@ -96,9 +97,10 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
     first = _begins(head)
     if name.endswith(_TEXT_SUFFIXES):
         return Format.TEXT
-    if first == b"[" and not name.endswith((".ndjson", ".jsonl")):
+    if not name.endswith((".ndjson", ".jsonl")) and (first == b"[" or _PRETTY.match(head.removeprefix(BOM))):
+        what = "one JSON array" if first == b"[" else "one JSON document over many lines"
         raise Refused(
-            f"{key} begins like one JSON array and not with one document a line: write a document to each line, "
+            f"{key} begins like {what} and not with one document a line: write a document to each line, "
             'or say {"format": "ndjson"} or {"format": "text"} if it is right as it is'
         )
     if name.endswith(_NDJSON_SUFFIXES) or first == b"{":

@@ -52,6 +52,12 @@ def _size(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_size)]
 
 
+# What the driver says of a URI without a word of its values, any of which may be a secret.
+_HARMLESS: Final = re.compile(
+    r"Unknown option: \w+|The value of \w+ must be (an integer|'true' or 'false')|Port must be .+"
+)
+
+
 def _mongo_uri(value: SecretStr | None) -> SecretStr | None:
     """A URI that can be read and names a database, or none. No message holds it: it may hold a password."""
     if value is None:
@@ -59,8 +65,10 @@ def _mongo_uri(value: SecretStr | None) -> SecretStr | None:
     try:
         parsed = _parsed(value.get_secret_value())
     except (PyMongoError, ValueError) as error:
+        harmless = _HARMLESS.match(str(error))
+        why = harmless.group() if harmless else type(error).__name__
         raise ValueError(
-            f"it cannot be read ({type(error).__name__}): write mongodb://host:port/database, with user and password as the "
+            f"it cannot be read ({why}): write mongodb://host:port/database, with user and password as the "
             "README shows, and special characters of a password percent-encoded"
         ) from None
     if parsed["collection"] is not None or (fault := _database_fault(parsed["database"] or DEFAULT_DATABASE)):
@@ -148,6 +156,10 @@ def _writers(found: dict[str, Any]) -> int:
     return max(2, min(8, 128 // int(found["engine_workers"])))
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
 def _setting(default: Any, description: str, unit: str = "", in_words: str = "", **limits: Any) -> Any:
     """A setting; `in_words` is the default in words where it is worked out."""
     extra: dict[str, Any] = {"unit": unit}
@@ -209,7 +221,9 @@ class Settings(BaseSettings):
         30.0, "How long ended jobs and their rejects are kept", "days", gt=0, le=36_500
     )
     engine_data_dir: Path = _setting(Path(".headrace"), "Data and logs of the embedded servers", "folder")
-    engine_log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least level that is logged")
+    engine_log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = _setting(
+        "info", "Least level that is logged"
+    )
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
 
     api_host: str = _setting("127.0.0.1", "Address that the HTTP API listens on")

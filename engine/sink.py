@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import bson
+from bson import json_util
 from bson.codec_options import CodecOptions
 from bson.errors import BSONError, InvalidBSON
 from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
@@ -22,7 +23,7 @@ from engine.errors import Severed, Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, translate, translated
 
-__all__ = ["TOO_DEEP", "TOO_LARGE", "Sink", "Work", "encode", "too_large", "unencodable"]
+__all__ = ["TOO_DEEP", "TOO_DEEP_DETAIL", "TOO_LARGE", "Sink", "Work", "encode", "too_large", "unencodable"]
 
 MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 """What the server takes as one document, `_id` included."""
@@ -32,6 +33,8 @@ MAX_COMMAND_BYTES: Final = 12 * 1024 * 1024
 
 TOO_DEEP: Final = 15
 """The code with which the server answers a document that is nested too deep."""
+
+TOO_DEEP_DETAIL: Final = "the document is nested deeper than MongoDB takes"
 
 TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
 """The codes for one that is too large, or has a key too large for an index."""
@@ -224,7 +227,7 @@ class Sink:
         _forget_frames(error)
         if len(indexes) == 1:
             code = error.code if isinstance(error, OperationFailure) else None
-            reason, detail = unencodable(error) if code is None else _verdict(code, str(error), None)
+            reason, detail = unencodable(error) if code is None else _verdict(code, _message(error), None)
             work.refuse(indexes[0], reason, detail, code)
             return
         good: list[int] = []
@@ -303,15 +306,21 @@ def unencodable(error: Exception) -> tuple[Reason, str]:
     return Reason.REFUSED, f"the document cannot be written as BSON: {str(error)[:500]}"
 
 
+def _message(error: Exception) -> str:
+    """What the server says, without the rest of its answer, which the driver repeats."""
+    details = error.details if isinstance(error, OperationFailure) else None
+    return str((details or {}).get("errmsg") or error)
+
+
 def _verdict(code: int, message: str, info: Dict | None) -> tuple[Reason, str]:
     """Reason and detail of a document that the server refuses with `code`."""
     detail = message[:1000]
     if code == TOO_DEEP:
-        return Reason.TOO_DEEP, detail
+        return Reason.TOO_DEEP, TOO_DEEP_DETAIL  # the server's own is a path of a thousand characters
     if code in TOO_LARGE or (code == _BAD_VALUE and "too large" in message):
         return Reason.TOO_LARGE, detail
     if code in _BAD_ID or (code == _BAD_VALUE and "_id" in message):
         return Reason.BAD_ID, detail
     if info:
-        detail = f"{detail}: {info}"[:1000]
+        detail = f"{detail}: {json_util.dumps(info, json_options=json_util.RELAXED_JSON_OPTIONS)}"[:1000]
     return Reason.REFUSED, detail

@@ -234,9 +234,13 @@ def claims_of(job: ObjectId) -> Document:
 
 def translate(error: PyMongoError, doing: str) -> HeadraceError:
     """The project's error for one of the driver's; `doing` says what was being done."""
-    name = type(error).__name__
+    # Of the driver's own classes that nobody is meant to see, the one that is.
+    name = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
     if isinstance(error, ServerSelectionTimeoutError):
-        return Transient(f"MongoDB does not answer while {doing}: see that it runs and that MONGO_URI names it")
+        return Transient(
+            f"MongoDB does not answer while {doing}: see that it runs and that MONGO_URI names it, with its replica set and TLS "
+            "as they are"
+        )
     if isinstance(error, ConnectionFailure | WTimeoutError | WriteConcernError | ExecutionTimeout):
         return Transient(f"the connection to MongoDB failed while {doing} ({name}): see that it runs")
     if isinstance(error, OperationFailure):

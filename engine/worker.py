@@ -31,7 +31,7 @@ from engine.keeper import KEEPER, Run
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Freed, Job, JobState, Stop
-from engine.objects import Objects
+from engine.objects import Objects, warn_if_away
 from engine.pipeline import Ended, Pipeline
 from engine.planner import Planner
 from engine.plans import Plans
@@ -280,6 +280,8 @@ class _Worker:
             self._beat.mark_released()
             self._beat.mark_booted()
             log.info("worker is ready", action="boot", worker=self._post.name, released=len(freed))
+            if self._post.slot == 0:  # one tells it for all of them
+                warn_if_away(self._objects)
             setproctitle(f"headrace: worker {self._post.slot} idle")
             return True
         return False

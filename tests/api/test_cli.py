@@ -121,7 +121,7 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
     nobody = json.loads(
         run("doctor", "--json", **right | {"API_URL": "http://127.0.0.1:1", "ENGINE_CONTROL_DB": "nobody"}).out
     )
-    told = {f["what"]: (f["state"], f["said"]) for f in nobody}
+    told = {f["what"]: (f["state"], f["message"]) for f in nobody}
     assert (told["API"][0], told["processes"][0]) == ("warning", "warning")
     assert "no worker is alive: start `headrace engine`" in told["processes"][1]
     wrong = run("doctor", code=1, **right | {"AWS_BUCKET_NAME": "nowhere", "ENGINE_WORKERS": "500"})

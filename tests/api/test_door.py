@@ -1,6 +1,7 @@
 """What reaches the server before the application does: it costs little, is answered, and never ends the server."""
 
 import contextlib
+import io
 import resource
 import signal
 import socket
@@ -14,7 +15,8 @@ import httpx
 import pytest
 
 from api.door import _Channel, open_door
-from api.limits import Depth
+from api.files import Files
+from api.limits import Depth, S3Calls
 from api.problems import Problem
 from engine.errors import Transient
 from engine.ports import free_port
@@ -251,3 +253,69 @@ def test_whatever_tells_the_api_to_stop_it_stops_softly(live, tmp_path, numbers)
         assert "stopped" in (tmp_path / "api.log").read_text()
     finally:
         api.end()
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /queue HTTP/1.1\r\n", b"400"),
+        (b"GET http://evil.example/queue HTTP/1.1\r\nHost: localhost\r\n", b"403"),
+        (b"GET http://localhost/queue HTTP/1.1\r\nHost: localhost\r\n", b"200"),
+        (b"GET /queue HTTP/1.0\r\n", b"200"),
+        (b"POST /process HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n", b"400"),
+    ],
+)
+def test_whom_a_request_is_for_and_where_it_ends_is_never_in_doubt(live, head, status):
+    answer = sent(live.port, head + b"Connection: close\r\n\r\n")
+    assert answer.split(b" ", 2)[1] == status, answer
+
+
+@pytest.mark.parametrize(("line", "kept"), [(b"", True), (b"Connection: close\r\n", False)])
+def test_an_answer_without_a_body_closes_no_connection(live, line, kept):
+    head = b"GET /status/%b HTTP/1.1\r\nHost: localhost\r\n"
+    job = live.http.post("/process", json={"fileKeys": [live.objects.upload(io.BytesIO(b"{}"), "kept").key]})
+    job_id = next(iter(live.http.get("/jobs", params={"batch": job.json()["batchId"]}).json()["jobs"]))["jobId"]
+    until(lambda: live.http.get(f"/status/{job_id}").json()["status"] == "COMPLETED", what="the job")
+    ask = head % job_id.encode() + b"If-None-Match: *\r\n" + line + b"\r\n"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=30) as connection:
+        for _ in range(2 if kept else 1):
+            connection.sendall(ask)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 304 ")
+        if not kept:
+            assert connection.recv(1) == b""
+
+
+def test_a_call_that_takes_no_parameters_is_not_made_with_some(live):
+    key = live.objects.upload(io.BytesIO(b"{}"), "plain").key
+    answer = live.http.post(f"/process/{key}", params={"validate": "true"})
+    assert (answer.status_code, answer.json()["detail"]) == (
+        422,
+        "validate: this call takes no parameters: its options are fields of a JSON body",
+    )
+    assert live.http.get("/queue", params={"x": 1}).status_code == 422
+    twice = live.http.get("/jobs", params={"status": ["COMPLETED", "FAILED"]})
+    assert (twice.status_code, "taken once" in twice.json()["detail"]) == (422, True)
+    assert live.http.get("/healthz", params={"at": 1}).status_code == 200
+
+
+def test_an_s3_that_does_not_answer_leaves_threads_to_the_calls_that_do_without_it():
+    now = [0.0]
+    calls, app = S3Calls(8, lambda: now[0]), Files(Mock())
+
+    def ask():
+        request = SimpleNamespace(method="GET")
+        calls.process_resource(request, None, app, {})
+        return request
+
+    first = [ask() for _ in range(4)]  # SPARE_THREADS of the eight do something else
+    with pytest.raises(Problem, match="S3 is slow"):
+        ask()
+    calls.process_response(first.pop(), None, app, True)
+    first.append(ask())
+    now[0] = 6
+    for request in first[2:]:
+        calls.process_response(request, None, app, True)
+    with pytest.raises(Problem, match="S3 is slow"):  # two of them, a quarter of the threads, wait for long
+        ask()
+    calls.process_response(first[0], None, app, True)
+    ask()

@@ -307,7 +307,8 @@ def test_a_client_that_asks_first_is_not_asked_for_a_body_that_is_refused(live):
 
 
 def test_one_upload_too_many_is_refused_before_it_is_sent(live):
-    head = b"POST /upload HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n"
+    kind = b"Content-Type: multipart/form-data; boundary=x\r\n"
+    head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\n" + kind + b"Content-Length: 1000\r\n\r\n"
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=10)) for _ in range(5)]
         for line in lines:

@@ -38,6 +38,13 @@ def test_the_extension_decides_and_then_the_first_bytes(key, head, format):
     assert decide(Format.AUTO, key, head) is format
 
 
+@pytest.mark.parametrize("key", ["a.json", "a", "a.dat"])
+@pytest.mark.parametrize(("head", "what"), [(b" [{}]", "array"), (b'{\r\n  "a": 1\r\n}\n', "over many lines")])
+def test_json_that_is_no_document_a_line_is_refused(key, head, what):
+    with pytest.raises(Refused, match=what):
+        decide(Format.AUTO, key, head)
+
+
 @pytest.mark.parametrize("asked", [Format.NDJSON, Format.TEXT])
 def test_what_is_asked_for_wins(asked):
     assert decide(asked, "a.csv", b"[1, 2]") is asked
