@@ -301,10 +301,11 @@ def test_a_list_without_an_entry_is_no_open_door(settings, tmp_path):
     assert (done.returncode, "hold no entry" in done.stderr) == (1, True)
 
 
-def test_all_that_is_wrong_with_the_api_is_told_at_once(settings, tmp_path):
-    done = _api(settings, tmp_path, api_tokens="nonsense", api_spool_dir="/nowhere", pythonpath=ROOT)
+@pytest.mark.parametrize("folder", ["/nowhere", "/proc", "/dev/null"])
+def test_all_that_is_wrong_with_the_api_is_told_at_once(settings, tmp_path, folder):
+    done = _api(settings, tmp_path, api_tokens="nonsense", api_spool_dir=folder, pythonpath=ROOT)
     assert done.returncode == 1
-    assert "API_SPOOL_DIR=/nowhere" in done.stderr
+    assert f"API_SPOOL_DIR={folder} takes no files" in done.stderr
     assert "API_TOKENS: entry 1" in done.stderr
 
 

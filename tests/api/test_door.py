@@ -319,3 +319,18 @@ def test_an_s3_that_does_not_answer_leaves_threads_to_the_calls_that_do_without_
         ask()
     calls.process_response(first[0], None, app, True)
     ask()
+
+
+def test_a_bucket_that_cannot_be_used_stands_in_the_log_from_the_start(live, tmp_path):
+    for name in ("api", "engine"):
+        log = tmp_path / f"{name}.log"
+        running = Running(
+            name, live.settings, log, port=free_port(), aws_bucket_name="no-such-bucket", engine_workers=2
+        )
+        try:
+            until(lambda log=log: "S3 cannot be used for now" in log.read_text(), what=f"the warning of the {name}")
+            [cause] = [line["cause"] for line in running.lines() if line["event"] == "S3 cannot be used for now"]
+            assert cause.startswith("there is no bucket no-such-bucket")
+            assert running.stop() == 0
+        finally:
+            running.end()

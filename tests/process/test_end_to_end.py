@@ -165,11 +165,18 @@ def test_a_unique_index_and_a_validator_of_the_collection_refuse_single_document
     store.data.create_collection("strict", validator={"n": {"$type": "int"}})
     store.data["strict"].create_index("n", unique=True)
     [job] = drain(submit(b'{"n":1}\n{"n":"x"}\n{"n":1}\n{"n":2}\n', collection="strict").id)
-    assert [(r["offset"], r["reason"], r["code"]) for r in rejects.page(job.id, 10)[0]] == [
-        (8, "refused", 121),
-        (18, "duplicate_key", 11000),
-    ]
+    found = rejects.page(job.id, 10)[0]
+    assert [(r["offset"], r["reason"], r["code"]) for r in found] == [(8, "refused", 121), (18, "duplicate_key", 11000)]
+    said, info = found[0]["detail"].split(": ", 1)
+    assert (said, json.loads(info)["details"]["operatorName"]) == ("Document failed validation", "$type")
     assert sorted(d["n"] for d in store.data["strict"].find()) == [1, 2]
+
+
+def test_what_a_reject_tells_is_of_its_line_alone(store, submit, drain, rejects):
+    [job] = drain(submit(b'{"a":' * 300 + b"1" + b"}" * 300 + b"\n{}\n[}\n").id)
+    deep, bad = (r["detail"] for r in rejects.page(job.id, 10)[0])
+    assert deep == "the document is nested deeper than MongoDB takes"
+    assert bad.endswith(": column 2 of the line")
 
 
 @pytest.mark.parametrize(

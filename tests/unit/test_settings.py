@@ -72,6 +72,27 @@ def test_without_control_groups_all_cores_are_there(monkeypatch, tmp_path):
     assert cores(tmp_path) == 4
 
 
+def test_a_level_may_be_written_as_elsewhere(monkeypatch):
+    monkeypatch.setenv("ENGINE_LOG_LEVEL", "INFO")
+    assert Settings().engine_log_level == "info"
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("mongodb://u:hidden@h/db?bogus=hidden", "Unknown option: bogus"),
+        ("mongodb://u:hidden@h/db?maxPoolSize=hidden", "The value of maxpoolsize must be an integer"),
+        ("mongodb://u:hid@den@h/db", "InvalidURI"),
+    ],
+)
+def test_what_is_wrong_in_a_uri_is_told_without_its_secrets(monkeypatch, uri, words):
+    monkeypatch.setenv("MONGO_URI", uri)
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert words in str(caught.value)
+    assert "hid" not in str(caught.value)
+
+
 def test_all_that_is_wrong_is_told_at_once(monkeypatch):
     for name, value in {"PORT": "x", "ENGINE_WORKERS": "0", "ENGINE_RANGE_BYTES": "64 apples"}.items():
         monkeypatch.setenv(name, value)
