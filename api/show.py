@@ -212,37 +212,41 @@ def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
 
 def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] = ()) -> Table:
     """Where the workers' time went since `before`, or since they started: for each stage its microseconds per line, or seconds
-    where no line has come to its end, and its share of all stages but `stall`, in which nothing is spent."""
+    where no line has come to its end; then, of all workers, its share of all stages but `stall`, in which nothing is spent."""
     table = Table(
         "worker",
-        "lines",
-        *STAGES,
-        title="microseconds per line (share of the threads' time)",
+        Column("lines", justify="right", no_wrap=True),
+        *(Column(stage, justify="right", no_wrap=True) for stage in STAGES),
+        title="microseconds per line",
         caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time, while it goes on with others. `stall` is the "
         "reader's wait for room among them, and has no share.",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
     earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
     since = [_since(worker, earlier.get((worker["host"], worker["pid"]), {})) for worker in workers]
     several = len({worker["host"] for worker in workers}) > 1
     for worker in [*since, _sum(since)] if len(since) > 1 else since:
-        counts = worker["counts"]
-        lines = counts.get("lines", 0)
-        seconds = {stage: counts.get(f"seconds_{stage}", 0.0) for stage in STAGES}
-        whole = sum(seconds.values()) - seconds["stall"] or 1.0
-        cells = [
-            _spent(s, lines) + ("" if stage == "stall" or not s else f" ({100 * s / whole:.0f} %)")
-            for stage, s in seconds.items()
-        ]
+        lines, seconds = worker["counts"].get("lines", 0), _seconds(worker)
         name = f"{worker['host']} {worker['slot']}" if several and "host" in worker else str(worker["slot"])
-        table.add_row(name, f"{lines:,.0f}", *cells)
+        table.add_row(name, f"{lines:,.0f}", *(_spent(s, lines) for s in seconds.values()))
+    seconds = _seconds(_sum(since))
+    if whole := sum(seconds.values()) - seconds["stall"]:
+        shares = ("" if stage == "stall" else f"{100 * s / whole:.0f} %" for stage, s in seconds.items())
+        table.add_row("share", "", *shares)
     return table
+
+
+def _seconds(worker: dict[str, Any]) -> dict[str, float]:
+    return {stage: worker["counts"].get(f"seconds_{stage}", 0.0) for stage in STAGES}
 
 
 def _spent(seconds: float, lines: float) -> str:
     """Microseconds for each line; of a worker that has come to the end of none, seconds."""
-    if lines:
-        return f"{1e6 * seconds / lines:.2f}"
-    return f"{seconds:.1f} s" if seconds else "–"
+    if not lines:
+        return f"{seconds:.1f} s" if seconds else "–"
+    spent = 1e6 * seconds / lines
+    return f"{spent:.2f}" if spent < 100 else f"{spent:,.0f}"
 
 
 def _since(worker: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:
