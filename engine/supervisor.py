@@ -49,8 +49,8 @@ log = get_logger()
 
 @dataclass(slots=True)
 class _Child:
-    post: WorkerIdentity
-    beat: Heartbeat
+    identity: WorkerIdentity
+    heartbeat: Heartbeat
     born: float
     leaving: bool = False  # told to stop softly; not to be replaced by reap
     silent: bool = False  # killed because it did not move
@@ -111,7 +111,7 @@ class Supervisor:
             now = time.monotonic()
             if now - away_since > ASLEEP_SECONDS:
                 for child in self._children.values():
-                    child.beat.touch()
+                    child.heartbeat.touch()
             away_since = now
             self._kill_silent()
             self._replace_next()
@@ -197,12 +197,15 @@ class Supervisor:
             self._killed = True
             return
         for pid, child in self._children.items():
-            silent = child.beat.age()
+            silent = child.heartbeat.age()
             if silent > self._settings.engine_watchdog_seconds - LOOP_SECONDS:
                 log.error(
-                    "worker has not moved and is killed", action="kill", worker=child.post.name, silent=round(silent, 1)
+                    "worker has not moved and is killed",
+                    action="kill",
+                    worker=child.identity.name,
+                    silent=round(silent, 1),
                 )
-                child.beat.touch()
+                child.heartbeat.touch()
                 child.silent = True
                 os.kill(pid, signal.SIGKILL)
 
@@ -219,12 +222,12 @@ class Supervisor:
 
     def _bury(self, pid: int, child: _Child, code: int) -> None:
         slot = next((slot for slot in self._slots if slot.pid == pid), None)
-        booted, age = child.beat.booted(), time.monotonic() - child.born
-        self._ever_booted |= booted or any(other.beat.booted() for other in self._children.values())
+        booted, age = child.heartbeat.booted(), time.monotonic() - child.born
+        self._ever_booted |= booted or any(other.heartbeat.booted() for other in self._children.values())
         # One that has not reached the servers holds nothing.
-        names = () if child.beat.released() else child.post.predecessors
-        names += (child.post.name,) if booted and code != 0 else ()
-        child.beat.close()
+        names = () if child.heartbeat.released() else child.identity.predecessors
+        names += (child.identity.name,) if booted and code != 0 else ()
+        child.heartbeat.close()
         if slot is None and self._slots:
             # Its place is gone (TTOU): any other worker to come may free what it held.
             self._slots[0].dead += names
@@ -236,20 +239,20 @@ class Supervisor:
             if slot.failures > 1:
                 slot.not_before = time.monotonic() + min(0.1 * 2 ** min(slot.failures, 10), MAX_DELAY_SECONDS)
         if code == 0 or self._stopping:
-            log.debug("worker has left", action="reap", worker=child.post.name, exit=code)
+            log.debug("worker has left", action="reap", worker=child.identity.name, exit=code)
         elif code == EXIT_BOOT and not self._ever_booted:
-            log.error("a worker cannot start, so the engine stops", action="stop", worker=child.post.name)
+            log.error("a worker cannot start, so the engine stops", action="stop", worker=child.identity.name)
             self._stop(1)
         else:
             cause = "killed because it did not move" if child.silent else _cause(code)
-            log.warning("worker died and is replaced", action="reap", worker=child.post.name, cause=cause)
+            log.warning("worker died and is replaced", action="reap", worker=child.identity.name, cause=cause)
 
     def _replace_next(self) -> None:
         """HUP: one at a time, the next only when every place is filled by one that has booted."""
         if not self._replacing or self._stopping:
             return
         standing = (self._children.get(slot.pid or 0) for slot in self._slots)
-        if not all(child is not None and not child.leaving and child.beat.booted() for child in standing):
+        if not all(child is not None and not child.leaving and child.heartbeat.booted() for child in standing):
             return
         # Its place is filled when it has gone, by a successor that frees at once what it held if it does not go softly.
         self._signal(self._replacing.popleft(), signal.SIGTERM)
@@ -263,31 +266,31 @@ class Supervisor:
 
     def _fork(self, slot: _Slot) -> None:
         self._forks += 1
-        post = WorkerIdentity(self._host, self._boot, slot.number, self._forks, slot.dead, os.getpid())
+        identity = WorkerIdentity(self._host, self._boot, slot.number, self._forks, slot.dead, os.getpid())
         _flush()
         # A signal between the fork and the child's own handlers would be noted in a queue that nobody reads.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            beat = Heartbeat()
+            heartbeat = Heartbeat()
             pid = os.fork()
         except OSError as error:
             log.error(
                 "a worker cannot be started for now: see how much memory is free and how many processes are allowed",
                 action="fork",
-                worker=post.name,
+                worker=identity.name,
                 cause=error.strerror,
             )
             slot.not_before = time.monotonic() + MAX_DELAY_SECONDS
             return
         else:
             if pid == 0:
-                self._be_child(post, beat, blocked)
+                self._be_child(identity, heartbeat, blocked)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         slot.pid, slot.dead = pid, ()
-        self._children[pid] = _Child(post, beat, time.monotonic())
+        self._children[pid] = _Child(identity, heartbeat, time.monotonic())
 
-    def _be_child(self, post: WorkerIdentity, beat: Heartbeat, blocked: set[int | signal.Signals]) -> None:
+    def _be_child(self, identity: WorkerIdentity, heartbeat: Heartbeat, blocked: set[int | signal.Signals]) -> None:
         """Never returns, so that nothing of the supervisor runs twice."""
         code = 1
         try:
@@ -296,12 +299,12 @@ class Supervisor:
             for end in self._wake:
                 os.close(end)
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != post.parent:
+            if os.getppid() != identity.parent:
                 os._exit(1)  # the supervisor died before it could be watched
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            code = self._work(self._settings, post, beat)
+            code = self._work(self._settings, identity, heartbeat)
         except BaseException:
-            log.exception("worker failed", action="crash", worker=post.name)
+            log.exception("worker failed", action="crash", worker=identity.name)
         finally:
             try:
                 _flush()

@@ -111,7 +111,7 @@ class WorkerIdentity:
         return f"{self.host}:{self.boot}:{self.slot}:{self.incarnation}"
 
 
-def work(settings: Settings, post: WorkerIdentity, beat: Heartbeat) -> int:
+def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> int:
     """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
     stop = threading.Event()
     signals: SimpleQueue[int] = SimpleQueue()
@@ -138,15 +138,15 @@ def work(settings: Settings, post: WorkerIdentity, beat: Heartbeat) -> int:
     gc.disable()
     gc.freeze()
     _keep_memory()
-    setproctitle(f"headrace: worker {post.slot} starting")
+    setproctitle(f"headrace: worker {identity.slot} starting")
     try:
-        return _Worker(settings, post, beat, stop).loop()
+        return _Worker(settings, identity, heartbeat, stop).loop()
     except (StartError, FinalError) as error:
-        log.error(str(error), action="boot", worker=post.name)
+        log.error(str(error), action="boot", worker=identity.name)
         return EXIT_BOOT
     except Transient as error:
         # Without clients it can do nothing; the next one in its place may have better luck.
-        log.error(str(error), action="boot", worker=post.name)
+        log.error(str(error), action="boot", worker=identity.name)
         return EXIT_AGAIN
 
 
@@ -163,10 +163,12 @@ def _keep_memory() -> None:
 
 
 class _Worker:
-    def __init__(self, settings: Settings, post: WorkerIdentity, beat: Heartbeat, stop: threading.Event) -> None:
+    def __init__(
+        self, settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat, stop: threading.Event
+    ) -> None:
         self._settings = settings
-        self._post = post
-        self._beat = beat
+        self._identity = identity
+        self._heartbeat = heartbeat
         self._stop = stop
         self._store = Store(settings, settings.engine_writers + 4, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
@@ -179,10 +181,10 @@ class _Worker:
         self._uploads = DirectUploads(self._store, s3, bucket, settings.api_part_bytes)
         self._rejects = Rejects(self._store, self._ledger)
         self._planner = Planner(
-            self._store, self._queue, self._plans, self._ledger, self._objects, settings, self._beat.touch
+            self._store, self._queue, self._plans, self._ledger, self._objects, settings, self._heartbeat.touch
         )
         self._chooser = Chooser(
-            self._queue, self._plans, self._ledger, self._planner, post.name, stop, self._beat.touch
+            self._queue, self._plans, self._ledger, self._planner, identity.name, stop, self._heartbeat.touch
         )
         self._kept_time_at = 0.0
         self._prune_at = 0.0
@@ -199,7 +201,7 @@ class _Worker:
     def _moved(self) -> None:
         # The commands of these two say nothing of the work.
         if threading.current_thread().name not in (KEEPER, REPORTER):
-            self._beat.touch()
+            self._heartbeat.touch()
 
     def loop(self) -> int:
         if not self._boot():
@@ -213,13 +215,13 @@ class _Worker:
             self._ledger,
             self._rejects,
             stats,
-            self._beat.age,
+            self._heartbeat.age,
             self._report,
         )
-        reporter = Reporter(self._store, self._post.name, self._post.slot, stats, lambda: self._doing)
+        reporter = Reporter(self._store, self._identity.name, self._identity.slot, stats, lambda: self._doing)
         reporter.start()
         while not self._stop.is_set():
-            self._beat.touch()
+            self._heartbeat.touch()
             try:
                 with expected("looking for work and doing it"):
                     self._turn(pipeline)
@@ -259,37 +261,37 @@ class _Worker:
         """Reach MongoDB and free what the predecessors held; False when told to stop before that."""
         wait = 0.1
         while not self._stop.is_set():
-            self._beat.touch()
+            self._heartbeat.touch()
             try:
                 self._store.prepare()
-                freed = self._ledger.release(self._post.predecessors)
-                self._plans.release_claims_of_dead(self._post.predecessors)
+                freed = self._ledger.release(self._identity.predecessors)
+                self._plans.release_claims_of_dead(self._identity.predecessors)
                 self._note(freed, "died")
-                if self._post.slot == 0 and self._store.standalone():
+                if self._identity.slot == 0 and self._store.standalone():
                     log.warning(
                         "this mongod is not a member of a replica set, so acknowledged writes are lost with it: "
                         "make it a replica set of one or more members (--replSet, then rs.initiate())",
                         action="boot",
-                        worker=self._post.name,
+                        worker=self._identity.name,
                     )
             except Transient as error:
                 self._say_once(error)
                 self._stop.wait(wait)
                 wait = min(wait * 2, BOOT_WAIT_SECONDS)
                 continue
-            self._beat.mark_released()
-            self._beat.mark_booted()
-            log.info("worker is ready", action="boot", worker=self._post.name, released=len(freed))
-            if self._post.slot == 0:  # one tells it for all of them
+            self._heartbeat.mark_released()
+            self._heartbeat.mark_booted()
+            log.info("worker is ready", action="boot", worker=self._identity.name, released=len(freed))
+            if self._identity.slot == 0:  # one tells it for all of them
                 warn_if_away(self._objects)
-            setproctitle(f"headrace: worker {self._post.slot} idle")
+            setproctitle(f"headrace: worker {self._identity.slot} idle")
             return True
         return False
 
     def _say_once(self, error: HeadraceError) -> None:
         if str(error) != self._last_error:
             self._last_error = str(error)
-            log.warning(str(error), action="wait", worker=self._post.name)
+            log.warning(str(error), action="wait", worker=self._identity.name)
 
     def _keep_time(self) -> None:
         """See to what is due by the clock: leases that ran out, jobs whose time has come, jobs that run for too long."""
@@ -299,14 +301,14 @@ class _Worker:
         self._kept_time_at = time.monotonic() + random.uniform(0, TIME_SECONDS / 2)  # noqa: S311
         if freed := self._ledger.expire():
             self._stats.add(leases_expired=len(freed))
-            log.warning("leases ran out and were freed", action="expire", worker=self._post.name, ranges=len(freed))
+            log.warning("leases ran out and were freed", action="expire", worker=self._identity.name, ranges=len(freed))
             self._note(freed, "did not renew its lease")
             self._store.wake()
         # All of them before any is taken on, since the last may be the one of the highest priority.
         while self._goes_on() and self._queue.admit_due(DUE_JOBS):
             self._store.wake()
         if stopped := self._queue.stop_overdue():
-            log.warning("jobs ran for longer than they may", action="timeout", worker=self._post.name, jobs=stopped)
+            log.warning("jobs ran for longer than they may", action="timeout", worker=self._identity.name, jobs=stopped)
 
     def _note(self, freed: Sequence[Freed], why: str) -> None:
         """Tell the timelines of the jobs whose ranges were freed."""
@@ -329,14 +331,14 @@ class _Worker:
         if pruned := self._retention.prune(self._settings.engine_keep_jobs_days, PRUNE_JOBS):
             # There may be hundreds of thousands, and jobs that wait.
             self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
-            log.info("old jobs were deleted", action="prune", worker=self._post.name, jobs=pruned)
+            log.info("old jobs were deleted", action="prune", worker=self._identity.name, jobs=pruned)
             return
         if swept := self._uploads.sweep(self._goes_on):
-            log.info("unfinished uploads were aborted", action="prune", worker=self._post.name, uploads=swept)
+            log.info("unfinished uploads were aborted", action="prune", worker=self._identity.name, uploads=swept)
 
     def _goes_on(self) -> bool:
         """Whether this worker is not told to stop; called within work of many steps, each of which shows that it lives."""
-        self._beat.touch()
+        self._heartbeat.touch()
         return not self._stop.is_set()
 
     def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
@@ -350,7 +352,7 @@ class _Worker:
         finally:
             self._stats.add(ranges=len(runs))
             self._doing = {}
-            setproctitle(f"headrace: worker {self._post.slot} idle")
+            setproctitle(f"headrace: worker {self._identity.slot} idle")
 
     def _run_one(self, pipeline: Pipeline, run: Run) -> None:
         try:
@@ -382,7 +384,7 @@ class _Worker:
     def _failed(self, run: Run, error: HeadraceError) -> None:
         """A lease ended with an error."""
         job, index = run.job, run.lease.range.index
-        context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._post.name}
+        context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._identity.name}
         if isinstance(error, LeaseLost):
             self._stats.add(leases_lost=1)
             log.warning(str(error), action="lost", **context)
@@ -396,7 +398,7 @@ class _Worker:
 
     def _ended(self, job: Job) -> None:
         if job.state in TERMINAL:
-            log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._post.name)
+            log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._identity.name)
 
     def _report(self, run: Run) -> None:
         """Show in the process list what this worker does."""
@@ -404,7 +406,7 @@ class _Worker:
         size = max(lease.range.end - lease.range.start, 1)
         percent = min(100, 100 * (run.mark()[0] - lease.range.start) // size)
         self._doing = {"job": run.job.id, "fileKey": run.job.source.key, "range": lease.range.index, "percent": percent}
-        setproctitle(f"headrace: worker {self._post.slot} job {run.job.id} range {lease.range.index} {percent} %")
+        setproctitle(f"headrace: worker {self._identity.slot} job {run.job.id} range {lease.range.index} {percent} %")
 
     def _wait(self) -> None:
         """Block until somebody submits a job, or a little while has passed."""

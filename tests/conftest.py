@@ -121,8 +121,8 @@ def drain(settings: Settings, queue: Queue) -> Callable[..., list[Job]]:
 
     def run(*job_ids: str, seconds: float = 60, **changes: object) -> list[Job]:
         stop = threading.Event()
-        post = WorkerIdentity("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
-        worker = _Worker(settings.model_copy(update=changes), post, Heartbeat(), stop)
+        identity = WorkerIdentity("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
+        worker = _Worker(settings.model_copy(update=changes), identity, Heartbeat(), stop)
 
         def watch() -> None:
             until = time.monotonic() + seconds

@@ -242,9 +242,9 @@ def test_a_worker_without_clients_holds_nothing_and_is_not_tried_again_at_once(s
     supervisor._slots, supervisor._ever_booted = [slot], True
     for pid in range(7, 10):
         slot.pid = pid
-        post = WorkerIdentity("h", "b", 0, pid, ("before",), 1)
+        identity = WorkerIdentity("h", "b", 0, pid, ("before",), 1)
         slot.dead = ()
-        supervisor._bury(pid, _Child(post, Heartbeat(), time.monotonic() - 60), EXIT_AGAIN)
+        supervisor._bury(pid, _Child(identity, Heartbeat(), time.monotonic() - 60), EXIT_AGAIN)
         assert slot.dead == ("before",)
     assert slot.failures == 4
     assert slot.not_before > time.monotonic()
