@@ -3,6 +3,7 @@
 import contextlib
 import io
 import resource
+import select
 import signal
 import socket
 import struct
@@ -334,3 +335,24 @@ def test_a_bucket_that_cannot_be_used_stands_in_the_log_from_the_start(live, tmp
             assert running.stop() == 0
         finally:
             running.end()
+
+
+def test_liveness_and_jobs_are_answered_while_s3_is_silent(live, tmp_path):
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as silent:
+        port, endpoint = free_port(), f"http://127.0.0.1:{silent.getsockname()[1]}"
+        api = Running("api", live.settings, tmp_path / "api.log", port=port, aws_endpoint_url=endpoint)
+        lines = []
+        try:
+            until(lambda: "listening" in (tmp_path / "api.log").read_text(), what="the API")
+            for _ in range(40):
+                lines.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+                lines[-1].sendall(b"POST /process/x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+                assert [http.get(path).status_code for path in ("/healthz", "/jobs", "/queue")] == [200] * 3
+            refused = [line for line in lines if line in select.select(lines, [], [], 0)[0]]
+            assert len(refused) == 20
+            assert b"S3 is slow to answer" in refused[0].recv(65536)
+        finally:
+            for line in lines:
+                line.close()
+            api.end()
