@@ -50,7 +50,7 @@ def create_app(
     registry = CollectorRegistry()
     app = falcon.App(
         middleware=cast(
-            "Any", [RequestIds(), durations, _WholePath(), guard, NoParameters(), S3Calls(settings.api_threads)]
+            "Any", [RequestIds(), durations, _WholePath(), guard, NoParameters(), S3Calls(_s3_calls(settings))]
         ),
     )
     app.req_options.strip_url_path_trailing_slash = False
@@ -102,6 +102,12 @@ def create_app(
     _add(app, "/docs/{asset}", docs)
     api.describe(routes)
     return app
+
+
+def _s3_calls(settings: Settings) -> int:
+    """How many calls may be at S3 at a time: of the threads that uploads, watchers and downloads leave, all but a quarter."""
+    others = settings.api_max_uploads + settings.api_max_watchers + settings.api_max_downloads
+    return max(1, 3 * (settings.api_threads - others) // 4)
 
 
 def _add(app: "falcon.App[Any, Any]", path: str, resource: Any) -> None:

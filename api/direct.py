@@ -8,7 +8,7 @@ from ulid import ULID
 
 from api.answers import DirectUpload, UploadAnswer
 from api.models import PartsQuery, UploadBegin
-from api.operations import Answer, Scope, body_of, operation, query_of
+from api.operations import Answer, Scope, Wait, body_of, operation, query_of
 from api.uploads import key_for, location_of
 from api.views import stored_file
 from engine.direct import DirectUploads, Part, Upload
@@ -40,7 +40,7 @@ class NewDirectUpload:
         self._uploads = uploads
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="Start an upload whose parts the client sends to S3 itself",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -68,7 +68,7 @@ class DirectUploadById:
         self._uploads = uploads
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="An upload under way: the parts that S3 has, and signed URLs",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -85,7 +85,7 @@ class DirectUploadById:
         resp.media = _upload_body(upload, urls, self._uploads.parts(upload_id))
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -105,7 +105,7 @@ class Complete:
         self._uploads = uploads
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.LONG,
         summary="Complete an upload: make its parts an object",
         group="uploads",
         scope=Scope.SUBMIT,
@@ -127,7 +127,7 @@ class Abort:
         self._uploads = uploads
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,

@@ -4,7 +4,7 @@ import falcon
 
 from api.answers import FileDetail, FilePage
 from api.models import FilesQuery
-from api.operations import Answer, Scope, operation, query_of
+from api.operations import Answer, Scope, Wait, operation, query_of
 from api.submit import checked_key
 from api.views import job_status, moment
 from engine.errors import Conflict
@@ -23,7 +23,7 @@ class Files:
         self._objects = objects
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="The objects of the bucket, by key",
         group="files",
         scope=Scope.READ,
@@ -54,7 +54,7 @@ class File:
         self._history = history
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="An object and its latest jobs",
         group="files",
         scope=Scope.READ,
@@ -73,7 +73,7 @@ class File:
         resp.media = body
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="Delete an object that no open job needs",
         group="files",
         scope=Scope.ADMIN,

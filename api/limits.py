@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import falcon
 
-from api.operations import operation_of
+from api.operations import Wait, operation_of
 from api.problems import Problem
 from engine.queue import Queue
 
@@ -18,8 +18,8 @@ COUNT_SECONDS: Final = 1.0
 SLOW_SECONDS: Final = 5.0
 """A call that has waited for S3 for so long tells that it is in trouble."""
 
-SPARE_THREADS: Final = 4
-"""So many threads do not wait for S3, whatever comes."""
+TURN_SECONDS: Final = 2.0
+"""How long a call waits until it may ask S3: many come at once, and take milliseconds."""
 
 LEAVE: Final = "headrace.leave"
 """Where a request's environment holds what to call when an upload is done with, so that the next may be sent from then on."""
@@ -53,35 +53,46 @@ class S3Calls:
     """Middleware: an S3 that does not answer does not take the threads from calls that do without it, `/healthz` among them.
 
     Args:
-        threads: how many requests are worked on at a time.
+        most: how many calls may be at S3 at a time; others wait a moment for their turn.
         clock: tells seconds.
     """
 
-    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._free = threading.Semaphore(most)
         self._clock = clock
-        self._most = max(1, threads - SPARE_THREADS)
-        self._slow_most = max(1, threads // 4)
-        self._began: dict[int, float] = {}
+        self._began: dict[int, float] = {}  # by request; of those that are quick where S3 is well
+        self._held: set[int] = set()
         self._lock = threading.Lock()
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        """Raises Problem where so many wait for S3 that no more may."""
+        """Raises Problem where S3 does not answer those that have asked it, or where too many do."""
         operation = operation_of(resource, req.method)
-        if operation is None or not operation.waits_for_s3:
+        if operation is None or operation.waits_for_s3 is None:
             return
         with self._lock:
             now = self._clock()
             slow = sum(now - began > SLOW_SECONDS for began in self._began.values())
-            if slow >= self._slow_most or len(self._began) >= self._most:
-                raise Problem(503, "unavailable", "S3 is slow to answer, and others wait for it: send this again later")
-            self._began[id(req)] = now
+        if 2 * slow >= self._most:
+            raise Problem(503, "unavailable", "S3 does not answer the calls before this: send it again later")
+        if not self._free.acquire(timeout=TURN_SECONDS):
+            what = f"{self._most} calls are at S3 already, the most at a time"
+            raise Problem(503, "busy", f"{what}: try again in a little while, or raise API_THREADS")
+        with self._lock:
+            self._held.add(id(req))
+            if operation.waits_for_s3 is Wait.BRIEF:
+                self._began[id(req)] = self._clock()
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
         """It waits no longer."""
         with self._lock:
+            held = id(req) in self._held
+            self._held.discard(id(req))
             self._began.pop(id(req), None)
+        if held:
+            self._free.release()
 
 
 class Depth:

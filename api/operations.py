@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import Any, Final, TypeVar
 
 import falcon
@@ -17,6 +17,7 @@ __all__ = [
     "NoParameters",
     "Operation",
     "Scope",
+    "Wait",
     "body_of",
     "check_encoding",
     "check_form",
@@ -42,6 +43,13 @@ class Scope(StrEnum):
     ADMIN = "admin"  # delete, pause and resume; and all of the above
 
 
+class Wait(Enum):
+    """How long a call waits for an S3 that is well."""
+
+    BRIEF = auto()  # it answers at once
+    LONG = auto()  # it has much to do, as to make an object of its parts
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One answer of a call: what it means, its body's type, its media type, and headers of its own with their meaning.
@@ -61,7 +69,7 @@ class Operation:
     """One method of one path.
 
     `scope` None: open to all. `errors` are the statuses of its problems, beside those that any call may have. `waits_for_s3`
-    tells that it ends no sooner than S3 answers.
+    tells that it ends no sooner than S3 answers, and how soon that is.
     """
 
     summary: str
@@ -73,7 +81,7 @@ class Operation:
     body_media: str = "application/json"
     query: type[BaseModel] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    waits_for_s3: bool = False
+    waits_for_s3: Wait | None = None
 
 
 def operation(**more: Any) -> Callable[[Responder], Responder]:

@@ -5,10 +5,11 @@ import resource
 import signal
 import tempfile
 import threading
-from typing import Final
+from typing import Any, Final
 
 import pymongo
 import waitress
+from waitress import wasyncore
 
 from api.app import create_app
 from api.auth import Guard, Token, is_loopback, tokens_of
@@ -36,6 +37,9 @@ MAX_HEAD_BYTES: Final = 32 * 1024
 
 MAX_CONNECTIONS: Final = 4096
 SPARE_FILES: Final = 200
+
+LOOP_SECONDS: Final = 0.2
+"""How often the loop looks whether a signal has come."""
 
 LAST_SECONDS: Final = 3.0
 """How long the last figures may take to be told."""
@@ -103,9 +107,11 @@ def serve(settings: Settings) -> int:
     app = create_app(settings, store, queue, objects, Rejects(store, ledger), uploads, guard, durations, stopping)
     check_port(settings.port, settings.api_host)
     store.prepare()
+    sockets: dict[int, Any] = {}
     try:
         server = waitress.create_server(
             app,
+            map=sockets,
             host=settings.api_host,
             port=settings.port,
             threads=settings.api_threads,
@@ -117,7 +123,6 @@ def serve(settings: Settings) -> int:
             connection_limit=max(100, _open_files() - SPARE_FILES),
             # So that a client which leaves is noticed while its request is worked on.
             channel_request_lookahead=1,
-            asyncore_use_poll=True,
             ident=None,
             clear_untrusted_proxy_headers=True,
         )
@@ -130,11 +135,12 @@ def serve(settings: Settings) -> int:
 
     open_door(server, settings, guard, durations)
 
+    ended = False
+
     def handle_signal(number: int, frame: object) -> None:
-        if not stopping.is_set():  # the stop itself is not to be interrupted
-            stopping.set()
-            # The one exception that the server's loop lets through wherever it is raised.
-            raise KeyboardInterrupt
+        # No exception: wherever it came up, it might be lost, or end what must not be left half done.
+        nonlocal ended
+        ended = True
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -144,10 +150,10 @@ def serve(settings: Settings) -> int:
                 signal.signal(number, handle_signal)
         log.info("listening", action="start", host=settings.api_host, port=settings.port)
         warn_if_away(objects)
-        server.run()
-    except KeyboardInterrupt:
-        pass
+        while not ended:
+            wasyncore.loop(timeout=LOOP_SECONDS, map=sockets, use_poll=True, count=1)
     finally:
+        stopping.set()
         # Requests under way are finished, within the task dispatcher's own bound of seconds.
         server.close()
         server.task_dispatcher.shutdown()

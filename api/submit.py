@@ -11,7 +11,7 @@ import falcon
 from api.answers import BatchAnswer, BatchStatus, ProcessAnswer
 from api.limits import Depth
 from api.models import BatchRequest, ProcessRequest
-from api.operations import Answer, Scope, body_of, operation
+from api.operations import Answer, Scope, Wait, body_of, operation
 from api.problems import Problem
 from api.views import batch_status
 from engine.errors import NotFound
@@ -72,7 +72,7 @@ class Process:
         self._depth = depth
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.BRIEF,
         summary="Submit a job for an object",
         group="jobs",
         scope=Scope.SUBMIT,
@@ -110,7 +110,7 @@ class ProcessMany:
         self._depth = depth
 
     @operation(
-        waits_for_s3=True,
+        waits_for_s3=Wait.LONG,
         summary="Submit a job for each of many objects",
         group="jobs",
         scope=Scope.SUBMIT,

@@ -159,7 +159,7 @@ class Transfer:
             sent(size)
             return key
         if state is None:
-            state = self._client.ask("POST", "/uploads", json={"fileName": readable(name), "size": size})
+            state = self._client.insist("POST", "/uploads", json={"fileName": readable(name), "size": size})
             note.put(uploadId=state["uploadId"])
         there = {part["partNumber"]: part for part in state["stored"]}
         self._send(state, there, lambda number: _part(content, number, state["partBytes"], size), sent)
@@ -184,7 +184,8 @@ class Transfer:
             CallFailed: of the API.
         """
         asked = {"fileName": readable(name), "partBytes": STREAM_PART_BYTES}
-        state = self._client.ask("POST", "/uploads", json=asked)
+        # One that is begun twice, since an answer was lost, is aborted after a day.
+        state = self._client.insist("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
         by_hand = (
             f"all of it is in S3, for a day: POST {self._client.url}/uploads/{state['uploadId']}/complete makes it an object, "

@@ -208,6 +208,14 @@ class Ledger:
         with translated("looking for open ranges"):
             return self._ranges.find_one(query, {"_id": 1}, hint=LEASABLE) is not None
 
+    def any_begun(self, job_ids: Sequence[str]) -> bool:
+        """Whether any range of these jobs has been leased, ever."""
+        if not job_ids:
+            return False
+        query: Document = {"$or": [ranges_of(job_key(job_id)) for job_id in job_ids], "leases": {"$gt": 0}}
+        with translated("looking at ranges"):
+            return self._ranges.find_one(query, {"_id": 1}) is not None
+
     def summarize(self, job_id: str) -> Summary:
         """Add up the ranges of a job."""
         job = job_key(job_id)

@@ -332,7 +332,7 @@ class Planner:
         if entry["firstJob"] == job_key(job.id):
             return _Registered(bytes(found["tag"]), True, self._loaded_before(job, format))
         # What was loaded may have been deleted since: then again there is nothing that a duplicate could be of.
-        sole = self._is_empty(job) and not self._queue.others_load(job, format, now=True)
+        sole = self._is_empty(job) and not self._queue.others_may_load(job, format)
         return _Registered(bytes(found["tag"]), sole, self._loaded_by(job, format))
 
     def _is_empty(self, job: Job) -> bool:

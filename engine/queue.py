@@ -60,6 +60,9 @@ ROLL_UP_MS: Final = 600
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
 
+OTHERS: Final = 100
+"""Other loads of the same object that are looked at, the latest ones."""
+
 log = get_logger()
 
 
@@ -376,7 +379,7 @@ class Queue:
             pruned = self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True})
         if pruned is not None:
             raise Conflict(f"the history of job {job_id} is being deleted: submit a new job")
-        shared = job.plan is not None and job.plan.sole and self.others_load(job, job.plan.format)
+        shared = job.plan is not None and job.plan.sole and self._others_loaded(job, job.plan.format)
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt")
@@ -443,22 +446,43 @@ class Queue:
 
     def loaded_by(self, job: Job, format: Format) -> str | None:
         """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
-        query = LOADED | _same_load(job, format)
+        query = LOADED | {
+            **same_source(job.source),
+            "plan.format": format,
+            "options.collection": job.options.collection,
+            "database": job.database,
+        }
         with translated("looking for earlier loads"):
             found = self._jobs.find_one(query, {"_id": 1}, sort=[("_id", -1)], hint=BY_FILE)
         return None if found is None else str(found["_id"])
 
-    def others_load(self, job: Job, format: Format, *, now: bool = False) -> bool:
-        """Whether another job writes the same documents into the same collection: ever, or `now`."""
+    def others_may_load(self, job: Job, format: Format) -> bool:
+        """Whether another job may yet write the same documents into the same collection: it is open, or may be retried."""
+        # Those that are planned beside it are told by no format yet.
+        unfinished: Document = {"plan.format": {"$in": [format, None]}, "state": {"$ne": JobState.COMPLETED}}
+        return bool(self._others(job, unfinished, 1))
+
+    def _others_loaded(self, job: Job, format: Format) -> bool:
+        """Whether another job has written, or begun to write, the same documents into the same collection."""
+        return self._ledger.any_begun(self._others(job, {"plan.format": format}, OTHERS))
+
+    def _others(self, job: Job, query: Document, most: int) -> list[str]:
+        """Other jobs that write the documents of a job to where it does, the latest first."""
         if job.options.force:
-            return False
-        other = {"_id": {"$ne": job_key(job.id)}, "options.validate": {"$ne": True}, "options.force": {"$ne": True}}
-        query: Document = other | _same_load(job, format)
-        if now:
-            # Those that are being planned beside it are told by no format yet.
-            query |= {"open": True, "plan.format": {"$in": [format, None]}}
+            return []  # its documents are its own
+        query = {
+            **same_source(job.source),
+            "_id": {"$ne": job_key(job.id)},
+            "options.collection": job.options.collection,
+            "options.validate": {"$ne": True},
+            "options.force": {"$ne": True},
+            "database": job.database,
+        } | query
         with translated("looking for other loads"):
-            return self._jobs.find_one(query, {"_id": 1}, hint=BY_FILE) is not None
+            return [
+                str(found["_id"])
+                for found in self._jobs.find(query, {"_id": 1}, hint=BY_FILE).sort("_id", -1).limit(most)
+            ]
 
     def _first_errors(self, job_id: str, tally: Tally) -> Document:
         """What sets the rejects that a status shows, so that to look at it reads no more than the job."""
@@ -468,12 +492,6 @@ class Queue:
         """Write an event into a job's timeline."""
         with translated("writing down what happened to a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
-
-
-def _same_load(job: Job, format: Format) -> Document:
-    """Matches jobs with a plan that load what this one does to where it does."""
-    where = {"options.collection": job.options.collection, "database": job.database}
-    return same_source(job.source) | where | {"plan.format": format}
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

@@ -226,10 +226,20 @@ def test_the_time_a_job_lay_ended_before_its_retry_is_not_of_its_work(queue, pla
     assert 59 < queue.retry(job.id).idle_seconds < 90
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_job_that_is_retried_counts_what_others_have_loaded_since_as_theirs(queue, plans, source, shared):
+@pytest.mark.parametrize("other", ["none", "planned", "begun"])
+def test_a_job_that_is_retried_counts_what_others_have_loaded_since_as_theirs(queue, plans, ledger, source, other):
     [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
     queue.cancel(job.id)
-    if shared:
-        plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
-    assert queue.retry(job.id).plan.sole is not shared
+    if other != "none":
+        [second] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+        queue.open_ranges(second)
+        if other == "begun":
+            assert ledger.lease(second.id, "holder")
+    assert queue.retry(job.id).plan.sole is (other != "begun")
+
+
+def test_a_job_beside_one_that_may_be_retried_does_not_count_its_documents(queue, planner, source):
+    [first] = planner.prepare([queue.submit(source, JobOptions())], "holder")
+    queue.cancel(first.job.id)
+    [second] = planner.prepare([queue.submit(source, JobOptions())], "holder")
+    assert (first.job.plan.sole, second.job.plan.sole) == (True, False)
