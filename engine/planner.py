@@ -332,7 +332,7 @@ class Planner:
         if entry["firstJob"] == job_key(job.id):
             return _Registered(bytes(found["tag"]), True, self._loaded_before(job, format))
         # What was loaded may have been deleted since: then again there is nothing that a duplicate could be of.
-        sole = self._is_empty(job) and not self._queue.others_may_load(job, format)
+        sole = self._is_empty(job) and not self._queue.loads.others_may_load(job, format)
         return _Registered(bytes(found["tag"]), sole, self._loaded_by(job, format))
 
     def _is_empty(self, job: Job) -> bool:
@@ -347,7 +347,7 @@ class Planner:
 
     def _loaded_by(self, job: Job, format: Format) -> str | None:
         """The latest job that has loaded this source, of any generation, into the same collection, its history kept or not."""
-        if kept := self._queue.loaded_by(job, format):
+        if kept := self._queue.loads.loaded_by(job, format):
             return kept
         with translated("looking for earlier loads"):
             found = list(self._sources.find(_identity(job, format), {"loads": True}))

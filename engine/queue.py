@@ -19,7 +19,6 @@ from engine.admission import check_collection, check_ticket
 from engine.budget import overspent
 from engine.errors import Conflict, HeadraceError, NotFound
 from engine.jobs import (
-    LOADED,
     Ticket,
     failure_document,
     from_now,
@@ -28,14 +27,13 @@ from engine.jobs import (
     new_job,
     progress_document,
     put_off,
-    same_source,
 )
 from engine.ledger import Ledger
+from engine.loads import Loads
 from engine.logs import get_logger
 from engine.model import (
     TERMINAL,
     Failure,
-    Format,
     Job,
     JobOptions,
     JobState,
@@ -45,7 +43,7 @@ from engine.model import (
 )
 from engine.ranges import cut
 from engine.rejects import Rejects
-from engine.schema import BY_FILE, DEADLINES, OPEN_JOBS, READY_JOBS, STOPPING_JOBS, WAITING_JOBS
+from engine.schema import DEADLINES, OPEN_JOBS, READY_JOBS, STOPPING_JOBS, WAITING_JOBS
 from engine.steps import Step, reach
 from engine.store import Document, Store, claims_of, job_key, translated, write_all
 
@@ -59,9 +57,6 @@ ROLL_UP_MS: Final = 600
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
-
-OTHERS: Final = 100
-"""Other loads of the same object that are looked at, the latest ones."""
 
 log = get_logger()
 
@@ -88,6 +83,7 @@ class Queue:
         self._jobs: Collection[Document] = store.jobs
         self._ledger = ledger
         self._rejects = Rejects(store, ledger)
+        self.loads = Loads(store, ledger)
         self._database = store.data.name
         self._strange: set[ObjectId] = set()
 
@@ -379,7 +375,7 @@ class Queue:
             pruned = self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True})
         if pruned is not None:
             raise Conflict(f"the history of job {job_id} is being deleted: submit a new job")
-        shared = job.plan is not None and job.plan.sole and self._others_loaded(job, job.plan.format)
+        shared = job.plan is not None and job.plan.sole and self.loads.others_loaded(job, job.plan.format)
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt")
@@ -443,46 +439,6 @@ class Queue:
         # another round, of which what was summed here says nothing.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         return {"_id": job_key(job.id), "open": True, "state": job.state, "round": job.round} | stamped, changes
-
-    def loaded_by(self, job: Job, format: Format) -> str | None:
-        """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
-        query = LOADED | {
-            **same_source(job.source),
-            "plan.format": format,
-            "options.collection": job.options.collection,
-            "database": job.database,
-        }
-        with translated("looking for earlier loads"):
-            found = self._jobs.find_one(query, {"_id": 1}, sort=[("_id", -1)], hint=BY_FILE)
-        return None if found is None else str(found["_id"])
-
-    def others_may_load(self, job: Job, format: Format) -> bool:
-        """Whether another job may yet write the same documents into the same collection: it is open, or may be retried."""
-        # Those that are planned beside it are told by no format yet.
-        unfinished: Document = {"plan.format": {"$in": [format, None]}, "state": {"$ne": JobState.COMPLETED}}
-        return bool(self._others(job, unfinished, 1))
-
-    def _others_loaded(self, job: Job, format: Format) -> bool:
-        """Whether another job has written, or begun to write, the same documents into the same collection."""
-        return self._ledger.any_begun(self._others(job, {"plan.format": format}, OTHERS))
-
-    def _others(self, job: Job, query: Document, most: int) -> list[str]:
-        """Other jobs that write the documents of a job to where it does, the latest first."""
-        if job.options.force:
-            return []  # its documents are its own
-        query = {
-            **same_source(job.source),
-            "_id": {"$ne": job_key(job.id)},
-            "options.collection": job.options.collection,
-            "options.validate": {"$ne": True},
-            "options.force": {"$ne": True},
-            "database": job.database,
-        } | query
-        with translated("looking for other loads"):
-            return [
-                str(found["_id"])
-                for found in self._jobs.find(query, {"_id": 1}, hint=BY_FILE).sort("_id", -1).limit(most)
-            ]
 
     def _first_errors(self, job_id: str, tally: Tally) -> Document:
         """What sets the rejects that a status shows, so that to look at it reads no more than the job."""

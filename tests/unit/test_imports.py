@@ -27,7 +27,7 @@ FLOORS = (
     ("engine.objects", "engine.jobs"),
     ("engine.direct",),
     ("engine.ledger", "engine.stats", "engine.admission"),
-    ("engine.rejects", "engine.sink", "engine.job_batches", "engine.retention"),
+    ("engine.rejects", "engine.sink", "engine.job_batches", "engine.retention", "engine.loads"),
     ("engine.queue",),
     ("engine.plans", "engine.dryrun", "engine.history"),
     ("engine.planner",),

@@ -1,0 +1,62 @@
+"""Who else loads the same: other jobs with the same version of an object, in the same format, into the same collection."""
+
+from typing import Final
+
+from engine.jobs import LOADED, same_source
+from engine.ledger import Ledger
+from engine.model import Format, Job, JobState
+from engine.schema import BY_FILE
+from engine.store import Document, Store, job_key, translated
+
+__all__ = ["Loads"]
+
+OTHERS: Final = 100
+"""Other loads of the same object that are looked at, the latest ones."""
+
+
+class Loads:
+    """Questions about other jobs than one."""
+
+    def __init__(self, store: Store, ledger: Ledger) -> None:
+        self._jobs = store.jobs
+        self._ledger = ledger
+
+    def loaded_by(self, job: Job, format: Format) -> str | None:
+        """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
+        query = LOADED | {
+            **same_source(job.source),
+            "plan.format": format,
+            "options.collection": job.options.collection,
+            "database": job.database,
+        }
+        with translated("looking for earlier loads"):
+            found = self._jobs.find_one(query, {"_id": 1}, sort=[("_id", -1)], hint=BY_FILE)
+        return None if found is None else str(found["_id"])
+
+    def others_may_load(self, job: Job, format: Format) -> bool:
+        """Whether another job may yet write the same documents into the same collection: it is open, or may be retried."""
+        # Those that are planned beside it are told by no format yet.
+        unfinished: Document = {"plan.format": {"$in": [format, None]}, "state": {"$ne": JobState.COMPLETED}}
+        return bool(self._others(job, unfinished, 1))
+
+    def others_loaded(self, job: Job, format: Format) -> bool:
+        """Whether another job has written, or begun to write, the same documents into the same collection."""
+        return self._ledger.any_begun(self._others(job, {"plan.format": format}, OTHERS))
+
+    def _others(self, job: Job, query: Document, most: int) -> list[str]:
+        """Other jobs that write the documents of a job to where it does, the latest first."""
+        if job.options.force:
+            return []  # its documents are its own
+        query = {
+            **same_source(job.source),
+            "_id": {"$ne": job_key(job.id)},
+            "options.collection": job.options.collection,
+            "options.validate": {"$ne": True},
+            "options.force": {"$ne": True},
+            "database": job.database,
+        } | query
+        with translated("looking for other loads"):
+            return [
+                str(found["_id"])
+                for found in self._jobs.find(query, {"_id": 1}, hint=BY_FILE).sort("_id", -1).limit(most)
+            ]
