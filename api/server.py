@@ -144,9 +144,8 @@ def serve(settings: Settings) -> int:
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
-            ):  # which is what nohup asks for
+            # A HUP that is ignored stays so: nohup asks for that.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handle_signal)
         log.info("listening", action="start", host=settings.api_host, port=settings.port)
         warn_if_away(objects)
@@ -155,8 +154,8 @@ def serve(settings: Settings) -> int:
     finally:
         stopping.set()
         # Requests under way are finished, within the task dispatcher's own bound of seconds.
-        server.close()
         server.task_dispatcher.shutdown()
+        server.close()
         with pymongo.timeout(LAST_SECONDS):
             durations.flush()
         store.close()

