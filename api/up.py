@@ -200,8 +200,8 @@ def _run(
     try:
         key = client.upload(file)
         job_id = client.process(key, {})
-        console.print(f"Processing {key} as job {job_id} …")
         try:
+            console.print(f"Processing {key} as job {job_id} …")
             status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check_all(children, servers))
         except _Stopped:
             console.print(f"Job {job_id} has not ended: it {GOES_ON}")

@@ -48,12 +48,13 @@ class Up:
         )
         self.said = ""
 
-    def wait_for(self, word):
+    def wait_for(self, *words):
+        """Read on until one of these is said."""
         for line in self.process.stdout:
             self.said += line
-            if word in line:
+            if any(word in line for word in words):
                 return
-        pytest.fail(f"{word!r} was never said:\n{self.said}")
+        pytest.fail(f"{words} was never said:\n{self.said}")
 
     def finish(self, seconds=150):
         self.said += self.process.communicate(timeout=seconds)[0]
@@ -169,7 +170,7 @@ def test_a_database_that_dies_is_told_at_once_and_not_waited_for(up):
 def test_a_job_that_ctrl_c_cuts_short_goes_on_the_next_time_with_nothing_loaded_beside(up, tmp_path):
     # What is stopped takes no ranges: the job is open when the command ends, however quick this machine is.
     first = up("--records", "400000")
-    first.wait_for("PENDING")
+    first.wait_for("PENDING", "PROCESSING")
     first.process.send_signal(signal.SIGINT)
     assert first.finish() == 0
     assert "has not ended: it goes on when Headrace runs here again" in first.said
