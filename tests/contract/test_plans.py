@@ -64,7 +64,7 @@ def test_claims_that_lapse_may_be_of_some_who_only_wait(store, queue, plans, sou
 def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, plans, planner, ledger, source, monkeypatch):
     first = loaded(planner, queue, ledger, source)
     job = queue.submit(source, JobOptions(if_loaded="load"))
-    real = planner._register
+    real = planner._sources.register
 
     def register(drafts):
         """Others are quicker, and skip it."""
@@ -72,7 +72,7 @@ def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, plans, plan
         plans.complete_unread(job, replace(first.plan, sole=False), first.id)
         return found
 
-    monkeypatch.setattr(planner, "_register", register)
+    monkeypatch.setattr(planner._sources, "register", register)
     [prepared] = planner.prepare([job], "late")
     assert (prepared.lease, prepared.job.state) == (None, JobState.COMPLETED)
     stale = replace(prepared.job, plan=first.plan)
