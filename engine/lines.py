@@ -15,10 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HEAD_BYTES", "Block", "Ends", "Oversized", "Splitter"]
+__all__ = ["HEAD_BYTES", "LONG_LINE_BYTES", "Block", "Ends", "Oversized", "Splitter"]
 
 HEAD_BYTES = 64 * 1024
 """How much of an oversized line is kept, for its reject."""
+
+LONG_LINE_BYTES = 2048
+"""Lines that are this long on the average are worth a look at each of them; of shorter ones, the work is done on many at once."""
+
+FEW_LINES = 16
+"""So many short ones do not make the lines of a chunk short."""
 
 NEWLINE = ord("\n")
 
@@ -48,6 +54,19 @@ class Oversized:
     length: int
     head: bytes
     end: int
+
+
+def _newlines(data: bytes, start: int, stop: int) -> Ends:
+    """The positions of all newlines in `data[start:stop]`."""
+    found: list[int] = []
+    at = data.find(b"\n", start, stop)
+    while at >= 0:
+        found.append(at)
+        if at - start < LONG_LINE_BYTES * (len(found) - FEW_LINES):
+            # A search for each costs more than a look at every byte.
+            return np.flatnonzero(np.frombuffer(data, np.uint8, stop - start, start) == NEWLINE) + start
+        at = data.find(b"\n", at + 1, stop)
+    return np.array(found, np.intp)
 
 
 class Splitter:
@@ -107,9 +126,7 @@ class Splitter:
         stop = (newline if self.done else data.rfind(b"\n", start)) + 1
         out: list[Block | Oversized] = []
         if stop > start:
-            ends = np.flatnonzero(np.frombuffer(data, np.uint8, stop - start, start) == NEWLINE)
-            if start:
-                ends += start
+            ends = _newlines(data, start, stop)
             if self._carried:
                 first = int(ends[0])
                 self._keep(data[start:first])

@@ -205,8 +205,10 @@ CONSPIRACIES = [
 LINE = st.sampled_from(FRAGMENTS) | st.binary(max_size=8).map(lambda b: b.replace(b"\n", b""))
 
 
+@pytest.mark.parametrize("long", [0, 10**6])
 @pytest.mark.parametrize("lines", CONSPIRACIES)
-def test_lines_that_are_objects_only_together_are_rejects_each(lines):
+def test_lines_that_are_objects_only_together_are_rejects_each(lines, long, monkeypatch):
+    monkeypatch.setattr("engine.decode.LONG_LINE_BYTES", long)
     decoded = run(b'{"n":1}', *lines, b'{"n":2}')
     assert [document["n"] for document in decoded.documents] == [1, 2]
     assert [r.ordinal for r in decoded.rejects] == list(range(1, 1 + len(lines)))
@@ -215,13 +217,15 @@ def test_lines_that_are_objects_only_together_are_rejects_each(lines):
 @given(
     st.lists(LINE, min_size=1),
     st.sampled_from([1, 40, 10**6]),
+    st.sampled_from([0, 10**6]),
     st.sampled_from(["ndjson", "text"]),
     st.booleans(),
 )
-def test_what_becomes_of_a_line_does_not_depend_on_its_neighbours(lines, piece, format, terminated):
+def test_what_becomes_of_a_line_does_not_depend_on_its_neighbours(lines, piece, long, format, terminated):
     terminated = terminated or not lines[-1]  # an empty last line is none
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.decode.PIECE_BYTES", piece)
+        patch.setattr("engine.decode.LONG_LINE_BYTES", long)
         together = run(*lines, format=Format(format), offset=7, terminated=terminated)
     at, documents, positions, own_ids, rejects, blank = 7, [], [], [], [], 0
     for position, line in enumerate(lines):

@@ -1,5 +1,6 @@
 """For any bytes and any cut into ranges, the ranges together yield exactly the lines of the object, each once."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,10 +52,32 @@ def lines(blocks: list[Block | Oversized]) -> list[tuple[int, bytes]]:
 
 
 @settings(max_examples=500)
-@given(contents, st.integers(1, 250), st.lists(st.integers(1, 64), min_size=1, max_size=8))
-def test_any_cut_and_any_chunking_yield_each_line_once(data, range_bytes, sizes):
-    found = [line for r in ranges_of(len(data), range_bytes) for line in lines(read(data, r.start, r.end, sizes))]
+@given(
+    contents,
+    st.integers(1, 250),
+    st.lists(st.integers(1, 64), min_size=1, max_size=8),
+    st.sampled_from([0, 1, 3, 16]),
+)
+def test_any_cut_and_any_chunking_yield_each_line_once(data, range_bytes, sizes, few):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.lines.FEW_LINES", few)
+        found = [line for r in ranges_of(len(data), range_bytes) for line in lines(read(data, r.start, r.end, sizes))]
     assert found == (whole(data) if data else [])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"short\n" * 5000,
+        (b"x" * 5000 + b"\n") * 40,
+        (b"x" * 5000 + b"\n") * 40 + b"short\n" * 100_000,
+        b"short\n" * 15 + (b"x" * 5000 + b"\n") * 40,
+    ],
+    ids=["short", "long", "long ones first", "short ones first"],
+)
+def test_long_lines_and_short_ones_come_out_alike(data):
+    found = lines(read(data, 0, len(data), [1 << 20]))
+    assert found == whole(data)
 
 
 @settings(max_examples=300)
