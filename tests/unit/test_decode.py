@@ -266,7 +266,7 @@ def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():
 
 def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():
     binary = bytes(range(1, 13))
-    assert bson.encode({"_id": Identity(binary)}) == bson.encode({"_id": ObjectId(binary)})
+    assert bson.encode({"_id": Identity((binary,))}) == bson.encode({"_id": ObjectId(binary)})
 
 
 @pytest.mark.parametrize(
