@@ -1,11 +1,13 @@
 """The API and an engine as processes, on a real port, over real servers."""
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from types import SimpleNamespace
 
 import httpx
@@ -156,3 +158,13 @@ def file(tmp_path):
     path = tmp_path / "some file.ndjson"
     path.write_bytes(b"".join(b'{"n":%d}\n' % n for n in range(5000)) + b"bad\n")
     return path
+
+
+def put(live, data=b'{"n":1}\n', key=None):
+    """The key of a new object."""
+    return live.objects.upload(io.BytesIO(data), key or f"q/{uuid.uuid4().hex}.ndjson").key
+
+
+def process(live, key, headers=None, **body):
+    """The answer to a job's submission."""
+    return live.http.post(f"/process/{key}", json=body, headers=headers)
