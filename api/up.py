@@ -266,10 +266,11 @@ def _wait_ready(console: Console, client: Client, children: list[_Child], server
 
 
 def _check(children: list[_Child], servers: LocalServers) -> None:
-    if died := servers.died():
-        raise StartError(died)
-    for child in children:
-        child.check()
+    with held_back():
+        if died := servers.died():
+            raise StartError(died)
+        for child in children:
+            child.check()
 
 
 def _check_all(children: list[_Child], servers: LocalServers) -> None:

@@ -53,7 +53,7 @@ PORT_TRIES: Final = 3
 """Ports that a server is started on, where others take them in the moment before it listens."""
 
 _PR_SET_PDEATHSIG: Final = 1
-_HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM)
+_HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -68,7 +68,8 @@ def die_with_parent() -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Within it, INT and TERM wait: an exception that a handler raises in the midst of a fork is printed there, and lost."""
+    """Within it, INT, TERM and HUP wait. An exception that a handler raises in the midst of a fork is printed there, and lost;
+    and in the midst of `Popen.poll` it leaves a lock taken, for which whoever stops that process waits for ever."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     try:
         yield
@@ -112,7 +113,9 @@ class _Server:
         """Raises StartError when the server ends, or does not answer in time; _PortTaken where another port would help."""
         deadline = time.monotonic() + START_SECONDS
         while not answers():
-            if self.process.poll() is not None:
+            with held_back():
+                ended = self.process.poll() is not None
+            if ended:
                 taken = "address already in use" in self.log.read_text(errors="replace").lower()
                 raise (_PortTaken if taken else StartError)(self.why())
             if time.monotonic() > deadline:
