@@ -62,7 +62,9 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # What came for the parent's handlers, which are here as well for a moment, must not be handled here.
     for number in _HELD_BACK:
-        signal.signal(number, signal.SIG_DFL)
+        # A HUP that is ignored stays so: nohup asks for that.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
 
 
