@@ -21,8 +21,9 @@ from api.operations import Scope
 from api.show import watch
 from api.terminal import EXIT_OF
 from engine import sample
+from engine.children import die_with_parent, exit_code, held_back
 from engine.errors import StartError
-from engine.local import LocalServers, die_with_parent, held_back
+from engine.local import LocalServers
 from engine.ports import check_port
 from engine.settings import Settings
 
@@ -89,10 +90,9 @@ class _Child:
 
     def check(self) -> None:
         """Raises StartError when it has ended by itself."""
-        if self.process.poll() is not None:
+        if (code := exit_code(self.process)) is not None:
             lines = self.log.read_bytes()[self._from :].decode(errors="replace").strip().splitlines()
             last = lines[-1][:500] if lines else "nothing"
-            code = self.process.returncode
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended early"
             raise StartError(f"`headrace {self.name}` {how}; its last words: {last} (log: {self.log})")
 
@@ -266,11 +266,10 @@ def _wait_ready(console: Console, client: Client, children: list[_Child], server
 
 
 def _check(children: list[_Child], servers: LocalServers) -> None:
-    with held_back():
-        if died := servers.died():
-            raise StartError(died)
-        for child in children:
-            child.check()
+    if died := servers.died():
+        raise StartError(died)
+    for child in children:
+        child.check()
 
 
 def _check_all(children: list[_Child], servers: LocalServers) -> None:

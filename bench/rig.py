@@ -17,8 +17,9 @@ from typing import Any, Self
 import orjson
 
 from api.client import Client
+from engine.children import die_with_parent
 from engine.ledger import Ledger
-from engine.local import LocalServers, die_with_parent
+from engine.local import LocalServers
 from engine.model import Job, JobOptions, Source
 from engine.objects import Objects
 from engine.ports import free_port

@@ -224,26 +224,28 @@ def _objects(data: bytes, start: int, ends: list[int]) -> list[Dict] | None:
     """The objects of the lines that end at `ends`, the first of which begins at `start`; None unless every line is one."""
     try:
         if ends[-1] - start < LONG_LINE_BYTES * len(ends):
-            return _together(data[start : ends[-1]], len(ends))
-        # What one call for all of them saves is less than the copies of long lines that it takes.
-        view, begins = memoryview(data), [start, *(end + 1 for end in ends[:-1])]
-        documents = [orjson.loads(view[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+            values = _together(data[start : ends[-1]], len(ends))
+        else:
+            # What one call for all of them saves is less than the copies of long lines that it takes.
+            view, begins = memoryview(data), [start, *(end + 1 for end in ends[:-1])]
+            values = [orjson.loads(view[begin:end]) for begin, end in zip(begins, ends, strict=True)]
     except orjson.JSONDecodeError:
         return None
-    return documents if set(map(type, documents)) == {dict} else None
+    return values if set(map(type, values)) == {dict} else None
 
 
-def _together(text: bytes, count: int) -> list[Dict] | None:
-    """The objects of `count` lines, parsed as one array with a mark between each two; None unless every line is an object.
+def _together(text: bytes, count: int) -> list[Any]:
+    """The values of `count` lines, parsed as one array with a mark between each two; none unless every line is one.
 
     Lines that are no JSON by themselves, but are with their neighbours, do not pass: where one of them takes in the mark
-    behind it, too few marks are left between the objects, and no line can hold one that makes up for it.
+    behind it, too few marks are left between the values, and no line can hold one that makes up for it.
+
+    Raises:
+        orjson.JSONDecodeError: all of it is no array.
     """
     found = orjson.loads(b"[%b]" % text.replace(b"\n", _SEPARATOR))
-    documents: list[Dict] = found[::2]
-    if len(found) != 2 * count - 1 or found[1::2].count(_MARK) != count - 1 or set(map(type, documents)) != {dict}:
-        return None
-    return documents
+    whole = len(found) == 2 * count - 1 and found[1::2].count(_MARK) == count - 1
+    return found[::2] if whole else []
 
 
 def _decoded(text: bytes) -> Sequence[str | bytes]:

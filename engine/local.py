@@ -4,7 +4,6 @@ They keep their data under one folder, run in process groups of their own, so th
 them last, and die with the process that started them.
 """
 
-import ctypes
 import fcntl
 import importlib.util
 import json
@@ -16,8 +15,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -25,13 +24,14 @@ from typing import IO, Any, Final, Self
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
+from engine.children import die_with_parent, exit_code, held_back
 from engine.errors import HeadraceError, StartError
 from engine.objects import Objects
 from engine.ports import free_port, ports_in_pairs
 from engine.s3 import connect
 from engine.settings import DEFAULT_DATABASE, Settings
 
-__all__ = ["BUCKET", "LocalServers", "die_with_parent", "held_back", "mongod_path"]
+__all__ = ["BUCKET", "LocalServers", "mongod_path"]
 
 BUCKET: Final = "headrace"
 REPLICA_SET: Final = "headrace"
@@ -51,32 +51,6 @@ SOCKET_FOLDER: Final = Path("/tmp")  # noqa: S108 (fixed by SeaweedFS)
 
 PORT_TRIES: Final = 3
 """Ports that a server is started on, where others take them in the moment before it listens."""
-
-_PR_SET_PDEATHSIG: Final = 1
-_HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with_parent() -> None:
-    """In a child, before it becomes another program: be killed when the parent dies, however it dies."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # What came for the parent's handlers, which are here as well for a moment, must not be handled here.
-    for number in _HELD_BACK:
-        # A HUP that is ignored stays so: nohup asks for that.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Within it, INT, TERM and HUP wait. An exception that a handler raises in the midst of a fork is printed there, and lost;
-    and in the midst of `Popen.poll` it leaves a lock taken, for which whoever stops that process waits for ever."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _PortTaken(StartError):
@@ -115,9 +89,7 @@ class _Server:
         """Raises StartError when the server ends, or does not answer in time; _PortTaken where another port would help."""
         deadline = time.monotonic() + START_SECONDS
         while not answers():
-            with held_back():
-                ended = self.process.poll() is not None
-            if ended:
+            if exit_code(self.process) is not None:
                 taken = "address already in use" in self.log.read_text(errors="replace").lower()
                 raise (_PortTaken if taken else StartError)(self.why())
             if time.monotonic() > deadline:
@@ -150,7 +122,7 @@ class _Server:
                 return f"{self.name} needs the library {library}, which this machine lacks: {mend}"
             if "No space left on device" in line:
                 return f"{self.name} finds no space left on the disk of {self.log.parent}: free some (log: {self.log})"
-        code = self.process.returncode
+        code = exit_code(self.process) or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"{self.name} {how}; its last words: {self._last_words()} (log: {self.log})"
 
@@ -249,7 +221,7 @@ class LocalServers:
 
     def died(self) -> str | None:
         """A sentence on a server that has ended by itself, if one has."""
-        return next((server.why() for server in self._servers.values() if server.process.poll() is not None), None)
+        return next((server.why() for server in self._servers.values() if exit_code(server.process) is not None), None)
 
     def _start_mongod(self) -> Callable[[], None]:
         binary = mongod_path()

@@ -4,7 +4,6 @@ It touches no payload: it opens no client and starts no thread, since it forks a
 A signal handler only notes the signal; one loop, awake at least once a second, does everything else.
 """
 
-import ctypes
 import os
 import secrets
 import select
@@ -20,6 +19,7 @@ from typing import Final
 
 from setproctitle import setproctitle
 
+from engine.children import be_killed_with_parent
 from engine.heartbeat import Heartbeat
 from engine.logs import get_logger
 from engine.settings import Settings
@@ -39,8 +39,6 @@ YOUNG_SECONDS: Final = 1.0
 """A worker that dies younger than this, without having booted, is replaced with a delay that doubles."""
 
 MAX_DELAY_SECONDS: Final = 5.0
-
-PR_SET_PDEATHSIG: Final = 1
 
 SIGNALS: Final = tuple(getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "QUIT", "HUP", "TTIN", "TTOU", "CHLD"))
 
@@ -298,7 +296,7 @@ class Supervisor:
                 signal.signal(number, signal.SIG_DFL)
             for end in self._wake:
                 os.close(end)
-            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            be_killed_with_parent()
             if os.getppid() != identity.parent:
                 os._exit(1)  # the supervisor died before it could be watched
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

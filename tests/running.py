@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.local import die_with_parent
+from engine.children import die_with_parent
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,8 @@ import time
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from engine.local import die_with_parent, mongod_path
+from engine.children import die_with_parent
+from engine.local import mongod_path
 from engine.ports import free_port
 
 SET = "chaos"

@@ -19,6 +19,7 @@ FLOORS = (
         "engine.heartbeat",
         "engine.steps",
         "engine.ports",
+        "engine.children",
         "engine.schema",
     ),
     ("engine.batches",),

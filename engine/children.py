@@ -1,0 +1,58 @@
+"""Child processes: how they start without being lost, tell how they ended, and die with this process."""
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+__all__ = ["be_killed_with_parent", "die_with_parent", "exit_code", "held_back"]
+
+_PR_SET_PDEATHSIG: Final = 1
+_HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def be_killed_with_parent() -> None:
+    """In a child: be killed when the parent dies, however it dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """As `be_killed_with_parent`, in a child that is about to become another program, and may have been forked in `held_back`."""
+    be_killed_with_parent()
+    # What came for the parent's handlers, which are here as well for a moment, must not be handled here.
+    for number in _HELD_BACK:
+        # A HUP that is ignored stays so: nohup asks for that.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within it, INT, TERM and HUP wait: an exception that a handler raises in the midst of a fork is printed there, and lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def exit_code(process: "subprocess.Popen[bytes]") -> int | None:
+    """How a child ended, as `Popen.returncode` tells it; None while it runs.
+
+    It takes no lock. `Popen.poll` does, and an exception that the handler of a signal raises there may leave it taken: whoever
+    waits for that child then waits for ever.
+    """
+    if process.returncode is not None:
+        return process.returncode
+    try:
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0  # where CHLD is ignored, the kernel keeps nothing of it; Popen says the same
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
