@@ -9,7 +9,7 @@ from pydantic.alias_generators import to_camel
 
 from engine.direct import MAX_URLS
 from engine.model import Format, JobOptions
-from engine.objects import MAX_PARTS
+from engine.parts import MAX_PARTS
 
 __all__ = [
     "BatchRequest",

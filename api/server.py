@@ -19,7 +19,8 @@ from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.objects import MAX_PARTS, Objects, warn_if_away
+from engine.objects import Objects, warn_if_away
+from engine.parts import MAX_PARTS
 from engine.ports import check_port
 from engine.queue import Queue
 from engine.rejects import Rejects

@@ -18,7 +18,8 @@ from api.operations import Answer, Scope, check_form, operation
 from api.problems import Problem
 from api.views import stored_file
 from engine.model import Source
-from engine.objects import Objects, Recorded, Stream
+from engine.objects import Objects
+from engine.parts import Recorded, Stream
 
 __all__ = ["FormUploads", "key_for", "location_of", "reduced"]
 

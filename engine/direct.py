@@ -14,7 +14,8 @@ from botocore.exceptions import ClientError
 
 from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
-from engine.objects import MAX_PARTS, Objects
+from engine.objects import Objects
+from engine.parts import MAX_PARTS
 from engine.s3 import PART_TYPE, S3_ERRORS, s3_translated
 from engine.store import Document, Store, translated
 

@@ -1,20 +1,18 @@
-"""The S3 side: what an object is now, ranged reads of one pinned version of it, uploads in parallel parts.
+"""The S3 side: what an object is now, ranged reads of one pinned version of it, and what is in the bucket.
 
 Every read carries `If-Match`, so two versions of an object are never mixed, and every answer is checked for being the
 range that was asked for.
 """
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
@@ -31,25 +29,20 @@ from engine.errors import (
 )
 from engine.logs import get_logger
 from engine.model import Source
-from engine.s3 import PART_TYPE, S3_ERRORS, code_of, s3_translated, status_of, translate
+from engine.parts import Parts, Recorded, Stream
+from engine.s3 import code_of, s3_translated, status_of, translate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
 
 __all__ = [
-    "MAX_PARTS",
     "Listed",
     "Objects",
     "RangeReader",
-    "Recorded",
-    "Stream",
     "warn_if_away",
 ]
 
 log = get_logger()
-
-MAX_PARTS: Final = 10_000
-"""Parts that one multipart upload may have."""
 
 DRAIN_BYTES: Final = 256 * 1024
 """An answer with no more than this left is read to its end, so that its connection can be used again."""
@@ -59,18 +52,6 @@ SLICE_BYTES: Final = 256 * 1024
 
 FIRST_SLICE_BYTES: Final = 16 * 1024
 SLICE_SECONDS: Final = 1.0
-
-
-Recorded = Callable[[str, str], AbstractContextManager[None]]
-"""Makes a context of an object's key and the id of a multipart upload to it."""
-
-
-class Stream(Protocol):
-    """Anything that bytes can be read from."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most `size` bytes; none at the end."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +142,7 @@ class Objects:
     def __init__(self, client: "S3Client", bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
         self._client = client
         self.bucket = bucket
-        self._part_bytes = part_bytes
-        # Parts wait in memory to be sent: however many uploads there are, no more of them than this.
-        self._room = threading.Semaphore(parallel)
-        self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="part")
+        self._parts = Parts(client, bucket, part_bytes, parallel, self.head)
 
     def head(self, key: str) -> Source:
         """The object as it is now, pinned.
@@ -258,83 +236,8 @@ class Objects:
         Raises:
             AccessDenied, WrongClock, Transient: nothing is left behind, as far as S3 can be reached.
         """
-        with self._room:
-            first = _exactly(stream, self._part_bytes)
-            whole = len(first) < self._part_bytes
-            if whole:
-                before_complete()
-                with s3_translated(f"storing {key}"):
-                    self._client.put_object(Bucket=self.bucket, Key=key, Body=first, ContentType=PART_TYPE)
-        if not whole:
-            stream = _Pushed(first, stream)
-            del first  # or it stays in memory until the last part is sent
-            self._in_parts(stream, key, before_complete, recorded)
+        self._parts.store(stream, key, before_complete, recorded)
         return self.head(key)
-
-    def _in_parts(self, stream: Stream, key: str, before_complete: Callable[[], None], recorded: Recorded) -> None:
-        with s3_translated(f"storing {key}"):
-            upload = self._client.create_multipart_upload(Bucket=self.bucket, Key=key, ContentType=PART_TYPE)[
-                "UploadId"
-            ]
-            try:
-                with recorded(key, upload):
-                    parts = self._send(stream, key, upload)
-                    before_complete()
-                    self._complete(key, upload, parts)
-            except BaseException:
-                # What went wrong is to be told, and not that this went wrong, too.
-                with suppress(*S3_ERRORS):
-                    self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
-                raise
-
-    def _complete(self, key: str, upload: str, parts: list[Any]) -> None:
-        """Let S3 make the object of its parts; where the answer is lost, look whether it did."""
-        try:
-            self._client.complete_multipart_upload(
-                Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
-            )
-        except S3_ERRORS:
-            with suppress(HeadraceError):
-                if self.head(key).etag.strip('"') == _etag_of(parts):
-                    return
-            raise
-
-    def _send(self, stream: Stream, key: str, upload: str) -> list[Any]:
-        broken = threading.Event()
-
-        def send(number: int, data: bytes) -> dict[str, Any]:
-            try:
-                if broken.is_set():
-                    return {}
-                sent = self._client.upload_part(
-                    Bucket=self.bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
-                )
-                return {"PartNumber": number, "ETag": sent["ETag"]}
-            except BaseException:
-                broken.set()
-                raise
-            finally:
-                self._room.release()
-
-        futures: list[Future[dict[str, Any]]] = []
-        try:
-            while not broken.is_set():
-                self._room.acquire()
-                try:
-                    if not (data := _exactly(stream, self._part_bytes)):
-                        self._room.release()
-                        break
-                    futures.append(self._pool.submit(send, len(futures) + 1, data))
-                except BaseException:
-                    self._room.release()
-                    raise
-                del data
-            return [future.result() for future in futures]
-        except BaseException:
-            broken.set()
-            raise
-        finally:
-            wait(futures)  # what is under way belongs to an upload that is about to end
 
     def page(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> tuple[list[Listed], str | None]:
         """A page of the bucket's objects by key, and where the next one begins; None at the end.
@@ -401,33 +304,3 @@ def warn_if_away(objects: Objects) -> None:
             log.warning("S3 cannot be used for now", action="start", cause=str(error))
 
     threading.Thread(target=look, name="s3-check", daemon=True).start()
-
-
-class _Pushed:
-    """A stream with a part of it, which was read already, before the rest."""
-
-    def __init__(self, part: bytes, rest: Stream) -> None:
-        self._part = part
-        self._rest = rest
-
-    def read(self, size: int = -1, /) -> bytes:
-        part, self._part = self._part, b""
-        return part or self._rest.read(size)
-
-
-def _exactly(stream: Stream, size: int) -> bytes:
-    """`size` bytes, less only at the end of the stream."""
-    pieces: list[bytes] = []
-    while size > 0 and (piece := stream.read(size)):
-        pieces.append(piece)
-        size -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _etag_of(parts: list[Any]) -> str:
-    """The ETag of an object that was made of these parts: what the digests of all of them digest to, and their number."""
-    digests = "".join(part["ETag"].strip('"') for part in parts)
-    try:
-        return f"{hashlib.md5(bytes.fromhex(digests), usedforsecurity=False).hexdigest()}-{len(parts)}"
-    except ValueError:
-        return ""  # of parts that S3 encrypts, it is no such digest
