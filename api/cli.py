@@ -9,7 +9,7 @@ import sys
 
 __all__ = ["main"]
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # as in `api.terminal`, whose imports take too long
 
 
 def _quietly() -> None:

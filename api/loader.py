@@ -13,12 +13,12 @@ from rich.console import Console
 
 from api.client import AWAY, TERMINAL, CallFailed, Client, is_stream, path_of, readable
 from api.show import Bars, bars
+from api.terminal import EXIT_INTERRUPTED
 from api.transfer import Note, Transfer, forget_old
 from engine.errors import HeadraceError, StartError
 
-__all__ = ["EXIT_INTERRUPTED", "STDIN", "Loaded", "Loader"]
+__all__ = ["STDIN", "Loaded", "Loader"]
 
-EXIT_INTERRUPTED: Final = 130
 FILES_AT_A_TIME: Final = 4
 STDIN: Final = "-"
 
@@ -43,6 +43,29 @@ class Loaded:
     """Whether the object of an earlier command is taken for it."""
     whole: str = ""
     """How to make a job by hand of a stream that is all there: it is being made, and an interrupt does not keep it from that."""
+
+    def ended(self) -> bool:
+        """Whether its job was watched to its end."""
+        return self.status is not None and self.status["status"] in TERMINAL
+
+    def advice(self) -> str:
+        """What an interrupt leaves of it, and what to do about that."""
+        if self.job_id is not None:
+            return f"its job goes on without you: watch it with `headrace status {self.job_id} --wait`"
+        if self.whole and self.error is not None:
+            return str(self.error)
+        if self.key is not None and self.note is None:
+            return (
+                f"it is stored as {self.key}, but no answer says whether its job was made: look for it with "
+                f"`headrace jobs --file {self.key}`"
+            )
+        if self.whole:
+            return f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {self.whole}"
+        if self.note is not None:
+            return "its upload was interrupted: run the same command again, and it resumes where it was"
+        if self.file == STDIN:
+            return "it was interrupted, and nothing of it is kept: send it again from its beginning"
+        return "it was not begun, or cannot be resumed: run the same command again"
 
     def summary(self) -> dict[str, Any]:
         """For a script to read."""
@@ -89,29 +112,9 @@ class Loader:
         for load in going:
             while load.whole and load.job_id is None and load.error is None and time.monotonic() < until:
                 time.sleep(0.02)
-            if load.status is not None and load.status["status"] in TERMINAL:
-                continue
-            if load.job_id is not None:
-                advice = f"its job goes on without you: watch it with `headrace status {load.job_id} --wait`"
-            elif load.whole and load.error is not None:
-                advice = str(load.error)
-            elif load.key is not None and load.note is None:
-                advice = (
-                    f"it is stored as {load.key}, but no answer says whether its job was made: look for it with "
-                    f"`headrace jobs --file {load.key}`"
-                )
-            elif load.whole:
-                advice = (
-                    f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {load.whole}"
-                )
-            elif load.note is not None:
-                advice = "its upload was interrupted: run the same command again, and it resumes where it was"
-            elif load.file == STDIN:
-                advice = "it was interrupted, and nothing of it is kept: send it again from its beginning"
-            else:
-                advice = "it was not begun, or cannot be resumed: run the same command again"
-            name = "standard input" if load.file == STDIN else load.file
-            print(f"headrace: interrupted; {name}: {advice}", file=sys.stderr)
+            if not load.ended():
+                name = "standard input" if load.file == STDIN else load.file
+                print(f"headrace: interrupted; {name}: {load.advice()}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)  # threads in the midst of a request would keep the process
 

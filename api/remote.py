@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from api.client import Client, check_file, reachable
-from api.loader import EXIT_INTERRUPTED, STDIN, Loader
+from api.loader import STDIN, Loader
 from api.models import ProcessRequest
 from api.show import (
     job_lines,
@@ -31,7 +31,7 @@ from api.show import (
     watch,
     workers_table,
 )
-from api.terminal import EXIT_OF, AsJson, console, settings_of
+from api.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, settings_of
 from engine.admission import check_collection_name
 from engine.errors import Refused, StartError
 from engine.model import Format, JobState

@@ -12,12 +12,14 @@ from engine.logs import configure, get_logger
 from engine.settings import Settings
 from engine.settings import load as load_settings
 
-__all__ = ["EXIT_OF", "AsJson", "console", "settings_of"]
+__all__ = ["EXIT_INTERRUPTED", "EXIT_OF", "AsJson", "console", "settings_of"]
 
 WIDE: Final = 240
 
 EXIT_OF: Final = {"COMPLETED": 0, "FAILED": 3, "CANCELLED": 4}
 """What a command that has watched a job to its end exits with."""
+
+EXIT_INTERRUPTED: Final = 130
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 

@@ -19,7 +19,7 @@ from api.auth import draw, tokens_of
 from api.client import CallFailed, Client, check_file, is_stream, reachable
 from api.operations import Scope
 from api.show import watch
-from api.terminal import EXIT_OF
+from api.terminal import EXIT_INTERRUPTED, EXIT_OF
 from engine import sample
 from engine.children import die_with_parent, exit_code, held_back
 from engine.errors import StartError
@@ -35,7 +35,6 @@ QUIET_SECONDS: Final = 5.0
 """What keeps the parts from being ready is told after this."""
 
 SAMPLE_SEED: Final = 1
-EXIT_INTERRUPTED: Final = 130
 
 GOES_ON: Final = "goes on when Headrace runs here again (`make run RECORDS=0` loads nothing more)"
 

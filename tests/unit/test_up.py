@@ -1,0 +1,46 @@
+"""`headrace up` while it waits for its parts: what keeps them is told once, and the wait has an end."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from api import up
+from engine.errors import StartError
+
+
+@pytest.fixture
+def wait(monkeypatch, capsys):
+    """Wait until there are no more reasons, told at once; returns what was printed."""
+    monkeypatch.setattr(up, "QUIET_SECONDS", 0)
+    monkeypatch.setattr(up.time, "sleep", lambda seconds: None)
+
+    def run(reasons, children=None, died=None):
+        client = SimpleNamespace(not_ready=lambda: next(reasons, None))
+        children = children or [SimpleNamespace(check=lambda: None, log=Path("api.log"))]
+        up._wait_ready(Console(soft_wrap=True), client, children, SimpleNamespace(died=lambda: died))
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_each_reason_is_told_once(wait):
+    said = wait(iter(["S3 is away", "S3 is away", "MongoDB is away", "MongoDB is away"]))
+    assert said == ["Not ready yet: S3 is away", "Not ready yet: MongoDB is away"]
+
+
+def test_a_start_of_a_few_seconds_tells_none(wait, monkeypatch):
+    monkeypatch.setattr(up, "QUIET_SECONDS", 60)
+    assert wait(iter(["S3 is away"])) == []
+
+
+def test_the_wait_ends_with_the_last_reason(wait, monkeypatch):
+    monkeypatch.setattr(up, "READY_SECONDS", 0)
+    with pytest.raises(StartError, match=r"not ready within 0 seconds: S3 is away \(log: api\.log\)"):
+        wait(iter(lambda: "S3 is away", None))
+
+
+def test_a_part_that_has_ended_ends_the_wait(wait):
+    with pytest.raises(StartError, match="mongod has ended"):
+        wait(iter(lambda: "S3 is away", None), died="mongod has ended")
