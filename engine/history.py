@@ -9,7 +9,7 @@ from engine.errors import Transient
 from engine.jobs import job_of
 from engine.model import Job, JobState, RangeState
 from engine.schema import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS
-from engine.store import Document, Store, job_key, parse_id, ranges_of, translated
+from engine.store import Document, Store, job_key, jobs_of, parse_id, ranges_of, translated
 
 __all__ = ["Backlog", "History", "RangeReport"]
 
@@ -88,7 +88,7 @@ class History:
         if collection is not None:
             query["options.collection"] = collection
         if batch is not None:
-            query["batch"] = parse_id(batch, "batch")
+            query |= jobs_of(parse_id(batch, "batch"))
         with translated("listing jobs"):
             return [job_of(found) for found in self._jobs.find(query).sort("_id", -1).limit(limit)]
 

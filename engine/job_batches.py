@@ -12,7 +12,7 @@ from engine.admission import check_collection, check_ticket
 from engine.errors import NotFound
 from engine.jobs import Ticket, new_job
 from engine.model import JobOptions, JobState, Source, Tally
-from engine.store import Document, Store, parse_id, translated, write_all
+from engine.store import Document, Store, jobs_of, parse_id, translated, with_ticket, write_all
 
 __all__ = ["JobBatch", "JobBatches"]
 
@@ -47,7 +47,7 @@ class JobBatches:
         """The batch that was submitted with this ticket, if one was, and the keys of it that have no job: those over whose
         submission its caller died. Raises KeyReused."""
         with translated("looking for an idempotency key"):
-            found = self._store.batches.find_one({"ticket.key": ticket.key})
+            found = self._store.batches.find_one(with_ticket(ticket.key))
         if found is None:
             return None
         check_ticket(found, ticket)
@@ -55,7 +55,7 @@ class JobBatches:
         if found.get("pruned"):
             return batch, []
         with translated("looking for the jobs of a batch"):
-            there = {job["source"]["key"] for job in self._store.jobs.find({"batch": found["_id"]}, {"source.key": 1})}
+            there = {job["source"]["key"] for job in self._store.jobs.find(jobs_of(found["_id"]), {"source.key": 1})}
         return batch, [key for key in found["keys"] if key not in there]
 
     def submit(self, sources: Sequence[Source], options: JobOptions, ticket: Ticket | None = None) -> JobBatch:
@@ -75,12 +75,12 @@ class JobBatches:
                 key = ObjectId()
                 self._store.batches.update_one({"_id": key}, [{"$set": fields}], upsert=True)
             except DuplicateKeyError:
-                found = self._store.batches.find_one({"ticket.key": ticket.key}) if ticket is not None else None
+                found = self._store.batches.find_one(with_ticket(ticket.key)) if ticket is not None else None
                 if ticket is None or found is None:
                     raise
                 check_ticket(found, ticket)
                 key = found["_id"]
-            there = {job["source"]["key"] for job in self._store.jobs.find({"batch": key}, {"source.key": 1})}
+            there = {job["source"]["key"] for job in self._store.jobs.find(jobs_of(key), {"source.key": 1})}
             writes = [
                 UpdateOne(
                     {"_id": ObjectId()},
@@ -101,7 +101,7 @@ class JobBatches:
         key = parse_id(batch_id, "batch")
         total: Document = {name: {"$sum": f"$progress.tally.{name}"} for name in Tally().document()}
         stages: list[Document] = [
-            {"$match": {"batch": key}},
+            {"$match": jobs_of(key)},
             {"$group": {"_id": "$state", "count": {"$sum": 1}, "size": {"$sum": "$source.size"}, **total}},
         ]
         with translated("summing a batch"):

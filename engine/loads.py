@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from engine.jobs import LOADED, same_source
+from engine.jobs import same_source
 from engine.ledger import Ledger
 from engine.model import Format, Job, JobState
 from engine.schema import BY_FILE
@@ -22,16 +22,22 @@ class Loads:
         self._ledger = ledger
 
     def loaded_by(self, job: Job, format: Format) -> str | None:
-        """The latest job that has loaded the same source, as this format, into the same collection, of those still kept."""
-        query = LOADED | {
+        """The latest job that has loaded the same source, as this format, into the same collection; of those still kept."""
+        query = {
             **same_source(job.source),
             "plan.format": format,
             "options.collection": job.options.collection,
             "database": job.database,
+            "state": JobState.COMPLETED,
+            "options.validate": {"$ne": True},
+            # A job that was skipped names the one before it: who repeats a load each minute has tens of thousands of these.
+            "$or": [{"unread": None}, {"alreadyLoadedBy": {"$ne": None}}],
         }
         with translated("looking for earlier loads"):
-            found = self._jobs.find_one(query, {"_id": 1}, sort=[("_id", -1)], hint=BY_FILE)
-        return None if found is None else str(found["_id"])
+            found = self._jobs.find_one(query, {"unread": 1, "alreadyLoadedBy": 1}, sort=[("_id", -1)], hint=BY_FILE)
+        if found is None:
+            return None
+        return str(found["alreadyLoadedBy"] if found.get("unread") else found["_id"])
 
     def others_may_load(self, job: Job, format: Format) -> bool:
         """Whether another job may yet write the same documents into the same collection: it is open, or may be retried."""

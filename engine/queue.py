@@ -45,7 +45,7 @@ from engine.ranges import cut
 from engine.rejects import Rejects
 from engine.schema import DEADLINES, OPEN_JOBS, READY_JOBS, STOPPING_JOBS, WAITING_JOBS
 from engine.steps import Step, reach
-from engine.store import Document, Store, claims_of, job_key, translated, write_all
+from engine.store import Document, Store, claims_of, job_key, translated, with_ticket, write_all
 
 __all__ = ["JobSignals", "Queue"]
 
@@ -116,7 +116,7 @@ class Queue:
     def redeem(self, ticket: Ticket) -> Job | None:
         """The job that was submitted with this ticket, if one was. Raises KeyReused."""
         with translated("looking for an idempotency key"):
-            found = self._jobs.find_one({"ticket.key": ticket.key})
+            found = self._jobs.find_one(with_ticket(ticket.key))
         if found is None:
             return None
         check_ticket(found, ticket)

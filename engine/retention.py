@@ -6,7 +6,7 @@ from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL
 from engine.schema import ENDED_JOBS, PRUNED_JOBS
-from engine.store import Document, Store, claims_of, translated
+from engine.store import Document, Store, claims_of, jobs_of, translated
 
 __all__ = ["Retention"]
 
@@ -63,7 +63,7 @@ class Retention:
         self._store.rejects.delete_many({"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}})
         self._store.claims.delete_many(claims_of(key))
         deleted = jobs.delete_one({"_id": key, "pruned": True}).deleted_count
-        if "batch" in job and not jobs.find_one({"batch": job["batch"]}, {"_id": 1}):
+        if "batch" in job and not jobs.find_one(jobs_of(job["batch"]), {"_id": 1}):
             batches.delete_one({"_id": job["batch"]})
         return deleted
 

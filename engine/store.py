@@ -44,10 +44,12 @@ __all__ = [
     "Store",
     "claims_of",
     "job_key",
+    "jobs_of",
     "parse_id",
     "ranges_of",
     "translate",
     "translated",
+    "with_ticket",
     "write_all",
 ]
 
@@ -225,6 +227,16 @@ def parse_id(text: str, what: str) -> ObjectId:
 def ranges_of(job: ObjectId) -> Document:
     """Matches all ranges of a job, by the bounds of their `_id`: an index scan of just these."""
     return {"_id": {"$gte": {"job": job, "index": 0}, "$lt": {"job": job, "index": float("inf")}}}
+
+
+def jobs_of(batch: ObjectId) -> Document:
+    """Matches the jobs of a batch. The type is what lets the server use the index, which is of jobs that have a batch."""
+    return {"batch": {"$eq": batch, "$type": "objectId"}}
+
+
+def with_ticket(key: str) -> Document:
+    """Matches what was submitted with this idempotency key; of the type, as in `jobs_of`."""
+    return {"ticket.key": {"$eq": key, "$type": "string"}}
 
 
 def claims_of(job: ObjectId) -> Document:
