@@ -309,7 +309,8 @@ class Transfer:
                     sent(len(data))
                     return
                 failure = f"was answered with {answer.status_code}"
-                if answer.status_code < 500:
+                # A part that comes too slowly is answered by AWS with 400.
+                if answer.status_code < 500 and "RequestTimeout" not in answer.text:
                     break
             except httpx.HTTPError as error:
                 failure = f"failed ({type(error).__name__})"

@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 from bson import ObjectId
-from pymongo import MongoClient
 from rich.console import Console
 
 from api.auth import draw, tokens_of
@@ -21,11 +20,12 @@ from api.operations import Scope
 from api.show import watch
 from api.terminal import EXIT_INTERRUPTED, EXIT_OF
 from engine import sample
-from engine.children import die_with_parent, exit_code, held_back
-from engine.errors import StartError
+from engine.children import die_with_parent, exit_code, held_back, signal_name
+from engine.errors import HeadraceError, StartError
 from engine.local import LocalServers
 from engine.ports import check_port
 from engine.settings import Settings
+from engine.store import Store, translated
 
 __all__ = ["up"]
 
@@ -83,7 +83,7 @@ class _Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
-                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (what threads there are hold no lock)
                 env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
 
@@ -92,7 +92,7 @@ class _Child:
         if (code := exit_code(self.process)) is not None:
             lines = self.log.read_bytes()[self._from :].decode(errors="replace").strip().splitlines()
             last = lines[-1][:500] if lines else "nothing"
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended early"
+            how = f"was killed by {signal_name(-code)}" if code < 0 else "ended early"
             raise StartError(f"`headrace {self.name}` {how}; its last words: {last} (log: {self.log})")
 
     def stop(self, seconds: float, signals: _Signals) -> None:
@@ -291,18 +291,25 @@ def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, An
         console.print(f"Error: {status['error']['message']}")
     for reject in status["errors"]:
         console.print(f"Rejected at byte {reject['offset']}: {reject['reason']}: {reject['detail']}")
-    uri = overrides.get("mongo_uri") or (settings.mongo_uri.get_secret_value() if settings.mongo_uri else "")
-    database = Settings.model_validate(settings.model_dump() | overrides).data_db()
-    with MongoClient[dict[str, Any]](uri) as client:
-        collection = client[database][status["collection"]]
+    try:
+        _show_documents(settings, overrides, status, console)
+    except HeadraceError as error:  # how the job ended is known all the same
+        console.print(f"Its documents cannot be shown: {error}")
+    console.print()
+
+
+def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:
+    settings = Settings.model_validate(settings.model_dump() | overrides)
+    with translated("reading what was loaded"), closing(Store(settings)) as store:
+        collection = store.data[status["collection"]]
         count = collection.estimated_document_count()
-        console.print(f"\nCollection {database}.{status['collection']} holds {count:,} documents; two of them:")
-        job = client[settings.engine_control_db]["jobs"].find_one({"_id": ObjectId(status["jobId"])}) or {}
+        job = store.jobs.find_one({"_id": ObjectId(status["jobId"])}) or {}
         tag = bytes(job.get("plan", {}).get("tag", b""))
         ids = {"$gte": ObjectId(tag + bytes(6)), "$lte": ObjectId(tag + b"\xff" * 6)} if len(tag) == 6 else {}
         # Records that bring their own ids are not known by them: then any two are shown.
         found = list(collection.find({"_id": ids}).limit(2)) if ids else []
-        for document in found or collection.find().limit(2):
-            text = orjson.dumps(document, default=str).decode()
-            console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"))
-    console.print()
+        found = found or list(collection.find().limit(2))
+    console.print(f"\nCollection {settings.data_db()}.{status['collection']} holds {count:,} documents; two of them:")
+    for document in found:
+        text = orjson.dumps(document, default=str).decode()
+        console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"))

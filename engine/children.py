@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["be_killed_with_parent", "die_with_parent", "exit_code", "held_back"]
+__all__ = ["be_killed_with_parent", "die_with_parent", "exit_code", "held_back", "signal_name"]
 
 _PR_SET_PDEATHSIG: Final = 1
 _HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -33,12 +33,24 @@ def die_with_parent() -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Within it, INT, TERM and HUP wait: an exception that a handler raises in the midst of a fork is printed there, and lost."""
+    """Within it, INT, TERM and HUP wait: an exception that a handler raises in the midst of a fork is printed there, and lost.
+
+    A thread that is started within it holds them back for good, as must all that run beside such a fork: the kernel gives a
+    signal to any thread that does not, and Python then runs its handler in the main thread all the same.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def signal_name(number: int) -> str:
+    """What a signal is called; most of the real-time ones have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def exit_code(process: "subprocess.Popen[bytes]") -> int | None:

@@ -79,7 +79,9 @@ class JobBatches:
                 if ticket is None or found is None:
                     raise
                 check_ticket(found, ticket)
-                key = found["_id"]
+                # What has come to its prefix since is not of this batch.
+                key, listed = found["_id"], set(found["keys"])
+                sources = [source for source in sources if source.key in listed]
             there = {job["source"]["key"] for job in self._store.jobs.find(jobs_of(key), {"source.key": 1})}
             writes = [
                 UpdateOne(

@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -24,10 +23,10 @@ from typing import IO, Any, Final, Self
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from engine.children import die_with_parent, exit_code, held_back
+from engine.children import die_with_parent, exit_code, held_back, signal_name
 from engine.errors import HeadraceError, StartError
 from engine.objects import Objects
-from engine.ports import free_port, ports_in_pairs
+from engine.ports import NEIGHBOUR, free_port, ports_in_pairs
 from engine.s3 import connect
 from engine.settings import DEFAULT_DATABASE, Settings
 
@@ -79,7 +78,7 @@ class _Server:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,  # noqa: PLW1509 (this process has no threads when it starts servers)
+                    preexec_fn=die_with_parent,  # noqa: PLW1509 (what threads there are hold no lock)
                     env=os.environ | (environment or {}),
                 )
             except OSError as error:
@@ -90,7 +89,8 @@ class _Server:
         deadline = time.monotonic() + START_SECONDS
         while not answers():
             if exit_code(self.process) is not None:
-                taken = "address already in use" in self.log.read_text(errors="replace").lower()
+                log = self.log.read_text(errors="replace").lower()
+                taken = "address already in use" in log or "failed to remove" in log  # a socket of another user's
                 raise (_PortTaken if taken else StartError)(self.why())
             if time.monotonic() > deadline:
                 raise StartError(
@@ -123,7 +123,7 @@ class _Server:
             if "No space left on device" in line:
                 return f"{self.name} finds no space left on the disk of {self.log.parent}: free some (log: {self.log})"
         code = exit_code(self.process) or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         return f"{self.name} {how}; its last words: {self._last_words()} (log: {self.log})"
 
     def stop(self) -> None:
@@ -137,11 +137,12 @@ class _Server:
         self.process.wait()
         for pattern in self._sockets:
             for socket in SOCKET_FOLDER.glob(pattern):
-                socket.unlink(missing_ok=True)
+                with suppress(OSError):  # it is gone, or another user's
+                    socket.unlink()
 
 
 class LocalServers:
-    """Starts what the settings do not name. Use it as a context manager, in a process without threads.
+    """Starts what the settings do not name. Use it as a context manager, in a process without threads of its own.
 
     Args:
         settings: MongoDB is started when `mongo_uri` is unset, S3 when neither an endpoint nor a bucket is named, so
@@ -161,14 +162,18 @@ class LocalServers:
         self.overrides: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
     def start(self) -> None:
-        """Start the servers and wait until they answer. Raises StartError, and leaves nothing running then."""
+        """Start the servers and wait until they answer. Raises StartError; what runs already is for `stop` to stop."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / "lock").open("w")
@@ -187,14 +192,10 @@ class LocalServers:
         try:
             self._start()
         except OSError as error:
-            self.stop()
             where = error.filename or self._folder
             raise StartError(
                 f"{where} cannot be used ({error.strerror}): see to it, or set ENGINE_DATA_DIR to another folder"
             ) from None
-        except BaseException:
-            self.stop()
-            raise
 
     def _start(self) -> None:
         starts = []
@@ -207,9 +208,10 @@ class LocalServers:
             _come_up(start, wait)
 
     def stop(self) -> None:
-        """Stop the servers; safe to repeat."""
-        while self._servers:
-            self._servers.popitem()[1].stop()
+        """Stop the servers; safe to repeat, also where it was interrupted."""
+        for name, server in reversed(list(self._servers.items())):
+            server.stop()
+            del self._servers[name]
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -238,9 +240,10 @@ class LocalServers:
         )
 
         def wait() -> None:
-            client: MongoClient[dict[str, Any]] = MongoClient(
-                "127.0.0.1", port, directConnection=True, serverSelectionTimeoutMS=200, connectTimeoutMS=1000
-            )
+            with held_back():  # its threads outlast it for a moment, in which other children are forked
+                client: MongoClient[dict[str, Any]] = MongoClient(
+                    "127.0.0.1", port, directConnection=True, serverSelectionTimeoutMS=200, connectTimeoutMS=1000
+                )
             with client:
                 server.wait_until(lambda: _is_primary(client, port))
 
@@ -276,7 +279,7 @@ class LocalServers:
         command += [f"-s3.config={config}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
         # The filer's own port would serve every object to anyone; the other two are of no use here.
         command += ["-disableHttp", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        sockets = [f"seaweedfs-*-{number + more}.sock" for number in (port, *ports.values()) for more in (0, 10_000)]
+        sockets = [name for number in (port, *ports.values()) for name in _sockets(number)]
         server = self._launch("weed", command, {"GOGC": "50"}, sockets)
         self.overrides |= {
             "aws_endpoint_url": f"http://127.0.0.1:{port}",
@@ -305,15 +308,18 @@ class LocalServers:
         wanted = first
         with suppress(OSError, ValueError):
             wanted = int(file.read_text())
-        port = free_port(wanted)
+        port = free_port(wanted if _may_make_sockets(wanted) else 0)
         file.write_text(f"{port}\n")
         return port
 
     def _secret(self) -> str:
         file = self._folder / "s3.secret"
-        if not file.exists():
-            _write_private(file, secrets.token_urlsafe(24))
-        return file.read_text().strip()
+        with suppress(FileNotFoundError):
+            if secret := file.read_text().strip():
+                return secret
+        secret = secrets.token_urlsafe(24)
+        _write_private(file, secret)
+        return secret
 
 
 def _come_up(start: Callable[[], Callable[[], None]], wait: Callable[[], None]) -> None:
@@ -385,6 +391,22 @@ def _find(name: str, package: str) -> str:
     )
 
 
+def _sockets(port: int) -> list[str]:
+    """Patterns of the sockets that SeaweedFS makes beside one of its ports."""
+    return [f"seaweedfs-*-{number}.sock" for number in (port, port + NEIGHBOUR)]
+
+
+def _may_make_sockets(port: int) -> bool:
+    """Whether nothing is in the way of these: one that another user's server left behind cannot be removed."""
+    with suppress(FileNotFoundError):  # one was removed just now
+        left = [socket.lstat().st_uid for name in _sockets(port) for socket in SOCKET_FOLDER.glob(name)]
+        return os.geteuid() == 0 or set(left) <= {os.geteuid()}
+    return True
+
+
 def _write_private(file: Path, text: str) -> None:
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
+    """Write a file that only its owner can read: the whole of it, or nothing."""
+    part = file.with_name(f"{file.name}.part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
         output.write(text)
+    part.replace(file)

@@ -7,7 +7,7 @@ range that was asked for.
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -228,7 +228,7 @@ class Objects:
 
         Args:
             stream: read to its end.
-            key: is written over where it exists.
+            key: a new one. An object that is there is written over and, where that fails, deleted.
             before_complete: called when every byte has been sent and before the object exists; when it raises, the
                 object never does.
             recorded: a context for the time in which an unfinished multipart upload is in S3.
@@ -236,8 +236,14 @@ class Objects:
         Raises:
             AccessDenied, WrongClock, Transient: nothing is left behind, as far as S3 can be reached.
         """
-        self._parts.store(stream, key, before_complete, recorded)
-        return self.head(key)
+        try:
+            self._parts.store(stream, key, before_complete, recorded)
+            return self.head(key)
+        except HeadraceError:
+            # The answer may have been lost, and not the object.
+            with suppress(HeadraceError), s3_translated(f"deleting {key}"):
+                self._client.delete_object(Bucket=self.bucket, Key=key)
+            raise
 
     def page(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> tuple[list[Listed], str | None]:
         """A page of the bucket's objects by key, and where the next one begins; None at the end.

@@ -19,7 +19,7 @@ from typing import Final
 
 from setproctitle import setproctitle
 
-from engine.children import be_killed_with_parent
+from engine.children import be_killed_with_parent, signal_name
 from engine.heartbeat import Heartbeat
 from engine.logs import get_logger
 from engine.settings import Settings
@@ -320,5 +320,5 @@ def _flush() -> None:
 def _cause(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
-    name = signal.Signals(-code).name
+    name = signal_name(-code)
     return f"{name} (out of memory, perhaps)" if name == "SIGKILL" else name

@@ -1,10 +1,14 @@
 """Batches of jobs: their totals, repeats that make nothing twice, and what becomes of them."""
 
 import uuid
+from datetime import UTC, datetime
 
 import httpx
 import pytest
 
+from engine.job_batches import JobBatches
+from engine.jobs import Ticket
+from engine.model import JobOptions
 from engine.ports import free_port
 from tests.api.conftest import answers, put
 from tests.running import Running, until
@@ -68,6 +72,19 @@ def test_a_batch_by_prefix_is_safe_to_repeat_whatever_came_or_went_since(live):
         live.objects.delete(key)
     assert live.http.post("/process", json=body, headers=name).json()["batchId"] == first["batchId"]
     assert live.store.jobs.count_documents({"source.key": {"$regex": f"^{prefix}"}}) == 3
+
+
+def test_a_batch_that_is_sent_twice_at_a_time_has_the_jobs_that_it_counts(live):
+    prefix = uuid.uuid4().hex
+    sources = [live.objects.head(put(live, key=f"{prefix}/{number}.ndjson")) for number in range(2)]
+    # Both have looked for the key, and found none; then something comes to the prefix.
+    ticket, batches = Ticket(uuid.uuid4().hex, "digest"), JobBatches(live.store)
+    options = JobOptions(run_at=datetime(2099, 1, 1, tzinfo=UTC))
+    first = batches.submit(sources[:1], options, ticket)
+    assert batches.submit(sources, options, ticket) == first
+    assert first.count == live.store.jobs.count_documents({"source.key": {"$regex": f"^{prefix}"}}) == 1
+    for job in live.http.get("/jobs", params={"batch": first.id}).json()["jobs"]:
+        live.http.post(f"/jobs/{job['jobId']}/cancel")
 
 
 def test_a_batch_whose_caller_died_over_it_is_made_whole_by_its_repeat(live):

@@ -3,7 +3,7 @@
 import io
 import itertools
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from unittest.mock import Mock
 
 import boto3
@@ -198,6 +198,23 @@ def test_an_upload_whose_last_answer_is_lost_is_there_and_told_so(s3, monkeypatc
     monkeypatch.setattr(client, "complete_multipart_upload", complete)
     assert put(objects, b"x" * 12 * MIB, "heard/of").size == 12 * MIB
     assert client.get_object(Bucket=bucket, Key="heard/of")["ContentLength"] == 12 * MIB
+
+
+@pytest.mark.parametrize("call", ["put_object", "head_object"])
+def test_an_upload_whose_answer_is_lost_leaves_no_object_that_nobody_knows_of(s3, monkeypatch, call):
+    objects, client, bucket = s3
+    real = getattr(client, call)
+
+    def lose(**given):
+        with suppress(ClientError):
+            real(**given)
+        raise ConnectionClosedError(endpoint_url="s3")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, call, lose)
+        with pytest.raises(Transient, match="ConnectionClosedError"):
+            put(objects, b"x" * 100, "lost")
+    assert "Contents" not in client.list_objects_v2(Bucket=bucket, Prefix="lost")
 
 
 def test_why_an_upload_failed_is_told_whatever_comes_of_the_rest_of_it(s3, monkeypatch):

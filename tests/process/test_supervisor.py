@@ -48,15 +48,16 @@ def test_int_stops_softly_too(engine):
     assert engine().stop(signal.SIGINT) == 0
 
 
-def test_a_killed_worker_is_replaced(engine):
+@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "SIGKILL"), (35, "signal 35")])
+def test_a_killed_worker_is_replaced_whatever_the_signal(engine, number, cause):
     running = engine()
     victim = running.workers()[0]
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, number)
     running.ready(3)
     assert victim not in running.workers()
     assert len(running.workers()) == 2
     [told] = running.actions("reap")
-    assert "SIGKILL" in told["cause"]
+    assert cause in told["cause"]
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced(engine):

@@ -341,12 +341,19 @@ def test_a_mongod_that_does_not_come_up_is_told_in_a_sentence(up, tmp_path, scri
     assert run.left() == []
 
 
-def test_a_server_whose_port_is_taken_in_the_last_moment_is_started_on_another(up, tmp_path):
-    fake = tmp_path / "bin" / "mongod"
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mongod", "Failed to set up listener: Address already in use"),
+        ("weed", "Failed to remove /tmp/seaweedfs-s3-8833.sock: operation not permitted"),
+    ],
+)
+def test_a_server_whose_port_is_taken_in_the_last_moment_is_started_on_another(up, tmp_path, name, words):
+    fake = tmp_path / "bin" / name
     fake.parent.mkdir()
+    real = mongod_path() if name == "mongod" else Path(sys.executable).parent / "weed"
     fake.write_text(
-        f'#!/bin/sh\n[ -e {tmp_path}/second ] && exec {mongod_path()} "$@"\n'
-        f"touch {tmp_path}/second; echo Failed to set up listener: Address already in use; exit 48\n"
+        f'#!/bin/sh\n[ -e {tmp_path}/second ] && exec {real} "$@"\ntouch {tmp_path}/second; echo {words}; exit 48\n'
     )
     fake.chmod(0o755)
     run = up("--once", "--records", "1000", PATH=f"{fake.parent}:{os.environ['PATH']}")

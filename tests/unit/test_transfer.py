@@ -381,6 +381,29 @@ def test_an_answer_that_never_comes_is_not_waited_for_by_the_hour(tmp_path):
     assert waits == {"/status/j": 50, "/jobs": 120, "/upload": 3600}
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "tries"),
+    [(400, "<Code>RequestTimeout</Code>", 2), (503, "<Code>SlowDown</Code>", 2), (403, "<Code>AccessDenied</Code>", 1)],
+)
+def test_a_part_is_sent_again_where_that_may_help(monkeypatch, status, said, tries):
+    answers = [httpx.Response(status, text=said), httpx.Response(200)]
+    asked, sent = [], []
+
+    def answer(request):
+        asked.append(request.content)
+        return answers.pop(0)
+
+    transfer = Transfer(Api())
+    monkeypatch.setattr(transfer, "_http", httpx.Client(transport=httpx.MockTransport(answer)))
+    monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
+    if tries == 1:
+        with pytest.raises(StartError, match="answered with 403"):
+            transfer._put("http://s3/1", b"data", {}, sent.append)
+    else:
+        transfer._put("http://s3/1", b"data", {}, sent.append)
+    assert (asked, sent) == ([b"data"] * tries, [4] * (tries - 1))
+
+
 @pytest.mark.parametrize("change", [b"", b"appended", None])
 def test_a_file_that_is_written_to_while_it_is_sent_becomes_no_object(sent, monkeypatch, tmp_path, change):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
