@@ -16,7 +16,7 @@ from api.jobs import Cancel, Detail, Jobs, RejectLines, Retry, Status
 from api.limits import Depth, S3Calls, Slots
 from api.metrics import Durations, Metrics
 from api.openapi import Docs, OpenApi, Route
-from api.operations import NoParameters
+from api.operations import NothingElse
 from api.problems import RequestIds, install
 from api.queue import Pause, QueueNow, Resume, Workers
 from api.submit import Batches, Process, ProcessMany
@@ -46,11 +46,11 @@ def create_app(
     stopping: threading.Event,
 ) -> "falcon.App[Any, Any]":
     """The WSGI application over these; `stopping` is set when the process is to stop."""
-    history, batches = History(store), JobBatches(store)
+    history, batches, place = History(store), JobBatches(store), f"{objects.bucket}:{store.data.name}"
     registry = CollectorRegistry()
     app = falcon.App(
         middleware=cast(
-            "Any", [RequestIds(), durations, _WholePath(), guard, NoParameters(), S3Calls(_s3_calls(settings))]
+            "Any", [RequestIds(), durations, _WholePath(), guard, NothingElse(), S3Calls(_s3_calls(settings))]
         ),
     )
     app.req_options.strip_url_path_trailing_slash = False
@@ -72,8 +72,8 @@ def create_app(
         ("/uploads/{upload_id}/abort", Abort(uploads), upload),
         ("/files", Files(objects), {}),
         ("/files/{file_key:path}", File(objects, history), key),
-        ("/process", ProcessMany(batches, objects, depth), {}),
-        ("/process/{file_key:path}", Process(queue, objects, depth), key),
+        ("/process", ProcessMany(batches, objects, depth, place), {}),
+        ("/process/{file_key:path}", Process(queue, objects, depth, place), key),
         ("/batches/{batch_id}", Batches(batches), {"batchId": "Id of the batch"}),
         ("/status/{job_id}", Status(watch), job),
         ("/jobs", Jobs(history), {}),

@@ -47,7 +47,7 @@ EVERYBODY: Final = Token("", frozenset({Scope.ADMIN}), "")
 def draw(name: str, scopes: Sequence[Scope]) -> tuple[str, str]:
     """A new token, and the entry that accepts it."""
     token = f"hr_{secrets.token_urlsafe(32)}"
-    return token, f"{name}:{'+'.join(scopes)}:{hashlib.sha256(token.encode()).hexdigest()}"
+    return token, f"{name}:{'+'.join(dict.fromkeys(scopes))}:{hashlib.sha256(token.encode()).hexdigest()}"
 
 
 def tokens_of(settings: Settings) -> list[Token]:
@@ -164,8 +164,10 @@ def _from_elsewhere(head: Head) -> bool:
     A name that leads here and is none of this machine's is one that a foreign page was given for it (DNS rebinding): then
     the browser takes this for the page's own site, and sends no Origin.
     """
-    places = [f"//{head.host}"] if head.host else []
+    places = [f"//{head.host or ''}"]
     places += [head.origin] if head.origin is not None else []
+    if set(head.host or "") & set("/@?#\\"):
+        return True  # more than a name and a port
     try:
         return not all(is_loopback(urlsplit(place).hostname or "") for place in places)
     except ValueError:

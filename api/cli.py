@@ -21,6 +21,9 @@ def _quietly() -> None:
 def main() -> None:
     """Run the command."""
     _quietly()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it, and libraries write to it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (it stays open; pathlib is not read yet)
     if sys.argv[1:2] == ["engine"]:
         # They are for its supervisor, and would end or stop a process that is not one yet.
         for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):

@@ -13,6 +13,7 @@ from typing import Final
 
 from api.auth import is_loopback, tokens_of
 from api.client import Client, reachable
+from api.uploads import spool_fault
 from engine.errors import HeadraceError, WrongClock
 from engine.objects import Objects
 from engine.s3 import connect
@@ -138,11 +139,10 @@ def _processes(settings: Settings) -> Finding:
 
 
 def _spool(settings: Settings) -> Finding:
+    if fault := spool_fault(settings):
+        return Finding("spool", "wrong", fault)
     folder = settings.api_spool_dir or tempfile.gettempdir()
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return Finding("spool", "wrong", f"{folder}: {error.strerror}: make it, or set API_SPOOL_DIR to another")
+    free = shutil.disk_usage(folder).free
     if free < settings.api_max_upload_bytes:
         message = (
             f"{folder} has {free / 1e9:.1f} GB left and API_MAX_UPLOAD_BYTES is {settings.api_max_upload_bytes / 1e9:.1f} GB: "

@@ -10,6 +10,7 @@ from api.answers import JobDetail, JobPage, JobStatus, RejectBody, RejectPage
 from api.limits import Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
+from api.problems import Problem
 from api.views import is_idle, job_detail, job_status, waiting_for
 from api.watch import REQUEST_HEADERS, RESPONSE_HEADERS, Watch
 from engine.history import History
@@ -179,6 +180,8 @@ class RejectLines:
         resp.append_header("Vary", "Accept")
         plain = "format" not in req.params and req.client_prefers((falcon.MEDIA_JSON, NDJSON)) == NDJSON
         if query.format == "ndjson" or plain:
+            if paged := {"limit", "cursor"} & set(req.params):
+                raise Problem(422, "invalid_request", f"{min(paged)}: it is of pages, and ndjson is all lines at once")
             if req.method == "HEAD":
                 raise falcon.HTTPMethodNotAllowed(["GET"])  # nobody would close the stream
             self._slots.take()

@@ -14,7 +14,7 @@ from api.problems import MAX_NAME_LENGTH, Problem, invalid
 __all__ = [
     "MAX_BODY_BYTES",
     "Answer",
-    "NoParameters",
+    "NothingElse",
     "Operation",
     "Scope",
     "Wait",
@@ -106,10 +106,7 @@ def body_of(req: falcon.Request, model: type[Model]) -> Model:
 
     Raises Problem: it is too large, compressed, no JSON, or not what `model` takes.
     """
-    check_encoding(req.get_header("Content-Encoding"))
-    raw = req.bounded_stream.read(MAX_BODY_BYTES + 1)
-    if len(raw) > MAX_BODY_BYTES:
-        raise Problem(413, "too_large", f"the body of this call has at most {MAX_BODY_BYTES} bytes")
+    raw = _whole_body(req)
     if not raw.strip():
         return _checked(model, {}, "field")
     try:
@@ -117,6 +114,14 @@ def body_of(req: falcon.Request, model: type[Model]) -> Model:
     except orjson.JSONDecodeError as error:
         raise Problem(400, "bad_json", f"the body is not JSON: {error}: send a JSON object, or no body") from None
     return _checked(model, given, "field")
+
+
+def _whole_body(req: falcon.Request) -> bytes:
+    check_encoding(req.get_header("Content-Encoding"))
+    raw: bytes = req.bounded_stream.read(MAX_BODY_BYTES + 1)
+    if len(raw) > MAX_BODY_BYTES:
+        raise Problem(413, "too_large", f"the body of this call has at most {MAX_BODY_BYTES} bytes")
+    return raw
 
 
 def query_of(req: falcon.Request, model: type[Model]) -> Model:
@@ -128,19 +133,24 @@ def query_of(req: falcon.Request, model: type[Model]) -> Model:
     return _checked(model, req.params, "parameter", strict=False)
 
 
-class NoParameters:
-    """Middleware: a call without parameters is not made where it has some. Whoever sends `?validate=true` to a call that takes
-    this in its body would be taken at less than their word."""
+class NothingElse:
+    """Middleware: a call without parameters is not made where it has some, nor one without a body where it has one. Whoever sends
+    `?validate=true` to a call that takes this in its body, or options to a retry, would be taken at less than their word."""
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
         """Raises Problem."""
         operation = operation_of(resource, req.method)
-        if operation is not None and operation.scope is not None and operation.query is None and req.params:
+        if operation is None or operation.scope is None:
+            return
+        if operation.query is None and req.params:
             name = next(iter(req.params))[:MAX_NAME_LENGTH]
-            fields = ": its options are fields of a JSON body" if operation.body is not None else ""
+            json = operation.body is not None and operation.body_media == falcon.MEDIA_JSON
+            fields = ": its options are fields of a JSON body" if json else ""
             raise Problem(422, "invalid_request", f"{name}: this call takes no parameters{fields}")
+        if operation.body is None and _whole_body(req).strip() not in (b"", b"{}"):
+            raise Problem(422, "invalid_request", "this call takes no body: send it without one")
 
 
 def check_encoding(encoding: str | None) -> None:

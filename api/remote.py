@@ -79,7 +79,7 @@ def load(
     as_json: AsJson = False,
 ) -> None:
     """Upload files and process them. Run it again after an interruption, and it resumes where it was."""
-    budget: Any = int(max_errors) if max_errors.isdecimal() else max_errors
+    budget: Any = int(max_errors) if re.fullmatch("[0-9]{1,16}", max_errors) else max_errors
     options = {"collection": collection, "format": format.value, "maxErrors": budget, "priority": priority}
     options |= {"validate": validate, "force": force, "ifLoaded": "skip" if skip_loaded else "load"}
     options |= {"runAt": run_at} if run_at is not None else {}
@@ -87,6 +87,7 @@ def load(
     _check_options(options)
     _check_files(files)
     client = _client(url)
+    client.ask("GET", "/healthz")  # one that is not there yet is told at once; one that goes later is waited for
     loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
     if as_json:
         print_json([load.summary() for load in loads])

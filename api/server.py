@@ -15,6 +15,7 @@ from api.app import create_app
 from api.auth import Guard, Token, is_loopback, tokens_of
 from api.door import open_door
 from api.metrics import Durations
+from api.uploads import spool_fault
 from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
@@ -63,12 +64,8 @@ def _checked(settings: Settings) -> list[Token]:
     """The tokens. Raises SettingsError, which lists all that is wrong."""
     wrong: list[str] = []
     tokens: list[Token] = []
-    try:
-        with tempfile.TemporaryFile(dir=settings.api_spool_dir):
-            pass
-    except OSError as error:
-        where = settings.api_spool_dir or "unset"
-        wrong.append(f"API_SPOOL_DIR={where} takes no files ({error.strerror}): name a folder that does")
+    if fault := spool_fault(settings):
+        wrong.append(fault)
     try:
         tokens = tokens_of(settings)
     except SettingsError as error:

@@ -46,8 +46,8 @@ def checked_key(key: str) -> str:
     return key
 
 
-def _ticket(req: falcon.Request, request: ProcessRequest, what: str) -> Ticket | None:
-    """What makes this request safe to repeat, where the client asks for it."""
+def _ticket(req: falcon.Request, request: ProcessRequest, what: str, place: str) -> Ticket | None:
+    """What makes this request safe to repeat, where the client asks for it: at this place, which others share the queue with."""
     key = req.get_header("Idempotency-Key")
     if key is None:
         return None
@@ -58,18 +58,19 @@ def _ticket(req: falcon.Request, request: ProcessRequest, what: str) -> Ticket |
     caller = getattr(req.context, "caller", "")
     whole = f"{what}\n{request.model_dump_json(by_alias=True)}"
     return Ticket(
-        f"{caller}:{what.split(maxsplit=1)[0]}:{key}",
+        f"{place}:{caller}:{what.split(maxsplit=1)[0]}:{key}",
         hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest(),
     )
 
 
 class Process:
-    """POST /process/{fileKey}."""
+    """POST /process/{fileKey}; `place` is where it reads from and loads into."""
 
-    def __init__(self, queue: Queue, objects: Objects, depth: Depth) -> None:
+    def __init__(self, queue: Queue, objects: Objects, depth: Depth, place: str) -> None:
         self._queue = queue
         self._objects = objects
         self._depth = depth
+        self._place = place
 
     @operation(
         waits_for_s3=Wait.BRIEF,
@@ -85,7 +86,7 @@ class Process:
         """202 with the job's id, whatever the size of the object."""
         request = body_of(req, ProcessRequest)
         key = checked_key(file_key)
-        ticket = _ticket(req, request, f"one {key}")
+        ticket = _ticket(req, request, f"one {key}", self._place)
         job = self._queue.redeem(ticket) if ticket is not None else None
         if job is None:
             source = self._objects.head(key)
@@ -102,12 +103,13 @@ class Process:
 
 
 class ProcessMany:
-    """POST /process."""
+    """POST /process; `place` is where it reads from and loads into."""
 
-    def __init__(self, batches: JobBatches, objects: Objects, depth: Depth) -> None:
+    def __init__(self, batches: JobBatches, objects: Objects, depth: Depth, place: str) -> None:
         self._batches = batches
         self._objects = objects
         self._depth = depth
+        self._place = place
 
     @operation(
         waits_for_s3=Wait.LONG,
@@ -122,7 +124,7 @@ class ProcessMany:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """202 with the batch's id; no job is made where one of the objects does not exist."""
         request = body_of(req, BatchRequest)
-        ticket = _ticket(req, request, "many")
+        ticket = _ticket(req, request, "many", self._place)
         known = self._batches.redeem(ticket) if ticket is not None else None
         if known is not None and not known[1]:
             batch = known[0]

@@ -59,7 +59,8 @@ Sent = Callable[[int], None]
 
 
 def _folder() -> Path:
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    home = given if given.is_absolute() else Path.home() / ".local" / "state"  # a relative one counts as none
     return Path(home) / "headrace" / "loads"
 
 

@@ -298,6 +298,9 @@ def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, An
     console.print()
 
 
+_OF_THEM: Final = ("", "; one of them:", "; two of them:")
+
+
 def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:
     settings = Settings.model_validate(settings.model_dump() | overrides)
     with translated("reading what was loaded"), closing(Store(settings)) as store:
@@ -309,7 +312,9 @@ def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[
         # Records that bring their own ids are not known by them: then any two are shown.
         found = list(collection.find({"_id": ids}).limit(2)) if ids else []
         found = found or list(collection.find().limit(2))
-    console.print(f"\nCollection {settings.data_db()}.{status['collection']} holds {count:,} documents; two of them:")
+    console.print(
+        f"\nCollection {settings.data_db()}.{status['collection']} holds {count:,} documents{_OF_THEM[len(found)]}"
+    )
     for document in found:
         text = orjson.dumps(document, default=str).decode()
         console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"))

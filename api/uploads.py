@@ -1,6 +1,7 @@
 """POST /upload: a form's file, streamed to S3 in parallel parts at constant memory."""
 
 import re
+import tempfile
 import threading
 import unicodedata
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from api.views import stored_file
 from engine.model import Source
 from engine.objects import Objects
 from engine.parts import Recorded, Stream
+from engine.settings import Settings
 
-__all__ = ["FormUploads", "key_for", "location_of", "reduced"]
+__all__ = ["FormUploads", "key_for", "location_of", "reduced", "spool_fault"]
 
 MAX_NAME_LENGTH: Final = 200
 """Characters of a file's name that its key keeps."""
@@ -59,6 +61,16 @@ def key_for(name: str) -> str:
 def location_of(key: str) -> str:
     """Where an object is, of this API."""
     return f"/files/{quote(key)}"
+
+
+def spool_fault(settings: Settings) -> str | None:
+    """Why bodies cannot be spooled; None where they can."""
+    try:
+        with tempfile.TemporaryFile(dir=settings.api_spool_dir):
+            return None
+    except OSError as error:
+        where = settings.api_spool_dir or "unset"
+        return f"API_SPOOL_DIR={where} takes no files ({error.strerror}): name a folder that does"
 
 
 class FormUploads:

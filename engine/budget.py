@@ -31,5 +31,5 @@ def overspent(options: JobOptions, tally: Tally, *, final: bool) -> Failure | No
     return Failure(
         "too_many_errors",
         f"{tally.rejected} of {tally.lines} lines were rejected and maxErrors allows {allowed}: "
-        f"see the rejects, fix the file or raise maxErrors; what was written stays",
+        f"see the rejects, fix the file, or submit a new job with a higher maxErrors; what was written stays",
     )

@@ -280,8 +280,8 @@ class Queue:
             found = list(islice(filter(None, map(self._readable, cursor)), PAGE_JOBS))
         for job in found:
             message = (
-                f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: raise it, or retry the job to go on "
-                "from here"
+                f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: retry the job to go on from here, or "
+                "submit a new one that may run for longer"
             )
             self.stop(job, Stop(JobState.FAILED, Failure("timeout", message)))
         return len(found)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Final, Literal, Self
@@ -27,6 +28,7 @@ DEFAULT_DATABASE: Final = "headrace"
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
+TIB: Final = 1024 * GIB
 
 _UNITS: Final = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)
@@ -64,6 +66,10 @@ def _mongo_uri(value: SecretStr | None) -> SecretStr | None:
         return value
     try:
         parsed = _parsed(value.get_secret_value())
+    except OSError as error:  # of a certificate
+        raise ValueError(
+            f"the file {error.filename} that it names cannot be read ({error.strerror}): name one that can"
+        ) from None
     except (PyMongoError, ValueError) as error:
         harmless = _HARMLESS.match(str(error))
         why = harmless.group() if harmless else type(error).__name__
@@ -242,7 +248,13 @@ class Settings(BaseSettings):
     api_max_watchers: int = _setting(8, "Requests that wait for a job to change, at a time", "requests", ge=0, le=128)
     api_max_downloads: int = _setting(4, "Downloads of rejected lines at a time", "requests", ge=1, le=128)
     api_max_open_jobs: int = _setting(100_000, "Maximum open jobs; more are refused", "jobs", ge=1, le=10_000_000)
-    api_max_upload_bytes: Bytes = _setting(10 * GIB, "The largest body that POST /upload takes", "bytes", ge=1)
+    api_max_upload_bytes: Bytes = _setting(
+        10 * GIB,
+        "The largest body that POST /upload takes; above 78 GiB, parts are larger, and so is the memory they take",
+        "bytes",
+        ge=1,
+        le=5 * TIB,
+    )
     api_part_bytes: Bytes = _setting(8 * MIB, "Part size of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
     api_upload_parallel: int = _setting(6, "Parts sent to S3 at a time, over all uploads", "parts", ge=1, le=64)
     api_spool_dir: Path | None = _setting(
@@ -332,6 +344,7 @@ def load(**overrides: Any) -> tuple[Settings, list[str]]:
         SettingsError: lists everything that is wrong.
     """
     try:
+        _check_dotenv()
         settings = Settings(**overrides)
     except ValidationError as error:
         wrong = _sentences(error)
@@ -384,6 +397,18 @@ def _unknown() -> list[str]:
         if upper.startswith(OURS) or (near and (name in in_file or upper.startswith("MONGO"))):
             warnings.append(f"{name} is not a setting of Headrace" + (f": did you mean {near[0]}?" if near else ""))
     return warnings
+
+
+def _check_dotenv() -> None:
+    """Raises SettingsError for a line of .env that cannot be read, of which the library says a word and goes on without it."""
+    from dotenv.parser import parse_stream
+
+    with suppress(FileNotFoundError), Path(".env").open(encoding="utf-8") as file:
+        lines = [str(binding.original.line) for binding in parse_stream(file) if binding.error]
+        if lines:
+            raise SettingsError(
+                f".env, line {', '.join(lines)}: it cannot be read: write NAME=value, with a quote at both ends or at none"
+            )
 
 
 def _dotenv() -> Mapping[str, object]:

@@ -259,13 +259,24 @@ def test_whatever_tells_the_api_to_stop_it_stops_softly(live, tmp_path, numbers)
         api.end()
 
 
+def test_a_call_that_takes_no_body_is_not_made_with_one(live):
+    for path in ("/queue/resume", f"/jobs/{live.oid()}/retry"):
+        answer = live.http.post(path, json={"maxErrors": 100})
+        assert (answer.status_code, answer.json()["detail"]) == (422, "this call takes no body: send it without one")
+        assert live.http.post(path, content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
+    assert live.http.post("/queue/resume", json={}).status_code == 200
+    uploaded = live.http.post("/upload", params={"x": 1}, files={"file": ("a", b"{}")})
+    assert (uploaded.status_code, uploaded.json()["detail"]) == (422, "x: this call takes no parameters")
+
+
 @pytest.mark.parametrize(
     ("head", "status"),
     [
         (b"GET /queue HTTP/1.1\r\n", b"400"),
         (b"GET http://evil.example/queue HTTP/1.1\r\nHost: localhost\r\n", b"403"),
         (b"GET http://localhost/queue HTTP/1.1\r\nHost: localhost\r\n", b"200"),
-        (b"GET /queue HTTP/1.0\r\n", b"200"),
+        (b"GET /queue HTTP/1.0\r\n", b"403"),
+        (b"GET /queue HTTP/1.0\r\nHost: localhost\r\n", b"200"),
         (b"POST /process HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n", b"400"),
     ],
 )

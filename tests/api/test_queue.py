@@ -90,6 +90,9 @@ def test_the_same_idempotency_key_with_another_request_is_refused(live):
     for answer in (process(live, key, name, collection="two"), process(live, put(live), name, collection="one")):
         assert (answer.status_code, answer.json()["type"]) == (422, "urn:headrace:problem:idempotency_key_reused")
     assert process(live, key, {"Idempotency-Key": "with space"}).status_code == 422
+    made = live.store.jobs.find_one({"ticket.key": {"$regex": name["Idempotency-Key"]}})
+    # Others who share the queue may have chosen the same key.
+    assert made["ticket"]["key"].startswith(f"{live.objects.bucket}:{live.store.data.name}:")
 
 
 def test_a_job_does_not_run_before_its_time(live, finish):

@@ -83,6 +83,10 @@ def test_a_level_may_be_written_as_elsewhere(monkeypatch):
         ("mongodb://u:hidden@h/db?bogus=hidden", "Unknown option: bogus"),
         ("mongodb://u:hidden@h/db?maxPoolSize=hidden", "The value of maxpoolsize must be an integer"),
         ("mongodb://u:hid@den@h/db", "InvalidURI"),
+        (
+            "mongodb://u:hidden@h/db?tls=true&tlsCAFile=/no/ca.pem",
+            "/no/ca.pem that it names cannot be read (No such file",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_uri_is_told_without_its_secrets(monkeypatch, uri, words):
@@ -225,6 +229,13 @@ def test_a_name_in_the_file_that_is_nearly_a_setting_is_told(tmp_path, monkeypat
         "MONGODB_URI is not a setting of Headrace: did you mean MONGO_URI?",
         "MONGO_URL is not a setting of Headrace: did you mean MONGO_URI?",
     ]
+
+
+@pytest.mark.parametrize("line", ['PORT="3333', "PORT: 3333"])
+def test_a_line_of_the_file_that_cannot_be_read_stops_the_start(tmp_path, line):
+    (tmp_path / ".env").write_text(f"# settings\n\nENGINE_WORKERS=3\n{line}\n")
+    with pytest.raises(SettingsError, match=r"\.env, line 4: it cannot be read"):
+        load()
 
 
 @pytest.mark.parametrize("name", ["local", "admin", "Config"])
