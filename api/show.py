@@ -218,10 +218,12 @@ def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, 
         Column("lines", justify="right", no_wrap=True),
         *(Column(stage, justify="right", no_wrap=True) for stage in STAGES),
         title="microseconds per line",
-        caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time, while it goes on with others. `stall` is the "
-        "reader's wait for room among them, and has no share.",
+        caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time, while it goes on with others: "
+        "`wait` / ENGINE_WRITERS is what compares with the other stages. `stall` is the reader's wait for room among them, and "
+        "has no share; `drain` its wait at the end of a range until all of it is written.",
         box=None,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
     since = [_since(worker, earlier.get((worker["host"], worker["pid"]), {})) for worker in workers]

@@ -208,13 +208,18 @@ class Pipeline:
                     if run.stop.is_set() or run.cancelled.is_set():
                         break
                     size = len(batch.data)
-                    self._make_room(run, flying, most, most * settings.engine_batch_bytes - size)
+                    began = time.perf_counter()
+                    _make_room(flying, most, most * settings.engine_batch_bytes - size)
+                    self._stats.add(seconds_stall=time.perf_counter() - began)
                     closed = run.opened(batch)
                     future = self._writers.submit(self._write, run, sink, job.plan.format, batch, closed)
                     flying.append((future, size))
                 else:
                     exhausted = splitter.done
-            self._make_room(run, flying, 1)
+            # Told apart from the waits above: until the last batch is written, this thread reads nothing.
+            began = time.perf_counter()
+            _make_room(flying, 1)
+            self._stats.add(seconds_drain=time.perf_counter() - began)
         except BaseException:
             run.failed.set()
             # What flies may still be written, which changes nothing: wait, so that the mark tells all of it.
@@ -222,14 +227,6 @@ class Pipeline:
                 future.cancel() or future.exception()
             raise
         return Ended.DONE if exhausted else _ended_early(run)
-
-    def _make_room(self, run: Run, flying: _Flying, most: int, room: int = 0) -> None:
-        """Wait until fewer than `most` batches fly, of no more than `room` bytes; raises what a batch raised."""
-        began = time.perf_counter()
-        while flying and (len(flying) >= most or flying[0][0].done() or sum(size for _, size in flying) > room):
-            flying[0][0].result()
-            flying.popleft()
-        self._stats.add(seconds_stall=time.perf_counter() - began)
 
     def _batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:
         for chunk in self._chunks(run, splitter):
@@ -334,6 +331,13 @@ class Pipeline:
                 run.lost.set()
         if run.lost.is_set():
             raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
+
+
+def _make_room(flying: _Flying, most: int, room: int = 0) -> None:
+    """Wait until fewer than `most` batches fly, of no more than `room` bytes; raises what a batch raised."""
+    while flying and (len(flying) >= most or flying[0][0].done() or sum(size for _, size in flying) > room):
+        flying[0][0].result()
+        flying.popleft()
 
 
 def _ended_early(run: Run) -> Ended:

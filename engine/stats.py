@@ -19,20 +19,22 @@ from pymongo.errors import PyMongoError
 from engine.logs import get_logger
 from engine.store import Document, Store, translated
 
-__all__ = ["REPORTER", "STAGES", "Reporter", "Stats", "live", "place_of", "totals"]
+__all__ = ["REPORTER", "REPORT_SECONDS", "STAGES", "Reporter", "Stats", "live", "place_of", "totals"]
 
 REPORTER: Final = "reporter"
 """Name of the thread that tells."""
 
 REPORT_SECONDS: Final = 2.0
+"""How often it tells."""
 
 LIVE_SECONDS: Final = 15.0
 """A worker that has told nothing for so long is not shown."""
 
-STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "queue", "backoff")
+STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "drain", "queue", "backoff")
 """Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding and sending
-batches; waiting for the database to take them; the reader's wait for room among the batches under way; waiting for the
-database over jobs and ranges; and the pauses before what failed is tried again."""
+batches; waiting for the database to take them; the reader's wait for room among the batches under way, and, at the end of a
+range, until the last of them is written; waiting for the database over jobs and ranges; and the pauses before what failed is
+tried again."""
 
 log = get_logger()
 

@@ -12,7 +12,7 @@ from engine.errors import Transient
 from engine.keeper import Run
 from engine.lines import Splitter
 from engine.model import ByteRange, Format, Lease, Tally
-from engine.pipeline import Pipeline
+from engine.pipeline import Ended, Pipeline
 from engine.settings import Settings
 from engine.stats import Stats
 
@@ -83,3 +83,22 @@ def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
     pipeline.close()
     counts = stats.counts()
     assert (counts["seconds_backoff"], counts["seconds_encode"], counts["retries"]) == (4.0, 0.5, 2)
+
+
+def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_room(monkeypatch):
+    """While it lasts nothing is read: it costs what the other does not."""
+    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    stats = Stats()
+    pipeline = Pipeline(Settings(), *[Mock()] * 5, stats, lambda: 0.0)
+    batch, written = Batch(0, 3, 0, b"{}\n", np.array([2])), threading.Event()
+    clock = iter((0.0, 1.0, 10.0, 14.0))
+    monkeypatch.setattr("engine.pipeline.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
+    monkeypatch.setattr(pipeline, "_batches", lambda *what: (one for one in [batch]))
+    monkeypatch.setattr(pipeline, "_write", lambda *what: written.set())
+    assert pipeline._work(run) is Ended.DONE
+    pipeline.close()
+    counts = stats.counts()
+    assert written.is_set()
+    assert (counts["seconds_stall"], counts["seconds_drain"]) == (1.0, 4.0)

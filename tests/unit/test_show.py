@@ -19,11 +19,20 @@ def shown(*given):
 
 
 def test_a_profile_shares_the_time_among_the_stages_in_which_any_is_spent():
-    told = shown([worker(0, 1e6, decode=1.0, wait=3.0, stall=16.0)])
+    told = shown([worker(0, 1e6, decode=1.0, wait=3.0, stall=16.0, drain=4.0)])
     rows = {row.split()[0]: row.split()[1:] for row in told.splitlines() if row.split()}
-    assert rows["0"] == ["1,000,000", "0.00", "0.00", "1.00", "0.00", "3.00", "16.00", "0.00", "0.00"]
-    assert [share for share in rows["share"] if share != "%"] == ["0", "0", "25", "0", "75", "0", "0"]  # none of stall
-    assert "ENGINE_WRITERS" in told
+    assert rows["0"] == ["1,000,000", "0.00", "0.00", "1.00", "0.00", "3.00", "16.00", "4.00", "0.00", "0.00"]
+    assert [share for share in rows["share"] if share != "%"] == [
+        "0",
+        "0",
+        "12",
+        "0",
+        "38",
+        "50",
+        "0",
+        "0",
+    ]  # none of stall
+    assert "wait` / ENGINE_WRITERS" in told
 
 
 def test_a_profile_fits_a_narrow_terminal():
