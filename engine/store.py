@@ -29,7 +29,16 @@ from pymongo.errors import (
     WriteConcernError,
     WTimeoutError,
 )
-from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
+from pymongo.monitoring import (
+    CommandFailedEvent,
+    CommandListener,
+    CommandStartedEvent,
+    CommandSucceededEvent,
+    ConnectionCheckedOutEvent,
+    ConnectionCheckOutFailedEvent,
+    ConnectionCheckOutStartedEvent,
+    ConnectionPoolListener,
+)
 from pymongo.read_concern import ReadConcern
 
 from engine.errors import AccessDenied, HeadraceError, NotFound, Refused, StartError, Transient
@@ -83,23 +92,32 @@ _ATLAS: Final = 8000
 _DENIED_CODES: Final = frozenset({13, 18, 33})
 
 
-class _Moves(CommandListener):
+class _Waited(threading.local):
+    """Of one thread: how many seconds it has waited, since when it waits for an answer, and for a connection (None: not)."""
+
+    seconds: float = 0.0
+    answer: float = 0.0
+    connection: float | None = None
+
+
+class _Moves(CommandListener, ConnectionPoolListener):
     """Counts every command as a sign of life: a worker that waits for a slow database does not hang.
 
-    And sums up, for each thread, the seconds that it waited for answers: a command is encoded before it is `started`.
+    And sums up, for each thread, the seconds that it waited: for answers, since a command is encoded before it is `started`;
+    and before that for a connection, which holds the handshake of a new one.
     """
 
     def __init__(self, moved: Callable[[], None]) -> None:
         self._moved = moved
-        self._of_thread = threading.local()
+        self._of_thread = _Waited()
 
     @property
     def waited(self) -> float:
-        return float(getattr(self._of_thread, "waited", 0.0))
+        return self._of_thread.seconds
 
     def started(self, event: CommandStartedEvent) -> None:
         self._moved()
-        self._of_thread.began = time.perf_counter()
+        self._of_thread.answer = time.perf_counter()
 
     def succeeded(self, event: CommandSucceededEvent) -> None:
         self._ended()
@@ -108,8 +126,31 @@ class _Moves(CommandListener):
         self._ended()
 
     def _ended(self) -> None:
-        self._of_thread.waited = self.waited + time.perf_counter() - self._of_thread.began
+        mine = self._of_thread
+        if mine.connection is None:  # else it belongs to the handshake, which is counted as a whole
+            mine.seconds += time.perf_counter() - mine.answer
         self._moved()
+
+    def connection_check_out_started(self, event: ConnectionCheckOutStartedEvent) -> None:
+        self._of_thread.connection = time.perf_counter()
+
+    def connection_checked_out(self, event: ConnectionCheckedOutEvent) -> None:
+        self._connected()
+
+    def connection_check_out_failed(self, event: ConnectionCheckOutFailedEvent) -> None:
+        self._connected()
+
+    def _connected(self) -> None:
+        mine = self._of_thread
+        if mine.connection is not None:
+            mine.seconds += time.perf_counter() - mine.connection
+            mine.connection = None
+
+    def _pass(self, event: object) -> None:
+        """What becomes of pools and of connections that no thread waits for is nobody's wait."""
+
+    pool_created = pool_ready = pool_cleared = pool_closed = _pass
+    connection_created = connection_ready = connection_closed = connection_checked_in = _pass
 
 
 class Store:
@@ -203,7 +244,7 @@ class Store:
             self.control.command("ping")
 
     def waited(self) -> float:
-        """Seconds that this thread has waited for answers so far; counted where `moved` was given."""
+        """Seconds that this thread has waited for connections and answers so far; counted where `moved` was given."""
         return self._moves.waited
 
     def close(self) -> None:
