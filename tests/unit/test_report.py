@@ -3,8 +3,9 @@
 import pytest
 
 from bench.measure import Spent, Spread
-from bench.report import Report, bottleneck, fastest, flat, scaling
+from bench.report import Report
 from bench.rig import isolate
+from bench.verdicts import bottleneck, fastest, flat, scaling
 from engine.settings import Settings
 
 STAGES = {"read": 1.0, "split": 0.2, "decode": 2.0, "encode": 3.0, "wait": 40.0, "stall": 6.0, "queue": 0.1}

@@ -1,0 +1,90 @@
+"""What the report's figures say, in sentences: what a load waited for, whether memory is flat, whether a setting is faster.
+
+Figures alone decide, whichever way they fall; where they are too few, or this machine did something else, it is said.
+"""
+
+from typing import Final
+
+from bench import measure
+from bench.measure import Spent, Spread
+
+__all__ = ["MAX_MEMORY_MB", "bottleneck", "fastest", "flat", "scaling", "shown"]
+
+BUSY: Final = 0.9
+"""Share of the cores' time beyond which nothing but fewer instructions makes a load quicker."""
+
+MAX_MEMORY_MB: Final = 200
+FLAT: Final = 1.15
+"""Peaks that lie no further apart than this are the same."""
+
+NOT_FREE: Final = 0.1
+"""The share of the cores from which on what else ran has a part in the figures."""
+
+NOISY: Final = 0.1
+"""Two runs of the same that differ by more tell no settings apart."""
+
+
+def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
+    """Whether peaks, in MB by the size of the file in bytes, are low and the same; None where one is missing."""
+    text = ", ".join(
+        f"not measured at {size / 1e9:g} GB: needs {measure.room_for(size) / 1e9:.0f} GB free"
+        if peak is None
+        else f"{peak} at {size / 1e9:g} GB"
+        for size, peak in peaks.items()
+    )
+    known = [peak for peak in peaks.values() if peak is not None]
+    if known and max(known) >= MAX_MEMORY_MB:
+        return text, False
+    return text, max(known) <= FLAT * min(known) if len(known) == len(peaks) else None
+
+
+def bottleneck(spent: Spent) -> str:
+    """What a load waited for, with the figures that say so."""
+    have = spent.cores * spent.wall
+    busy = sum(spent.cpu.values()) / have
+    if busy >= BUSY:
+        shares = ", ".join(f"{name} {100 * seconds / have:.0f}" for name, seconds in spent.cpu.items())
+        detail = f"the cores, {100 * busy:.0f} % of whose time is taken: {shares}"
+        others = spent.cpu.get("everything else", 0.0) / have
+        return detail if others < NOT_FREE else f"{detail}; this machine was not idle, so this is inconclusive"
+    detail = f"the cores are taken for {100 * busy:.0f} % of the time"
+    stages = spent.stages
+    if stages["read"] > stages["stall"]:
+        return (
+            f"S3: for each line the reader waits {stages['read']:.1f} µs for it, and {stages['stall']:.1f} µs until its lines "
+            f"are taken on; {detail}"
+        )
+    # The writers of a worker wait side by side, and take turns at everything else: one interpreter runs one of them at a time.
+    wait, work = stages["wait"] / spent.writers, stages["split"] + stages["decode"] + stages["encode"]
+    detail = f"{wait:.1f} µs of a worker's time for each line beside {work:.1f} µs of its own work; {detail}"
+    return (
+        f"MongoDB: its answers take {detail}" if wait > work else f"the workers' CPU: MongoDB's answers take {detail}"
+    )
+
+
+def scaling(walls: dict[str, float], two: Spent) -> str:
+    """What two processes gain over one, and what stops them; `walls` are seconds by the number of processes."""
+    ratio = walls["2"] / walls["1"]
+    gained = f"Two processes take {ratio:.2f} of the time of one"
+    return f"{gained}." if ratio <= 0.55 else f"{gained}. What stops them from halving it: {bottleneck(two)}."
+
+
+def fastest(ratios: dict[tuple[str, int], Spread], noise: float) -> str:
+    """Whether any setting that was tried is quicker than the default in every round, by more than the noise: of eight that are
+    as quick as it, the median of one would pass every other time."""
+    better = [
+        f"{shown(name, value)} ({spread.median:.2f})"
+        for (name, value), spread in ratios.items()
+        if max(spread.values) < 1 - noise
+    ]
+    detail = f"two runs with the defaults in one round differed by {100 * noise:.0f} % at most"
+    if noise > NOISY:
+        return f"No verdict: {detail}."
+    if better:
+        return f"Faster here than the defaults in every round, by more than the noise: {', '.join(better)}; {detail}."
+    return f"Nothing that was tried is faster than the defaults by more than the noise: {detail}."
+
+
+def shown(name: str, value: int) -> str:
+    """A setting, as somebody sets it."""
+    return f"{name.upper()}={value // 1024}KiB" if name.endswith("_bytes") else f"{name.upper()}={value}"
