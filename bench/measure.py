@@ -90,15 +90,19 @@ class Load:
 class Spent:
     """What a load took, to judge by what it waited for.
 
-    `wall` in seconds; `cpu` in seconds by program (mongod, S3 server, workers, everything else on the machine); `stages` as of
-    a Load; `writers` is how many batches of one worker may wait for the database at a time.
+    `cpu` in seconds by program (mongod, S3 server, workers, everything else on the machine), taken over `seconds`; `stages` as
+    of a Load; `writers` is how many batches of one worker may wait for the database at a time.
     """
 
-    wall: float
+    seconds: float
     cpu: dict[str, float]
     stages: dict[str, float]
     cores: int
     writers: int
+
+    def share(self, cpu: float) -> float:
+        """What so many CPU seconds are of the time of all cores."""
+        return cpu / (self.cores * self.seconds)
 
     @classmethod
     def of(cls, loads: Sequence[Load], writers: int) -> "Spent":
@@ -106,7 +110,7 @@ class Spent:
         servers = {"mongod": "mongod", "S3 server": "weed"}
         cpu = {name: statistics.median(one.taken.servers[server] for one in loads) for name, server in servers.items()}
         return cls(
-            statistics.median(one.taken.wall for one in loads),
+            statistics.median(one.taken.seconds for one in loads),
             cpu
             | {"workers": statistics.median(one.taken.cpu for one in loads)}
             | {"everything else": statistics.median(one.taken.others for one in loads)},

@@ -196,7 +196,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
             "|---|---|" + "---|" * len(programs),
             *(
                 f"| {name} | {wall.text()} | "
-                + " | ".join(f"{100 * spent.cpu[program] / (spent.cores * spent.wall):.0f}" for program in programs)
+                + " | ".join(f"{100 * spent.share(spent.cpu[program]):.0f}" for program in programs)
                 + " |"
                 for name, (wall, spent) in found.items()
             ),

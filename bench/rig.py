@@ -39,9 +39,14 @@ POLL_SECONDS = 0.1
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What a load took: seconds from submission to COMPLETED by the database's clock, CPU seconds and peak MB of workers, and
-    CPU seconds of the servers by name, and of everything else on this machine meanwhile; and the job, as it ended."""
+    CPU seconds of the servers by name, and of everything else on this machine meanwhile; and the job, as it ended.
+
+    CPU is taken over `seconds`, which begin a little before the submission and end with the look that finds the job ended:
+    shares of the cores are of these, and not of the wall.
+    """
 
     wall: float
+    seconds: float
     cpu: float
     peak_mb: int
     servers: dict[str, float]
@@ -260,8 +265,10 @@ class Rig:
 
     def load(self, source: Source, *engines: Engine) -> Taken:
         """Load an object into a collection of its own, which `check` drops."""
+        began = time.perf_counter()
         before, servers, all = sum(engine.cpu() for engine in engines), self.servers_cpu(), _cpu_of_all()
         job = self._wait(self._submit(source), *engines)
+        seconds = time.perf_counter() - began
         cpu = sum(engine.cpu() for engine in engines) - before
         taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}
         # What others take of the cores is seen only where all of these are ours.
@@ -269,7 +276,8 @@ class Rig:
         others = max(0.0, _cpu_of_all() - all - cpu - sum(taken_by.values())) if whole else 0.0
         peak = max((engine.peak_mb() for engine in engines), default=0)
         assert job.finished_at is not None
-        return Taken((job.finished_at - job.created_at).total_seconds(), cpu, peak, taken_by, others, job)
+        wall = (job.finished_at - job.created_at).total_seconds()
+        return Taken(wall, seconds, cpu, peak, taken_by, others, job)
 
     def servers_cpu(self) -> dict[str, float]:
         """CPU seconds of the database and the S3 server until now, by name."""

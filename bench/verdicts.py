@@ -40,12 +40,11 @@ def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
 
 def bottleneck(spent: Spent) -> str:
     """What a load waited for, with the figures that say so."""
-    have = spent.cores * spent.wall
-    busy = sum(spent.cpu.values()) / have
+    busy = spent.share(sum(spent.cpu.values()))
     if busy >= BUSY:
-        shares = ", ".join(f"{name} {100 * seconds / have:.0f}" for name, seconds in spent.cpu.items())
+        shares = ", ".join(f"{name} {100 * spent.share(seconds):.0f}" for name, seconds in spent.cpu.items())
         detail = f"the cores, {100 * busy:.0f} % of whose time is taken: {shares}"
-        others = spent.cpu.get("everything else", 0.0) / have
+        others = spent.share(spent.cpu.get("everything else", 0.0))
         return detail if others < NOT_FREE else f"{detail}; this machine was not idle, so this is inconclusive"
     detail = f"the cores are taken for {100 * busy:.0f} % of the time"
     stages = spent.stages

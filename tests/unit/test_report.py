@@ -13,7 +13,7 @@ STAGES = {"read": 1.0, "split": 0.2, "decode": 2.0, "encode": 3.0, "wait": 40.0,
 
 def spent(stages=None, mongod=4.0, workers=3.0, s3=1.0):
     cpu = {"mongod": mongod, "workers": workers, "S3 server": s3}
-    return Spent(wall=10.0, cpu=cpu, stages=STAGES | (stages or {}), cores=2, writers=8)
+    return Spent(seconds=10.0, cpu=cpu, stages=STAGES | (stages or {}), cores=2, writers=8)
 
 
 def test_taken_cores_are_what_stops_a_load_whatever_its_threads_wait_for():
