@@ -39,19 +39,30 @@ def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
 
 
 def bottleneck(spent: Spent) -> str:
-    """What a load waited for, with the figures that say so."""
+    """What a load waited for, with the figures that say so; and whether others had a part in them."""
+    told, others = _waited_for(spent), spent.share(spent.cpu.get("everything else", 0.0))
+    if others < NOT_FREE:
+        return told
+    return f"{told}; {100 * others:.0f} % went to what else ran: this machine was not idle, so this is inconclusive"
+
+
+def _waited_for(spent: Spent) -> str:
     busy = spent.share(sum(spent.cpu.values()))
     if busy >= BUSY:
         shares = ", ".join(f"{name} {100 * spent.share(seconds):.0f}" for name, seconds in spent.cpu.items())
-        detail = f"the cores, {100 * busy:.0f} % of whose time is taken: {shares}"
-        others = spent.share(spent.cpu.get("everything else", 0.0))
-        return detail if others < NOT_FREE else f"{detail}; this machine was not idle, so this is inconclusive"
+        return f"the cores, {100 * busy:.0f} % of whose time is taken: {shares}"
     detail = f"the cores are taken for {100 * busy:.0f} % of the time"
     stages = spent.stages
-    if stages["read"] > stages["stall"]:
+    read, stall, drain = stages["read"], stages["stall"], stages["drain"]
+    if read > stall + drain:
         return (
-            f"S3: for each line the reader waits {stages['read']:.1f} µs for it, and {stages['stall']:.1f} µs until its lines "
-            f"are taken on; {detail}"
+            f"S3: for each line the reader waits {read:.1f} µs for it, and {stall + drain:.1f} µs until its lines are taken on "
+            f"or written; {detail}"
+        )
+    if drain > stall:
+        return (
+            f"the ends of ranges: for each line the reader waits {drain:.1f} µs until all of a range is written, and "
+            f"{stall:.1f} µs within it; {detail}"
         )
     # The writers of a worker wait side by side, and take turns at everything else: one interpreter runs one of them at a time.
     wait, work = stages["wait"] / spent.writers, stages["split"] + stages["decode"] + stages["encode"]

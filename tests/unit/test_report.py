@@ -1,5 +1,7 @@
 """The report's sentences follow from the figures, whichever way these fall."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench.measure import Spent, Spread
@@ -8,7 +10,16 @@ from bench.rig import isolate
 from bench.verdicts import bottleneck, fastest, flat, scaling
 from engine.settings import Settings
 
-STAGES = {"read": 1.0, "split": 0.2, "decode": 2.0, "encode": 3.0, "wait": 40.0, "stall": 6.0, "queue": 0.1}
+STAGES = {
+    "read": 1.0,
+    "split": 0.2,
+    "decode": 2.0,
+    "encode": 3.0,
+    "wait": 40.0,
+    "stall": 6.0,
+    "drain": 1.0,
+    "queue": 0.1,
+}
 
 
 def spent(stages=None, mongod=4.0, workers=3.0, s3=1.0):
@@ -25,6 +36,8 @@ def test_taken_cores_are_what_stops_a_load_whatever_its_threads_wait_for():
     ("stages", "named"),
     [
         ({"read": 20.0, "stall": 1.0}, "S3:"),
+        ({"read": 6.5}, "the workers' CPU:"),  # less than until its lines are taken on and written
+        ({"read": 6.5, "stall": 2.0, "drain": 5.0}, "the ends of ranges:"),
         ({"wait": 80.0}, "MongoDB:"),
         ({"wait": 16.0}, "the workers' CPU:"),
     ],
@@ -33,6 +46,15 @@ def test_with_cores_to_spare_the_reader_and_the_writers_tell_what_they_wait_for(
     told = bottleneck(spent(stages))
     assert told.startswith(named)
     assert "40 %" in told
+
+
+@pytest.mark.parametrize("stages", [{}, {"read": 20.0}, {"drain": 7.0}, {"wait": 80.0}])
+@pytest.mark.parametrize("mongod", [4.0, 12.0])
+def test_whatever_a_load_waited_for_a_machine_that_did_something_else_says_so(stages, mongod):
+    cpu = {"mongod": mongod, "workers": 3.0, "everything else": 2.0}
+    told = bottleneck(replace(spent(stages), cpu=cpu))
+    assert told.endswith("10 % went to what else ran: this machine was not idle, so this is inconclusive")
+    assert "not idle" not in bottleneck(replace(spent(stages), cpu=cpu | {"everything else": 1.9}))
 
 
 def test_writers_wait_side_by_side():
