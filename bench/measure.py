@@ -274,30 +274,29 @@ def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
 def defaults(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
     """Walls with one setting changed, over those with the defaults, which run first and last in each round.
 
-    `noise` is by how much these two differed at most, as a share.
+    Which setting comes first changes from round to round. `noise` is by how much the two with the defaults differed at most, as
+    a share; `others` the largest share of the cores that anything else on this machine had in a round.
     """
     source = rig.upload(path)
-    ratios: dict[tuple[str, int], list[float]] = {}
-    differences = []
-
-    def wall(**changes: Any) -> float:
-        return load(rig, source, 2, **changes).taken.wall
-
-    for _ in range(rounds):
-        first = wall()
-        walls = {
-            (name, value): wall(**{name: value})
-            for name, values in VARIED.items()
-            for value in values
-            if value != getattr(rig.settings, name)
-        }
-        last = wall()
+    varied = [(name, value) for name, values in VARIED.items() for value in values]
+    settings = [(name, value) for name, value in varied if value != getattr(rig.settings, name)]
+    ratios: dict[tuple[str, int], list[float]] = {which: [] for which in settings}
+    differences, others = [], []
+    for turn in range(rounds):
+        start = turn * len(settings) // rounds
+        order = settings[start:] + settings[:start]
+        loads = [
+            load(rig, source, 2, **changes).taken for changes in ({}, *({name: value} for name, value in order), {})
+        ]
+        first, *walls, last = (taken.wall for taken in loads)
         differences.append(abs(last - first) / min(first, last))
-        for which, seconds in walls.items():
-            ratios.setdefault(which, []).append(2 * seconds / (first + last))
+        others.append(sum(taken.others for taken in loads) / (cores() * sum(taken.seconds for taken in loads)))
+        for which, seconds in zip(order, walls, strict=True):
+            ratios[which].append(2 * seconds / (first + last))
     return {
         "ratios": {which: Spread(tuple(some)) for which, some in ratios.items()},
         "noise": max(differences),
+        "others": max(others),
     }
 
 

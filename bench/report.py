@@ -241,7 +241,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
             "|---|---|",
             *(f"| {shown(*which)} | {spread.text()} |" for which, spread in ratios.items()),
             "",
-            fastest(ratios, found["noise"]),
+            fastest(ratios, found["noise"], found["others"]),
         ]
 
     def headline(found: dict[str, Any]) -> list[str]:

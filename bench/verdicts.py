@@ -20,6 +20,9 @@ FLAT: Final = 1.15
 NOT_FREE: Final = 0.1
 """The share of the cores from which on what else ran has a part in the figures."""
 
+ROUNDS: Final = 3
+"""In fewer, one setting of several is the faster one in every round by chance."""
+
 NOISY: Final = 0.1
 """Two runs of the same that differ by more tell no settings apart."""
 
@@ -79,9 +82,17 @@ def scaling(walls: dict[str, float], two: Spent) -> str:
     return f"{gained}." if ratio <= 0.55 else f"{gained}. What stops them from halving it: {bottleneck(two)}."
 
 
-def fastest(ratios: dict[tuple[str, int], Spread], noise: float) -> str:
+def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) -> str:
     """Whether any setting that was tried is quicker than the default in every round, by more than the noise: of eight that are
-    as quick as it, the median of one would pass every other time."""
+    as quick as it, the median of one would pass every other time.
+
+    `others` is the share of the cores that anything else had. No verdict of few rounds, nor of a machine that was not idle.
+    """
+    rounds = min(len(spread.values) for spread in ratios.values())
+    if rounds < ROUNDS:
+        return f"No verdict: it takes {ROUNDS} rounds, and there {'was 1' if rounds == 1 else f'were {rounds}'}."
+    if others >= NOT_FREE:
+        return f"No verdict: this machine was not idle, and {100 * others:.0f} % of its cores went to what else ran."
     better = [
         f"{shown(name, value)} ({spread.median:.2f})"
         for (name, value), spread in ratios.items()

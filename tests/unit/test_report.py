@@ -88,12 +88,19 @@ def test_a_size_without_room_is_told():
 
 
 def test_defaults_are_called_the_fastest_only_within_the_noise():
-    ratios = {("engine_writers", 4): Spread((0.9, 0.9, 0.96)), ("engine_writers", 16): Spread((0.9, 0.88))}
-    assert "Nothing that was tried is faster" in fastest(ratios, 0.1)
-    assert "No verdict" in fastest(ratios, 0.11)
-    told = fastest(ratios, 0.05)
+    ratios = {("engine_writers", 4): Spread((0.9, 0.9, 0.96)), ("engine_writers", 16): Spread((0.9, 0.89, 0.88))}
+    assert "Nothing that was tried is faster" in fastest(ratios, 0.1, 0.0)
+    assert "No verdict" in fastest(ratios, 0.11, 0.0)
+    told = fastest(ratios, 0.05, 0.09)
     assert told.startswith("Faster here than the defaults")
     assert "ENGINE_WRITERS=16 (0.89)" in told
+
+
+def test_few_rounds_and_a_machine_that_is_not_idle_tell_no_settings_apart():
+    ratios = {("engine_writers", 4): Spread((0.5, 0.5))}
+    assert fastest(ratios, 0.01, 0.0) == "No verdict: it takes 3 rounds, and there were 2."
+    ratios = {("engine_writers", 4): Spread((0.5, 0.5, 0.5))}
+    assert fastest(ratios, 0.01, 0.11).startswith("No verdict: this machine was not idle, and 11 %")
 
 
 def test_a_section_that_fails_stands_in_the_table_and_costs_no_other(capsys):
