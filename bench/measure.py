@@ -22,7 +22,7 @@ import boto3
 import bson
 import orjson
 
-from bench import ceiling, shapes
+from bench import ceiling, importer, shapes
 from bench.rig import ROOT, Rig, Taken, cpu_of
 from engine.job_batches import JobBatches
 from engine.model import JobOptions, JobState, Source
@@ -53,7 +53,6 @@ __all__ = [
 ]
 
 CONNECTIONS: Final = (2, 3, 4)
-IMPORT_WORKERS: Final = (1, 2, 4, 8)
 VARIED: Final[dict[str, tuple[int, ...]]] = {
     "engine_writers": (1, 2, 4, 8, 16),
     "engine_read_bytes": (256 * 1024, 1024 * 1024, 4 * 1024 * 1024),
@@ -184,8 +183,7 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
     ceilings = Ceiling(rig, path)
     rows: dict[str, list[float]] = {}
     loads: list[Load] = []
-    candidates: tuple[int, ...] = IMPORT_WORKERS if tool else ()
-    note = _version(tool) if tool else "MONGOIMPORT names no tool"
+    candidates, note = importer.look(tool)
     for _ in range(rounds):
         base, base_off = base_cpu(path)
         top, one = ceilings.beside(lambda: load(rig, source, 2))
@@ -206,8 +204,8 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
         }
         if tool and candidates:
             try:
-                walls = {workers: _import(rig, tool, path, workers, taken.lines) for workers in candidates}
-            except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+                walls = {workers: importer.run(rig, tool, path, workers, taken.lines) for workers in candidates}
+            except (OSError, RuntimeError) as error:
                 candidates, note = (), str(error)
             else:
                 best = min(walls, key=lambda workers: walls[workers])
@@ -224,27 +222,6 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
         "connections": ceilings.connections,
         "import note": note,
     }
-
-
-def _version(tool: str) -> str:
-    output = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
-    return output[0].replace(" version:", "") if output else "of an unknown version"
-
-
-def _import(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:
-    """Wall seconds of one import. Raises RuntimeError where not every line became a document."""
-    name = f"i{uuid.uuid4().hex[:8]}"
-    uri = rig.settings.mongo_uri.get_secret_value() if rig.settings.mongo_uri else ""
-    command = [tool, f"--uri={uri}", f"--collection={name}", f"--file={path}", f"-j{workers}", "--quiet"]
-    began = time.perf_counter()
-    ended = subprocess.run([*command, '--writeConcern={"w":"majority"}'], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - began
-    documents = rig.store.data[name].count_documents({})
-    rig.store.data.drop_collection(name)
-    if ended.returncode or documents != lines:
-        words = (ended.stderr.strip() or "no words").splitlines()[-1]
-        raise RuntimeError(f"-j{workers} ended with {ended.returncode} and {documents} of {lines} documents: {words}")
-    return seconds
 
 
 def shape(rig: Rig, path: Path, rounds: int) -> Spread:

@@ -1,0 +1,55 @@
+"""The database's own import tool, which the report compares with. Whatever is wrong with it costs its own figures alone."""
+
+import subprocess
+import time
+import uuid
+from pathlib import Path
+from typing import Final
+
+from bench.rig import Rig
+
+__all__ = ["look", "run"]
+
+WORKERS: Final = (1, 2, 4, 8)
+
+LOOK_SECONDS: Final = 10.0
+"""So long the tool may take to say its version."""
+
+RUN_SECONDS: Final = 600.0
+"""And so long for an import: the slowest, of one worker, takes about half a minute for a million records."""
+
+
+def look(tool: str | None) -> tuple[tuple[int, ...], str]:
+    """Numbers of workers to try it with, and its version; none, and why, where it cannot be run."""
+    if tool is None:
+        return (), "MONGOIMPORT names no tool"
+    try:
+        output = _run([tool, "--version"], LOOK_SECONDS).stdout.splitlines()
+    except (OSError, RuntimeError) as error:
+        return (), str(error)
+    return WORKERS, output[0].replace(" version:", "") if output else "of an unknown version"
+
+
+def run(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:
+    """Wall seconds of one import. Raises RuntimeError where not every line became a document, or it takes too long."""
+    name = f"i{uuid.uuid4().hex[:8]}"
+    uri = rig.settings.mongo_uri.get_secret_value() if rig.settings.mongo_uri else ""
+    command = [tool, f"--uri={uri}", f"--collection={name}", f"--file={path}", f"-j{workers}", "--quiet"]
+    try:
+        began = time.perf_counter()
+        ended = _run([*command, '--writeConcern={"w":"majority"}'], RUN_SECONDS)
+        seconds = time.perf_counter() - began
+        documents = rig.store.data[name].count_documents({})
+    finally:
+        rig.store.data.drop_collection(name)
+    if ended.returncode or documents != lines:
+        words = (ended.stderr.strip() or "no words").splitlines()[-1]
+        raise RuntimeError(f"-j{workers} ended with {ended.returncode} and {documents} of {lines} documents: {words}")
+    return seconds
+
+
+def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{command[0]} did not end within {seconds:g} seconds") from None
