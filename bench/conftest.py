@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import shapes
-from bench.rig import ROOT, Rig, forget_peak, peak_mb
+from bench.rig import ROOT, Rig, forget_peak, on_leave, peak_mb
 
 Measure = Callable[..., Any]
 
@@ -31,6 +32,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if sizes is not None:
         names, full, quick = sizes
         metafunc.parametrize(names, quick if metafunc.config.getoption("--quick") else full)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tidy(request: pytest.FixtureRequest) -> None:
+    """However this is ended, no server and no file stays: by itself, pytest leaves through its fixtures on Ctrl-C only."""
+
+    def leave(number: int) -> None:
+        # Where the exception is lost, in the midst of a collection of garbage, this test is the last one.
+        request.session.shouldstop = why = f"ended by {signal.Signals(number).name}"
+        pytest.exit(why, pytest.ExitCode.INTERRUPTED)
+
+    on_leave(leave)
 
 
 @pytest.fixture(scope="session")

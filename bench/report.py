@@ -21,9 +21,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from api.terminal import EXIT_INTERRUPTED
 from bench import measure, shapes
 from bench.measure import Spent, Spread
-from bench.rig import ROOT, Rig
+from bench.rig import ROOT, Rig, on_leave
 from bench.verdicts import MAX_MEMORY_MB, bottleneck, fastest, flat, scaling, shown
 from engine.settings import cores
 from engine.stats import STAGES
@@ -48,15 +49,17 @@ Judge = Callable[[Any], tuple[str, bool | None]]
 @dataclass
 class Report:
     """How many records of each shape are loaded; rows of the table: what, target, reached, whether it is met (None: not
-    measured); what each section found, and why not."""
+    measured); what each section found, and why not. `heed` raises where the report is to end."""
 
     records: dict[str, int] = field(default_factory=dict)
     rows: list[tuple[str, str, str, bool | None]] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+    heed: Callable[[], None] = lambda: None
 
     def measure(self, name: str, run: Callable[[], Any], *rows: tuple[str, str, Judge]) -> None:
         """Measure a section and add its rows: what, target, judge. Where it fails, the others are measured all the same."""
+        self.heed()
         try:
             found = run()
             judged = [(what, target, *judge(found)) for what, target, judge in rows]
@@ -93,11 +96,13 @@ def _imported(found: dict[str, Any]) -> tuple[str, bool | None]:
     return f"{found['import ratio'].text()} ({note})", found["import ratio"].median >= 2.5
 
 
-def run(rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None) -> Report:
-    """Measure everything."""
+def run(
+    rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None, heed: Callable[[], None] = lambda: None
+) -> Report:
+    """Measure everything; `heed` raises where that is to end."""
     rounds, few = (1, 1) if quick else (9, 3)
     count = 100_000 if quick else 1_000_000
-    report = Report({"ordinary": count, "tiny": count, "wide": count // 16, "large": count // 50})
+    report = Report({"ordinary": count, "tiny": count, "wide": count // 16, "large": count // 50}, heed=heed)
 
     def file(name: str, records: int) -> Path:
         path = files / f"{name}-{records}.ndjson"
@@ -318,6 +323,7 @@ def _mongod() -> str:
 
 def main() -> None:
     """Measure and write; exit 1 where something could not be measured."""
+    heed = on_leave(lambda number: sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else 1))
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="small and once, to see that it works; prints the report only"
@@ -330,14 +336,13 @@ def main() -> None:
     tool = os.environ.get("MONGOIMPORT") or None
     if tool and not shutil.which(tool):
         parser.error(f"MONGOIMPORT={tool} is no program: name the database's import tool, or unset it")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave nothing behind then, either
     began, commit = time.monotonic(), _commit()
     folder = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     command = "make bench-report" + (f" GIGABYTES={asked.gigabytes}" if asked.gigabytes != GIGABYTES else "")
     try:
         with Rig(folder / "rig") as rig:
             cache_bytes = rig.cache_bytes()
-            report = run(rig, folder, asked.quick, asked.gigabytes, tool)
+            report = run(rig, folder, asked.quick, asked.gigabytes, tool, heed)
         # The figures of a quick run are no figures: they must not pass for those of the report.
         place = folder if asked.quick else HERE
         write(report, command, time.monotonic() - began, place, cache_bytes, commit)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from engine.s3 import connect
 from engine.settings import Settings, cores
 from engine.store import Store, job_key
 
-__all__ = ["Engine", "Rig", "Taken", "cpu_of", "forget_peak", "isolate", "peak_mb"]
+__all__ = ["Engine", "Rig", "Taken", "cpu_of", "forget_peak", "isolate", "on_leave", "peak_mb"]
 
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
@@ -64,6 +64,35 @@ def isolate() -> None:
     for name in [name for name in os.environ if name.lower() in Settings.model_fields]:
         del os.environ[name]
     Settings.model_config["env_file"] = None
+
+
+def on_leave(leave: Callable[[int], object]) -> Callable[[], None]:
+    """Call `leave`, which raises, with the number of the signal: on Ctrl-C, on TERM, and on HUP unless that is ignored, as
+    under nohup.
+
+    By default the last two end a process at once, and gigabytes of servers' files stay. What comes while the first is seen to
+    does nothing.
+
+    Returns what calls `leave` again once a signal has come: an exception that is raised in the midst of a collection of garbage
+    is lost, and so is asked for between sections.
+    """
+    came: list[int] = []
+
+    def once(number: int, frame: object) -> None:
+        for other in asked:
+            signal.signal(other, signal.SIG_IGN)
+        came.append(number)
+        leave(number)
+
+    def again() -> None:
+        if came:
+            leave(came[0])
+
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    asked = [signal.SIGINT, signal.SIGTERM, *hangup]
+    for number in asked:
+        signal.signal(number, once)
+    return again
 
 
 def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:
