@@ -36,6 +36,7 @@ from engine.admission import check_collection_name
 from engine.errors import Refused, StartError
 from engine.model import Format, JobState
 from engine.settings import http_url
+from engine.stats import REPORT_SECONDS
 
 __all__ = ["remote"]
 
@@ -327,6 +328,9 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Show where the time of the live workers goes, stage by stage; as JSON, their counters since they started."""
+    if 0 < seconds < REPORT_SECONDS:
+        why = f"workers tell every {REPORT_SECONDS:g} seconds: measure for so long or longer, or 0 for all since they started"
+        raise typer.BadParameter(why, param_hint="--seconds")
     client = _client(url)
     workers = client.ask("GET", "/workers")["workers"]
     if as_json:

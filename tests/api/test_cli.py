@@ -94,6 +94,7 @@ def test_top_and_profile_show_the_workers(run, file, live):
     assert "memory" in run("top", "--once", COLUMNS="160").out
     assert "decode" in run("profile", COLUMNS="200").out
     assert "has no share" in run("profile", "--seconds", "0", COLUMNS="200").out
+    assert "workers tell every 2 seconds" in run("profile", "--seconds", "1", code=2, COLUMNS="200").err
     assert any(worker["counts"].get("lines") for worker in json.loads(run("profile", "--json").out)["workers"])
 
 
