@@ -87,8 +87,9 @@ def measure(benchmark: BenchmarkFixture, commit: str) -> Measure:
     """Run a function under the benchmark, and note what its time was spent on.
 
     `size` in bytes and `records` are of one call; `rounds` where one call takes seconds, or where `setup` makes what it is
-    called with. The peak of the memory is that of process `pid`, this one if none is named, while it ran. Everything else goes
-    into `extra_info` as it is. Returns what the function returned.
+    called with. `peak_rss_mb` is the peak of the memory of process `pid`, this one if none is named, while it ran. In it is
+    what was there before: modules, and what earlier tests left; `rss_growth_mb` is how much came while it ran. Everything else
+    goes into `extra_info` as it is. Returns what the function returned.
     """
 
     def run(
@@ -104,13 +105,19 @@ def measure(benchmark: BenchmarkFixture, commit: str) -> Measure:
         gc.collect()
         pid = pid or os.getpid()
         forget_peak(pid)
+        before = peak_mb(pid)
         result = (
             benchmark.pedantic(function, setup=setup, rounds=rounds)  # type: ignore[no-untyped-call]
             if rounds
             else benchmark(function)
         )
         info: dict[str, Any] = {"bytes": size, "records": records, "processes": 1, "commit": commit}
-        info |= {"batch": None, "shape": None, "peak_rss_mb": peak_mb(pid)} | more
+        info |= {
+            "batch": None,
+            "shape": None,
+            "peak_rss_mb": (peak := peak_mb(pid)),
+            "rss_growth_mb": peak - before,
+        } | more
         if benchmark.stats is not None:
             seconds = benchmark.stats.stats.median
             info |= {"MB/s": round(size / seconds / 1e6, 1), "records/s": round(records / seconds, 1)}

@@ -23,10 +23,13 @@ CASES = [
     *(("ordinary", 2, "64MiB", batch) for batch in (100, 10_000)),
     *((shape, 2, "64MiB", 1000) for shape in ("tiny", "wide", "large")),
 ]
+# The quick files are so small that ranges of up to 64 MiB have 8 MiB, too: the planner makes none smaller to have more.
+QUICK_CASES = [case for case in CASES if case[2] != "8MiB"]
 SIZES = {
     "test_load": (
         ("shape", "records", "workers", "range_bytes", "batch"),
-        *([(shape, counts[shape], *rest) for shape, *rest in CASES] for counts in (FULL, QUICK)),
+        [(shape, FULL[shape], *rest) for shape, *rest in CASES],
+        [(shape, QUICK[shape], *rest) for shape, *rest in QUICK_CASES],
     )
 }
 
@@ -86,5 +89,6 @@ def test_load(
             "mongod_cpu": median(lambda one: one.servers["mongod"]),
             "s3_cpu": median(lambda one: one.servers["weed"]),
             "peak_rss_mb": max(one.peak_mb for one in taken),
+            "rss_growth_mb": None,  # the workers', whose peak this is, began with the engine
         }
     )
