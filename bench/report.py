@@ -6,6 +6,7 @@ Every figure is of this run, on this machine; ratios are of figures of one round
 import argparse
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,11 +30,14 @@ from bench.verdicts import MAX_MEMORY_MB, bottleneck, fastest, flat, scaling, sh
 from engine.settings import cores
 from engine.stats import STAGES
 
-__all__ = ["main"]
+__all__ = ["Report", "main", "room", "stated"]
 
 HERE: Final = ROOT / "bench"
 GIGABYTES: Final = 10
 """Size of the largest file of the memory test."""
+
+LEFT_BYTES: Final = 4 * 10**9
+"""Files, objects and documents that the sections before the memory test leave on the disk; of a quick run, a tenth."""
 
 SHAPES_ARE: Final = {
     "ordinary": "about 260 bytes",
@@ -96,6 +100,23 @@ def _imported(found: dict[str, Any]) -> tuple[str, bool | None]:
     return f"{found['import ratio'].text()} ({note})", found["import ratio"].median >= 2.5
 
 
+def sizes(quick: bool, gigabytes: int) -> list[int]:
+    """Bytes of the files of the memory test, the largest last."""
+    return [5 * 10**7, 10**8] if quick else sorted({10**8, min(10**9, gigabytes * 10**9), gigabytes * 10**9})
+
+
+def room(quick: bool, gigabytes: int) -> int:
+    """Bytes of disk that all of it needs."""
+    return measure.room_for(sizes(quick, gigabytes)[-1]) + (LEFT_BYTES // 10 if quick else LEFT_BYTES)
+
+
+def stated(quick: bool, gigabytes: int, tool: str | None) -> str:
+    """The command that measures the same again."""
+    given = {"GIGABYTES": str(gigabytes) if gigabytes != GIGABYTES else None, "QUICK": "1" if quick else None}
+    given["MONGOIMPORT"] = tool
+    return " ".join(["make bench-report", *(f"{name}={shlex.quote(value)}" for name, value in given.items() if value)])
+
+
 def run(
     rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None, heed: Callable[[], None] = lambda: None
 ) -> Report:
@@ -156,26 +177,29 @@ def run(
     )  # fmt: skip
     report.measure("defaults", lambda: measure.defaults(rig, ordinary(), few))
     # The largest last: what it leaves on the disk and in the database's cache is in nobody's way.
-    sizes = [5 * 10**7, 10**8] if quick else sorted({10**8, min(10**9, gigabytes * 10**9), gigabytes * 10**9})
     report.measure(
-        "memory", lambda: measure.memory(rig, sizes),
+        "memory", lambda: measure.memory(rig, sizes(quick, gigabytes)),
         ("peak memory of a worker, MB (lines up to 1 MiB)", f"< {MAX_MEMORY_MB}, flat (15 %)", flat),
     )  # fmt: skip
     return report
 
 
-def write(report: Report, command: str, seconds: float, place: Path, cache_bytes: int, commit: str) -> None:
-    """Write REPORT.md and its pictures, of what was measured on this commit."""
+def write(
+    report: Report, command: str, seconds: float, place: Path, cache_bytes: int, commit: str, *, kept: bool = True
+) -> None:
+    """Write REPORT.md and its pictures, of what was measured on this commit. Those that are not `kept` are not shown in it."""
     from bench import pictures  # matplotlib is there for this alone
 
     def section(name: str, lines: Callable[[Any], list[str]]) -> list[str]:
         return lines(report.found[name]) if name in report.found else [report.wrong[name]]
 
+    def picture(what: str, name: str) -> list[str]:
+        return [f"![{what}]({name})", ""] if kept else []
+
     def ladder(found: dict[str, Any]) -> list[str]:
         pictures.ladder(found, place / "ladder.svg")
         return [
-            "![wall seconds](ladder.svg)",
-            "",
+            *picture("wall seconds", "ladder.svg"),
             f"The ceiling was sent over {found['connections']} connections. Import tool: {found['import note']}.",
             "",
             "| | seconds | CPU seconds: the client | the database | S3 |",
@@ -195,8 +219,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
         pictures.scale(walls, place / "scale.svg")
         programs = list(found["1"][1].cpu)
         return [
-            "![scaling](scale.svg)",
-            "",
+            *picture("scaling", "scale.svg"),
             f"| processes | seconds | {' | '.join(f'% of all cores: {name}' for name in programs)} |",
             "|---|---|" + "---|" * len(programs),
             *(
@@ -213,8 +236,7 @@ def write(report: Report, command: str, seconds: float, place: Path, cache_bytes
         spent: Spent = found["spent"]
         pictures.stages(spent.stages, place / "stages.svg")
         return [
-            "![stages](stages.svg)",
-            "",
+            *picture("stages", "stages.svg"),
             "| stage | microseconds of a thread for each line |",
             "|---|---|",
             *(f"| {stage} | {spent.stages[stage]:.2f} |" for stage in STAGES),
@@ -330,22 +352,30 @@ def main() -> None:
     )
     parser.add_argument("--gigabytes", type=int, default=GIGABYTES, help="size of the largest file of the memory test")
     asked = parser.parse_args()
+    if asked.gigabytes < 1:
+        parser.error(f"--gigabytes {asked.gigabytes} is no size of a file: give 1 or more")
     # What is missing is told before anything is measured.
     if not find_spec("matplotlib"):
         parser.error("matplotlib, which draws the pictures, is not installed: pip install -e '.[bench]'")
     tool = os.environ.get("MONGOIMPORT") or None
     if tool and not shutil.which(tool):
         parser.error(f"MONGOIMPORT={tool} is no program: name the database's import tool, or unset it")
+    free, needed = shutil.disk_usage(tempfile.gettempdir()).free, room(asked.quick, asked.gigabytes)
+    if free < needed:
+        parser.error(
+            f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free, and this needs up to {needed / 1e9:.1f}: free some, set "
+            "TMPDIR to a folder that has more, or measure a smaller file with GIGABYTES=1"
+        )
     began, commit = time.monotonic(), _commit()
     folder = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
-    command = "make bench-report" + (f" GIGABYTES={asked.gigabytes}" if asked.gigabytes != GIGABYTES else "")
+    command = stated(asked.quick, asked.gigabytes, tool)
     try:
         with Rig(folder / "rig") as rig:
             cache_bytes = rig.cache_bytes()
             report = run(rig, folder, asked.quick, asked.gigabytes, tool, heed)
         # The figures of a quick run are no figures: they must not pass for those of the report.
         place = folder if asked.quick else HERE
-        write(report, command, time.monotonic() - began, place, cache_bytes, commit)
+        write(report, command, time.monotonic() - began, place, cache_bytes, commit, kept=not asked.quick)
         print((place / "REPORT.md").read_text() if asked.quick else f"Written: {place / 'REPORT.md'}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,12 @@
 """The report's sentences follow from the figures, whichever way these fall."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
 from bench.measure import Spent, Spread
-from bench.report import Report
+from bench.report import Report, main, room, stated
 from bench.rig import isolate
 from bench.verdicts import bottleneck, fastest, flat, scaling
 from engine.settings import Settings
@@ -101,6 +102,27 @@ def test_few_rounds_and_a_machine_that_is_not_idle_tell_no_settings_apart():
     assert fastest(ratios, 0.01, 0.0) == "No verdict: it takes 3 rounds, and there were 2."
     ratios = {("engine_writers", 4): Spread((0.5, 0.5, 0.5))}
     assert fastest(ratios, 0.01, 0.11).startswith("No verdict: this machine was not idle, and 11 %")
+
+
+def test_the_command_that_is_stated_measures_the_same_again():
+    assert stated(False, 10, None) == "make bench-report"
+    assert stated(True, 1, "/a b/tool") == "make bench-report GIGABYTES=1 QUICK=1 MONGOIMPORT='/a b/tool'"
+
+
+def test_the_disk_that_is_asked_for_holds_the_largest_file_and_what_came_before_it():
+    assert [room(False, 10), room(False, 1), room(True, 10)] == [46 * 10**9, 10 * 10**9, 28 * 10**8]
+
+
+@pytest.mark.parametrize(("given", "free", "told"), [("0", 10**12, "--gigabytes 0"), ("10", 10**9, "has 1.0 GB free")])
+def test_what_cannot_be_measured_is_told_before_anything_is(given, free, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report", "--gigabytes", given])
+    monkeypatch.setattr("bench.report.find_spec", lambda name: True)
+    monkeypatch.setattr("bench.report.on_leave", lambda leave: lambda: None)
+    monkeypatch.setattr("bench.report.shutil.disk_usage", lambda path: Mock(free=free))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_section_that_fails_stands_in_the_table_and_costs_no_other(capsys):
