@@ -1,6 +1,6 @@
 """The report's pictures, as SVG."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,44 +27,68 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def _whiskers(spread: Spread) -> list[list[float]]:
+    """From the median to the least, and to the most."""
+    return [[spread.median - min(spread.values)], [max(spread.values) - spread.median]]
+
+
+def _label(axes: Any, x: float, row: int, text: str) -> None:
+    """A text to the right of a bar or its whisker, clear of the cap."""
+    axes.annotate(text, (x, row), (7, 0), textcoords="offset points", va="center")
+
+
 def ladder(found: Mapping[str, Any], path: Path) -> None:
     """Wall seconds from the ceiling up."""
     names = [name for name in COLOURS if isinstance(found.get(name), Spread)]
     figure, axes = plt.subplots(figsize=(7, 0.6 * len(names) + 0.9))
     for row, name in enumerate(reversed(names)):
         spread = found[name]
-        low, high = spread.median - min(spread.values), max(spread.values) - spread.median
-        axes.barh(row, spread.median, xerr=[[low], [high]], color=COLOURS[name], height=0.6, capsize=3)
-        axes.text(max(spread.values), row, f"  {spread.median:.1f} s", va="center")
+        axes.barh(row, spread.median, xerr=_whiskers(spread), color=COLOURS[name], height=0.6, capsize=3)
+        _label(axes, max(spread.values), row, f"{spread.median:.1f} s")
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xlabel("seconds for the same records (less is better); whiskers: least and most")
     axes.margins(x=0.15)
     _save(figure, path)
 
 
-def scale(found: Mapping[str, Spread], path: Path) -> None:
-    """Speed-up against the straight line."""
+def scale(found: Mapping[str, Spread], path: Path, cores: int) -> None:
+    """Speed-up against the straight line, and how many cores there are."""
     counts = [int(name) for name in found if name.isdigit()]
     alone = found["1"].median
+    # The rate of each round, over that of one process at the median.
+    times = {name: Spread(tuple(alone / wall for wall in spread.values)) for name, spread in found.items()}
     figure, axes = plt.subplots(figsize=(5, 3.2))
     axes.plot(counts, counts, "--", color="#8a8f98", label="straight line")
-    axes.plot(counts, [alone / found[str(n)].median for n in counts], "o-", color="#1f6f8b", label="one engine")
+    axes.axvline(cores, color="#8a8f98", linewidth=0.8, linestyle=":", label=f"{cores} cores")
+
+    def points(at: Sequence[float], names: list[str], style: str, colour: str, label: str) -> None:
+        spreads = [times[name] for name in names]
+        low, high = ([_whiskers(spread)[side][0] for spread in spreads] for side in (0, 1))
+        medians = [spread.median for spread in spreads]
+        axes.errorbar(at, medians, yerr=[low, high], fmt=style, color=colour, capsize=3, label=label)
+
+    points(counts, [str(n) for n in counts], "o-", "#1f6f8b", "one engine")
     if "two engines of 1" in found:
-        axes.plot([2], [alone / found["two engines of 1"].median], "s", color="#c2703d", label="two engines of one")
+        # Beside the point of one engine of two, so that both whiskers are seen.
+        points([2.1], ["two engines of 1"], "s", "#c2703d", "two engines of one")
     axes.set_xticks(counts)
-    axes.set_xlabel("worker processes")
+    axes.set_xlabel("worker processes; whiskers: least and most")
     axes.set_ylabel("times the rate of one")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=1)
     _save(figure, path)
 
 
-def stages(found: Mapping[str, float], path: Path) -> None:
-    """Where a worker's threads spend their time."""
-    names = [name for name in found if name != "stall"]
-    figure, axes = plt.subplots(figsize=(7, 2.6))
+def stages(found: Mapping[str, float], path: Path, writers: int) -> None:
+    """Where a worker's threads spend their time; hatched, what `wait` is of a worker's, whose batches wait side by side."""
+    names = list(found)
+    figure, axes = plt.subplots(figsize=(7, 2.9))
     axes.barh(list(reversed(names)), [found[name] for name in reversed(names)], color="#1f6f8b", height=0.6)
+    axes.barh(["wait"], [found["wait"] / writers], color="#1f6f8b", edgecolor="white", hatch="////", height=0.6)
     for row, name in enumerate(reversed(names)):
-        axes.text(found[name], row, f"  {found[name]:.2f}", va="center")
-    axes.set_xlabel("microseconds of a thread for each line")
-    axes.margins(x=0.12)
+        shared = f" (/ {writers}: {found[name] / writers:.2f})" if name == "wait" else ""
+        _label(axes, found[name], row, f"{found[name]:.2f}{shared}")
+    axes.set_xlabel(
+        f"microseconds of a thread for each line; hatched: `wait` / {writers}, since so many wait at a time"
+    )
+    axes.margins(x=0.2)
     _save(figure, path)
