@@ -12,7 +12,10 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from typer.testing import CliRunner
 
+from api.client import CallFailed
+from api.commands import app
 from tests.running import ROOT, title, until
 
 
@@ -221,6 +224,20 @@ def test_pages_of_jobs_follow_each_other(run, live):
 
 def test_an_api_that_is_not_there_is_told(run):
     assert "does not answer" in run("jobs", code=1, API_URL="http://127.0.0.1:9").err
+
+
+def test_a_load_without_an_api_is_told_at_once_and_not_waited_for(file, monkeypatch):
+    monkeypatch.setattr("api.remote.Loader", lambda *_, **__: pytest.fail("it began"))
+    ended = CliRunner().invoke(app, ["load", str(file), "--url", "http://127.0.0.1:9"])
+    assert isinstance(ended.exception, CallFailed)
+    assert "does not answer" in str(ended.exception)
+
+
+def test_a_closed_standard_output_ends_no_command(live, tmp_path):
+    command = f"exec {sys.executable} -P -m api.cli jobs >&-"
+    environment = os.environ | {"API_URL": str(live.http.base_url), "PYTHONPATH": str(ROOT)}
+    made = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert (made.returncode, made.stderr) == (0, "")
 
 
 def test_an_unknown_option_is_usage(run):

@@ -221,7 +221,9 @@ def test_rejects_are_complete_paged_and_downloadable(live, finish):
     assert "attachment" in download.headers["Content-Disposition"]
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=100000", "cursor=%21%21", "format=xml"])
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=x", "limit=100000", "cursor=%21%21", "format=xml", "format=ndjson&limit=1"]
+)
 def test_a_wrong_question_for_rejects_is_refused(live, query):
     put(live, b"{}\n", "body.ndjson")
     job = process(live, "body.ndjson").json()["jobId"]
