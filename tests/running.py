@@ -40,6 +40,12 @@ def until(true, seconds=30, what="it"):
     pytest.fail(f"{what} did not happen within {seconds} seconds")
 
 
+def _as_anywhere():
+    """In a child: HUP is not ignored, as it would be where the tests are run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    die_with_parent()
+
+
 class Running:
     """A `headrace` command in a process of its own: `engine` or `api`."""
 
@@ -57,7 +63,7 @@ class Running:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=_as_anywhere,
             )
         self.pid = self.process.pid
 
