@@ -98,6 +98,7 @@ class JobStatus(TypedDict):
         _State, Field(description="COMPLETED, FAILED and CANCELLED are final; a retry reopens the last two")
     ]
     stopping: Annotated[bool, Field(description="It will end as soon as its workers have released it")]
+    database: Annotated[str, Field(description="Where that collection is")]
     collection: Annotated[str, Field(description="Where the documents go")]
     format: Annotated[_Format, Field(description="How lines become documents; auto until that is decided")]
     validate: Annotated[bool, Field(description="Nothing is written")]

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import falcon
 
@@ -11,7 +11,7 @@ from api.operations import Wait, operation_of
 from api.problems import Problem
 from engine.queue import Queue
 
-__all__ = ["LEAVE", "Depth", "S3Calls", "Slots"]
+__all__ = ["LEAVE", "Depth", "S3Calls", "Slots", "gone_of"]
 
 COUNT_SECONDS: Final = 1.0
 
@@ -23,6 +23,11 @@ TURN_SECONDS: Final = 2.0
 
 LEAVE: Final = "headrace.leave"
 """Where a request's environment holds what to call when an upload is done with, so that the next may be sent from then on."""
+
+
+def gone_of(req: falcon.Request) -> Callable[[], bool]:
+    """What tells whether the client of a request has left: nothing is to be held for it from then on."""
+    return cast("Callable[[], bool]", req.env.get("waitress.client_disconnected", lambda: False))
 
 
 class Slots:

@@ -38,6 +38,9 @@ SAMPLE_SEED: Final = 1
 
 GOES_ON: Final = "goes on when Headrace runs here again (`make run RECORDS=0` loads nothing more)"
 
+OF_THEM: Final = ("", "; one of them:", "; two of them:")
+"""By how many documents are shown."""
+
 
 class _Stopped(BaseException):
     """TERM, INT or HUP came. No error of the program: nothing may swallow it."""
@@ -298,9 +301,6 @@ def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, An
     console.print()
 
 
-_OF_THEM: Final = ("", "; one of them:", "; two of them:")
-
-
 def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:
     settings = Settings.model_validate(settings.model_dump() | overrides)
     with translated("reading what was loaded"), closing(Store(settings)) as store:
@@ -313,7 +313,7 @@ def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[
         found = list(collection.find({"_id": ids}).limit(2)) if ids else []
         found = found or list(collection.find().limit(2))
     console.print(
-        f"\nCollection {settings.data_db()}.{status['collection']} holds {count:,} documents{_OF_THEM[len(found)]}"
+        f"\nCollection {settings.data_db()}.{status['collection']} holds {count:,} documents{OF_THEM[len(found)]}"
     )
     for document in found:
         text = orjson.dumps(document, default=str).decode()

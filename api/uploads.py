@@ -13,7 +13,7 @@ from falcon.media.multipart import BodyPart, MultipartForm, MultipartParseError
 from ulid import ULID
 
 from api.answers import UploadAnswer
-from api.limits import LEAVE
+from api.limits import LEAVE, gone_of
 from api.models import FileForm
 from api.operations import Answer, Scope, check_form, operation
 from api.problems import Problem
@@ -103,7 +103,7 @@ class FormUploads:
             if not req.content_length:
                 raise Problem(400, "missing_file", MISSING)
             form: MultipartForm = req.get_media()
-            stored = self._store(form, req.env.get("waitress.client_disconnected", lambda: False))
+            stored = self._store(form, gone_of(req))
         except (MultipartParseError, falcon.HTTPBadRequest) as error:
             detail = error.description or "the form cannot be read"
             raise Problem(400, "malformed_form", f"{detail}: send multipart/form-data, complete to its end") from None

@@ -46,6 +46,7 @@ def job_status(job: Job) -> JobStatus:
         "fileKey": job.source.key,
         "status": job.state.value,
         "stopping": job.stopping is not None,
+        "database": job.database,
         "collection": job.options.collection,
         "format": (job.plan.format if job.plan else job.options.format).value,
         "validate": job.options.validate,

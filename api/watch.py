@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import falcon
 import orjson
 
-from api.limits import Slots
+from api.limits import Slots, gone_of
 from api.operations import Answer, Scope, operation
 from api.views import job_status
 from engine.errors import HeadraceError
@@ -77,7 +77,7 @@ class Watch:
         seconds = _wait(req)
         if seconds and not ended and (not known or tag in known):
             self.slots.take()
-            gone = req.env.get("waitress.client_disconnected", lambda: False)
+            gone = gone_of(req)
             try:
                 seen, end = "", time.monotonic() + seconds
                 while time.monotonic() < end and not ended and (not known or tag in known) and not gone():
@@ -156,16 +156,17 @@ class Events:
         self._watch.slots.take()
         resp.content_type = "text/event-stream"
         resp.cache_control = ["no-store"]
-        resp.stream = _Stream(self._watch, job_id, known)
+        resp.stream = _Stream(self._watch, job_id, known, gone_of(req))
 
 
 class _Stream:
     """The events of one client; `close` is called by the server when the client has left, or the stream has ended."""
 
-    def __init__(self, watch: Watch, job_id: str, known: str) -> None:
+    def __init__(self, watch: Watch, job_id: str, known: str, gone: Callable[[], bool]) -> None:
         self._watch = watch
         self._job_id = job_id
         self._tag = known
+        self._gone = gone
         self._open = True
         self._begun = False
         self._ended = False
@@ -179,7 +180,7 @@ class _Stream:
         if not self._begun:
             self._begun = True
             return b"retry: %d\n\n" % RETRY_MILLISECONDS
-        while not self._ended and time.monotonic() < self._until and not self._watch.stopping.is_set():
+        while not (self._ended or self._gone() or self._watch.stopping.is_set()) and time.monotonic() < self._until:
             try:
                 body, ended = self._watch.status(self._job_id)
             except HeadraceError as error:
@@ -191,7 +192,7 @@ class _Stream:
                 name = b"end" if ended else b"progress"
                 return b"id: %b\nevent: %b\ndata: %b\n\n" % (self._tag.encode(), name, orjson.dumps(body))
             if time.monotonic() - self._said_at >= HEARTBEAT_SECONDS:
-                # Only a write shows that a client has left.
+                # A client whose machine is gone closes nothing: only a write shows that.
                 self._said_at = time.monotonic()
                 return b": still here\n\n"
             self._watch.stopping.wait(LOOK_SECONDS)

@@ -9,9 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC
 from functools import partial
 from pathlib import Path
@@ -23,25 +22,22 @@ import bson
 import orjson
 
 from bench import ceiling, importer, shapes
-from bench.rig import ROOT, Rig, Taken, cpu_of
+from bench.figures import Load, Spent, Spread, load
+from bench.rig import ROOT, Rig, cpu_of
 from engine.job_batches import JobBatches
-from engine.model import JobOptions, JobState, Source
+from engine.model import JobOptions, JobState
 from engine.settings import cores
-from engine.stats import STAGES, totals
+from engine.stats import totals
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 __all__ = [
-    "Load",
-    "Spent",
-    "Spread",
     "base_cpu",
     "defaults",
     "idle",
     "ladder",
     "latency",
-    "load",
     "memory",
     "pickup",
     "plain_s3",
@@ -58,76 +54,6 @@ VARIED: Final[dict[str, tuple[int, ...]]] = {
     "engine_read_bytes": (256 * 1024, 1024 * 1024, 4 * 1024 * 1024),
     "engine_batch_records": (500, 1000, 2000),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A figure over several rounds."""
-
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    def text(self, digits: int = 2) -> str:
-        """The median, and the least and the most where there was more than one round."""
-        if len(self.values) == 1:
-            return f"{self.median:,.{digits}f}"
-        return f"{self.median:,.{digits}f} ({min(self.values):,.{digits}f}–{max(self.values):,.{digits}f})"
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A load by engines of its own: what it took, and by stage the microseconds of a thread for each line."""
-
-    taken: Taken
-    stages: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What a load took, to judge by what it waited for.
-
-    `cpu` in seconds by program (mongod, S3 server, workers, everything else on the machine), taken over `seconds`; `stages` as
-    of a Load; `writers` is how many batches of one worker may wait for the database at a time.
-    """
-
-    seconds: float
-    cpu: dict[str, float]
-    stages: dict[str, float]
-    cores: int
-    writers: int
-
-    def share(self, cpu: float) -> float:
-        """What so many CPU seconds are of the time of all cores."""
-        return cpu / (self.cores * self.seconds)
-
-    @classmethod
-    def of(cls, loads: Sequence[Load], writers: int) -> "Spent":
-        """The medians of several loads."""
-        servers = {"mongod": "mongod", "S3 server": "weed"}
-        cpu = {name: statistics.median(one.taken.servers[server] for one in loads) for name, server in servers.items()}
-        return cls(
-            statistics.median(one.taken.seconds for one in loads),
-            cpu
-            | {"workers": statistics.median(one.taken.cpu for one in loads)}
-            | {"everything else": statistics.median(one.taken.others for one in loads)},
-            {stage: statistics.median(one.stages[stage] for one in loads) for stage in STAGES},
-            cores(),
-            writers,
-        )
-
-
-def load(rig: Rig, source: Source, *sizes: int, **changes: Any) -> Load:
-    """Load an object by engines that are started for it, of so many workers each; `changes` are settings of theirs."""
-    before = totals(rig.store)
-    with ExitStack() as stack:
-        taken = rig.load(source, *(stack.enter_context(rig.engine(size, **changes)) for size in sizes))
-    after = totals(rig.store)  # engines tell their last figures on leaving
-    rig.check(taken.job)
-    seconds = {stage: after.get(f"seconds_{stage}", 0) - before.get(f"seconds_{stage}", 0) for stage in STAGES}
-    return Load(taken, {stage: 1e6 * spent / taken.lines for stage, spent in seconds.items()})
 
 
 def base_cpu(path: Path) -> tuple[float, float]:

@@ -10,7 +10,7 @@ mpl.use("svg")
 
 from matplotlib import pyplot as plt
 
-from bench.measure import Spread
+from bench.figures import Spread
 
 __all__ = ["ladder", "scale", "stages"]
 

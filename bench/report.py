@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from api.terminal import EXIT_INTERRUPTED
 from bench import measure, shapes
-from bench.measure import Spent, Spread
+from bench.figures import Spent, Spread
 from bench.rig import ROOT, Rig, on_leave
 from bench.verdicts import MAX_MEMORY_MB, bottleneck, fastest, flat, scaling, shown
 from engine.settings import cores

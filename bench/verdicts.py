@@ -6,7 +6,7 @@ Figures alone decide, whichever way they fall; where they are too few, or this m
 from typing import Final
 
 from bench import measure
-from bench.measure import Spent, Spread
+from bench.figures import Spent, Spread
 
 __all__ = ["MAX_MEMORY_MB", "bottleneck", "fastest", "flat", "scaling", "shown"]
 

@@ -29,6 +29,7 @@ def test_the_main_job(live, finish):
     status = finish(told["jobId"])
     progress = status["progress"]
     assert (status["status"], status["fileKey"], status["error"]) == ("COMPLETED", key, None)
+    assert (status["database"], status["collection"]) == (live.data.name, "main")
     assert set(progress) == {
         "bytesTotal",
         "bytesDone",

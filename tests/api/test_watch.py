@@ -8,11 +8,17 @@ import threading
 import time
 import uuid
 
+import falcon.testing
 import httpx
 import orjson
 import pytest
 
+from api.limits import Slots
+from api.problems import Problem
+from api.watch import Events, Watch
+from engine.ledger import Ledger
 from engine.ports import free_port
+from engine.queue import Queue
 from tests.api.conftest import answers as ready
 from tests.running import Running, until
 
@@ -88,6 +94,23 @@ def test_a_stream_goes_on_where_the_last_one_was(live, waiting):
     end = re.search(rb"id: (\w+)", told)[1].decode()
     assert live.http.get(f"/jobs/{waiting}/events", headers={"Last-Event-ID": end}).status_code == 204
     assert live.http.get(f"/jobs/{waiting}/events", headers={"Last-Event-ID": tag}).status_code == 200
+
+
+def test_a_stream_holds_nothing_for_a_client_that_has_left(live, waiting):
+    slots = Slots(1, 429, "waits")
+    app = falcon.App()
+    queue = Queue(live.store, Ledger(live.store, live.settings.engine_lease_seconds))
+    app.add_route("/jobs/{job_id}/events", Events(Watch(queue, slots, threading.Event())))
+    left = threading.Event()
+    asked = falcon.testing.create_environ(f"/jobs/{waiting}/events") | {"waitress.client_disconnected": left.is_set}
+    told = app(asked, falcon.testing.StartResponseMock())
+    assert b"progress" in [next(told) for _ in range(2)][1]
+    with pytest.raises(Problem):
+        slots.take()
+    left.set()
+    assert list(told) == []
+    told.close()  # as a server does
+    slots.take()
 
 
 def test_a_stop_waits_for_nobody_who_watches(live, waiting, tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.rig import isolate
+from api.terminal import EXIT_INTERRUPTED
+from bench.rig import isolate, on_leave
 from engine.local import LocalServers
 from engine.settings import Settings
 from tests.chaos.rig import Report
@@ -23,6 +25,7 @@ def main():
     parser.add_argument("names", nargs="*", choices=[*SCENARIOS, []], help="scenarios; all when none is named")
     parser.add_argument("--short", action="store_true", help="the versions that `make test` runs")
     asked = parser.parse_args()
+    heed = on_leave(lambda number: sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else 1))
     folder = Path(tempfile.mkdtemp(prefix="headrace-chaos-"))
     isolate()
     os.chdir(folder)  # where no .env is
@@ -30,6 +33,7 @@ def main():
     try:
         with LocalServers(Settings(), folder / "servers", ("--setParameter", "enableTestCommands=1")) as servers:
             for name in asked.names or SCENARIOS:
+                heed()
                 reports.append(run(name, servers, folder / name, asked.short))
                 print(reports[-1].line(), flush=True)
                 for problem in reports[-1].problems:

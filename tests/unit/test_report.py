@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from bench.measure import Spent, Spread
+from bench.figures import Spent, Spread
 from bench.report import Report, main, room, stated
 from bench.rig import isolate
 from bench.verdicts import bottleneck, fastest, flat, scaling

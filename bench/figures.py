@@ -1,0 +1,84 @@
+"""What a comparison is made of: figures over several rounds, and what a load took of each part of the machine."""
+
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from bench.rig import Rig, Taken
+from engine.model import Source
+from engine.settings import cores
+from engine.stats import STAGES, totals
+
+__all__ = ["Load", "Spent", "Spread", "load"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over several rounds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def text(self, digits: int = 2) -> str:
+        """The median, and the least and the most where there was more than one round."""
+        if len(self.values) == 1:
+            return f"{self.median:,.{digits}f}"
+        return f"{self.median:,.{digits}f} ({min(self.values):,.{digits}f}–{max(self.values):,.{digits}f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load by engines of its own: what it took, and by stage the microseconds of a thread for each line."""
+
+    taken: Taken
+    stages: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a load took, to judge by what it waited for.
+
+    `cpu` in seconds by program (mongod, S3 server, workers, everything else on the machine), taken over `seconds`; `stages` as
+    of a Load; `writers` is how many batches of one worker may wait for the database at a time.
+    """
+
+    seconds: float
+    cpu: dict[str, float]
+    stages: dict[str, float]
+    cores: int
+    writers: int
+
+    def share(self, cpu: float) -> float:
+        """What so many CPU seconds are of the time of all cores."""
+        return cpu / (self.cores * self.seconds)
+
+    @classmethod
+    def of(cls, loads: Sequence[Load], writers: int) -> "Spent":
+        """The medians of several loads."""
+        servers = {"mongod": "mongod", "S3 server": "weed"}
+        cpu = {name: statistics.median(one.taken.servers[server] for one in loads) for name, server in servers.items()}
+        return cls(
+            statistics.median(one.taken.seconds for one in loads),
+            cpu
+            | {"workers": statistics.median(one.taken.cpu for one in loads)}
+            | {"everything else": statistics.median(one.taken.others for one in loads)},
+            {stage: statistics.median(one.stages[stage] for one in loads) for stage in STAGES},
+            cores(),
+            writers,
+        )
+
+
+def load(rig: Rig, source: Source, *sizes: int, **changes: Any) -> Load:
+    """Load an object by engines that are started for it, of so many workers each; `changes` are settings of theirs."""
+    before = totals(rig.store)
+    with ExitStack() as stack:
+        taken = rig.load(source, *(stack.enter_context(rig.engine(size, **changes)) for size in sizes))
+    after = totals(rig.store)  # engines tell their last figures on leaving
+    rig.check(taken.job)
+    seconds = {stage: after.get(f"seconds_{stage}", 0) - before.get(f"seconds_{stage}", 0) for stage in STAGES}
+    return Load(taken, {stage: 1e6 * spent / taken.lines for stage, spent in seconds.items()})
