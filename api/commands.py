@@ -65,7 +65,10 @@ def api() -> None:
     """Run the HTTP API, here, against MONGO_URI and the bucket."""
     from api.server import serve
 
-    raise typer.Exit(serve(settings_of(needs_servers=True)))
+    code = serve(settings_of(needs_servers=True))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads that wait for an S3 which does not answer would keep the process for a minute
 
 
 app.add_typer(remote)

@@ -59,16 +59,16 @@ def _mongodb(settings: Settings) -> Finding:
         return Finding("MongoDB", "warning", "MONGO_URI is not set: `headrace up` starts a server of its own")
     with closing(Store(settings, pool=2)) as store:
         store.ping()
-        if store.standalone():
-            message = (
-                "it is not a member of a replica set: make it a replica set of one (--replSet, then rs.initiate())"
-            )
-            return Finding("MongoDB", "warning", message)
         for database in (store.control, store.data):
             probe = database[f"headrace-doctor-{uuid.uuid4().hex}"]
             with translated(f"writing to database {database.name}"):
                 probe.insert_one({})
                 probe.drop()
+        if store.standalone():
+            message = (
+                "it is not a member of a replica set: make it a replica set of one (--replSet, then rs.initiate())"
+            )
+            return Finding("MongoDB", "warning", message)
         return Finding("MongoDB", "ok", "a replica set or router answers and takes writes")
 
 

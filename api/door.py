@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final
 from waitress.adjustments import Adjustments
 from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.task import WSGITask
+from waitress.task import ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import Error
 
 from api.auth import Guard, Head
@@ -27,6 +27,7 @@ from engine.settings import Settings
 __all__ = ["open_door"]
 
 UPLOAD: Final = "/upload"
+HEALTH: Final = "/healthz"
 UNKNOWN: Final = "unknown"
 
 MAX_CHUNK_LINE_BYTES: Final = 1024
@@ -239,6 +240,14 @@ def open_door(server: Any, settings: Settings, guard: Guard, durations: Duration
             if channel.total_outbufs_len and channel.last_activity < now - each.adj.channel_timeout:
                 channel.handle_close()
 
+    # Whether this process answers is told by a thread that does nothing else: all others may wait for a database that hangs.
+    health = ThreadedTaskDispatcher()
+    health.set_thread_count(1)
+
+    def add_task(real: Callable[[Any], None], channel: Any) -> None:
+        asked = getattr(channel.requests[0], "path", "") == HEALTH
+        (health.add_task if asked else real)(channel)
+
     servers = [each for each in getattr(server, "map", {}).values() if hasattr(each, "channel_class")] or [server]
     small = Adjustments(max_request_body_size=MAX_BODY_BYTES + 1)
     Parser.settings, Parser.guard, Parser.durations, Parser.small = settings, guard, durations, small
@@ -246,3 +255,4 @@ def open_door(server: Any, settings: Settings, guard: Guard, durations: Duration
     for each in servers:
         each.channel_class = Channel
         each.maintenance = partial(maintain, each, each.maintenance)
+        each.add_task = partial(add_task, each.add_task)

@@ -1,5 +1,6 @@
 """Is the process alive, and do MongoDB and S3 answer it?"""
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final
@@ -14,6 +15,7 @@ from engine.errors import HeadraceError
 __all__ = ["Health", "Ready"]
 
 PATIENCE_SECONDS: Final = 5.0
+"""How long a check may take, from its beginning: of one that hangs, whoever asks later is told at once."""
 
 
 class Health:
@@ -40,7 +42,7 @@ class Ready:
     def __init__(self, checks: Mapping[str, Callable[[], None]]) -> None:
         self._checks = checks
         self._pool = ThreadPoolExecutor(len(checks), thread_name_prefix="ready")
-        self._under_way: dict[str, Future[None]] = {}
+        self._under_way: dict[str, tuple[Future[None], float]] = {}  # and when they began
 
     @operation(
         summary="Whether MongoDB and S3 answer",
@@ -53,11 +55,12 @@ class Ready:
         """200 when both answer, else a problem that says which does not; within a few seconds."""
         for name, check in self._checks.items():
             # One that hangs is asked once, however often this is called.
-            if name not in self._under_way or self._under_way[name].done():
-                self._under_way[name] = self._pool.submit(check)
+            if name not in self._under_way or self._under_way[name][0].done():
+                self._under_way[name] = self._pool.submit(check), time.monotonic()
         asked = dict(self._under_way)
-        wait(asked.values(), PATIENCE_SECONDS)
-        states = {name: _state_of(future) for name, future in asked.items()}
+        for future, began in asked.values():
+            wait([future], max(0, began + PATIENCE_SECONDS - time.monotonic()))
+        states = {name: _state_of(future) for name, (future, _) in asked.items()}
         if bad := [f"{name}: {state}" for name, state in states.items() if state != "ok"]:
             raise Problem(503, "not_ready", "; ".join(bad), checks=states)
         resp.media = {"status": "ready", **states}

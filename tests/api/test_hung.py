@@ -1,0 +1,84 @@
+"""A MongoDB or an S3 that takes connections and answers nothing: the API says so, goes on, and ends when it is told to."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager, suppress
+
+import httpx
+import pytest
+from pymongo.uri_parser import parse_uri
+
+from engine.ports import free_port
+from tests.api.conftest import answers
+from tests.running import ROOT, Running, until
+
+
+@pytest.fixture
+def silent():
+    """The port of a server that never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as there:
+        yield there.getsockname()[1]
+
+
+@contextmanager
+def passed_on(port):
+    """A proxy in a process of its own, which can be stopped."""
+    proxy = subprocess.Popen([sys.executable, "-m", "bench.delay", str(port), "0"], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        yield proxy.pid, int(proxy.stdout.readline())
+    finally:
+        proxy.kill()
+        proxy.communicate()
+
+
+@contextmanager
+def an_api(live, tmp_path, **changes):
+    port = free_port()
+    api = Running("api", live.settings, tmp_path / "api.log", port=port, **changes)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+            until(lambda: "listening" in api.log.read_text(), what="the API")
+            yield api, http
+    finally:
+        api.end()
+
+
+def test_a_stop_does_not_wait_for_an_s3_that_hangs(live, tmp_path, silent):
+    with an_api(live, tmp_path, aws_endpoint_url=f"http://127.0.0.1:{silent}") as (api, http):
+        told = http.get("/readyz")
+        assert (told.status_code, told.json()["checks"]["mongodb"]) == (503, "ok")
+        assert "no answer within" in told.json()["checks"]["s3"]
+        assert api.stop(seconds=15) == 0
+        assert api.actions("stop")
+
+
+def test_an_api_whose_database_hangs_still_answers_that_it_is_alive(live, tmp_path):
+    [(_, port)] = parse_uri(live.settings.mongo_uri.get_secret_value())["nodelist"]
+    with passed_on(port) as (proxy, through):
+        uri = f"mongodb://127.0.0.1:{through}/{live.data.name}?directConnection=true"
+        with an_api(live, tmp_path, mongo_uri=uri) as (api, http):
+            until(lambda: answers(http), what="the API's first answer")
+            os.kill(proxy, signal.SIGSTOP)
+            waiting = threading.Barrier(41)
+
+            def ask():
+                waiting.wait()
+                with suppress(httpx.HTTPError):
+                    httpx.get(http.base_url.join("/jobs"), timeout=8)
+
+            asking = [threading.Thread(target=ask) for _ in range(40)]
+            for each in asking:
+                each.start()
+            waiting.wait()
+            until(lambda: "Task queue depth" in api.log.read_text(), what="calls that find no thread")
+            for _ in range(3):
+                assert http.get("/healthz", timeout=5).json() == {"status": "ok"}
+            for each in asking:
+                each.join()
+            os.kill(proxy, signal.SIGCONT)
+            until(lambda: answers(http), what="the API to be ready again")
+            assert api.stop() == 0
