@@ -16,7 +16,7 @@ from bson.errors import BSONError
 from pymongo import DeleteOne, InsertOne
 from pymongo.errors import DocumentTooLarge, OperationFailure
 
-from engine.errors import Final as FinalError
+from engine.errors import Permanent
 from engine.model import Plan, Reason
 from engine.sink import TOO_DEEP, TOO_DEEP_DETAIL, TOO_LARGE, Sink, Work, encode, too_large, unencodable
 from engine.store import DUPLICATE_KEY, Document, Store, job_key, translate, translated, write_all
@@ -156,7 +156,7 @@ class DryRun(Sink):
             return {_identity(found["_id"]) for found in self._data.aggregate(stages, collation=self._collation)}
         except (DocumentTooLarge, OperationFailure) as error:
             code = error.code if isinstance(error, OperationFailure) else None
-            if isinstance(error, OperationFailure) and type(translate(error, "")) is not FinalError:
+            if isinstance(error, OperationFailure) and type(translate(error, "")) is not Permanent:
                 raise
             if half := len(documents) // 2:
                 return self._failed(documents[:half], validator) | self._failed(documents[half:], validator)

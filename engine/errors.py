@@ -8,13 +8,13 @@ from engine.model import Failure
 __all__ = [
     "AccessDenied",
     "Conflict",
-    "Final",
     "HeadraceError",
     "KeyReused",
     "LeaseLost",
     "NotFound",
     "ObjectChanged",
     "ObjectGone",
+    "Permanent",
     "Refused",
     "SettingsError",
     "Severed",
@@ -69,31 +69,31 @@ class TokenExpired(Transient):
     spends = False
 
 
-class Final(HeadraceError):
+class Permanent(HeadraceError):
     """Trying again cannot help; the job fails at once."""
 
-    code = "final"
+    code = "final"  # clients know it by this
 
 
-class ObjectGone(Final):
+class ObjectGone(Permanent):
     """The object, or the version of it that the job pinned, is no longer there."""
 
     code = "object_gone"
 
 
-class ObjectChanged(Final):
+class ObjectChanged(Permanent):
     """The object was overwritten after the job pinned its ETag."""
 
     code = "object_changed"
 
 
-class AccessDenied(Final):
+class AccessDenied(Permanent):
     """S3 or MongoDB does not let these credentials do this."""
 
     code = "access_denied"
 
 
-class Refused(Final):
+class Refused(Permanent):
     """The job asks for something that cannot be done: a UTF-16 file, a view as its collection, a bad option."""
 
     code = "refused"

@@ -99,7 +99,7 @@ class Pipeline:
         Raises:
             LeaseLost: somebody else owns the range; nothing more was written.
             Transient: it was put off, and will be leased again later.
-            Final: the job cannot go on; the range was given back.
+            Permanent: the job cannot go on; the range was given back.
         """
         self.keeper.hold(run)
         try:

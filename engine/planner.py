@@ -115,7 +115,7 @@ class Planner:
         given back, for anyone to plan.
 
         Raises:
-            Transient, Final: of MongoDB; some of the jobs may be planned. What is wrong with one job or its object is told in
+            Transient, Permanent: of MongoDB; some of the jobs may be planned. What is wrong with one job or its object is told in
                 what is returned of it.
         """
         done: list[Prepared] = []

@@ -101,7 +101,7 @@ class Sink:
 
         Raises:
             Transient: nothing or only a part is acknowledged; write the batch again, where it is Severed with fewer at a time.
-            Final: the server will never take this, whatever the documents are.
+            Permanent: the server will never take this, whatever the documents are.
         """
         work = Work(documents, 0, 0, [])
         if documents.any():

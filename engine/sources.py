@@ -50,7 +50,7 @@ class Sources:
         """Hold the source of each job to one tag, and learn who has loaded it into this collection before.
 
         Raises:
-            Transient, Final: of MongoDB; some of the sources may be registered, which is safe to repeat.
+            Transient, Permanent: of MongoDB; some of the sources may be registered, which is safe to repeat.
         """
         new = {job.id: _new(job) for job, _ in jobs if not (job.options.force or job.options.validate)}
         ours: set[str] = set()

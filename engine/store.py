@@ -41,8 +41,7 @@ from pymongo.monitoring import (
 )
 from pymongo.read_concern import ReadConcern
 
-from engine.errors import AccessDenied, HeadraceError, NotFound, Refused, StartError, Transient
-from engine.errors import Final as FinalError
+from engine.errors import AccessDenied, HeadraceError, NotFound, Permanent, Refused, StartError, Transient
 from engine.schema import prepare
 from engine.settings import Settings
 
@@ -306,7 +305,7 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
         detail = str((error.details or {}).get("errmsg", ""))[:500]
         if error.code == _ATLAS:
             return AccessDenied(f"MongoDB Atlas does not allow {doing}: {detail}")
-        return FinalError(f"MongoDB refused {doing} (code {error.code}): {detail}")
+        return Permanent(f"MongoDB refused {doing} (code {error.code}): {detail}")
     if isinstance(error, ConfigurationError):
         return Refused(f"MongoDB cannot be used for {doing} ({name}): check MONGO_URI")
     return Transient(f"MongoDB failed while {doing} ({name}): see its log")

@@ -24,8 +24,7 @@ from setproctitle import setproctitle
 
 from engine.chooser import Chooser
 from engine.direct import DirectUploads
-from engine.errors import Final as FinalError
-from engine.errors import HeadraceError, LeaseLost, StartError, Transient
+from engine.errors import HeadraceError, LeaseLost, Permanent, StartError, Transient
 from engine.heartbeat import Heartbeat
 from engine.keeper import KEEPER, Run
 from engine.ledger import Ledger
@@ -141,7 +140,7 @@ def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> 
     setproctitle(f"headrace: worker {identity.slot} starting")
     try:
         return _Worker(settings, identity, heartbeat, stop).loop()
-    except (StartError, FinalError) as error:
+    except (StartError, Permanent) as error:
         log.error(str(error), action="boot", worker=identity.name)
         return EXIT_BOOT
     except Transient as error:

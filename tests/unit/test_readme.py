@@ -7,9 +7,9 @@ from pathlib import Path
 from engine.errors import (
     AccessDenied,
     Conflict,
-    Final,
     KeyReused,
     NotFound,
+    Permanent,
     Refused,
     TokenExpired,
     Transient,
@@ -89,6 +89,6 @@ def test_every_type_of_problem_is_told():
     # Those of the engine's errors which an answer may be, and of Falcon's; and one that no client is left to read.
     answered = {
         e.code
-        for e in (Transient, WrongClock, TokenExpired, AccessDenied, NotFound, Conflict, Refused, KeyReused, Final)
+        for e in (Transient, WrongClock, TokenExpired, AccessDenied, NotFound, Conflict, Refused, KeyReused, Permanent)
     }
     assert told == (literal | answered | {"method_not_allowed", "bad_request"}) - {"client_gone"}

@@ -8,8 +8,7 @@ from pymongo.errors import OperationFailure
 
 from engine.batches import Batch
 from engine.decode import decode
-from engine.errors import AccessDenied, Transient
-from engine.errors import Final as FinalError
+from engine.errors import AccessDenied, Permanent, Transient
 from engine.model import Format, Plan, Reason
 from engine.sink import Sink
 from engine.store import translate
@@ -45,7 +44,7 @@ def test_what_is_the_fault_of_a_document_costs_it_alone():
         (371, [], Transient, "code 371"),
         (123456, ["RetryableError"], Transient, "code 123456"),
         (123456, ["SystemOverloadedError"], Transient, "code 123456"),
-        (123456, [], FinalError, "what it says"),
+        (123456, [], Permanent, "what it says"),
         (8000, [], AccessDenied, "what it says"),
         (13, [], AccessDenied, "roles"),
     ],
