@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from engine.errors import HeadraceError, Transient, Unexpected
-from engine.keeper import Run
 from engine.ledger import HELD_SECONDS, Ledger
 from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Job, JobState, Lease, Source, Stop
 from engine.planner import SMALL_BYTES, Planner, Prepared
 from engine.plans import Plans
 from engine.queue import Queue
+from engine.run import Run
 from engine.steps import Step, reach
 
 __all__ = ["Chooser"]

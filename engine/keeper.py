@@ -1,4 +1,4 @@
-"""The leases at hand: what the threads at work on one share, and the thread that renews them.
+"""The thread that renews the leases at hand.
 
 It renews only while the worker moves, and learns on the way whether the jobs are being stopped.
 """
@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engine.batches import Batch
 from engine.errors import HeadraceError, LeaseLost
 from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.model import Job, Lease, Tally
 from engine.queue import Queue
+from engine.run import Run
 from engine.steps import Step, reach
-from engine.watermark import Watermark
 
-__all__ = ["KEEPER", "STIR_SECONDS", "Keeper", "Run"]
+__all__ = ["KEEPER", "STIR_SECONDS", "Keeper"]
 
 log = get_logger()
 
@@ -31,52 +29,8 @@ TICK_SECONDS: Final = 0.7
 """How often a lease is renewed and its progress recorded: so often that the numbers of a job move every second."""
 
 
-class Run:
-    """The state that the threads at work on one lease share.
-
-    `move` is to be called whenever bytes or batches move; `stop` tells that the worker is to stop softly. `head` holds the
-    first bytes of the object where they have been read already.
-    """
-
-    def __init__(
-        self, job: Job, lease: Lease, stop: threading.Event, moved: Callable[[], None], head: bytes = b""
-    ) -> None:
-        self.job = job
-        self.head = head
-        self.lease = lease
-        self.stop = stop
-        self.lost = threading.Event()
-        self.cancelled = threading.Event()
-        self.failed = threading.Event()
-        self.cautious = lease.deaths > 0
-        self.renewed_at = time.monotonic()
-        self.move = moved
-        self._lock = threading.Lock()
-        self._mark = Watermark(lease.confirmed, lease.tally)
-
-    def opened(self, batch: Batch) -> Callable[[Tally], None]:
-        """A batch is under way; returns what to call with its tally once it is acknowledged."""
-        with self._lock:
-            slot = self._mark.open(batch.end)
-
-        def close(tally: Tally) -> None:
-            with self._lock:
-                self._mark.close(slot, tally)
-
-        return close
-
-    def told_to_end(self) -> bool:
-        """Whether nothing more is to be read."""
-        return self.stop.is_set() or self.cancelled.is_set() or self.lost.is_set()
-
-    def mark(self) -> tuple[int, Tally]:
-        """The confirmed offset, and the tally up to there."""
-        with self._lock:
-            return self._mark.confirmed, self._mark.tally
-
-
 class Keeper(threading.Thread):
-    """Renews the leases of the runs at hand, once a second, and learns whether their jobs are being stopped.
+    """Renews the leases of the runs at hand, every `TICK_SECONDS`, and learns whether their jobs are being stopped.
 
     It renews only while the worker moves: one that hangs loses its leases. A run of several side by side may wait for its turn.
 

@@ -1,7 +1,7 @@
 """A lease from its start to its end: ranged reads, lines, batches, bulk writes, confirmation.
 
 Knows nothing of processes. The calling thread reads and splits; a few writer threads decode and write one batch each,
-so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease once a second.
+so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease all the while.
 """
 
 import random
@@ -17,7 +17,7 @@ from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
 from engine.errors import HeadraceError, LeaseLost, Severed, Transient
-from engine.keeper import STIR_SECONDS, Keeper, Run
+from engine.keeper import STIR_SECONDS, Keeper
 from engine.ledger import Ledger
 from engine.lines import Splitter
 from engine.logs import expected, get_logger
@@ -25,6 +25,7 @@ from engine.model import Format, Tally
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.rejects import Rejects
+from engine.run import Run
 from engine.settings import Settings
 from engine.sink import Sink
 from engine.stats import Stats

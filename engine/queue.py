@@ -63,7 +63,7 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class JobSignals:
-    """What the holder of a range needs to know of its job, once a second."""
+    """What the holder of a range needs to know of its job, whenever it renews."""
 
     stopping: bool
     overdue: bool

@@ -26,7 +26,7 @@ from engine.chooser import Chooser
 from engine.direct import DirectUploads
 from engine.errors import HeadraceError, LeaseLost, Permanent, StartError, Transient
 from engine.heartbeat import Heartbeat
-from engine.keeper import KEEPER, Run
+from engine.keeper import KEEPER
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
 from engine.model import TERMINAL, Freed, Job, JobState, Stop
@@ -37,6 +37,7 @@ from engine.plans import Plans
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.retention import Retention
+from engine.run import Run
 from engine.s3 import connect
 from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats

@@ -33,6 +33,7 @@ FLOORS = (
     ("engine.queue", "engine.sources"),
     ("engine.plans", "engine.dryrun", "engine.history"),
     ("engine.planner",),
+    ("engine.run",),
     ("engine.keeper",),
     ("engine.pipeline",),
     ("engine.chooser",),

@@ -9,10 +9,10 @@ import pytest
 
 from engine.batches import Batch
 from engine.errors import Transient
-from engine.keeper import Run
 from engine.lines import Splitter
 from engine.model import ByteRange, Format, Lease, Tally
 from engine.pipeline import Ended, Pipeline
+from engine.run import Run
 from engine.settings import Settings
 from engine.stats import Stats
 
