@@ -53,7 +53,8 @@ _DIGITS: Final = b"0123456789"
 # Longer than any int64; int() of a literal of thousands of digits is refused by Python itself.
 _INT64_DIGITS: Final = 40
 
-Dict = dict[str, Any]
+_Object = dict[str, Any]
+"""A JSON object, and the document that is made of it."""
 
 
 class Identity(tuple[bytes]):
@@ -82,7 +83,7 @@ class Documents:
         self._format = format
         self._tag = tag
         self._file_key = file_key
-        self._begun: Iterator[list[Dict]] | None = None
+        self._begun: Iterator[list[_Object]] | None = None
         self.positions: list[int] = []
         self.own_ids: list[int] = []
         self.rejects: list[Reject] = []
@@ -97,11 +98,11 @@ class Documents:
                 self._begun = chain([first], pieces)
         return self._begun is not None
 
-    def __iter__(self) -> Iterator[Dict]:
+    def __iter__(self) -> Iterator[_Object]:
         begun, self._begun = self._begun, None
         return chain.from_iterable(self._pieces() if begun is None else begun)
 
-    def _pieces(self) -> Iterator[list[Dict]]:
+    def _pieces(self) -> Iterator[list[_Object]]:
         self.positions, self.own_ids, self.rejects, self.blank = [], [], [], 0
         batch = self.batch
         if batch.oversized is not None:
@@ -121,7 +122,7 @@ class Documents:
             began = time.perf_counter()
             first = last
 
-    def _ndjson(self, first: int, last: int, identities: Iterable[bytes], wide: bool) -> list[Dict]:
+    def _ndjson(self, first: int, last: int, identities: Iterable[bytes], wide: bool) -> list[_Object]:
         """The documents of lines `first` to `last` (exclusive)."""
         data, start, ends = self.batch.data, self.batch.start(first), self.batch.ends[first:last].tolist()
         if wide:
@@ -136,9 +137,9 @@ class Documents:
         self.positions += range(first, last)
         return documents
 
-    def _one_by_one(self, first: int, lines: list[bytes], identities: Iterable[bytes], wide: bool) -> list[Dict]:
+    def _one_by_one(self, first: int, lines: list[bytes], identities: Iterable[bytes], wide: bool) -> list[_Object]:
         """As `_ndjson`, where some line is bad or blank or holds a long run of digits."""
-        documents: list[Dict] = []
+        documents: list[_Object] = []
         for position, (line, identity) in enumerate(zip(lines, identities, strict=True), first):
             body = line.removeprefix(BOM) if self.batch.offset == position == 0 else line
             try:
@@ -162,9 +163,9 @@ class Documents:
                 documents.append(document)
         return documents
 
-    def _text(self, first: int, last: int, identities: Iterable[bytes], _: bool) -> list[Dict]:
+    def _text(self, first: int, last: int, identities: Iterable[bytes], _: bool) -> list[_Object]:
         """The documents of lines `first` to `last` (exclusive): `content` and `originalFile`."""
-        documents: list[Dict] = []
+        documents: list[_Object] = []
         batch = self.batch
         text = batch.data[batch.start(first) : int(batch.ends[last - 1])]
         if batch.offset == first == 0:
@@ -220,7 +221,7 @@ def reject(batch: Batch, position: int, reason: Reason, detail: str, code: int |
     return Reject(offset, length, batch.ordinal + position, reason, detail, head, code)
 
 
-def _objects(data: bytes, start: int, ends: list[int]) -> list[Dict] | None:
+def _objects(data: bytes, start: int, ends: list[int]) -> list[_Object] | None:
     """The objects of the lines that end at `ends`, the first of which begins at `start`; None unless every line is one."""
     try:
         if ends[-1] - start < LONG_LINE_BYTES * len(ends):

@@ -21,7 +21,7 @@ from engine.keeper import STIR_SECONDS, Keeper
 from engine.ledger import Ledger
 from engine.lines import Splitter
 from engine.logs import expected, get_logger
-from engine.model import Format, Tally
+from engine.model import Tally
 from engine.objects import Objects
 from engine.queue import Queue
 from engine.rejects import Rejects
@@ -180,7 +180,6 @@ class Pipeline:
 
     def _work_in_turn(self, run: Run) -> Ended:
         """One batch after the other, in this thread."""
-        assert run.job.plan is not None
         sink, splitter, batcher = self._begin(run)
         most = batcher.max_lines
         if run.cautious:
@@ -189,7 +188,7 @@ class Pipeline:
             for batch in batches:
                 if run.stop.is_set() or run.cancelled.is_set():
                     return _ended_early(run)
-                self._write(run, sink, run.job.plan.format, batch, run.opened(batch))
+                self._write(run, sink, batch, run.opened(batch))
                 if run.cautious:
                     self.keeper.renew(run)
                     batcher.max_lines = min(2 * batcher.max_lines, most)
@@ -197,8 +196,7 @@ class Pipeline:
 
     def _work(self, run: Run) -> Ended:
         """As many batches at a time as there are writer threads."""
-        settings, job = self._settings, run.job
-        assert job.plan is not None
+        settings = self._settings
         sink, splitter, batcher = self._begin(run)
         flying: _Flying = deque()
         most = settings.engine_writers + 1
@@ -213,7 +211,7 @@ class Pipeline:
                     _make_room(flying, most, most * settings.engine_batch_bytes - size)
                     self._stats.add(seconds_stall=time.perf_counter() - began)
                     closed = run.opened(batch)
-                    future = self._writers.submit(self._write, run, sink, job.plan.format, batch, closed)
+                    future = self._writers.submit(self._write, run, sink, batch, closed)
                     flying.append((future, size))
                 else:
                     exhausted = splitter.done
@@ -281,12 +279,12 @@ class Pipeline:
             if run.told_to_end():
                 return
 
-    def _write(self, run: Run, sink: Sink, format: Format, batch: Batch, close: Callable[[Tally], None]) -> None:
+    def _write(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
         """One batch, in a writer thread: decode, write, write its rejects, confirm."""
         job, plan = run.job, run.job.plan
         assert plan is not None
         began, waited, backed_off = time.perf_counter(), self._store.waited(), 0.0
-        documents = decode(batch, format, plan.tag, job.source.key)
+        documents = decode(batch, plan.format, plan.tag, job.source.key)
         if documents.any():
             reach(Step.PARSED)
         at_a_time: int | None = None

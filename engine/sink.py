@@ -7,7 +7,7 @@ returned has been acknowledged at `w: majority`. Anything wrong with the connect
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import bson
 from bson import json_util
@@ -48,8 +48,6 @@ _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError
 
 # The server cuts long values that it quotes in an error at any byte, in the midst of a character, too.
 _REPLIES: Final[CodecOptions[Document]] = CodecOptions(tz_aware=True, unicode_decode_error_handler="replace")
-
-Dict = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -144,7 +142,7 @@ class Sink:
         else:
             self._account(work, indexes, reply)
 
-    def _command(self, documents: Iterable[Document]) -> Dict:
+    def _command(self, documents: Iterable[Document]) -> Document:
         """The reply to an insert. Raises one of `_REFUSALS` where a document may be at fault, and what `write` tells."""
         try:
             # The command itself, since insert_many looks at each document in Python, which costs more than encoding it. And
@@ -175,14 +173,14 @@ class Sink:
             # Its subclasses tell of a time that ran out, or of a primary that is none.
             raise (Severed(str(failure)) if type(error) is AutoReconnect else failure) from error
 
-    def _account(self, work: Work, indexes: Sequence[int], reply: Dict) -> None:
+    def _account(self, work: Work, indexes: Sequence[int], reply: Document) -> None:
         failed = reply.get("writeErrors", ())
         if concern := reply.get("writeConcernError"):
             raise Transient(
                 f"a majority did not confirm a write to collection {self._collection} in time (code {concern.get('code')}): "
                 "see that enough members of the replica set are up"
             )
-        duplicates: list[tuple[int, Dict]] = []
+        duplicates: list[tuple[int, Document]] = []
         for error in failed:
             index = indexes[error["index"]]
             if error["code"] == DUPLICATE_KEY:
@@ -199,9 +197,9 @@ class Sink:
         if duplicates:
             self._duplicates(work, duplicates)
 
-    def _duplicates(self, work: Work, duplicates: list[tuple[int, Dict]]) -> None:
+    def _duplicates(self, work: Work, duplicates: list[tuple[int, Document]]) -> None:
         own = set(work.documents.own_ids)
-        unclear: list[tuple[int, Dict]] = []
+        unclear: list[tuple[int, Document]] = []
         for index, error in duplicates:
             # A generated `_id` is that of this very line: it is there already, whoever changed it since.
             if index not in own and list(error.get("keyPattern", ())) == ["_id"]:
@@ -312,7 +310,7 @@ def _message(error: Exception) -> str:
     return str((details or {}).get("errmsg") or error)
 
 
-def _verdict(code: int, message: str, info: Dict | None) -> tuple[Reason, str]:
+def _verdict(code: int, message: str, info: Document | None) -> tuple[Reason, str]:
     """Reason and detail of a document that the server refuses with `code`."""
     detail = message[:1000]
     if code == TOO_DEEP:

@@ -10,7 +10,7 @@ import pytest
 from engine.batches import Batch
 from engine.errors import Transient
 from engine.lines import Splitter
-from engine.model import ByteRange, Format, Lease, Tally
+from engine.model import ByteRange, Lease, Tally
 from engine.pipeline import Ended, Pipeline
 from engine.run import Run
 from engine.settings import Settings
@@ -79,7 +79,7 @@ def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
     batch = Batch(0, 3, 0, b"{}\n", np.array([2]))
     monkeypatch.setattr("engine.pipeline.decode", lambda *what: Mock(seconds=0.0))
     monkeypatch.setattr("engine.pipeline.time.perf_counter", lambda: next(clock))
-    pipeline._write(run, sink, Format.NDJSON, batch, lambda tally: None)
+    pipeline._write(run, sink, batch, lambda tally: None)
     pipeline.close()
     counts = stats.counts()
     assert (counts["seconds_backoff"], counts["seconds_encode"], counts["retries"]) == (4.0, 0.5, 2)
