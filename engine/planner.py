@@ -12,6 +12,7 @@ from typing import Final
 from engine.errors import HeadraceError, Transient
 from engine.formats import begins, decide
 from engine.ledger import Ledger
+from engine.loads import Loads
 from engine.logs import expected
 from engine.model import ByteRange, Format, Job, JobState, Lease, Plan, Source
 from engine.objects import Objects
@@ -90,7 +91,7 @@ class Planner:
         settings: Settings,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
-        self._sources = Sources(store, queue.loads)
+        self._sources = Sources(store, Loads(store, ledger))
         self._wake = store.wake
         self._queue = queue
         self._plans = plans

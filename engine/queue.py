@@ -83,7 +83,7 @@ class Queue:
         self._jobs: Collection[Document] = store.jobs
         self._ledger = ledger
         self._rejects = Rejects(store, ledger)
-        self.loads = Loads(store, ledger)
+        self._loads = Loads(store, ledger)
         self._database = store.data.name
         self._strange: set[ObjectId] = set()
 
@@ -375,7 +375,7 @@ class Queue:
             pruned = self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True})
         if pruned is not None:
             raise Conflict(f"the history of job {job_id} is being deleted: submit a new job")
-        shared = job.plan is not None and job.plan.sole and self.loads.others_loaded(job, job.plan.format)
+        shared = job.plan is not None and job.plan.sole and self._loads.others_loaded(job, job.plan.format)
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt")
