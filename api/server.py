@@ -96,11 +96,11 @@ def serve(settings: Settings) -> int:
     store = Store(settings, pool=settings.api_threads + 2)
     ledger = Ledger(store, settings.engine_lease_seconds)
     queue = Queue(store, ledger)
-    s3, bucket = connect(settings), settings.aws_bucket_name or ""
+    s3 = connect(settings)
     # Parts of one size, however long a file turns out to be, and so large that the largest has no more than S3 takes.
     part_bytes = max(settings.api_part_bytes, -(-settings.api_max_upload_bytes // MAX_PARTS))
-    objects = Objects(s3, bucket, part_bytes, settings.api_upload_parallel)
-    uploads = DirectUploads(store, s3, bucket, settings.api_part_bytes)
+    objects = Objects(s3, settings.aws_bucket_name or "", part_bytes, settings.api_upload_parallel)
+    uploads = DirectUploads(store, s3, objects, settings.api_part_bytes)
     guard, durations, stopping = Guard(tokens), Durations(store), threading.Event()
     app = create_app(settings, store, queue, objects, Rejects(store, ledger), uploads, guard, durations, stopping)
     check_port(settings.port, settings.api_host)

@@ -74,15 +74,22 @@ class Upload:
 
 
 class DirectUploads:
-    """Uploads under way in one bucket."""
+    """Uploads under way in one bucket.
 
-    def __init__(self, store: Store, client: "S3Client", bucket: str, part_bytes: int) -> None:
+    Args:
+        store: the databases.
+        client: as `connect` makes it.
+        objects: of the same client; uploads go to its bucket.
+        part_bytes: size of a part, where the client does not ask for another and the file does not need larger ones.
+    """
+
+    def __init__(self, store: Store, client: "S3Client", objects: Objects, part_bytes: int) -> None:
         self._uploads = store.uploads
         self._client = client
-        self._bucket = bucket
-        self._here = {"bucket": {"$in": [bucket, None]}}
+        self._objects = objects
+        self._bucket = objects.bucket
+        self._here = {"bucket": {"$in": [objects.bucket, None]}}
         self._part_bytes = part_bytes
-        self._objects = Objects(client, bucket)
 
     def begin(self, upload_id: str, key: str, size: int | None, part_bytes: int | None) -> Upload:
         """Start a multipart upload under `key`.

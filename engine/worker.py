@@ -176,9 +176,9 @@ class _Worker:
         self._retention = Retention(self._store, self._ledger)
         self._plans = Plans(self._store, self._queue, self._ledger)
         # One attempt: two would outlast a lease, and perhaps the watchdog.
-        s3, bucket = connect(settings, attempts=1), settings.aws_bucket_name or ""
-        self._objects = Objects(s3, bucket)
-        self._uploads = DirectUploads(self._store, s3, bucket, settings.api_part_bytes)
+        s3 = connect(settings, attempts=1)
+        self._objects = Objects(s3, settings.aws_bucket_name or "")
+        self._uploads = DirectUploads(self._store, s3, self._objects, settings.api_part_bytes)
         self._rejects = Rejects(self._store, self._ledger)
         self._planner = Planner(
             self._store, self._queue, self._plans, self._ledger, self._objects, settings, self._heartbeat.touch

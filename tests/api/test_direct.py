@@ -74,7 +74,7 @@ def test_parts_that_s3_would_not_take_are_named(live, size):
 
 
 def test_an_upload_that_cannot_be_recorded_leaves_nothing(live, monkeypatch):
-    uploads, before = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB), len(parts(live))
+    uploads, before = DirectUploads(live.store, live.s3, live.objects, 8 * MIB), len(parts(live))
 
     def fail(*_, **__):
         raise Transient("no primary")
@@ -131,7 +131,7 @@ def test_unfinished_uploads_are_swept_after_a_day(live):
     old, young = begin(live, size=MIB), begin(live, size=MIB)
     day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
     live.store.uploads.update_one({"_id": old["uploadId"]}, day)
-    assert DirectUploads(live.store, live.s3, live.bucket, 8 * MIB).sweep() == 1
+    assert DirectUploads(live.store, live.s3, live.objects, 8 * MIB).sweep() == 1
     assert live.http.get(f"/uploads/{old['uploadId']}").status_code == 404
     assert live.http.delete(f"/uploads/{young['uploadId']}").status_code == 204
 

@@ -17,6 +17,7 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from api.uploads import reduced
 from engine.direct import DirectUploads
 from engine.errors import NotFound, Transient
+from engine.objects import Objects
 from tests.api.hostile import hostile
 from tests.running import until
 
@@ -334,7 +335,7 @@ def test_who_has_been_answered_may_send_the_next_at_once(live):
 
 
 def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_not_keep_the_others(live, monkeypatch):
-    uploads = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB)
+    uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
     left = []
     for number in range(3):
         made = live.s3.create_multipart_upload(Bucket=live.bucket, Key=f"left-{number}")["UploadId"]
@@ -365,7 +366,7 @@ def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_
 
 
 def test_a_sweep_ends_where_s3_does_not_answer(live, monkeypatch):
-    uploads = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB)
+    uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
     for number in range(2):
         uploads.begin(f"slow-{number}-{uuid.uuid4().hex}", f"slow-{number}", 5, None)
     live.store.uploads.update_many(
@@ -387,10 +388,10 @@ def test_a_sweep_ends_where_s3_does_not_answer(live, monkeypatch):
 
 def test_an_upload_into_a_bucket_of_before_is_not_found_and_swept_there(live):
     live.s3.create_bucket(Bucket="before")
-    before = DirectUploads(live.store, live.s3, "before", 8 * MIB)
+    before = DirectUploads(live.store, live.s3, Objects(live.s3, "before"), 8 * MIB)
     upload_id = f"moved-{uuid.uuid4().hex}"
     before.begin(upload_id, "moved", 5, None)
-    now = DirectUploads(live.store, live.s3, live.bucket, 8 * MIB)
+    now = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
     with pytest.raises(NotFound):
         now.complete(upload_id)
     day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]

@@ -113,12 +113,12 @@ def test_however_often_a_load_was_skipped_the_one_before_them_is_found_at_once(
     assert read_too_much() == []
 
 
-def test_what_is_old_goes_without_a_look_at_what_is_not(history, settings, store, ledger, read_too_much):
+def test_what_is_old_goes_without_a_look_at_what_is_not(history, settings, store, ledger, objects, read_too_much):
     long_ago = {"$set": {"finishedAt": datetime(2020, 1, 1, tzinfo=UTC)}}
     store.jobs.update_many({"source.key": {"$in": ["7.ndjson", "8.ndjson"]}}, long_ago)
     read_too_much()
     assert Retention(store, ledger).prune(1, 20) == 2
-    uploads = DirectUploads(store, connect(settings), settings.aws_bucket_name, settings.api_part_bytes)
+    uploads = DirectUploads(store, connect(settings), objects, settings.api_part_bytes)
     assert uploads.sweep(lambda: True) == 0
     assert ledger.expire() == []
     assert ledger.release(("gone",)) == []
