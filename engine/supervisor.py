@@ -139,12 +139,12 @@ class Supervisor:
             number = self._signals.popleft()
             if number in (signal.SIGTERM, signal.SIGINT):
                 if self._stopping:
-                    self._kill_all(signal.SIGQUIT)
+                    self._quit_all()
                 else:
                     self._stop()
             elif number == signal.SIGQUIT:
                 self._stop()
-                self._kill_all(signal.SIGQUIT)
+                self._quit_all()
             elif self._stopping:
                 continue
             elif number == signal.SIGHUP:
@@ -172,17 +172,17 @@ class Supervisor:
             self._signal(pid, signal.SIGTERM)
 
     def _signal(self, pid: int, number: int) -> None:
+        """Tell a child to leave: TERM softly, QUIT at once."""
         child = self._children.get(pid)
         if child is None:
             return
-        if number in (signal.SIGTERM, signal.SIGQUIT):
-            child.leaving = True
+        child.leaving = True
         # The pid is ours until we reap it, so it cannot have become another process.
         os.kill(pid, number)
 
-    def _kill_all(self, number: int) -> None:
+    def _quit_all(self) -> None:
         for pid in self._children:
-            self._signal(pid, number)
+            self._signal(pid, signal.SIGQUIT)
         self._deadline = min(self._deadline, time.monotonic() + 1.0)
 
     def _kill_silent(self) -> None:
