@@ -16,7 +16,7 @@ from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
 from engine.objects import Objects
 from engine.parts import MAX_PARTS
-from engine.s3 import PART_TYPE, S3_ERRORS, s3_translated
+from engine.s3 import PART_TYPE, S3_ERRORS, code_of, s3_translated
 from engine.store import Document, Store, translated
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_URLS", "DirectUploads", "Part", "Upload"]
 
-PART_LEAST_BYTES: Final = 5 * 1024 * 1024
+MIN_PART_BYTES: Final = 5 * 1024 * 1024
 MAX_PART_BYTES: Final = 5 * 1024**3
 
 MAX_URLS: Final = 1000
@@ -98,8 +98,8 @@ class DirectUploads:
             Refused: the file is too large for S3, or the parts are too small for it.
         """
         chosen = part_bytes or max(self._part_bytes, -(-(size or 0) // MAX_PARTS))
-        if not PART_LEAST_BYTES <= chosen <= MAX_PART_BYTES:
-            raise Refused(f"partBytes: S3 takes parts of {PART_LEAST_BYTES} to {MAX_PART_BYTES} bytes")
+        if not MIN_PART_BYTES <= chosen <= MAX_PART_BYTES:
+            raise Refused(f"partBytes: S3 takes parts of {MIN_PART_BYTES} to {MAX_PART_BYTES} bytes")
         if size is not None and size > chosen * MAX_PARTS:
             raise Refused(
                 f"partBytes: {size} bytes in parts of {chosen} are more than the {MAX_PARTS} parts that S3 takes"
@@ -215,10 +215,10 @@ class DirectUploads:
                 f"parts are not as large as announced ({upload.part_bytes} bytes each, {upload.size} in all): {shown}; send them "
                 "again, then complete the upload again"
             )
-        if small := [part.number for part in parts[:-1] if part.size < PART_LEAST_BYTES]:
+        if small := [part.number for part in parts[:-1] if part.size < MIN_PART_BYTES]:
             shown = ", ".join(map(str, small[:10])) + (" …" if len(small) > 10 else "")
             raise Conflict(
-                f"parts are smaller than the {PART_LEAST_BYTES} bytes that all but the last must have: {shown}; send larger ones"
+                f"parts are smaller than the {MIN_PART_BYTES} bytes that all but the last must have: {shown}; send larger ones"
             )
         with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
             self._client.complete_multipart_upload(
@@ -298,7 +298,7 @@ def _known(upload_id: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        if error.response["Error"]["Code"] in ("NoSuchUpload", "NoSuchBucket"):
+        if code_of(error) in ("NoSuchUpload", "NoSuchBucket"):
             raise _gone(upload_id) from None
         raise
 

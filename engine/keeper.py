@@ -113,7 +113,7 @@ class Keeper(threading.Thread):
         except LeaseLost:
             run.lost.set()
         except HeadraceError as error:
-            log.warning("the lease could not be renewed", action="renew", job=run.job.id, error=str(error))
+            log.warning("the lease could not be renewed", action="renew", job=run.job.id, cause=str(error))
         except Exception:
             # A thread that ends here would leave every lease from now on to itself.
             log.exception("unexpected error", action="renew", job=run.job.id)

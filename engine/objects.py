@@ -295,7 +295,7 @@ class Objects:
             try:
                 self._client.create_bucket(Bucket=self.bucket)
             except ClientError as error:
-                if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
+                if code_of(error) not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
                     raise
 
 

@@ -6,7 +6,7 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Final
 
@@ -203,7 +203,7 @@ class Queue:
 
     def look(self, job_id: str) -> JobSignals:
         """What a holder must know: is the job being stopped, has it run for too long, are its numbers old? One read."""
-        epoch = datetime(1970, 1, 1)  # noqa: DTZ001 (BSON dates are UTC)
+        epoch = datetime(1970, 1, 1, tzinfo=UTC)
         stages: list[Document] = [
             {"$match": {"_id": job_key(job_id)}},
             {
