@@ -18,7 +18,7 @@ from pymongo.errors import DocumentTooLarge, OperationFailure
 
 from engine.errors import Permanent
 from engine.model import Plan, Reason
-from engine.sink import TOO_DEEP, TOO_DEEP_DETAIL, TOO_LARGE, Sink, Work, encode, too_large, unencodable
+from engine.sink import TOO_DEEP_CODE, TOO_DEEP_DETAIL, TOO_LARGE_CODES, Sink, Work, encode, size_fault, unencodable
 from engine.store import DUPLICATE_KEY, Document, Store, job_key, translate, translated, write_all
 
 __all__ = ["DryRun"]
@@ -52,7 +52,7 @@ class DryRun(Sink):
         self._collation: Document | None = None
 
     def _insert(self, work: Work, at_a_time: int, between: Callable[[], None]) -> None:
-        made = work.made()
+        made = work.materialize()
         left = [index for index in range(len(made)) if not self._refused(work, index, made[index])]
         validator, unique = self._judged_by()
         if validator:
@@ -161,7 +161,7 @@ class DryRun(Sink):
             if half := len(documents) // 2:
                 return self._failed(documents[:half], validator) | self._failed(documents[half:], validator)
             # Too large or too deep with what is around it here is fine by itself; on any other error a load would stumble, too.
-            fine = code is None or code == TOO_DEEP or code in TOO_LARGE
+            fine = code is None or code == TOO_DEEP_CODE or code in TOO_LARGE_CODES
             return set() if fine else {_identity(documents[0]["_id"])}
 
     def _known(self, work: Work, made: list[Document], indexes: Sequence[int]) -> list[int]:
@@ -230,8 +230,8 @@ class DryRun(Sink):
         elif _has_operators(document["_id"]):
             work.refuse(index, Reason.BAD_ID, "an _id has no keys that begin with $", _ID_HAS_OPERATOR)
         elif line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
-            work.refuse(index, Reason.TOO_DEEP, TOO_DEEP_DETAIL, TOO_DEEP)
-        elif excess := too_large(size):
+            work.refuse(index, Reason.TOO_DEEP, TOO_DEEP_DETAIL, TOO_DEEP_CODE)
+        elif excess := size_fault(size):
             work.refuse(index, Reason.TOO_LARGE, excess)
         else:
             return False

@@ -23,7 +23,7 @@ from engine.errors import Severed, Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, translate, translated
 
-__all__ = ["TOO_DEEP", "TOO_DEEP_DETAIL", "TOO_LARGE", "Sink", "Work", "encode", "too_large", "unencodable"]
+__all__ = ["TOO_DEEP_CODE", "TOO_DEEP_DETAIL", "TOO_LARGE_CODES", "Sink", "Work", "encode", "size_fault", "unencodable"]
 
 MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 """What the server takes as one document, `_id` included."""
@@ -31,18 +31,18 @@ MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 MAX_COMMAND_BYTES: Final = 12 * 1024 * 1024
 """How much one insert command carries when documents have to be parted by size."""
 
-TOO_DEEP: Final = 15
+TOO_DEEP_CODE: Final = 15
 """The code with which the server answers a document that is nested too deep."""
 
 TOO_DEEP_DETAIL: Final = "the document is nested deeper than MongoDB takes"
 
-TOO_LARGE: Final = frozenset({10334, 17280, 17419, 17420})
+TOO_LARGE_CODES: Final = frozenset({10334, 17280, 17419, 17420})
 """The codes for one that is too large, or has a key too large for an index."""
 
 _BAD_ID: Final = frozenset({52, 53})
 _BAD_VALUE: Final = 2
 # With these the server answers for the whole command what is the fault of one document in it.
-_OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, TOO_DEEP, 22}) | TOO_LARGE | _BAD_ID
+_OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, TOO_DEEP_CODE, 22}) | TOO_LARGE_CODES | _BAD_ID
 
 _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
@@ -59,7 +59,7 @@ class Work:
     replayed: int
     rejects: list[Reject]
 
-    def made(self) -> list[Document]:
+    def materialize(self) -> list[Document]:
         """The documents, made anew; for the few batches in which one of them has to be looked at."""
         return list(self.documents)
 
@@ -120,7 +120,7 @@ class Sink:
     def _insert(self, work: Work, at_a_time: int, between: Callable[[], None]) -> None:
         """Insert all documents of a batch, so many in one command."""
         if at_a_time < work.documents.batch.count:
-            made = work.made()
+            made = work.materialize()
             for first in range(0, len(made), at_a_time):
                 between()
                 self._insert_some(work, made, range(first, min(first + at_a_time, len(made))))
@@ -128,7 +128,7 @@ class Sink:
         try:
             reply = self._command(work.documents)
         except _REFUSALS as error:
-            made = work.made()
+            made = work.materialize()
             self._triage(work, made, range(len(made)), error)
         else:
             self._account(work, range(len(work.documents.positions)), reply)
@@ -208,7 +208,7 @@ class Sink:
                 unclear.append((index, error))
         if not unclear:
             return
-        made = work.made()
+        made = work.materialize()
         ids = [made[index]["_id"] for index, _ in unclear]
         with translated("reading documents back"):
             stored = {_key(found["_id"]): bytes(found.raw) for found in self._raw.find({"_id": {"$in": ids}})}
@@ -236,7 +236,7 @@ class Sink:
             except (BSONError, OverflowError, RecursionError, UnicodeEncodeError) as fault:
                 work.refuse(index, *unencodable(fault))
                 continue
-            if excess := too_large(size):
+            if excess := size_fault(size):
                 work.refuse(index, Reason.TOO_LARGE, excess)
                 continue
             good.append(index)
@@ -250,7 +250,7 @@ class Sink:
             self._insert_some(work, made, part)
 
 
-def too_large(size: int) -> str | None:
+def size_fault(size: int) -> str | None:
     """Why MongoDB takes no document of so many bytes of BSON; None where it does."""
     return (
         f"the document has {size} bytes as BSON; MongoDB takes at most {MAX_DOCUMENT_BYTES}"
@@ -313,9 +313,9 @@ def _message(error: Exception) -> str:
 def _verdict(code: int, message: str, info: Document | None) -> tuple[Reason, str]:
     """Reason and detail of a document that the server refuses with `code`."""
     detail = message[:1000]
-    if code == TOO_DEEP:
+    if code == TOO_DEEP_CODE:
         return Reason.TOO_DEEP, TOO_DEEP_DETAIL  # the server's own is a path of a thousand characters
-    if code in TOO_LARGE or (code == _BAD_VALUE and "too large" in message):
+    if code in TOO_LARGE_CODES or (code == _BAD_VALUE and "too large" in message):
         return Reason.TOO_LARGE, detail
     if code in _BAD_ID or (code == _BAD_VALUE and "_id" in message):
         return Reason.BAD_ID, detail

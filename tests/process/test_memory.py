@@ -33,14 +33,14 @@ class Watched(list):
 def test_a_batch_with_a_refused_document_leaves_no_cycle(store, monkeypatch, line):
     sink = Sink(store, "records", Plan(Format.NDJSON, TAG, 1, 1, True, 2**25), 10)
     watched = []
-    real = Work.made
+    real = Work.materialize
 
-    def made(work):
+    def materialize(work):
         documents = Watched(real(work))
         watched.append(weakref.ref(documents))
         return documents
 
-    monkeypatch.setattr(Work, "made", made)
+    monkeypatch.setattr(Work, "materialize", materialize)
     gc.collect()
     gc.disable()
     try:
