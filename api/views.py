@@ -30,7 +30,7 @@ def stored_file(source: Source) -> UploadAnswer:
 def job_status(job: Job) -> JobStatus:
     """A job."""
     progress, tally, size = job.progress, job.progress.tally, job.source.size
-    done = size if job.state is JobState.COMPLETED else min(progress.bytes_done, size)
+    done = size if job.state is JobState.COMPLETED else min(tally.bytes, size)
     rate = progress.rate
     if job.state in TERMINAL and job.started_at and job.finished_at:
         worked = (job.finished_at - job.started_at).total_seconds() - job.idle_seconds

@@ -179,7 +179,6 @@ def job_of(found: Document) -> Job:
         failure=failure_of(found.get("failure")),
         progress=Progress(
             tally,
-            tally.bytes,
             progress.get("rangesTotal", plan["rangeCount"] if plan else 0),
             progress.get("rangesDone", 0),
             progress.get("rate", 0.0),

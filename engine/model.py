@@ -230,7 +230,6 @@ class Progress:
     """A job's numbers as they were last summed over its ranges; `rate` is lines per second, lately."""
 
     tally: Tally = field(default_factory=Tally)
-    bytes_done: int = 0
     ranges_total: int = 0
     ranges_done: int = 0
     rate: float = 0.0
