@@ -209,18 +209,17 @@ class RejectLines:
 class _Download:
     """Raw lines on their way to a client; `close` is called by the server when all are sent, or the client has left."""
 
-    def __init__(self, lines: Iterator[tuple[int, bytes]], slots: Slots) -> None:
+    def __init__(self, lines: Iterator[bytes], slots: Slots) -> None:
         self._lines = lines
-        self._first: tuple[int, bytes] | None = None
         self._slots: Slots | None = slots
 
     def begin(self) -> None:
         """Read the first line."""
-        self._first = next(self._lines, None)
+        if (first := next(self._lines, None)) is not None:
+            self._lines = chain([first], self._lines)
 
     def __iter__(self) -> Iterator[bytes]:
-        first, self._first = self._first, None
-        for _, line in chain([first] if first is not None else [], self._lines):
+        for line in self._lines:
             yield line + b"\n"
 
     def close(self) -> None:

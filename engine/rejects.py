@@ -91,14 +91,14 @@ class Rejects:
         """The first few rejects of a job as they are told to a client, with raw lines cut short."""
         return [_cut_short(reject) for reject in self.page(job_id, FIRST_REJECTS)[0]]
 
-    def lines(self, job_id: str) -> Iterator[tuple[int, bytes]]:
-        """Every reject of a job as (offset, what is kept of the raw line), in the order of the file."""
+    def lines(self, job_id: str) -> Iterator[bytes]:
+        """What is kept of the raw line of every reject of a job, in the order of the file."""
         job = job_key(job_id)
         query = {"_id": {"$gte": {"job": job, "offset": Int64(0)}, "$lte": {"job": job, "offset": _LAST}}}
         with translated("reading rejects"):
             for found in self._rejects.find(query, {"raw": 1, "encoding": 1}).sort("_id", 1):
                 raw = found["raw"]
-                yield found["_id"]["offset"], base64.b64decode(raw) if "encoding" in found else raw.encode()
+                yield base64.b64decode(raw) if "encoding" in found else raw.encode()
 
 
 def _document(job: Job, lease: Lease, reject: Reject) -> Document:

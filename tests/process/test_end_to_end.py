@@ -65,7 +65,7 @@ def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submi
     assert [(reject["offset"], reject["reason"]) for reject in found] == bad
     lines = data.split(b"\n")
     assert all(
-        lines[reject["line"] - 1][:65536] == raw for reject, (_, raw) in zip(found, rejects.lines(job.id), strict=True)
+        lines[reject["line"] - 1][:65536] == raw for reject, raw in zip(found, rejects.lines(job.id), strict=True)
     )
     stored = list(store.data["records"].find({"_id": {"$ne": "own"}}).sort("_id", 1))
     assert [{k: v for k, v in d.items() if k != "_id"} for d in stored] == [json.loads(line) for line in good]
