@@ -153,7 +153,8 @@ class Documents:
             if type(document) is not dict:
                 self._refuse(position, Reason.NOT_AN_OBJECT, f"the line is {_KINDS[type(document)]}, not an object")
             elif wide and (literal := _beyond_int64(body)):
-                self._refuse(position, Reason.INT_RANGE, f"the integer {literal} does not fit into 64 bits")
+                detail = f"the integer {literal} is outside the range of a signed 64-bit integer"
+                self._refuse(position, Reason.INT_RANGE, detail)
             else:
                 if "_id" in document:
                     self.own_ids.append(len(self.positions))

@@ -294,7 +294,7 @@ def _key(value: object) -> bytes:
 def unencodable(error: Exception) -> tuple[Reason, str]:
     """Reason and detail of a document that cannot become BSON."""
     if isinstance(error, OverflowError):
-        return Reason.INT_RANGE, "an integer does not fit into 64 bits"
+        return Reason.INT_RANGE, "an integer is outside the range of a signed 64-bit integer"
     if isinstance(error, RecursionError):
         return Reason.TOO_DEEP, "the document is nested too deeply to be encoded as BSON"
     if isinstance(error, DocumentTooLarge):
