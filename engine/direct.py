@@ -37,7 +37,8 @@ UNFINISHED_HOURS: Final = 24
 """An upload that is not completed within this is aborted."""
 
 SHOWN_SECONDS: Final = 1.0
-"""How long the object of an upload is looked for whose parts are not there."""
+"""How long `complete` looks for the object of an upload that S3 does not know, or whose parts are missing: SeaweedFS drops both
+a moment before it shows the object."""
 
 SWEEP_UPLOADS: Final = 1000
 

@@ -2,8 +2,8 @@
 
 What only an insert would tell is found out beside it: the collection's validator is asked about documents that are sent along
 with the question, and what must be unique is claimed in the control database, so that lines which fight over a key are told
-whichever workers read them. Not told: conflicts on unique indexes with options of their own, or over arrays; and told too often:
-a line that lost to one which lost later, elsewhere, to another worker's.
+whichever workers read them. Not detected: conflicts on unique indexes over arrays or with options. Reported although a load
+would take it: a line whose rival is later rejected by another worker.
 """
 
 import hashlib

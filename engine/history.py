@@ -24,8 +24,9 @@ FIRST_SECONDS: Final = 5.0
 NEXT_SECONDS: Final = 1.0
 """The same where there is one that is out of date."""
 
-BACKLOG_SHARE: Final = 20
-"""One that takes longer stays good for so many times what it took: the history may hold millions of jobs."""
+BACKLOG_FACTOR: Final = 20
+"""A count slower than `CHEAP_SECONDS` is reused for this many times the seconds that it took: the history may hold millions of
+jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class History:
         Args:
             limit: the most to return.
             before: only those older than the job of this id.
-            state, key, collection, batch: only those of it.
+            state, key, collection, batch: only jobs in this state, of this object, into this collection, of this batch.
         """
         query: Document = {}
         if before is not None:
@@ -142,7 +143,7 @@ class History:
             if self._counted is None or began >= self._good_until:
                 self._counted = self._count()
                 took = time.monotonic() - began
-                self._good_until = began + took * BACKLOG_SHARE if took > CHEAP_SECONDS else 0.0
+                self._good_until = began + took * BACKLOG_FACTOR if took > CHEAP_SECONDS else 0.0
             return self._counted
         finally:
             self._counting.release()

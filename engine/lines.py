@@ -24,7 +24,7 @@ LONG_LINE_BYTES = 2048
 """Lines that are this long on the average are worth a look at each of them; of shorter ones, the work is done on many at once."""
 
 FEW_LINES = 16
-"""So many short ones do not make the lines of a chunk short."""
+"""Up to this many lines, newlines are searched one by one, however short the lines are."""
 
 NEWLINE = ord("\n")
 

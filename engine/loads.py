@@ -15,7 +15,7 @@ OTHERS: Final = 100
 
 
 class Loads:
-    """Questions about other jobs than one."""
+    """Finds other jobs that load the same version of an object, in the same format, into the same collection."""
 
     def __init__(self, store: Store, ledger: Ledger) -> None:
         self._jobs = store.jobs

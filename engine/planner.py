@@ -39,7 +39,7 @@ READERS: Final = 16
 """Objects that are looked at side by side: as many as are planned together, so that none waits for one that hangs."""
 
 LOOK_SHARE: Final = 0.5
-"""Of a lease's time: for so long S3 may take to show the beginnings of objects; jobs of which it has not by then wait."""
+"""Share of a lease's time in which S3 must return the first bytes of the objects. A job whose object takes longer is put off."""
 
 RANGES_PER_WORKER: Final = 4
 """So many, that the last ones to finish leave the others idle for a short time only."""

@@ -47,7 +47,7 @@ class Stats:
         self._counts: defaultdict[str, float] = defaultdict(float)
 
     def add(self, **amounts: float) -> None:
-        """Raise counters."""
+        """Add each amount to the counter of that name."""
         with self._lock:
             for name, amount in amounts.items():
                 self._counts[name] += amount

@@ -149,7 +149,7 @@ def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monk
 
     monkeypatch.setattr("engine.history.FIRST_SECONDS", 0.05)
     monkeypatch.setattr("engine.history.NEXT_SECONDS", 0.05)
-    monkeypatch.setattr("engine.history.BACKLOG_SHARE", 0)
+    monkeypatch.setattr("engine.history.BACKLOG_FACTOR", 0)
     with ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(history, "_count", hang)
         first = pool.submit(history.backlog)
@@ -193,7 +193,7 @@ def test_a_count_of_jobs_that_takes_long_is_not_made_at_every_call(store, queue,
     queue.submit(source, JobOptions(run_at=datetime(2099, 1, 1, tzinfo=UTC)))
     assert history.backlog().states[JobState.PENDING] == 2
     monkeypatch.setattr("engine.history.CHEAP_SECONDS", 0.0)
-    monkeypatch.setattr("engine.history.BACKLOG_SHARE", 1e9)
+    monkeypatch.setattr("engine.history.BACKLOG_FACTOR", 1e9)
     assert history.backlog().states[JobState.PENDING] == 2
     queue.submit(source, JobOptions())
     assert history.backlog().states[JobState.PENDING] == 2
