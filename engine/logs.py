@@ -79,7 +79,7 @@ class _Output:
             number = self._stream.fileno()
             if stat.S_ISFIFO(os.fstat(number).st_mode):
                 self._pipe = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError):
             pass  # no pipe, or none that can be opened
 
     def write(self, text: str) -> None:

@@ -103,8 +103,3 @@ def test_a_line_that_a_full_pipe_cut_spoils_no_other(monkeypatch):
         assert os.read(read, size) == b"next\n"
         os.close(output._pipe)
     os.close(read)
-
-
-def test_a_log_without_standard_error_is_no_error(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
-    configure("info", "json")
