@@ -13,7 +13,7 @@ __all__ = [
     "DirectUpload",
     "FileDetail",
     "FilePage",
-    "Health",
+    "HealthBody",
     "JobDetail",
     "JobPage",
     "JobStatus",
@@ -284,4 +284,4 @@ class WorkerPage(TypedDict):
     workers: list[WorkerBody]
 
 
-Health = dict[str, str]
+HealthBody = dict[str, str]

@@ -13,10 +13,10 @@ from api.direct import Abort, Complete, DirectUploadById, NewDirectUpload
 from api.files import File, Files
 from api.health import Health, Ready
 from api.jobs import Cancel, Detail, Jobs, RejectLines, Retry, Status
-from api.limits import Depth, S3Calls, Slots
+from api.limits import OpenJobsLimit, S3Calls, Slots
 from api.metrics import Durations, Metrics
 from api.openapi import Docs, OpenApi, Route
-from api.operations import NothingElse
+from api.operations import RefuseUnexpected
 from api.problems import RequestIds, install
 from api.queue import Pause, QueueNow, Resume, Workers
 from api.submit import Batches, Process, ProcessMany
@@ -50,7 +50,7 @@ def create_app(
     registry = CollectorRegistry()
     app = falcon.App(
         middleware=cast(
-            "Any", [RequestIds(), durations, _WholePath(), guard, NothingElse(), S3Calls(_s3_calls(settings))]
+            "Any", [RequestIds(), durations, _WholePath(), guard, RefuseUnexpected(), S3Calls(_s3_calls(settings))]
         ),
     )
     app.req_options.strip_url_path_trailing_slash = False
@@ -59,7 +59,7 @@ def create_app(
     json = JSONHandler(dumps=orjson.dumps, loads=orjson.loads)
     app.resp_options.media_handlers["application/json"] = json
     install(app)
-    depth = Depth(queue, settings.api_max_open_jobs)
+    depth = OpenJobsLimit(queue, settings.api_max_open_jobs)
     watch = Watch(queue, Slots(settings.api_max_watchers, 429, "waiting requests"), stopping)
     api = OpenApi()
     job, key = {"jobId": "Id of the job"}, {"fileKey": "Key of the object; it may hold slashes"}

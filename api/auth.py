@@ -21,7 +21,7 @@ from api.problems import Problem
 from engine.errors import SettingsError
 from engine.settings import Settings
 
-__all__ = ["EVERYBODY", "Guard", "Head", "Token", "draw", "is_loopback", "tokens_of"]
+__all__ = ["EVERYBODY", "Guard", "Head", "Token", "draw", "exposed", "is_loopback", "tokens_of"]
 
 _ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
@@ -92,9 +92,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def exposed(settings: Settings, tokens: Sequence[Token]) -> str | None:
+    """Why an API with these tokens must not listen where it is to; None where it may."""
+    if tokens or is_loopback(settings.api_host):
+        return None
+    return (
+        f"API_HOST={settings.api_host} lets other machines in, and there are no tokens: draw some with "
+        "`headrace token` and set API_TOKENS, or set API_HOST=127.0.0.1"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the head of a request says of who sends it; None for a header that is not there."""
+    """The headers that say who sends a request; None where one is missing."""
 
     authorization: str | None
     origin: str | None

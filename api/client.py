@@ -10,7 +10,9 @@ from urllib.parse import quote
 
 import httpx
 
-from engine.errors import HeadraceError, StartError
+from engine.errors import CommandError, HeadraceError
+from engine.model import TERMINAL
+from engine.settings import Settings
 
 __all__ = [
     "AWAY",
@@ -54,8 +56,6 @@ CHANGED: Final = (
     "it, or load a copy"
 )
 
-TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELLED")
-
 
 class CallFailed(HeadraceError):
     """The API answered with a problem of this type; `status` is its HTTP status, 0 where it did not answer at all."""
@@ -79,16 +79,16 @@ def path_of(key: str) -> str:
 
 
 def check_file(file: Path) -> None:
-    """Raises StartError unless the file can be read."""
+    """Raises CommandError unless the file can be read."""
     try:
         if file.is_dir():
-            raise StartError(f"{file} is a folder: name a file")
+            raise CommandError(f"{file} is a folder: name a file")
         if is_stream(file):
             return  # it may be read but once
         with file.open("rb"):
             pass
     except OSError as error:
-        raise StartError(f"{file} cannot be read: {error.strerror}") from None
+        raise CommandError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def version_of(content: IO[bytes]) -> tuple[int, int]:
@@ -107,6 +107,16 @@ def reachable(host: str) -> str:
     if host in ("0.0.0.0", "::", ""):  # noqa: S104 (not bound here)
         return "127.0.0.1"
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def local_url(settings: Settings) -> str:
+    """The address of the API that listens on this machine."""
+    return f"http://{reachable(settings.api_host)}:{settings.port}"
+
+
+def url_of(settings: Settings) -> str:
+    """The address of the API that commands talk to."""
+    return settings.api_url or local_url(settings)
 
 
 def is_stream(file: Path) -> bool:
@@ -140,7 +150,7 @@ class Client:
         return None if answer.is_success else str(self._problem("GET", "/readyz", answer))
 
     def upload(self, file: Path) -> str:
-        """Upload a file through the API; returns its key. Raises StartError where it was written to meanwhile."""
+        """Upload a file through the API; returns its key. Raises CommandError where it was written to meanwhile."""
         check_file(file)
         with file.open("rb") as content:
             version = version_of(content)
@@ -148,10 +158,10 @@ class Client:
                 answer = self.ask("POST", "/upload", timeout=SLOW, files={"file": (readable(file.name), content)})
             except HeadraceError:
                 if version_of(content) != version:
-                    raise StartError(f"{file.name} {CHANGED}") from None
+                    raise CommandError(f"{file.name} {CHANGED}") from None
                 raise
             if version_of(content) != version:
-                raise StartError(
+                raise CommandError(
                     f"{file.name} {CHANGED}. What was stored as {answer['fileKey']} is of no use: delete it"
                 )
             return str(answer["fileKey"])

@@ -22,7 +22,7 @@ from api.operations import Scope
 from api.remote import remote
 from api.show import plainly, print_json
 from api.terminal import AsJson, console, settings_of
-from engine.errors import HeadraceError, StartError
+from engine.errors import HeadraceError
 from engine.logs import configure, get_logger, mask
 from engine.settings import Settings
 
@@ -162,7 +162,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # here, where it can still be told that it fails
     except HeadraceError as error:
-        plainly(error)
+        plainly(str(error))
         sys.exit(1)
     except BrokenPipeError:
         # Who read what is printed has enough of it.
@@ -174,7 +174,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _drop_output()
             message = "there is no room where the output goes: free some, or let it go elsewhere"
-        plainly(StartError(message))
+        plainly(message)
         sys.exit(1)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from api.auth import is_loopback, tokens_of
-from api.client import Client, reachable
+from api.auth import exposed, tokens_of
+from api.client import Client, url_of
 from api.uploads import spool_fault
 from engine.errors import HeadraceError, WrongClock
 from engine.objects import Objects
@@ -154,11 +154,10 @@ def _spool(settings: Settings) -> Finding:
 
 def _api(settings: Settings) -> Finding:
     tokens = tokens_of(settings)
-    if not tokens and not is_loopback(settings.api_host):
-        message = f"API_HOST={settings.api_host} and no tokens: `headrace api` will not start; draw some with `headrace token`"
-        return Finding("API", "wrong", message)
+    if fault := exposed(settings, tokens):
+        return Finding("API", "wrong", f"`headrace api` will not start: {fault}")
     message = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens"
-    url = settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}"
+    url = url_of(settings)
     client = Client(url)
     try:
         client.ask("GET", "/healthz")

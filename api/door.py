@@ -1,7 +1,7 @@
 """What is decided of a request before its body is taken in: waitress spools a whole body before the application is called.
 
-So that nobody who may not upload fills the spool, and no upload is sent in full only to be told that there are too many. Whatever
-is refused here, or by waitress itself, is answered as the application's problems are.
+It keeps callers who may not upload from filling the spool, and refuses an upload too many before its body is sent. Whatever is
+refused here, or by waitress itself, is answered as the application's problems are.
 """
 
 import weakref

@@ -7,7 +7,7 @@ from typing import Final
 
 import falcon
 
-from api.answers import Health as HealthBody
+from api.answers import HealthBody
 from api.operations import Answer, operation
 from api.problems import Problem
 from engine.errors import HeadraceError

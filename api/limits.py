@@ -11,7 +11,7 @@ from api.operations import Wait, operation_of
 from api.problems import Problem
 from engine.queue import Queue
 
-__all__ = ["LEAVE", "Depth", "S3Calls", "Slots", "gone_of"]
+__all__ = ["LEAVE", "OpenJobsLimit", "S3Calls", "Slots", "gone_of"]
 
 COUNT_SECONDS: Final = 1.0
 
@@ -100,12 +100,13 @@ class S3Calls:
             self._free.release()
 
 
-class Depth:
+class OpenJobsLimit:
     """Keeps the queue from growing without bound; it is counted once a second at most, and what is let in between is added."""
 
-    def __init__(self, queue: Queue, most: int) -> None:
+    def __init__(self, queue: Queue, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue = queue
         self._most = most
+        self._clock = clock
         self._at = float("-inf")
         self._open = 0
         self._counting = False
@@ -136,7 +137,7 @@ class Depth:
         """Count anew where that is due. One request does, and the others go by the count before: a database that does not answer
         must not make them queue up behind each other."""
         with self._lock:
-            if self._counting or time.monotonic() - self._at <= COUNT_SECONDS:
+            if self._counting or self._clock() - self._at <= COUNT_SECONDS:
                 return
             self._counting, self._since = True, 0
         counted: int | None = None
@@ -144,6 +145,6 @@ class Depth:
             counted = self._queue.depth(self._most)
         finally:
             with self._lock:
-                self._counting, self._at = False, time.monotonic()
+                self._counting, self._at = False, self._clock()
                 if counted is not None:
                     self._open = counted + self._since

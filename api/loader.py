@@ -4,18 +4,22 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.progress import TaskID
 
-from api.client import AWAY, TERMINAL, CallFailed, Client, is_stream, path_of, readable
+from api.client import AWAY, CallFailed, Client, is_stream, path_of, readable
 from api.show import Bars, bars
 from api.terminal import EXIT_INTERRUPTED
 from api.transfer import Note, Transfer, forget_old
-from engine.errors import HeadraceError, StartError
+from engine.errors import CommandError, HeadraceError
+from engine.logs import get_logger
+from engine.model import TERMINAL
 
 __all__ = ["STDIN", "Loaded", "Loader"]
 
@@ -121,7 +125,7 @@ class Loader:
     def _one(self, load: Loaded, shown: Bars) -> None:
         task = shown.add("standard input" if load.file == STDIN else Path(load.file).name)
         try:
-            load.key = self._key(load, shown, task)
+            load.key = self._stored(load, shown, task)
             try:
                 load.job_id = self._submit(load, load.key)
             except CallFailed as error:
@@ -129,12 +133,12 @@ class Loader:
                     # What came through a pipe cannot be sent again.
                     look = f"if `headrace jobs --file {load.key}` shows no job, " if error.status in AWAY else ""
                     advice = f"the file is stored: {look}{self._again(load.key)} with the same options submits it"
-                    raise StartError(f"{error}; {advice}") from None
+                    raise CommandError(f"{error}; {advice}") from None
                 if error.status != 404 or not load.reused:
                     raise
                 # A token that may not look could not tell that the object is gone.
                 load.note.forget()
-                load.key = self._key(load, shown, task)
+                load.key = self._stored(load, shown, task)
                 load.job_id = self._submit(load, load.key)
             if self._wait:
                 for status in self._client.states(load.job_id):
@@ -145,10 +149,11 @@ class Loader:
         except HeadraceError as error:
             load.error = error
         except OSError as error:
-            load.error = StartError(f"it cannot be read: {error.strerror}")
+            load.error = CommandError(f"it cannot be read: {error.strerror}")
         except Exception as error:  # noqa: BLE001 (told, and with the file's name)
             # Nobody thought of this one; the other files are none the worse for it.
-            load.error = StartError(f"something unexpected happened ({type(error).__name__}: {error})")
+            get_logger().debug("a load failed", action="command", exc_info=error)
+            load.error = CommandError(f"something unexpected happened ({type(error).__name__}: {error})")
 
     def _submit(self, load: Loaded, key: str) -> str:
         ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)
@@ -162,45 +167,60 @@ class Loader:
             return f"POST /process/{key}"
         return f"`headrace load s3://{bucket}/{key}`"
 
-    def _key(self, load: Loaded, shown: Bars, task: Any) -> str:
-        file = load.file
-        if file.startswith("s3://"):
-            bucket, _, name = file.removeprefix("s3://").partition("/")
-            there = self._client.ask("GET", "/files", params={"prefix": name, "limit": 1})["bucket"]
-            if bucket != there:
-                raise StartError(f"this API reads bucket {there} only; put the object there, or ask another API")
-            stamp = [self._client.ask("GET", f"/files/{path_of(name)}")["etag"]]
-            load.note = Note(self._client.url, file, stamp)
-            load.note.put()
-            return name
-        path = Path(file)
-        size = None if file == STDIN or is_stream(path) else path.stat().st_size
-        began, count = time.monotonic(), [0]
+    def _stored(self, load: Loaded, shown: Bars, task: TaskID) -> str:
+        """Have the file in S3; returns its key."""
+        if load.file.startswith("s3://"):
+            return self._object(load)
+        path = None if load.file == STDIN else Path(load.file)
+        size = None if path is None or is_stream(path) else path.stat().st_size
+        began, count = time.monotonic(), 0
 
         def sent(number: int) -> None:
-            count[0] += number
-            shown.uploaded(task, count[0], size, count[0] / max(time.monotonic() - began, 0.001))
+            nonlocal count
+            count += number
+            shown.uploaded(task, count, size, count / max(time.monotonic() - began, 0.001))
+
+        if path is None or size is None:
+            return self._stream(load, path, sent)
+        key, load.reused = self._file(load, path, size, sent)
+        if load.reused:
+            shown.unchanged(task)
+        return key
+
+    def _object(self, load: Loaded) -> str:
+        """One that is in S3 already."""
+        bucket, _, key = load.file.removeprefix("s3://").partition("/")
+        there = self._client.ask("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
+        if bucket != there:
+            raise CommandError(f"this API reads bucket {there} only; put the object there, or ask another API")
+        stamp = [self._client.ask("GET", f"/files/{path_of(key)}")["etag"]]
+        load.note = Note(self._client.url, load.file, stamp)
+        load.note.put()
+        return key
+
+    def _stream(self, load: Loaded, path: Path | None, sent: Callable[[int], None]) -> str:
+        """What can be read but once; of None, from standard input."""
 
         def whole(by_hand: str) -> None:
             load.whole = by_hand
 
-        if file == STDIN:
-            if sys.stdin is None:
-                raise StartError("standard input is closed: name a file, or pipe one")
-            return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, whole)
-        if size is None:
+        if path is not None:
             with path.open("rb") as content:
                 return self._transfer.stream(content, path.name, sent, whole)
+        if sys.stdin is None:
+            raise CommandError("standard input is closed: name a file, or pipe one")
+        return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, whole)
+
+    def _file(self, load: Loaded, path: Path, size: int, sent: Callable[[int], None]) -> tuple[str, bool]:
+        """A file; and whether the object of an earlier command is taken for it."""
         note = Note(self._client.url, str(path.resolve()), [size, path.stat().st_mtime_ns])
-        key: str | None = self._transfer.there(note, size)
-        load.reused = key is not None
-        if key is not None:
-            shown.unchanged(task)
-        elif self._through_api:
+        key = self._transfer.there(note, size)
+        reused = key is not None
+        if key is None and self._through_api:
             key = self._client.upload(path)
             note.put(key=key)
-        else:
+        elif key is None:
             load.note = note  # from its first part on it can be resumed
             key = self._transfer.file(path, note, sent)
         load.note = note
-        return key
+        return key, reused

@@ -14,8 +14,8 @@ from api.problems import MAX_NAME_LENGTH, Problem, invalid
 __all__ = [
     "MAX_BODY_BYTES",
     "Answer",
-    "NothingElse",
     "Operation",
+    "RefuseUnexpected",
     "Scope",
     "Wait",
     "body_of",
@@ -133,9 +133,9 @@ def query_of(req: falcon.Request, model: type[Model]) -> Model:
     return _checked(model, req.params, "parameter", strict=False)
 
 
-class NothingElse:
-    """Middleware: a call without parameters is not made where it has some, nor one without a body where it has one. Whoever sends
-    `?validate=true` to a call that takes this in its body, or options to a retry, would be taken at less than their word."""
+class RefuseUnexpected:
+    """Middleware: refuses parameters and bodies that a call does not take. Otherwise `?validate=true` on POST /process, or
+    options sent to a retry, would be ignored without a word."""
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from api.client import Client, check_file, reachable
+from api.client import Client, check_file, url_of
 from api.loader import STDIN, Loader
 from api.models import ProcessRequest
 from api.show import (
@@ -33,7 +33,7 @@ from api.show import (
 )
 from api.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, settings_of
 from engine.admission import check_collection_name
-from engine.errors import Refused, StartError
+from engine.errors import CommandError, Refused
 from engine.model import Format, JobState
 from engine.settings import http_url
 from engine.stats import REPORT_SECONDS
@@ -57,7 +57,7 @@ def _client(url: str | None) -> Client:
         raise typer.BadParameter(str(error), param_hint="--url") from None
     settings = settings_of(needs_servers=False)
     token = settings.api_token.get_secret_value() if settings.api_token else None
-    return Client(url or settings.api_url or f"http://{reachable(settings.api_host)}:{settings.port}", token)
+    return Client(url or url_of(settings), token)
 
 
 @remote.command()
@@ -103,12 +103,12 @@ def load(
     for load in loads:
         if load.error is not None:
             goes_on = f"; job {load.job_id} goes on without you: `headrace status {load.job_id}`" if load.job_id else ""
-            plainly(StartError(f"{load.file}: {load.error}{goes_on}"))
+            plainly(f"{load.file}: {load.error}{goes_on}")
             exits.append(1)
         elif load.status is not None:
             exits.append(EXIT_OF.get(load.status["status"], 0))
             if load.status["error"]:
-                plainly(StartError(f"{load.file}: {load.status['error']['message']}"))
+                plainly(f"{load.file}: {load.status['error']['message']}")
     raise typer.Exit(max(exits))
 
 
@@ -125,7 +125,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _check_files(files: list[str]) -> None:
-    """Raises StartError for one that cannot be read, BadParameter for one that is named twice."""
+    """Raises CommandError for one that cannot be read, BadParameter for one that is named twice."""
     seen = set()
     for file in files:
         here = file != STDIN and not file.startswith("s3://")
@@ -233,7 +233,7 @@ def rejects(
             size = _save(out, client.rejected(job_id))
         except (OSError, ValueError, RuntimeError) as error:  # the last one of links that lead to each other
             why = getattr(error, "strerror", None) or error
-            raise StartError(f"{str(out)!r} cannot be written ({why}): name another file") from None
+            raise CommandError(f"{str(out)!r} cannot be written ({why}): name another file") from None
         if as_json:
             print_json({"out": str(out), "bytes": size})
         else:

@@ -1,6 +1,5 @@
 """The HTTP API under waitress: its own process, stopped softly by TERM, INT and HUP."""
 
-import errno
 import resource
 import signal
 import tempfile
@@ -12,17 +11,18 @@ import waitress
 from waitress import wasyncore
 
 from api.app import create_app
-from api.auth import Guard, Token, is_loopback, tokens_of
+from api.auth import Guard, Token, exposed, tokens_of
 from api.door import open_door
 from api.metrics import Durations
 from api.uploads import spool_fault
+from engine.children import stop_signals
 from engine.direct import DirectUploads
 from engine.errors import SettingsError, StartError
 from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.objects import Objects, warn_if_away
 from engine.parts import MAX_PARTS
-from engine.ports import check_port
+from engine.ports import check_port, why_not
 from engine.queue import Queue
 from engine.rejects import Rejects
 from engine.s3 import connect
@@ -71,11 +71,8 @@ def _checked(settings: Settings) -> list[Token]:
     except SettingsError as error:
         wrong.append(str(error))
     else:
-        if not tokens and not is_loopback(settings.api_host):
-            wrong.append(
-                f"API_HOST={settings.api_host} lets other machines in, and there are no tokens: draw some with "
-                "`headrace token` and set API_TOKENS, or set API_HOST=127.0.0.1"
-            )
+        if fault := exposed(settings, tokens):
+            wrong.append(fault)
     if wrong:
         raise SettingsError("\n".join(wrong))
     return tokens
@@ -125,11 +122,7 @@ def serve(settings: Settings) -> int:
             clear_untrusted_proxy_headers=True,
         )
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(
-                f"port {settings.port} is taken: stop what listens there, or set PORT to another"
-            ) from None
-        raise StartError(f"cannot listen on {settings.api_host}:{settings.port}: {error.strerror}") from None
+        raise StartError(why_not(settings.port, settings.api_host, error)) from None
 
     open_door(server, settings, guard, durations)
 
@@ -141,10 +134,8 @@ def serve(settings: Settings) -> int:
         ended = True
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # A HUP that is ignored stays so: nohup asks for that.
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, handle_signal)
+        for number in stop_signals():
+            signal.signal(number, handle_signal)
         log.info("listening", action="start", host=settings.api_host, port=settings.port)
         warn_if_away(objects)
         while not ended:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from api.client import TERMINAL, Client
-from engine.errors import HeadraceError
+from api.client import Client
 from engine.logs import mask
+from engine.model import TERMINAL
 from engine.stats import STAGES
 
 __all__ = [
@@ -43,9 +43,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def plainly(error: HeadraceError) -> None:
-    """Tell an error to a person, on standard error."""
-    print("\n".join(map(printable, f"headrace: {mask(str(error))}".split("\n"))), file=sys.stderr)
+def plainly(text: str) -> None:
+    """Tell a person what is wrong, on standard error."""
+    print("\n".join(map(printable, f"headrace: {mask(text)}".split("\n"))), file=sys.stderr)
 
 
 def print_json(value: object) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 import falcon
 
 from api.answers import BatchAnswer, BatchStatus, ProcessAnswer
-from api.limits import Depth
+from api.limits import OpenJobsLimit
 from api.models import BatchRequest, ProcessRequest
 from api.operations import Answer, Scope, Wait, body_of, operation
 from api.problems import Problem
@@ -66,7 +66,7 @@ def _ticket(req: falcon.Request, request: ProcessRequest, what: str, place: str)
 class Process:
     """POST /process/{fileKey}; `place` is where it reads from and loads into."""
 
-    def __init__(self, queue: Queue, objects: Objects, depth: Depth, place: str) -> None:
+    def __init__(self, queue: Queue, objects: Objects, depth: OpenJobsLimit, place: str) -> None:
         self._queue = queue
         self._objects = objects
         self._depth = depth
@@ -105,7 +105,7 @@ class Process:
 class ProcessMany:
     """POST /process; `place` is where it reads from and loads into."""
 
-    def __init__(self, batches: JobBatches, objects: Objects, depth: Depth, place: str) -> None:
+    def __init__(self, batches: JobBatches, objects: Objects, depth: OpenJobsLimit, place: str) -> None:
         self._batches = batches
         self._objects = objects
         self._depth = depth

@@ -21,7 +21,7 @@ import httpx
 import orjson
 
 from api.client import CHANGED, SLOW, CallFailed, Client, path_of, readable, version_of
-from engine.errors import HeadraceError, StartError
+from engine.errors import CommandError, HeadraceError
 
 __all__ = ["Note", "Transfer", "forget_old"]
 
@@ -41,7 +41,8 @@ STREAM_PART_BYTES: Final = 16 * 1024 * 1024
 """Parts of a stream of unknown length: ten thousand of them are 156 GiB, or 168 GB."""
 
 LAST_CALL_SECONDS: Final = 0.3
-"""How long the end of a stream is doubted: a Ctrl-C reaches whoever writes it as well, and ends the stream in its midst."""
+"""How long the end of a stream is not trusted: a Ctrl-C also ends the program that writes it, which looks like the end of the
+data."""
 
 KEEP_SECONDS: Final = 30 * 24 * 3600.0
 """How long a file is remembered that is not loaded again."""
@@ -145,7 +146,7 @@ class Transfer:
         """Send a file; returns its key. `sent` is called with numbers of bytes, those that were there already too.
 
         Raises:
-            StartError: the file cannot be read, or was written to meanwhile, or S3 cannot be reached from here.
+            CommandError: the file cannot be read, or was written to meanwhile, or S3 cannot be reached from here.
             CallFailed: of the API.
         """
         with file.open("rb") as content:
@@ -168,7 +169,7 @@ class Transfer:
             # Of two versions, lines would be torn where their parts meet.
             self._free(state)
             note.forget()
-            raise StartError(f"{name} {CHANGED}")
+            raise CommandError(f"{name} {CHANGED}")
         key = self._complete(state)
         note.put(key=key)
         return key
@@ -181,7 +182,7 @@ class Transfer:
         how to make a job of it by hand.
 
         Raises:
-            StartError: it was stopped before, or S3 cannot be reached from here, or the stream is longer than an upload can be.
+            CommandError: it was stopped before, or S3 cannot be reached from here, or the stream is longer than an upload can be.
             CallFailed: of the API.
         """
         asked = {"fileName": readable(name), "partBytes": STREAM_PART_BYTES}
@@ -196,13 +197,13 @@ class Transfer:
             ended = self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
             if not ended and _exactly(content, 1):
                 most = state["parts"] * state["partBytes"]
-                raise StartError(
+                raise CommandError(
                     f"a stream may have {most / 1e9:,.0f} GB at most: put it into a file, or send it in pieces"
                 )
             self._stopped.wait(LAST_CALL_SECONDS)
             with self._deciding:
                 if self._stopped.is_set():
-                    raise StartError(STOPPED)
+                    raise CommandError(STOPPED)
                 self._streams.discard(state["uploadId"])
                 whole(by_hand)
         except BaseException:
@@ -216,7 +217,7 @@ class Transfer:
             if error.status in USELESS:
                 self._free(state)
                 raise
-            raise StartError(f"{error}; {by_hand}") from None
+            raise CommandError(f"{error}; {by_hand}") from None
 
     def _free(self, state: dict[str, Any]) -> None:
         with suppress(HeadraceError):
@@ -303,7 +304,7 @@ class Transfer:
         failure = ""
         for tries in range(TRIES):
             if self._stopped.is_set():
-                raise StartError(STOPPED)
+                raise CommandError(STOPPED)
             try:
                 answer = self._http.put(url, content=data, headers=headers)
                 if answer.is_success:
@@ -317,7 +318,7 @@ class Transfer:
                 failure = f"failed ({type(error).__name__})"
             self._stopped.wait(0.2 * 2**tries)
         where = httpx.URL(url).host
-        raise StartError(
+        raise CommandError(
             f"sending a part to S3 at {where} {failure}: run the same command again to go on, or send the file "
             "--through-api where S3 cannot be reached from here"
         )

@@ -15,12 +15,12 @@ from bson import ObjectId
 from rich.console import Console
 
 from api.auth import draw, tokens_of
-from api.client import CallFailed, Client, check_file, is_stream, reachable
+from api.client import CallFailed, Client, check_file, is_stream, local_url
 from api.operations import Scope
 from api.show import watch
 from api.terminal import EXIT_INTERRUPTED, EXIT_OF
 from engine import sample
-from engine.children import die_with_parent, exit_code, held_back, signal_name
+from engine.children import die_with_parent, exit_code, held_back, signal_name, stop_signals
 from engine.errors import HeadraceError, StartError
 from engine.local import LocalServers
 from engine.ports import check_port
@@ -136,10 +136,8 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
         raise StartError("AWS_ENDPOINT_URL is set and AWS_BUCKET_NAME is not: name the bucket, or unset both")
     check_port(settings.port, settings.api_host)
     signals = _Signals()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # A HUP that is ignored stays so: nohup asks for that.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signals.note)
+    for number in stop_signals():
+        signal.signal(number, signals.note)
     try:
         with ExitStack() as stack:
             try:
@@ -182,7 +180,7 @@ def _run(
             child = _Child(name, logs / f"{name}.log", environment)
             stack.callback(_stop, child, servers, settings.engine_grace_seconds + 5, signals)
         children.append(child)
-    url = f"http://{reachable(settings.api_host)}:{settings.port}"
+    url = local_url(settings)
     client = Client(url, token)
     _wait_ready(console, client, children, servers)
     overrides = servers.overrides

@@ -4,7 +4,7 @@ import re
 import tempfile
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 from urllib.parse import quote
 
@@ -164,9 +164,9 @@ def _name(part: BodyPart) -> str:
         return ""
 
 
-def _finish(parts: "object") -> None:
+def _finish(parts: Iterator[BodyPart]) -> None:
     """Read the form to its final boundary: one that was cut short in transit otherwise reads as whole."""
-    for part in parts:  # type: ignore[attr-defined]
+    for part in parts:
         if part.name == "file":
             raise Problem(400, "two_files", "the form has two parts named `file`: send one file per form")
         while part.stream.read(REST_BYTES):

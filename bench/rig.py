@@ -17,7 +17,7 @@ from typing import Any, Self
 import orjson
 
 from api.client import Client
-from engine.children import die_with_parent
+from engine.children import die_with_parent, stop_signals
 from engine.ledger import Ledger
 from engine.local import LocalServers
 from engine.model import Job, JobOptions, Source
@@ -88,8 +88,7 @@ def on_leave(leave: Callable[[int], object]) -> Callable[[], None]:
         if came:
             leave(came[0])
 
-    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    asked = [signal.SIGINT, signal.SIGTERM, *hangup]
+    asked = stop_signals()
     for number in asked:
         signal.signal(number, once)
     return again

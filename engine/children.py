@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["be_killed_with_parent", "die_with_parent", "exit_code", "held_back", "signal_name"]
+__all__ = ["be_killed_with_parent", "die_with_parent", "exit_code", "held_back", "signal_name", "stop_signals"]
 
 _PR_SET_PDEATHSIG: Final = 1
 _HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -20,14 +20,18 @@ def be_killed_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What ends a process: TERM, INT, and HUP unless it is ignored, as nohup asks for."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 def die_with_parent() -> None:
     """As `be_killed_with_parent`, in a child that is about to become another program, and may have been forked in `held_back`."""
     be_killed_with_parent()
     # What came for the parent's handlers, which are here as well for a moment, must not be handled here.
-    for number in _HELD_BACK:
-        # A HUP that is ignored stays so: nohup asks for that.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
 
 

@@ -7,6 +7,7 @@ from engine.model import Failure
 
 __all__ = [
     "AccessDenied",
+    "CommandError",
     "Conflict",
     "HeadraceError",
     "KeyReused",
@@ -133,3 +134,9 @@ class StartError(HeadraceError):
     """Something could not be started: a port is taken, a library is missing, a server does not come up."""
 
     code = "start"
+
+
+class CommandError(HeadraceError):
+    """A command cannot do what it was asked: a file cannot be read, changed while it was sent, or does not reach S3."""
+
+    code = "command"

@@ -8,7 +8,7 @@ from typing import Final
 
 from engine.errors import StartError
 
-__all__ = ["NEIGHBOUR", "check_port", "free_port", "port_is_free", "ports_in_pairs"]
+__all__ = ["NEIGHBOUR", "check_port", "free_port", "port_is_free", "ports_in_pairs", "why_not"]
 
 LOW_PORT: Final = 20_000
 NEIGHBOUR: Final = 10_000
@@ -38,10 +38,11 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
             try:
                 probe.bind(address)
             except OSError as error:
-                raise StartError(_why_not(port, host, error)) from None
+                raise StartError(why_not(port, host, error)) from None
 
 
-def _why_not(port: int, host: str, error: OSError) -> str:
+def why_not(port: int, host: str, error: OSError) -> str:
+    """What keeps a server from listening there, and what to do about it."""
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is taken: stop what listens there, or set PORT to another"
     if error.errno == errno.EADDRNOTAVAIL:

@@ -19,7 +19,7 @@ import pytest
 from api.direct import Complete
 from api.door import _Channel, open_door
 from api.files import Files
-from api.limits import Depth, S3Calls
+from api.limits import OpenJobsLimit, S3Calls
 from api.problems import Problem
 from engine.errors import Transient
 from engine.ports import free_port
@@ -190,7 +190,7 @@ def test_a_count_that_hangs_holds_up_nobody_else():
             assert go_on.wait(30)
             raise Transient("MongoDB does not answer")
 
-    depth, failed = Depth(Hanging(), 100), []
+    depth, failed = OpenJobsLimit(Hanging(), 100), []
 
     def first():
         try:
@@ -212,11 +212,10 @@ def test_a_count_that_hangs_holds_up_nobody_else():
 def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
     class Slow:
         def depth(self, most):
-            depth._at = time.monotonic()
             depth.let_in(40)
             return 10
 
-    depth = Depth(Slow(), 100)
+    depth = OpenJobsLimit(Slow(), 100, clock=lambda: 0.0)
     depth.let_in(10)
     with pytest.raises(Problem, match="open jobs"):
         depth.let_in(41)

@@ -12,7 +12,7 @@ import uuid
 import pytest
 
 from api.client import Client
-from engine.errors import StartError
+from engine.errors import CommandError
 from tests.running import until
 
 
@@ -224,5 +224,5 @@ def test_a_file_that_is_written_to_while_it_goes_through_the_api_is_told(live, m
         return ask(*given, **more)
 
     monkeypatch.setattr(client, "ask", change_it)
-    with pytest.raises(StartError, match=r"f\.ndjson was written to while it was sent"):
+    with pytest.raises(CommandError, match=r"f\.ndjson was written to while it was sent"):
         client.upload(path)

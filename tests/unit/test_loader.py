@@ -3,7 +3,7 @@
 import pytest
 
 from api.loader import STDIN, Loaded
-from engine.errors import StartError
+from engine.errors import CommandError
 
 UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # by a command that can resume
 
@@ -17,7 +17,7 @@ UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # by a command that can re
         ({"note": object()}, "run the same command again, and it resumes"),
         ({"key": "01K-a.ndjson"}, "`headrace jobs --file 01K-a.ndjson`"),
         ({"whole": "submit it"}, "look for it with `headrace jobs`; if not, submit it"),
-        ({"whole": "submit it", "error": StartError("the API went away; submit it")}, "the API went away; submit it"),
+        ({"whole": "submit it", "error": CommandError("the API went away; submit it")}, "the API went away; submit it"),
         ({}, "run the same command again"),
         ({"file": STDIN}, "nothing of it is kept"),
     ],

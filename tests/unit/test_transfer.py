@@ -14,7 +14,7 @@ from api import transfer as module
 from api.client import CallFailed, Client
 from api.loader import Loader
 from api.transfer import Note, Transfer, _exactly
-from engine.errors import StartError
+from engine.errors import CommandError
 
 
 class Api:
@@ -85,7 +85,7 @@ def test_a_stream_that_is_longer_than_an_upload_can_be_is_refused_and_not_cut(se
         assert b"".join(sent[url] for url in sorted(sent)) == data
         return
     wholes = []
-    with pytest.raises(StartError, match="a stream may have"):
+    with pytest.raises(CommandError, match="a stream may have"):
         Transfer(api).stream(io.BytesIO(data), "s", lambda n: None, wholes.append)
     assert (wholes, api.asked[-1]) == ([], "DELETE /uploads/u")
     assert "POST /uploads/u/complete" not in api.asked
@@ -150,7 +150,7 @@ def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
     else:
         stopper = threading.Timer(0.05, transfer.stop)  # while the end of the stream is doubted
         stopper.start()
-        with pytest.raises(StartError):
+        with pytest.raises(CommandError):
             transfer.stream(io.BytesIO(), "s", lambda n: None, whole)
         stopper.join()
         assert wholes == []
@@ -273,7 +273,7 @@ def test_a_stream_that_is_whole_is_not_thrown_away_because_the_api_is(sent, stat
         return ask(method, path, **more)
 
     api.insist = insist
-    with pytest.raises(StartError if kept else CallFailed) as raised:
+    with pytest.raises(CommandError if kept else CallFailed) as raised:
         Transfer(api).stream(io.BytesIO(bytes(20)), "s", lambda n: None, lambda by_hand: None)
     assert ("DELETE /uploads/u" in api.asked) is not kept
     assert ("http://api/uploads/u/complete" in str(raised.value)) is kept
@@ -289,7 +289,7 @@ def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
         try:
             time.sleep(0.1)
             if url.endswith("/1"):
-                raise StartError("no")
+                raise CommandError("no")
             time.sleep(0.1)
         finally:
             with lock:
@@ -301,7 +301,7 @@ def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
 
     monkeypatch.setattr(Transfer, "_put", put)
     api.ask = deleted
-    with pytest.raises(StartError, match="no"):
+    with pytest.raises(CommandError, match="no"):
         Transfer(api).stream(io.BytesIO(bytes(40)), "s", lambda n: None, lambda by_hand: None)
     assert api.asked[-1] == "DELETE /uploads/u"
 
@@ -397,7 +397,7 @@ def test_a_part_is_sent_again_where_that_may_help(monkeypatch, status, said, tri
     monkeypatch.setattr(transfer, "_http", httpx.Client(transport=httpx.MockTransport(answer)))
     monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
     if tries == 1:
-        with pytest.raises(StartError, match="answered with 403"):
+        with pytest.raises(CommandError, match="answered with 403"):
             transfer._put("http://s3/1", b"data", {}, sent.append)
     else:
         transfer._put("http://s3/1", b"data", {}, sent.append)
@@ -424,7 +424,7 @@ def test_a_file_that_is_written_to_while_it_is_sent_becomes_no_object(sent, monk
     if change is None:
         assert Transfer(api).file(path, note, lambda n: None) == "k"
     else:
-        with pytest.raises(StartError, match=r"f\.ndjson was written to while it was sent"):
+        with pytest.raises(CommandError, match=r"f\.ndjson was written to while it was sent"):
             Transfer(api).file(path, note, lambda n: None)
         assert api.asked[-1] == "DELETE /uploads/u"
         assert note.get("uploadId") is None
