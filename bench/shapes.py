@@ -3,6 +3,7 @@
 import random
 import string
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 import orjson
@@ -42,8 +43,8 @@ SHAPES: Final[dict[str, Callable[[int], Iterator[bytes]]]] = {
 }
 
 
-def write(path: str, shape: str, count: int) -> int:
+def write(path: Path, shape: str, count: int) -> int:
     """Write `count` records of a shape; returns the file's size in bytes."""
-    with open(path, "wb") as file:  # noqa: PTH123 (a plain path is what the callers have)
+    with path.open("wb") as file:
         file.writelines(SHAPES[shape](count))
         return file.tell()
