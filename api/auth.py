@@ -21,7 +21,7 @@ from api.problems import Problem
 from engine.errors import SettingsError
 from engine.settings import Settings
 
-__all__ = ["EVERYBODY", "Guard", "Head", "Token", "draw", "exposed", "is_loopback", "tokens_of"]
+__all__ = ["Guard", "Head", "Token", "draw", "exposed", "is_loopback", "tokens_of"]
 
 _ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")

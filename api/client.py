@@ -18,6 +18,7 @@ __all__ = [
     "AWAY",
     "CHANGED",
     "SLOW",
+    "TERMINAL",
     "CallFailed",
     "Client",
     "check_file",

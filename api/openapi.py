@@ -14,7 +14,7 @@ from api.answers import ProblemBody
 from api.operations import Answer, Operation, operation, operation_of
 from api.problems import Problem
 
-__all__ = ["Docs", "OpenApi", "Route", "document"]
+__all__ = ["Docs", "OpenApi", "Route"]
 
 Route = tuple[str, object, Mapping[str, str]]
 """A path as Falcon takes it, its resource, and what its parameters mean."""

@@ -21,7 +21,16 @@ from engine.errors import (
 )
 from engine.logs import get_logger
 
-__all__ = ["Problem", "RequestIds", "install", "invalid", "problem_body", "problem_headers", "request_id_of"]
+__all__ = [
+    "MAX_NAME_LENGTH",
+    "Problem",
+    "RequestIds",
+    "install",
+    "invalid",
+    "problem_body",
+    "problem_headers",
+    "request_id_of",
+]
 
 TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5

@@ -19,7 +19,7 @@ import orjson
 from bson import ObjectId
 from pymongo import MongoClient
 
-__all__ = ["MAX_BATCH_BYTES", "batches", "send"]
+__all__ = ["batches", "send"]
 
 _HEADER: Final = struct.Struct("<iiii")
 _OP_MSG: Final = 2013

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADDED_MILLISECONDS",
-    "base_cpu",
     "defaults",
     "idle",
     "ladder",

@@ -28,7 +28,18 @@ from engine.s3 import connect
 from engine.settings import Settings, cores
 from engine.store import Store, job_key
 
-__all__ = ["Engine", "Rig", "Taken", "cpu_of", "current_commit", "forget_peak", "isolate", "on_leave", "peak_mb"]
+__all__ = [
+    "ROOT",
+    "Engine",
+    "Rig",
+    "Taken",
+    "cpu_of",
+    "current_commit",
+    "forget_peak",
+    "isolate",
+    "on_leave",
+    "peak_mb",
+]
 
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from engine.batches import Batch
 from engine.lines import HEAD_BYTES, LONG_LINE_BYTES
 from engine.model import Format, Reason, Reject
 
-__all__ = ["Documents", "Identity", "decode", "reject"]
+__all__ = ["BOM", "Documents", "Identity", "decode", "reject"]
 
 BOM: Final = b"\xef\xbb\xbf"
 BLANK: Final = " \t\n\r\x0b\x0c"

@@ -25,7 +25,6 @@ __all__ = [
     "PUT_OFF",
     "Ticket",
     "failure_document",
-    "failure_of",
     "from_now",
     "happened",
     "job_of",

@@ -19,7 +19,7 @@ from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
 from engine.schema import LEASABLE, LEASES
 from engine.store import Document, Store, job_key, ranges_of, translated, write_all
 
-__all__ = ["ATTEMPTS", "DEATHS", "UNSPENT_WAIT", "VANISHED", "Ledger", "Summary", "wait_ms"]
+__all__ = ["ATTEMPTS", "DEATHS", "HELD_SECONDS", "UNSPENT_WAIT", "VANISHED", "Ledger", "Summary", "wait_ms"]
 
 ATTEMPTS: Final = 5
 """Transient failures in a row, without a byte of progress between them, before a range is given up."""

@@ -30,7 +30,7 @@ from engine.ports import NEIGHBOUR, free_port, ports_in_pairs
 from engine.s3 import connect
 from engine.settings import DEFAULT_DATABASE, Settings
 
-__all__ = ["BUCKET", "LocalServers", "mongod_path"]
+__all__ = ["LocalServers", "mongod_path"]
 
 BUCKET: Final = "headrace"
 REPLICA_SET: Final = "headrace"

@@ -8,7 +8,7 @@ from typing import Final
 
 from engine.errors import StartError
 
-__all__ = ["NEIGHBOUR", "check_port", "free_port", "port_is_free", "ports_in_pairs", "why_not"]
+__all__ = ["NEIGHBOUR", "check_port", "free_port", "ports_in_pairs", "why_not"]
 
 LOW_PORT: Final = 20_000
 NEIGHBOUR: Final = 10_000

@@ -19,7 +19,6 @@ __all__ = [
     "OPEN_JOBS",
     "PRUNED_JOBS",
     "READY_JOBS",
-    "SCHEMA_VERSION",
     "STOPPING_JOBS",
     "WAITING_JOBS",
     "prepare",

@@ -19,7 +19,7 @@ from pymongo.errors import PyMongoError
 from engine.logs import get_logger
 from engine.store import Document, Store, translated
 
-__all__ = ["REPORTER", "REPORT_SECONDS", "STAGES", "Reporter", "Stats", "live", "place_of", "totals"]
+__all__ = ["REPORTER", "REPORT_SECONDS", "STAGES", "Reporter", "Stats", "live", "place_of", "serving", "totals"]
 
 REPORTER: Final = "reporter"
 """Name of the thread that tells."""

@@ -43,7 +43,7 @@ from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats
 from engine.store import Document, Store
 
-__all__ = ["EXIT_AGAIN", "EXIT_BOOT", "EXIT_NOW", "WorkerIdentity", "work"]
+__all__ = ["EXIT_AGAIN", "EXIT_BOOT", "WorkerIdentity", "work"]
 
 EXIT_BOOT: Final = 3
 """This child can never boot: the supervisor stops the whole."""

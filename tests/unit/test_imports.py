@@ -1,4 +1,4 @@
-"""Imports run downwards only."""
+"""Imports run downwards only, and take what is offered."""
 
 import ast
 from pathlib import Path
@@ -52,9 +52,9 @@ FLOORS = (
 )
 
 
-def modules() -> dict[str, Path]:
+def modules(*packages: str) -> dict[str, Path]:
     found = {}
-    for package in ("engine", "api"):
+    for package in packages or ("engine", "api"):
         for path in (ROOT / package).glob("*.py"):
             if path.stem != "__init__":
                 found[f"{package}.{path.stem}"] = path
@@ -84,3 +84,25 @@ def test_a_module_imports_from_lower_floors_only():
         if floor_of[other] >= floor_of[name]
     ]
     assert upward == []
+
+
+def exported(path: Path) -> set[str]:
+    """What `__all__` of a module names."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_a_name_that_is_imported_is_in_all_of_its_module():
+    everything = modules("engine", "api", "bench")
+    offered = {name: exported(path) for name, path in everything.items()}
+    hidden = [
+        f"{name} imports {alias.name} of {node.module}"
+        for name, path in everything.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module in offered
+        for alias in node.names
+        if alias.name not in offered[node.module]
+    ]
+    assert hidden == []
