@@ -18,6 +18,7 @@ from engine.errors import (
 from engine.model import Reason
 from engine.settings import Settings
 from tests.chaos.scenarios import SCENARIOS
+from tests.unit.test_imports import imported, modules
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -72,6 +73,20 @@ def test_the_files_that_are_linked_exist():
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_table_of_the_code_has_each_module_of_the_engine_once_and_no_import_goes_to_a_later_row():
+    section = README.split("## The code")[1].split("\n## ")[0]
+    rows = [re.findall(r"(\w+)\.py", where) for where in re.findall(r"^\| (`engine/.*?) \|", section, re.MULTILINE)]
+    row_of = {f"engine.{name}": number for number, row in enumerate(rows) for name in row}
+    assert sorted(f"engine.{name}" for row in rows for name in row) == sorted(modules("engine"))
+    later = [
+        f"{name} imports {other}"
+        for name, path in modules("engine").items()
+        for other in imported(path)
+        if row_of[other] > row_of[name]
+    ]
+    assert later == []
 
 
 def test_every_type_of_problem_is_told():
