@@ -86,13 +86,13 @@ def finish(live):
 
 @pytest.fixture
 def raw(live):
-    """Send bytes as they are and close or read; returns the answer, or None when closed early."""
+    """Send bytes as they are, and say with `leave` that no more will come; returns the answer, once the server has closed."""
 
-    def run(data, read=True):
+    def run(data, leave=False):
         with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
             line.sendall(data)
-            if not read:
-                return None
+            if leave:
+                line.shutdown(socket.SHUT_WR)
             pieces = []
             while piece := line.recv(65536):
                 pieces.append(piece)

@@ -222,15 +222,6 @@ def test_a_job_in_its_only_range_runs_no_longer_than_it_may(live, finish):
     assert told["progress"]["lines"] < 100_000
 
 
-def test_a_job_that_is_retried_still_waits_for_its_time(live):
-    job_id = process(live, put(live), runAt="2099-01-01T00:00:00Z").json()["jobId"]
-    live.http.post(f"/jobs/{job_id}/cancel")
-    live.http.post(f"/jobs/{job_id}/retry")
-    time.sleep(1)
-    assert live.http.get(f"/status/{job_id}").json()["status"] == "PENDING"
-    live.http.post(f"/jobs/{job_id}/cancel")
-
-
 def test_a_page_that_is_just_full_is_the_last_one(live):
     batch = live.http.post("/process", json={"fileKeys": [put(live) for _ in range(3)], "collection": "full"}).json()
     page = live.http.get("/jobs", params={"batch": batch["batchId"], "limit": 3}).json()

@@ -129,7 +129,7 @@ def test_a_file_that_is_no_text_of_lines_fails_early_in_a_plain_sentence(submit,
     assert store.data["records"].count_documents({}) == 0
 
 
-def test_a_thousand_small_files_complete(store, submit, drain):
+def test_three_hundred_small_files_complete(store, submit, drain):
     jobs = [submit(b'{"n":%d}\n{"n":%d}\n' % (n, n), key=f"many/{n}.ndjson").id for n in range(300)]
     assert {job.state for job in drain(*jobs, seconds=120)} == {JobState.COMPLETED}
     assert store.data["records"].count_documents({}) == 600
