@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import httpx
@@ -158,6 +159,17 @@ def file(tmp_path):
     path = tmp_path / "some file.ndjson"
     path.write_bytes(b"".join(b'{"n":%d}\n' % n for n in range(5000)) + b"bad\n")
     return path
+
+
+@contextmanager
+def slow_inserts(live, milliseconds):
+    """While it lasts, so long for each bulk write: a load takes its time on any machine."""
+    slow = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": milliseconds}
+    live.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": slow})
+    try:
+        yield
+    finally:
+        live.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
 def put(live, data=b'{"n":1}\n', key=None):

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from bson import ObjectId
 
-from tests.api.conftest import process, put
+from tests.api.conftest import process, put, slow_inserts
 from tests.running import title, until
 
 
@@ -125,13 +125,15 @@ def test_a_time_that_is_none_is_named(live, at):
 
 
 def test_a_job_that_runs_too_long_fails_and_goes_on_when_retried(live, finish):
-    lines = 2_000_000
+    lines = 300_000  # 16 batches of 1000 at a time: more than eight seconds
     key = put(live, b'{"n":1}\n' * lines)
-    job_id = process(live, key, collection="late", timeoutSeconds=1).json()["jobId"]
-    told = finish(job_id)
+    with slow_inserts(live, 500):
+        job_id = process(live, key, collection="late", timeoutSeconds=1).json()["jobId"]
+        told = finish(job_id)
     assert (told["status"], told["error"]["code"]) == ("FAILED", "timeout")
     assert "timeoutSeconds=1" in told["error"]["message"]
     done = [told["progress"]["lines"]]
+    assert done[0] < lines
     while told["status"] == "FAILED":
         assert told["error"]["code"] == "timeout"
         assert live.http.post(f"/jobs/{job_id}/retry").status_code == 202
@@ -211,13 +213,8 @@ def test_the_metrics_are_those_of_the_whole_fleet(live, finish):
 
 def test_a_job_in_its_only_range_runs_no_longer_than_it_may(live, finish):
     key = put(live, b'{"n":1}\n' * 100_000)  # one range of less than a MiB for an engine of ranges of one
-    slow = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": 700}
-    fault = {"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": slow}
-    live.store.client.admin.command(fault)
-    try:
+    with slow_inserts(live, 700):
         told = finish(process(live, key, collection="slowly", timeoutSeconds=1).json()["jobId"])
-    finally:
-        live.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
     assert (told["status"], told["error"]["code"]) == ("FAILED", "timeout")
     assert told["progress"]["lines"] < 100_000
 
