@@ -23,9 +23,11 @@ __all__ = [
     "Client",
     "check_file",
     "is_stream",
+    "local_url",
     "path_of",
     "reachable",
     "readable",
+    "url_of",
     "version_of",
 ]
 

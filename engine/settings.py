@@ -158,8 +158,9 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def _writers(found: dict[str, Any]) -> int:
-    """Enough writes under way to bridge the database's waits for its journal, and no more than 128 of one engine."""
-    return max(2, min(8, 128 // int(found["engine_workers"])))
+    """Enough writes under way to bridge the database's waits for its journal, and no more than 128 of one engine. With more of
+    them mongod takes more CPU for the same documents."""
+    return max(2, min(4, 128 // int(found["engine_workers"])))
 
 
 def _lower(value: object) -> object:
@@ -213,7 +214,7 @@ class Settings(BaseSettings):
         2 * MIB, "Maximum bytes of lines in one bulk write; a longer one goes alone", "bytes", ge=64 * KIB, le=4 * MIB
     )
     engine_writers: int = _setting(
-        _writers, "Concurrent bulk writes of one worker", "writes", "8; fewer with over 16 workers", ge=1, le=64
+        _writers, "Concurrent bulk writes of one worker", "writes", "4; fewer with over 32 workers", ge=1, le=64
     )
     engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
     engine_watchdog_seconds: float = _setting(

@@ -147,4 +147,4 @@ def test_what_is_measured_are_the_defaults_whatever_the_environment_says(monkeyp
     isolate()
     found = Settings(engine_workers=2)
     assert (found.mongo_uri, found.aws_bucket_name) == (None, None)
-    assert (found.engine_batch_records, found.engine_writers) == (1000, 8)
+    assert (found.engine_batch_records, found.engine_writers) == (1000, 4)
