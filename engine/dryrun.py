@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import bson
 from bson import Binary, Decimal128
+from bson.codec_options import DatetimeConversion
 from bson.errors import BSONError
 from pymongo import DeleteOne, InsertOne
 from pymongo.errors import DocumentTooLarge, OperationFailure
@@ -46,6 +47,9 @@ class DryRun(Sink):
 
     def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float, job_id: str) -> None:
         super().__init__(store, collection, plan, write_timeout_seconds)
+        # Dates beyond those of Python may be in documents that are there: they are compared, and not calculated with.
+        options = store.data.codec_options.with_options(datetime_conversion=DatetimeConversion.DATETIME_AUTO)
+        self._data = store.data.with_options(codec_options=options)
         self._job = job_key(job_id)
         self._claims = store.claims
         self._judge: tuple[Document | None, list[list[str]]] | None = None

@@ -107,7 +107,7 @@ class JobBatches:
             {"$group": {"_id": "$state", "count": {"$sum": 1}, "size": {"$sum": "$source.size"}, **total}},
         ]
         with translated("summing a batch"):
-            found = self._store.batches.find_one({"_id": key})
+            found = self._store.batches.find_one({"_id": key}, {"keys": 0})  # which are megabytes of a large batch
             groups = list(self._store.jobs.aggregate(stages)) if found else []
         if found is None:
             raise NotFound(f"there is no batch {batch_id}")

@@ -444,6 +444,15 @@ class Queue:
         """What sets the rejects that a status shows, so that to look at it reads no more than the job."""
         return {"$literal": self._rejects.first(job_id) if tally.rejected else []}
 
+    def freed(self, job_id: str, what: str) -> None:
+        """Tell that ranges of a job were freed, and bring it to its end where it waited for nothing else: under a stream of jobs
+        of a higher priority, nobody would look at it for long."""
+        self.note(job_id, what)
+        with translated("looking for a job"):
+            found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})
+        if found is not None and self._readable(found) is not None:
+            self.settle(job_id)
+
     def note(self, job_id: str, what: str) -> None:
         """Write an event into a job's timeline."""
         with translated("writing down what happened to a job"):

@@ -42,9 +42,13 @@ class Rejects:
         documents = [_document(job, lease, reject) for reject in rejects]
         with translated("writing rejects"):
             result = write_all(self._rejects, [InsertOne(document) for document in documents])
-            for there in (documents[fault["index"]] for fault in result["writeErrors"]):
-                earlier = {"_id": there["_id"], "lease": {"$lt": lease.number}}
-                self._rejects.replace_one(earlier, there)
+            refused = [documents[fault["index"]] for fault in result["writeErrors"]]
+            if there := {document["_id"]["offset"]: document for document in refused}:
+                # Most are of this lease, where a batch is written again, and stay as they are.
+                earlier = {"lease": {"$lt": lease.number}}
+                ids = {"_id": {"$in": [document["_id"] for document in there.values()]}}
+                for found in list(self._rejects.find(ids | earlier, {"_id": 1})):
+                    self._rejects.replace_one({"_id": found["_id"]} | earlier, there[found["_id"]["offset"]])
 
     def forget(self, lease: Lease) -> None:
         """Delete what earlier holders of this range wrote beyond `confirmed`: those lines are judged anew."""

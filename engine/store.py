@@ -207,7 +207,8 @@ class Store:
         self.sources: Collection[Document] = self.control["sources"]
         self.rejects: Collection[Document] = self.control["rejects"]
         self.workers: Collection[Document] = self.control["workers"]
-        self.wakeups: Collection[Document] = self.control["wakeups"]
+        # Nothing depends on one that is lost: it is not waited for until a majority has it.
+        self.wakeups: Collection[Document] = self.control["wakeups"].with_options(write_concern=WriteConcern(1))
         self.batches: Collection[Document] = self.control["batches"]
         self.switches: Collection[Document] = self.control["switches"]
         self.totals: Collection[Document] = self.control["totals"]

@@ -311,11 +311,11 @@ class _Worker:
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._identity.name, jobs=stopped)
 
     def _note(self, freed: Sequence[Freed], why: str) -> None:
-        """Tell the timelines of the jobs whose ranges were freed."""
+        """Tell the jobs whose ranges were freed, and why."""
         for job_id, ranges in groupby(sorted(freed, key=lambda f: f.job_id), key=lambda f: f.job_id):
             first, *others = ranges
             more = f" and {len(others)} more" if others else ""
-            self._queue.note(job_id, f"range {first.index}{more} freed: {first.holder} {why}")
+            self._queue.freed(job_id, f"range {first.index}{more} freed: {first.holder} {why}")
 
     def _collect(self) -> None:
         # An idle worker has left no cycles, and does not look for them.

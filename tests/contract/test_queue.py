@@ -55,6 +55,35 @@ def test_a_job_ends_only_when_no_range_of_it_is_leased(queue, plans, ledger, sou
     assert (ended.state, ended.progress.tally.lines) == (JobState.CANCELLED, 1)
 
 
+def test_a_job_that_waited_for_a_range_of_a_dead_worker_alone_ends_when_that_is_freed(queue, plans, ledger, source):
+    cancelled, failed = plans.fix([(queue.submit(source, JobOptions()), plan(1), None) for _ in range(2)])
+    for job in (cancelled, failed):
+        queue.open_ranges(job)
+        ledger.lease(job.id, "dead")
+    assert queue.cancel(cancelled.id).state is JobState.PROCESSING
+    for freed in ledger.release(["dead"]):
+        queue.freed(freed.job_id, "range 0 freed: dead died")
+    assert queue.get(cancelled.id).state is JobState.CANCELLED
+    assert queue.get(failed.id).state is JobState.PROCESSING
+    for _ in range(2):
+        ledger.lease(failed.id, "dead")
+        for freed in ledger.release(["dead"]):
+            queue.freed(freed.job_id, "range 0 freed: dead died")
+    ended = queue.get(failed.id)
+    assert (ended.state, ended.failure.code) == (JobState.FAILED, "workers_died")
+    assert [event.what for event in ended.timeline].count("range 0 freed: dead died") == 3
+
+
+def test_a_job_of_a_later_version_whose_ranges_are_freed_is_left_to_others(store, queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(1), None)])
+    queue.open_ranges(job)
+    ledger.lease(job.id, "dead")
+    store.jobs.update_one({"_id": job_key(job.id)}, {"$set": {"state": "RESTING"}})
+    [freed] = ledger.release(["dead"])
+    queue.freed(freed.job_id, "range 0 freed: dead died")
+    assert store.jobs.find_one({"_id": job_key(job.id)})["state"] == "RESTING"
+
+
 def test_a_stop_of_an_earlier_round_does_not_reach_a_job_that_was_retried(queue, source):
     old = queue.submit(source, JobOptions())
     queue.cancel(old.id)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import bson
 import pytest
 from bson import ObjectId
+from bson.datetime_ms import DatetimeMS
 
 from engine.errors import NotFound
 from engine.ledger import Ledger
@@ -380,6 +381,13 @@ def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
     told = [(each.state, each.progress.tally.inserted, each.progress.tally.rejected) for each in (dry, load)]
     assert told[0] == told[1]
     assert store.claims.count_documents({}) == 0
+
+
+def test_a_dry_run_compares_documents_with_dates_beyond_those_of_python(store, submit, drain):
+    store.data["records"].create_index("e.x", unique=True)
+    store.data["records"].insert_one({"e": {"x": 1, "at": DatetimeMS(2**60)}})
+    [dry] = drain(submit(b'{"e":{"x":1}}\n{"e":{"x":2}}\n', validate=True).id)
+    assert (dry.state, dry.progress.tally.inserted, dry.progress.tally.rejected) == (JobState.COMPLETED, 1, 1)
 
 
 def test_a_dry_run_over_its_budget_leaves_no_claims_either(store, submit, drain):
