@@ -94,6 +94,7 @@ def test_a_head_that_does_not_end_is_refused_while_it_is_cheap(live):
 
 def test_a_client_that_takes_nothing_of_its_answer_is_let_go_after_a_while():
     server = SimpleNamespace(adj=SimpleNamespace(channel_timeout=120), maintenance=Mock(), channel_class=None)
+    server.add_task = Mock()
     stuck, reads, waits = (Mock(total_outbufs_len=left, last_activity=at) for left, at in ((9, 0), (9, 990), (0, 0)))
     server.active_channels = {1: stuck, 2: reads, 3: waits}
     real = server.maintenance
