@@ -59,7 +59,7 @@ def create_app(
     json = JSONHandler(dumps=orjson.dumps, loads=orjson.loads)
     app.resp_options.media_handlers["application/json"] = json
     install(app)
-    depth = OpenJobsLimit(queue, settings.api_max_open_jobs)
+    open_jobs = OpenJobsLimit(queue, settings.api_max_open_jobs)
     watch = Watch(queue, Slots(settings.api_max_watchers, 429, "waiting requests"), stopping)
     api = OpenApi()
     job, key = {"jobId": "Id of the job"}, {"fileKey": "Key of the object; it may hold slashes"}
@@ -72,8 +72,8 @@ def create_app(
         ("/uploads/{upload_id}/abort", Abort(uploads), upload),
         ("/files", Files(objects), {}),
         ("/files/{file_key:path}", File(objects, history), key),
-        ("/process", ProcessMany(batches, objects, depth, place), {}),
-        ("/process/{file_key:path}", Process(queue, objects, depth, place), key),
+        ("/process", ProcessMany(batches, objects, open_jobs, place), {}),
+        ("/process/{file_key:path}", Process(queue, objects, open_jobs, place), key),
         ("/batches/{batch_id}", Batches(batches), {"batchId": "Id of the batch"}),
         ("/status/{job_id}", Status(watch), job),
         ("/jobs", Jobs(history), {}),

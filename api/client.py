@@ -18,14 +18,12 @@ __all__ = [
     "AWAY",
     "CHANGED",
     "SLOW",
-    "TERMINAL",
     "CallFailed",
     "Client",
     "check_file",
     "is_stream",
     "local_url",
     "path_of",
-    "reachable",
     "readable",
     "url_of",
     "version_of",
@@ -105,7 +103,7 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def reachable(host: str) -> str:
+def _reachable(host: str) -> str:
     """How to write, in a URL, the host that a server on this machine listens on."""
     if host in ("0.0.0.0", "::", ""):  # noqa: S104 (not bound here)
         return "127.0.0.1"
@@ -114,7 +112,7 @@ def reachable(host: str) -> str:
 
 def local_url(settings: Settings) -> str:
     """The address of the API that listens on this machine."""
-    return f"http://{reachable(settings.api_host)}:{settings.port}"
+    return f"http://{_reachable(settings.api_host)}:{settings.port}"
 
 
 def url_of(settings: Settings) -> str:

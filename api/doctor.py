@@ -14,10 +14,11 @@ from typing import Final
 from api.auth import exposed, tokens_of
 from api.client import Client, url_of
 from api.uploads import spool_fault
+from engine.cores import cores
 from engine.errors import HeadraceError, WrongClock
 from engine.objects import Objects
 from engine.s3 import connect
-from engine.settings import Settings, cores
+from engine.settings import Settings
 from engine.stats import serving
 from engine.store import Store, translated
 

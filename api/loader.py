@@ -188,7 +188,7 @@ class Loader:
         return key
 
     def _object(self, load: Loaded) -> str:
-        """One that is in S3 already."""
+        """An object that is there already; returns its key."""
         bucket, _, key = load.file.removeprefix("s3://").partition("/")
         there = self._client.ask("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
         if bucket != there:
@@ -199,7 +199,7 @@ class Loader:
         return key
 
     def _stream(self, load: Loaded, path: Path | None, sent: Callable[[int], None]) -> str:
-        """What can be read but once; of None, from standard input."""
+        """A stream, of standard input where no path is named; returns its key."""
 
         def whole(by_hand: str) -> None:
             load.whole = by_hand
@@ -212,7 +212,7 @@ class Loader:
         return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, whole)
 
     def _file(self, load: Loaded, path: Path, size: int, sent: Callable[[int], None]) -> tuple[str, bool]:
-        """A file; and whether the object of an earlier command is taken for it."""
+        """A file; returns its key, and whether the object of an earlier command is taken for it."""
         note = Note(self._client.url, str(path.resolve()), [size, path.stat().st_mtime_ns])
         key = self._transfer.there(note, size)
         reused = key is not None

@@ -66,10 +66,10 @@ def _ticket(req: falcon.Request, request: ProcessRequest, what: str, place: str)
 class Process:
     """POST /process/{fileKey}; `place` is where it reads from and loads into."""
 
-    def __init__(self, queue: Queue, objects: Objects, depth: OpenJobsLimit, place: str) -> None:
+    def __init__(self, queue: Queue, objects: Objects, open_jobs: OpenJobsLimit, place: str) -> None:
         self._queue = queue
         self._objects = objects
-        self._depth = depth
+        self._open_jobs = open_jobs
         self._place = place
 
     @operation(
@@ -90,7 +90,7 @@ class Process:
         job = self._queue.redeem(ticket) if ticket is not None else None
         if job is None:
             source = self._objects.head(key)
-            self._depth.let_in(1)
+            self._open_jobs.let_in(1)
             job = self._queue.submit(source, request.options(), ticket)
         resp.status = 202
         resp.location = f"/status/{job.id}"
@@ -105,10 +105,10 @@ class Process:
 class ProcessMany:
     """POST /process; `place` is where it reads from and loads into."""
 
-    def __init__(self, batches: JobBatches, objects: Objects, depth: OpenJobsLimit, place: str) -> None:
+    def __init__(self, batches: JobBatches, objects: Objects, open_jobs: OpenJobsLimit, place: str) -> None:
         self._batches = batches
         self._objects = objects
-        self._depth = depth
+        self._open_jobs = open_jobs
         self._place = place
 
     @operation(
@@ -131,7 +131,7 @@ class ProcessMany:
         else:
             keys = known[1] if known is not None else self._asked(request)
             sources = self._sources(keys)
-            self._depth.let_in(len(sources))
+            self._open_jobs.let_in(len(sources))
             batch = self._batches.submit(sources, request.options(), ticket)
         resp.status = 202
         resp.location = f"/batches/{batch.id}"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.rig import Rig, Taken
+from engine.cores import cores
 from engine.model import Source
-from engine.settings import cores
 from engine.stats import STAGES, totals
 
 __all__ = ["Load", "Spent", "Spread", "load"]

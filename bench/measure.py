@@ -23,9 +23,9 @@ import orjson
 from bench import ceiling, importer, shapes
 from bench.figures import Load, Spent, Spread, load
 from bench.rig import ROOT, Rig, cpu_of
+from engine.cores import cores
 from engine.job_batches import JobBatches
 from engine.model import JobOptions, JobState
-from engine.settings import cores
 from engine.stats import totals
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from bench import measure, shapes
 from bench.figures import Spent, Spread
 from bench.rig import ROOT, Rig, current_commit, on_leave
 from bench.verdicts import MAX_MEMORY_MB, bottleneck, fastest, flat, scaling, shown
-from engine.settings import cores
+from engine.cores import cores
 from engine.stats import STAGES
 
 __all__ = ["Report", "main", "room", "stated"]

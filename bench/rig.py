@@ -18,6 +18,7 @@ import orjson
 
 from api.client import Client
 from engine.children import die_with_parent, stop_signals
+from engine.cores import cores
 from engine.ledger import Ledger
 from engine.local import LocalServers
 from engine.model import Job, JobOptions, Source
@@ -25,7 +26,7 @@ from engine.objects import Objects
 from engine.ports import free_port
 from engine.queue import Queue
 from engine.s3 import connect
-from engine.settings import Settings, cores
+from engine.settings import Settings
 from engine.store import Store, job_key
 
 __all__ = [

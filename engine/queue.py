@@ -297,17 +297,19 @@ class Queue:
 
     def settle(self, job_id: str) -> Job:
         """Bring a job to its end where nothing holds it back any more; returns the job. Safe to repeat by anyone."""
-        job = self.get(job_id)
+        return self._settle(self.get(job_id))
+
+    def _settle(self, job: Job) -> Job:
         if job.state in TERMINAL or (job.stopping is None and job.plan is None):
             return job
         if job.plan is None:
             assert job.stopping is not None
             return self._end(job, job.stopping, None)
-        summary = self._ledger.summarize(job_id)
+        summary = self._ledger.summarize(job.id)
         if summary.ranges < job.plan.range_count:
             # Whoever planned the job died over it, or is about to lease its only range: afterwards it is there for all to see.
             self.open_ranges(job)
-            summary = self._ledger.summarize(job_id)
+            summary = self._ledger.summarize(job.id)
         complete = summary.done == job.plan.range_count
         if job.stopping is not None and not (complete and job.stopping.to is JobState.CANCELLED):
             return job if summary.leased else self._end(job, job.stopping, (summary.tally, summary.done))
@@ -450,8 +452,8 @@ class Queue:
         self.note(job_id, what)
         with translated("looking for a job"):
             found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})
-        if found is not None and self._readable(found) is not None:
-            self.settle(job_id)
+        if found is not None and (job := self._readable(found)) is not None:
+            self._settle(job)
 
     def note(self, job_id: str, what: str) -> None:
         """Write an event into a job's timeline."""

@@ -4,13 +4,12 @@ The environment wins over `.env`; an empty value counts as unset. No other modul
 """
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from decimal import Decimal
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import quote, quote_plus, urlsplit
 
@@ -19,9 +18,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pymongo.errors import PyMongoError
 from pymongo.uri_parser import parse_uri
 
+from engine.cores import cores
 from engine.errors import SettingsError
 
-__all__ = ["DEFAULT_DATABASE", "Settings", "cores", "http_url", "load"]
+__all__ = ["DEFAULT_DATABASE", "Settings", "http_url", "load"]
 
 DEFAULT_DATABASE: Final = "headrace"
 
@@ -133,28 +133,6 @@ def _token(value: SecretStr | None) -> SecretStr | None:
     if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
         raise ValueError("it has spaces, line ends or letters beyond ASCII: copy it as `headrace token` showed it")
     return value
-
-
-def cores(root: Path = Path("/")) -> int:
-    """Cores' worth of time that this process may take: the cores that it may run on, or less by the quota of its control group
-    or (version 2) of one above it, which is how containers are limited; rounded up. `root` is where proc and sys are."""
-    found = float(len(os.sched_getaffinity(0)))
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        group = PurePath(*(line.removeprefix("0::/") for line in groups if line.startswith("0::/")))
-        for folder in (group, *group.parents):
-            limit = root / "sys/fs/cgroup" / folder / "cpu.max"
-            quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
-            if quota != "max":
-                found = min(found, int(quota) / int(period))
-        first = root / "sys/fs/cgroup/cpu"  # version 1, which shows a container its own group only
-        if (first / "cpu.cfs_quota_us").exists():
-            quota, period = ((first / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
-            if int(quota) > 0:
-                found = min(found, int(quota) / int(period))
-    except (OSError, ValueError):
-        pass  # what cannot be read limits nothing
-    return max(1, math.ceil(found))
 
 
 def _writers(found: dict[str, Any]) -> int:

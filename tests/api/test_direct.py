@@ -127,15 +127,6 @@ def test_an_upload_that_is_given_up_leaves_nothing(live, end):
     assert live.http.post(f"{path}/complete").status_code == 404
 
 
-def test_unfinished_uploads_are_swept_after_a_day(live):
-    old, young = begin(live, size=MIB), begin(live, size=MIB)
-    day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
-    live.store.uploads.update_one({"_id": old["uploadId"]}, day)
-    assert DirectUploads(live.store, live.s3, live.objects, 8 * MIB).sweep() == 1
-    assert live.http.get(f"/uploads/{old['uploadId']}").status_code == 404
-    assert live.http.delete(f"/uploads/{young['uploadId']}").status_code == 204
-
-
 @pytest.mark.parametrize(
     "body",
     [{}, {"fileName": 5}, {"fileName": ""}, {"fileName": "a", "size": -1}, {"fileName": "a", "partBytes": 1}, {"x": 1}],

@@ -191,20 +191,20 @@ def test_a_count_that_hangs_holds_up_nobody_else():
             assert go_on.wait(30)
             raise Transient("MongoDB does not answer")
 
-    depth, failed = OpenJobsLimit(Hanging(), 100), []
+    limit, failed = OpenJobsLimit(Hanging(), 100), []
 
     def first():
         try:
-            depth.let_in(1)
+            limit.let_in(1)
         except Transient as error:
             failed.append(error)
 
     counting = threading.Thread(target=first)
     counting.start()
     assert begun.wait(30)
-    depth.let_in(60)
+    limit.let_in(60)
     with pytest.raises(Problem, match="open jobs"):
-        depth.let_in(60)
+        limit.let_in(60)
     go_on.set()
     counting.join()
     assert len(failed) == 1
@@ -213,14 +213,14 @@ def test_a_count_that_hangs_holds_up_nobody_else():
 def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
     class Slow:
         def depth(self, most):
-            depth.let_in(40)
+            limit.let_in(40)
             return 10
 
-    depth = OpenJobsLimit(Slow(), 100, clock=lambda: 0.0)
-    depth.let_in(10)
+    limit = OpenJobsLimit(Slow(), 100, clock=lambda: 0.0)
+    limit.let_in(10)
     with pytest.raises(Problem, match="open jobs"):
-        depth.let_in(41)
-    depth.let_in(40)
+        limit.let_in(41)
+    limit.let_in(40)
 
 
 def test_a_client_that_asks_first_and_is_gone_before_the_answer_holds_up_nobody(live):

@@ -125,7 +125,7 @@ def test_a_time_that_is_none_is_named(live, at):
 
 
 def test_a_job_that_runs_too_long_fails_and_goes_on_when_retried(live, finish):
-    lines = 300_000  # 16 batches of 1000 at a time: more than eight seconds
+    lines = 300_000  # eight batches of 1000 at a time: more than 15 seconds
     key = put(live, b'{"n":1}\n' * lines)
     with slow_inserts(live, 500):
         job_id = process(live, key, collection="late", timeoutSeconds=1).json()["jobId"]

@@ -7,18 +7,13 @@ import random
 import re
 import socket
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from botocore.exceptions import ClientError, ReadTimeoutError
 
 from api.uploads import reduced
 from bench.rig import forget_peak, peak_mb
-from engine.direct import DirectUploads
-from engine.errors import NotFound, Transient
-from engine.objects import Objects
 from engine.ports import free_port
 from tests.api.conftest import answers
 from tests.api.hostile import hostile
@@ -341,70 +336,3 @@ def test_who_has_been_answered_may_send_the_next_at_once(live):
     with ThreadPoolExecutor(4) as pool:
         found = [code for codes in pool.map(send, [10] * 4) for code in codes]
     assert found == [201] * 40
-
-
-def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_not_keep_the_others(live, monkeypatch):
-    uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
-    left = []
-    for number in range(3):
-        made = live.s3.create_multipart_upload(Bucket=live.bucket, Key=f"left-{number}")["UploadId"]
-        with contextlib.suppress(KeyError), uploads.recorded(f"left-{number}", made):
-            raise KeyError  # the process dies here
-        left.append(made)
-    day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
-    live.store.uploads.update_many({"_id": {"$in": [f"through {made}" for made in left]}}, day)
-    real = live.s3.abort_multipart_upload
-
-    def abort(**given):
-        if given["Key"] == "left-1":
-            raise ClientError({"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "abort")
-        return real(**given)
-
-    monkeypatch.setattr(live.s3, "abort_multipart_upload", abort)
-    assert uploads.sweep(lambda: False) == 0
-    assert uploads.sweep() == 2
-    monkeypatch.undo()
-    assert (
-        uploads.sweep() == 0
-    )  # it is not asked for again within a day, lest such ones keep the others from their turn
-    live.store.uploads.update_one(
-        {"key": "left-1"}, [{"$set": {"keptAt": {"$subtract": ["$keptAt", 25 * 3600 * 1000]}}}]
-    )
-    assert uploads.sweep() == 1
-    assert not {found["UploadId"] for found in stored(live)[1]} & set(left)
-
-
-def test_a_sweep_ends_where_s3_does_not_answer(live, monkeypatch):
-    uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
-    for number in range(2):
-        uploads.begin(f"slow-{number}-{uuid.uuid4().hex}", f"slow-{number}", 5, None)
-    live.store.uploads.update_many(
-        {"key": {"$regex": "^slow-"}}, [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
-    )
-    asked = []
-
-    def hang(**given):
-        asked.append(given["Key"])
-        raise ReadTimeoutError(endpoint_url="here")
-
-    monkeypatch.setattr(live.s3, "abort_multipart_upload", hang)
-    with pytest.raises(Transient):
-        uploads.sweep()
-    assert len(asked) == 1
-    monkeypatch.undo()
-    assert uploads.sweep() == 2
-
-
-def test_an_upload_into_a_bucket_of_before_is_not_found_and_swept_there(live):
-    live.s3.create_bucket(Bucket="before")
-    before = DirectUploads(live.store, live.s3, Objects(live.s3, "before"), 8 * MIB)
-    upload_id = f"moved-{uuid.uuid4().hex}"
-    before.begin(upload_id, "moved", 5, None)
-    now = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
-    with pytest.raises(NotFound):
-        now.complete(upload_id)
-    day = [{"$set": {"createdAt": {"$subtract": ["$createdAt", 25 * 3600 * 1000]}}}]
-    live.store.uploads.update_one({"_id": upload_id}, day)
-    assert now.sweep() == 1
-    assert live.s3.list_multipart_uploads(Bucket="before").get("Uploads", []) == []
-    live.s3.delete_bucket(Bucket="before")

@@ -2,13 +2,11 @@
 
 import json
 import threading
-import uuid
 from dataclasses import replace
 
 import bson
 import pytest
 from bson import ObjectId
-from bson.datetime_ms import DatetimeMS
 
 from engine.errors import NotFound
 from engine.ledger import Ledger
@@ -336,64 +334,6 @@ def test_what_was_loaded_and_deleted_is_inserted_anew_whatever_is_lost_on_the_wa
     assert (tally.inserted, tally.duplicates, store.data["records"].count_documents({})) == (3000, 0, 3000)
     [third] = drain(queue.submit(first.source, first.options).id)
     assert (third.progress.tally.inserted, third.progress.tally.duplicates) == (0, 3000)
-
-
-JUDGED = {
-    "numbers of two types are one _id": ({}, [], b'{"_id":1}\n{"_id":1.0,"b":1}\n'),
-    "and one key": ({}, ["e"], b'{"e":1}\n{"e":1.0}\n{"e":2}\n{"e":0}\n{"e":-0.0}\n'),
-    "deep down as well": ({}, ["e"], b'{"e":{"x":1,"y":2}}\n{"e":{"x":1.0,"y":2}}\n'),
-    "there is one already": ({}, ["e"], b'{"_id":5}\n{"_id":6.0}\n{"e":7.0}\n'),
-    "what looks like an operator is none": (
-        {},
-        ["ref"],
-        b'{"ref":{"$oid":"5f"}}\n{"ref":{"$gt":""}}\n{"ref":{"$oid":"5f"}}\n',
-    ),
-    "one of two with an _id is not valid": ({"a": {"$exists": True}}, [], b'{"_id":1,"a":1}\n{"_id":1}\n{"_id":2}\n'),
-    "who loses one claim has no other": (
-        {},
-        ["e"],
-        b'{"_id":1,"e":"there"}\n{"_id":1,"e":"y"}\n{"_id":2,"e":"y"}\n{"_id":2}\n',
-    ),
-    "an index over a field and a part of it": (
-        {},
-        [("e", "e.x"), ("_id.n", "e")],
-        b'{"e":{"x":1}}\n{"e":{"x":1}}\n{"e":"there"}\n',
-    ),
-    "a validator that stumbles": (
-        {"$expr": {"$gt": [{"$strLenCP": "$a"}, 3]}},
-        [],
-        b'{"b":1}\n{"a":"long enough"}\n{"a":"no"}\n',
-    ),
-}
-
-
-@pytest.mark.parametrize("case", JUDGED)
-def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
-    validator, unique, data = JUDGED[case]
-    there = store.data.create_collection("records", validator=validator) if validator else store.data["records"]
-    for field in unique:
-        there.create_index([(name, 1) for name in field] if isinstance(field, tuple) else field, unique=True)
-    if not validator:
-        there.insert_many([{"_id": 5.0, "e": "there", "ref": 1}, {"_id": 6, "e": 7, "ref": 2}])
-    job = submit(data, f"{uuid.uuid4().hex}.ndjson", validate=True)
-    [dry] = drain(job.id)
-    [load] = drain(submit(data, f"{uuid.uuid4().hex}.ndjson").id)
-    told = [(each.state, each.progress.tally.inserted, each.progress.tally.rejected) for each in (dry, load)]
-    assert told[0] == told[1]
-    assert store.claims.count_documents({}) == 0
-
-
-def test_a_dry_run_compares_documents_with_dates_beyond_those_of_python(store, submit, drain):
-    store.data["records"].create_index("e.x", unique=True)
-    store.data["records"].insert_one({"e": {"x": 1, "at": DatetimeMS(2**60)}})
-    [dry] = drain(submit(b'{"e":{"x":1}}\n{"e":{"x":2}}\n', validate=True).id)
-    assert (dry.state, dry.progress.tally.inserted, dry.progress.tally.rejected) == (JobState.COMPLETED, 1, 1)
-
-
-def test_a_dry_run_over_its_budget_leaves_no_claims_either(store, submit, drain):
-    [dry] = drain(submit(b'{"_id":1}\n{"_id":2}\nbad\n', validate=True, max_errors=0).id)
-    assert (dry.state, dry.failure.code) == (JobState.FAILED, "too_many_errors")
-    assert store.claims.count_documents({}) == 0
 
 
 def test_a_job_that_cannot_be_read_holds_up_no_other(store, submit, drain):

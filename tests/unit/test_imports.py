@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 FLOORS = (
-    ("engine.model",),
+    ("engine.model", "engine.cores"),
     ("engine.errors",),
     (
         "engine.settings",

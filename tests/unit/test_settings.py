@@ -1,11 +1,9 @@
 """Settings: from the environment and .env, checked together, wrong ones told all at once, secrets never shown."""
 
-import os
-
 import pytest
 
 from engine.errors import SettingsError
-from engine.settings import Settings, cores, load
+from engine.settings import Settings, load
 
 
 @pytest.mark.parametrize(
@@ -30,46 +28,6 @@ def test_the_environment_wins_over_the_file_and_an_empty_value_counts_as_unset(m
     monkeypatch.setenv("PORT", "")
     settings, _ = load()
     assert (settings.engine_workers, settings.port, settings.aws_region) == (5, 4000, "eu-north-1")
-
-
-@pytest.mark.parametrize(
-    ("group", "limits", "found"),
-    [
-        ("0::/", {"": "max 100000"}, 64),
-        ("0::/", {"": "200000 100000"}, 2),
-        ("0::/", {"": "150000 100000"}, 2),
-        ("0::/", {"": "10000 100000"}, 1),
-        ("0::/a/b", {"": "max 100000", "a": "300000 100000", "a/b": "800000 100000"}, 3),
-        ("0::/a/b", {"a/b": "800000 100000"}, 8),
-        ("0::/", {"": "more than this knows"}, 64),
-        ("0::/", {}, 64),
-        ("3:cpu:/a", {"a": "200000 100000"}, 64),
-    ],
-)
-def test_a_container_has_as_many_cores_as_its_quota_allows(monkeypatch, tmp_path, group, limits, found):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(f"9:name=systemd:/\n{group}\n")
-    for folder, limit in limits.items():
-        (tmp_path / "sys/fs/cgroup" / folder).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sys/fs/cgroup" / folder / "cpu.max").write_text(f"{limit}\n")
-    assert cores(tmp_path) == found
-
-
-@pytest.mark.parametrize(("quota", "found"), [(-1, 64), (150_000, 2), (100_000, 1)])
-def test_a_container_of_an_older_host_has_as_many_cores_as_its_quota_allows(monkeypatch, tmp_path, quota, found):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("4:cpu,cpuacct:/docker/a\n0::/docker/a\n")
-    (tmp_path / "sys/fs/cgroup/cpu").mkdir(parents=True)
-    (tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
-    (tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert cores(tmp_path) == found
-
-
-def test_without_control_groups_all_cores_are_there(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
-    assert cores(tmp_path) == 4
 
 
 def test_a_level_may_be_written_as_elsewhere(monkeypatch):
