@@ -23,6 +23,7 @@ import orjson
 from bench import ceiling, importer, shapes
 from bench.figures import Load, Spent, Spread, load
 from bench.rig import ROOT, Rig, cpu_of
+from engine.children import die_with_parent
 from engine.cores import cores
 from engine.job_batches import JobBatches
 from engine.model import JobOptions, JobState
@@ -325,7 +326,13 @@ def upload(rig: Rig, size: int, rounds: int) -> dict[str, Spread]:
 @contextmanager
 def _delayed(port: int, milliseconds: float) -> Iterator[int]:
     command = [sys.executable, "-m", "bench.delay", str(port), str(milliseconds)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=die_with_parent,  # noqa: PLW1509 (what threads there are hold no lock)
+    )
     try:
         assert process.stdout is not None
         yield int(process.stdout.readline())

@@ -215,30 +215,33 @@ class Rig:
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         isolate()
-        self._stack = ExitStack()
-        self._servers = self._stack.enter_context(LocalServers(Settings(), folder))
-        fresh = {"mongo_uri": self._servers.overrides["mongo_uri"].replace("/headrace?", "/bench?")}
-        self.settings = Settings.model_validate(
-            # As many workers as most engines have here: the defaults of others follow from that.
-            self._servers.overrides | fresh | {"engine_control_db": "bench_control", "engine_workers": 2} | changes
-        )
         self.folder = folder
-        self.store = Store(self.settings)
-        self.store.prepare()
-        self.ledger = Ledger(self.store, self.settings.engine_lease_seconds)
-        self.queue = Queue(self.store, self.ledger)
-        self.s3 = connect(self.settings)
-        self.bucket = self.settings.aws_bucket_name or ""
-        self.objects = Objects(self.s3, self.bucket)
-        self._lines: dict[str, int] = {}
+        self._stack = ExitStack()
+        self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        with ExitStack() as undone:
+            undone.enter_context(self._stack)  # an interrupt from here on leaves nothing, either
+            self._servers = self._stack.enter_context(LocalServers(Settings(), folder))
+            fresh = {"mongo_uri": self._servers.overrides["mongo_uri"].replace("/headrace?", "/bench?")}
+            self.settings = Settings.model_validate(
+                # As many workers as most engines have here: the defaults of others follow from that.
+                self._servers.overrides | fresh | {"engine_control_db": "bench_control", "engine_workers": 2} | changes
+            )
+            self.store = Store(self.settings)
+            self._stack.callback(self.store.close)
+            self.store.prepare()
+            self.ledger = Ledger(self.store, self.settings.engine_lease_seconds)
+            self.queue = Queue(self.store, self.ledger)
+            self.s3 = connect(self.settings)
+            self.bucket = self.settings.aws_bucket_name or ""
+            self.objects = Objects(self.s3, self.bucket)
+            self._lines: dict[str, int] = {}
+            undone.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.store.close()
         self._stack.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def engine(self, workers: int = 2, **changes: Any) -> Engine:
         """An engine that has booted; it is stopped with the rig at the latest."""

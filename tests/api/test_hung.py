@@ -12,6 +12,7 @@ import httpx
 import pytest
 from pymongo.uri_parser import parse_uri
 
+from engine.children import die_with_parent
 from engine.ports import free_port
 from tests.api.conftest import answers
 from tests.running import ROOT, Running, until
@@ -27,7 +28,8 @@ def silent():
 @contextmanager
 def passed_on(port):
     """A proxy in a process of its own, which can be stopped."""
-    proxy = subprocess.Popen([sys.executable, "-m", "bench.delay", str(port), "0"], stdout=subprocess.PIPE, cwd=ROOT)
+    command = [sys.executable, "-m", "bench.delay", str(port), "0"]
+    proxy = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, preexec_fn=die_with_parent)
     try:
         yield proxy.pid, int(proxy.stdout.readline())
     finally:

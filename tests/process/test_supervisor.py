@@ -115,7 +115,9 @@ def test_the_supervisor_holds_no_connection_and_no_thread(engine):
 def test_workers_that_die_hand_their_leases_on_at_once_and_the_job_completes(engine, queue, submit, store):
     lines = 60_000
     job = submit(b"".join(b'{"n":%d,"text":"%s"}\n' % (n, b"x" * 100) for n in range(lines)))
-    running = engine(engine_range_bytes="256KiB", engine_lease_seconds=20, engine_batch_records=200)
+    # The leases outlast the test: what their holders held is freed by their successors, or by nobody.
+    lease = {"engine_lease_seconds": 120, "engine_watchdog_seconds": 200}
+    running = engine(engine_range_bytes="256KiB", engine_batch_records=200, **lease)
     kills = 0
     while kills < 4 and queue.get(job.id).state not in ("COMPLETED", "FAILED"):
         # A third death at one place would be the range's own fault.
