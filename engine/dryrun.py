@@ -282,9 +282,16 @@ def _value(document: Document, path: str) -> object:
 
 def _has_operators(value: object) -> bool:
     """Whether an `_id` has a key that begins with $, at any depth."""
-    if isinstance(value, list):
-        return any(map(_has_operators, value))
-    return isinstance(value, dict) and any(key.startswith("$") or _has_operators(item) for key, item in value.items())
+    left = [value]  # and not by calls of itself: it may be nested deeper than these may be
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            if any(key.startswith("$") for key in item):
+                return True
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+    return False
 
 
 def _depth(document: Document) -> int:

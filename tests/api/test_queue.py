@@ -160,8 +160,18 @@ def test_a_paused_queue_begins_nothing_and_goes_on_when_resumed(live, finish):
 
 def test_a_dry_run_tells_what_a_load_would_and_writes_nothing(live, finish):
     deep = b'{"a":' * 190 + b"1" + b"}" * 190
+    deep_id = b'{"_id":' + b'{"a":' * 400 + b"1" + b"}" * 401
     lines = [b'{"u":{"k":%d}}' % n for n in range(100, 150)]
-    lines += [b"{", b"[1]", b'{"a":9223372036854775808}', b'{"a\\u0000":1}', b'{"_id":[1]}', b'{"_id":{"$x":1}}', deep]
+    lines += [
+        b"{",
+        b"[1]",
+        b'{"a":9223372036854775808}',
+        b'{"a\\u0000":1}',
+        b'{"_id":[1]}',
+        b'{"_id":{"$x":1}}',
+        deep,
+        deep_id,
+    ]
     lines += [b'{"a":"%s"}' % (b"x" * (16 * 2**20 + 5)), b" ", b'{"_id":1,"v":2}', b'{"_id":{"a":{"$x":1}}}']
     lines += [b'{"_id":7,"v":1}', b'{"_id":7,"v":1}', b'{"_id":7,"v":2}', b'{"picky":1}', b'{"picky":"no","$a":"$b"}']
     lines += [b'{"u":{"k":1}}', b'{"u":{"k":1},"w":1}', b'{"u":{"k":5}}', b'{"u":{"k":2}}']
