@@ -1,6 +1,7 @@
 """The HTTP API from the other side: what the commands and `headrace up` call."""
 
 import os
+import ssl
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import quote
 
+import certifi
 import httpx
 
 from engine.errors import CommandError, HeadraceError
@@ -25,8 +27,10 @@ __all__ = [
     "local_url",
     "path_of",
     "readable",
+    "trusted",
     "url_of",
     "version_of",
+    "why_not_reached",
 ]
 
 WAIT_SECONDS: Final = 20
@@ -105,8 +109,10 @@ def readable(name: str) -> str:
 
 def _reachable(host: str) -> str:
     """How to write, in a URL, the host that a server on this machine listens on."""
-    if host in ("0.0.0.0", "::", ""):  # noqa: S104 (not bound here)
+    if host in ("0.0.0.0", ""):  # noqa: S104 (not bound here)
         return "127.0.0.1"
+    if host in ("::", "[::]"):
+        return "[::1]"  # waitress listens there for IPv6 only
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
@@ -125,6 +131,21 @@ def is_stream(file: Path) -> bool:
     return not stat.S_ISREG(file.stat().st_mode)
 
 
+def trusted() -> ssl.SSLContext:
+    """Whose certificates are believed: those of well-known authorities, of the system, and of SSL_CERT_FILE or SSL_CERT_DIR."""
+    context = ssl.create_default_context(cafile=certifi.where())
+    context.load_default_certs()
+    return context
+
+
+def why_not_reached(error: httpx.HTTPError) -> str:
+    """What kept a request from being answered, in brackets; a certificate that nobody vouches for with what to do about it."""
+    said = str(error)[:200]
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        said += "; SSL_CERT_FILE names a file of further authorities to trust"
+    return f"({type(error).__name__}{f': {said}' if said else ''})"
+
+
 class Client:
     """The HTTP API at `url`. Safe to use from threads. Raises CallFailed with a sentence for whatever goes wrong."""
 
@@ -132,7 +153,9 @@ class Client:
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(30, read=READ_SECONDS, write=SLOW_SECONDS)
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=headers)
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout, trust_env=False, headers=headers, verify=trusted()
+        )
 
     def close(self) -> None:
         """Close its connections. A command may leave that to its end."""
@@ -277,11 +300,9 @@ class Client:
             raise CallFailed(answer.status_code, f"{self.url} does not speak as Headrace does: check API_URL and PORT")
         return body
 
-    def _silent(self, error: Exception) -> CallFailed:
-        why = type(error).__name__
-        return CallFailed(
-            0, f"{self.url} does not answer ({why}): start `headrace api`, or set API_URL to where it runs"
-        )
+    def _silent(self, error: httpx.HTTPError) -> CallFailed:
+        why = why_not_reached(error)
+        return CallFailed(0, f"{self.url} does not answer {why}: start `headrace api`, or set API_URL to where it runs")
 
     def _problem(self, method: str, path: str, answer: httpx.Response) -> CallFailed:
         try:

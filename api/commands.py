@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 it could not be done; 2 wrong usage; 3 the job FAILED; 4 i
 """
 
 import errno
+import io
 import os
 import re
 import sys
@@ -156,6 +157,10 @@ def _root(
 def main() -> None:
     """Run a command; every error that a person can cause is a sentence, and exit code 1, or 2 where its usage is wrong."""
     configure()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The name of a file may be no text, and a terminal may know few letters.
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             app()

@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from api.client import Client, check_file, url_of
+from api.client import Client, check_file, readable, url_of
 from api.loader import STDIN, Loader
 from api.models import ProcessRequest
 from api.show import (
+    counted_since,
     job_lines,
     jobs_table,
     plainly,
     print_json,
-    printable,
     profile_table,
     queue_lines,
     watch,
@@ -34,6 +34,7 @@ from api.show import (
 from api.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, settings_of
 from engine.admission import check_collection_name
 from engine.errors import CommandError, Refused
+from engine.logs import printable
 from engine.model import Format, JobState
 from engine.settings import http_url
 from engine.stats import REPORT_SECONDS
@@ -216,9 +217,12 @@ def rejects(
     job_id: JobId,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the raw lines to this file, to fix and load again; - for standard output."),
+        typer.Option(
+            help="Write the raw lines to this file, to fix and load again; - for standard output. Of a long one 64 KiB are kept."
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -235,11 +239,12 @@ def rejects(
             why = getattr(error, "strerror", None) or error
             raise CommandError(f"{str(out)!r} cannot be written ({why}): name another file") from None
         if as_json:
-            print_json({"out": str(out), "bytes": size})
+            print_json({"out": readable(str(out)), "bytes": size})
         else:
-            print(f"{out}: {size:,} bytes")
+            print(f"{readable(str(out))}: {size:,} bytes")
         return
-    page = client.ask("GET", f"/jobs/{quote(job_id, safe='')}/rejects", params={"limit": limit})
+    asked = {"limit": limit} | ({} if cursor is None else {"cursor": cursor})
+    page = client.ask("GET", f"/jobs/{quote(job_id, safe='')}/rejects", params=asked)
     if as_json:
         print_json(page)
         return
@@ -248,6 +253,9 @@ def rejects(
         line, offset = str(reject["line"] or ""), str(reject["offset"])
         table.add_row(line, offset, reject["reason"], printable(reject["detail"]), _shown(reject))
     console().print(table)
+    if page["next"]:
+        more = f"--cursor {page['next']}, or all raw lines with --out FILE"
+        print(f"headrace: there are more: the same with {more}", file=sys.stderr)
 
 
 def _save(out: Path, pieces: Iterable[bytes]) -> int:
@@ -327,17 +335,16 @@ def profile(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where the time of the live workers goes, stage by stage; as JSON, their counters since they started."""
+    """Show where the time of the live workers goes, stage by stage; as JSON, their counters over this time."""
     if 0 < seconds < REPORT_SECONDS:
         why = f"workers tell every {REPORT_SECONDS:g} seconds: measure for so long or longer, or 0 for all since they started"
         raise typer.BadParameter(why, param_hint="--seconds")
     client = _client(url)
     workers = client.ask("GET", "/workers")["workers"]
-    if as_json:
-        print_json({"workers": workers})
-        return
-    before = []
     if seconds:
         time.sleep(seconds)
-        before, workers = workers, client.ask("GET", "/workers")["workers"]
-    console().print(profile_table(workers, before))
+        workers = counted_since(workers, client.ask("GET", "/workers")["workers"])
+    if as_json:
+        print_json({"workers": workers})
+    else:
+        console().print(profile_table(workers))

@@ -12,18 +12,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from api.client import Client
-from engine.logs import mask
+from engine.logs import mask, printable
 from engine.model import TERMINAL
 from engine.stats import STAGES
 
 __all__ = [
     "Bars",
     "bars",
+    "counted_since",
     "job_lines",
     "jobs_table",
     "plainly",
     "print_json",
-    "printable",
     "profile_table",
     "queue_lines",
     "watch",
@@ -34,13 +34,6 @@ LINE_SECONDS: Final = 1.0
 
 WIDE_COLUMNS: Final = 110
 """A terminal that has room for all that is told of a job in one row."""
-
-
-def printable(text: str) -> str:
-    """A text that does nothing to a terminal: what a file or its name says is not for that to obey."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plainly(text: str) -> None:
@@ -210,9 +203,19 @@ def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] = ()) -> Table:
-    """Where the workers' time went since `before`, or since they started: for each stage its microseconds per line, or seconds
-    where no line has come to its end; then, of all workers, its share of all stages but `stall`, in which nothing is spent."""
+def counted_since(before: Sequence[dict[str, Any]], workers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The workers, with what each has counted since `before`; all that it has where it was not there."""
+    earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
+    now: list[dict[str, Any]] = []
+    for worker in workers:
+        then = earlier.get((worker["host"], worker["pid"]), {})
+        now.append(worker | {"counts": {name: value - then.get(name, 0) for name, value in worker["counts"].items()}})
+    return now
+
+
+def profile_table(workers: Sequence[dict[str, Any]]) -> Table:
+    """Where the workers' time went by their counters: for each stage its microseconds per line, or seconds where no line has
+    come to its end; then, of all workers, its share of all stages but `stall`, in which nothing is spent."""
     table = Table(
         "worker",
         Column("lines", justify="right", no_wrap=True),
@@ -225,14 +228,12 @@ def profile_table(workers: Sequence[dict[str, Any]], before: Sequence[dict[str, 
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
-    since = [_since(worker, earlier.get((worker["host"], worker["pid"]), {})) for worker in workers]
     several = len({worker["host"] for worker in workers}) > 1
-    for worker in [*since, _sum(since)] if len(since) > 1 else since:
+    for worker in [*workers, _sum(workers)] if len(workers) > 1 else workers:
         lines, seconds = worker["counts"].get("lines", 0), _seconds(worker)
         name = f"{worker['host']} {worker['slot']}" if several and "host" in worker else str(worker["slot"])
         table.add_row(name, f"{lines:,.0f}", *(_spent(s, lines) for s in seconds.values()))
-    seconds = _seconds(_sum(since))
+    seconds = _seconds(_sum(workers))
     if whole := sum(seconds.values()) - seconds["stall"]:
         shares = ("" if stage == "stall" else f"{100 * s / whole:.0f} %" for stage, s in seconds.items())
         table.add_row("share", "", *shares)
@@ -249,10 +250,6 @@ def _spent(seconds: float, lines: float) -> str:
         return f"{seconds:.1f} s" if seconds else "–"
     spent = 1e6 * seconds / lines
     return f"{spent:.2f}" if spent < 100 else f"{spent:,.0f}"
-
-
-def _since(worker: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:
-    return worker | {"counts": {name: value - before.get(name, 0) for name, value in worker["counts"].items()}}
 
 
 def _sum(workers: Sequence[dict[str, Any]]) -> dict[str, Any]:

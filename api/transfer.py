@@ -20,7 +20,17 @@ from urllib.parse import quote
 import httpx
 import orjson
 
-from api.client import CHANGED, SLOW, CallFailed, Client, path_of, readable, version_of
+from api.client import (
+    CHANGED,
+    SLOW,
+    CallFailed,
+    Client,
+    path_of,
+    readable,
+    trusted,
+    version_of,
+    why_not_reached,
+)
 from engine.errors import CommandError, HeadraceError
 
 __all__ = ["Note", "Transfer", "forget_old"]
@@ -61,8 +71,12 @@ Sent = Callable[[int], None]
 
 def _folder() -> Path:
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
-    home = given if given.is_absolute() else Path.home() / ".local" / "state"  # a relative one counts as none
-    return Path(home) / "headrace" / "loads"
+    if not given.is_absolute():  # a relative one counts as none
+        try:
+            given = Path.home() / ".local" / "state"
+        except RuntimeError:  # a user of whom nothing is known, and no HOME
+            given = Path(os.devnull)  # where nothing can be kept
+    return given / "headrace" / "loads"
 
 
 def forget_old() -> None:
@@ -123,7 +137,7 @@ class Transfer:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._http = httpx.Client(timeout=httpx.Timeout(30, write=600, read=600), trust_env=False)
+        self._http = httpx.Client(timeout=httpx.Timeout(30, write=600, read=600), trust_env=False, verify=trusted())
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="part")
         self._stopped = threading.Event()
         self._deciding = threading.Lock()
@@ -315,7 +329,7 @@ class Transfer:
                 if answer.status_code < 500 and "RequestTimeout" not in answer.text:
                     break
             except httpx.HTTPError as error:
-                failure = f"failed ({type(error).__name__})"
+                failure = f"failed {why_not_reached(error)}"
             self._stopped.wait(0.2 * 2**tries)
         where = httpx.URL(url).host
         raise CommandError(

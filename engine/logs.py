@@ -17,7 +17,7 @@ import structlog
 
 from engine.errors import HeadraceError, Unexpected
 
-__all__ = ["configure", "expected", "get_logger", "mask"]
+__all__ = ["configure", "expected", "get_logger", "mask", "printable"]
 
 MASK: Final = "***"
 
@@ -58,6 +58,21 @@ def _fill(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping
     for name in CONTEXT:
         event.setdefault(name, None)
     return event
+
+
+def printable(text: str) -> str:
+    """A text that does nothing to a terminal: what a file or its name says is not for that to obey."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _harmless(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    # Anyone may ask the API for a path. A traceback has lines, and its renderer shows what is between them.
+    return {
+        key: "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
+        for key, value in event.items()
+    }
 
 
 def _drop_empty(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -134,7 +149,7 @@ def configure(level: str = "info", format: str = "auto", secrets: Iterable[str] 
         _mask_all,
     ]
     if text:
-        last: list[Any] = [_drop_empty, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        last: list[Any] = [_drop_empty, _harmless, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     else:
         last = [structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(_Output())

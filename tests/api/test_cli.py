@@ -99,7 +99,10 @@ def test_top_and_profile_show_the_workers(run, file, live):
     # The caption is as wide as the table, which is as wide as its figures.
     assert "has no share" in " ".join(run("profile", "--seconds", "0", COLUMNS="200").out.split())
     assert "workers tell every 2 seconds" in run("profile", "--seconds", "1", code=2, COLUMNS="200").err
-    assert any(worker["counts"].get("lines") for worker in json.loads(run("profile", "--json").out)["workers"])
+    told = json.loads(run("profile", "--json", "--seconds", "0").out)["workers"]
+    assert any(worker["counts"].get("lines") for worker in told)
+    idle = json.loads(run("profile", "--json", "--seconds", "2").out)["workers"]
+    assert [worker["counts"].get("lines", 0) for worker in idle] == [0, 0]
 
 
 def test_config_tells_where_each_value_came_from_and_no_secret(run, tmp_path):
@@ -261,6 +264,17 @@ def test_rejects_go_to_standard_output_where_a_dash_is_named(run, file):
     job_id = run("load", file, "--collection", "cli").out.strip()
     run("status", job_id, "--wait")
     assert run("rejects", job_id, "--out", "-").stdout == b"bad\n"
+
+
+def test_pages_of_rejects_follow_each_other(run, tmp_path):
+    path = tmp_path / "bad.ndjson"
+    path.write_bytes(b"bad\n" * 3)
+    job_id = run("load", path, "--collection", "cli").out.strip()
+    run("status", job_id, "--wait")
+    first = run("rejects", job_id, "--limit", "2")
+    assert "--cursor 4, or all raw lines with --out FILE" in first.err
+    rest = run("rejects", job_id, "--cursor", "4")
+    assert (first.out.count("invalid_json"), rest.out.count("invalid_json"), rest.err) == (2, 1, "")
 
 
 def test_config_masks_what_is_secret_in_an_address(run):

@@ -103,3 +103,16 @@ def test_a_line_that_a_full_pipe_cut_spoils_no_other(monkeypatch):
         assert os.read(read, size) == b"next\n"
         os.close(output._pipe)
     os.close(read)
+
+
+def test_what_a_client_asked_for_is_shown_and_not_obeyed(capsys):
+    configure("info", "text")
+    get_logger().info("answered", action="request", path="/a\x1b]0;b\x07\u202ec")
+    try:
+        raise ValueError("\x1b[2J")
+    except ValueError:
+        get_logger().exception("unexpected error", action="crash")
+    said = capsys.readouterr().err
+    assert r"/a\x1b]0;b\x07\u202ec" in said
+    assert not set(said) & set("\x1b\x07\u202e")
+    assert len([line for line in said.splitlines() if "ValueError" in line]) == 2  # a traceback has lines

@@ -2,8 +2,9 @@
 
 from rich.console import Console
 
-from api.show import job_lines, jobs_table, printable, profile_table, queue_lines
+from api.show import counted_since, job_lines, jobs_table, profile_table, queue_lines
 from api.terminal import console
+from engine.logs import printable
 
 
 def worker(slot, lines, **seconds):
@@ -11,10 +12,10 @@ def worker(slot, lines, **seconds):
     return {"host": "h", "pid": 100 + slot, "slot": slot, "counts": counts}
 
 
-def shown(*given):
+def shown(workers):
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(profile_table(*given))
+        console.print(profile_table(workers))
     return capture.get()
 
 
@@ -47,7 +48,7 @@ def test_a_profile_fits_a_narrow_terminal():
 def test_a_profile_is_of_the_time_between_two_looks():
     before = [worker(0, 1e6, decode=9.0)]
     now = [worker(0, 2e6, decode=10.0, wait=1.0), worker(1, 0)]
-    told = shown(now, before)
+    told = shown(counted_since(before, now))
     assert told.count("1.00") == 4, told
     assert "10.00" not in told
 

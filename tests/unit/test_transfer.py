@@ -3,12 +3,20 @@
 import io
 import itertools
 import os
+import socket
+import ssl
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from unittest.mock import Mock
 from urllib.parse import unquote
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from api import transfer as module
 from api.client import CallFailed, Client
@@ -429,3 +437,57 @@ def test_a_file_that_is_written_to_while_it_is_sent_becomes_no_object(sent, monk
         assert api.asked[-1] == "DELETE /uploads/u"
         assert note.get("uploadId") is None
     assert sum(map(len, sent.values())) == 20
+
+
+def test_why_an_api_is_not_reached_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(CallFailed, match=r"does not answer \(ConnectError: .*refused"):
+        Client(f"http://127.0.0.1:{port}").ask("GET", "/jobs")
+
+
+def certified(folder):
+    """A certificate for localhost that nobody vouches for, and its key, in one file."""
+    key, now = rsa.generate_private_key(65537, 2048), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - timedelta(1)).not_valid_after(now + timedelta(1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = key.private_bytes(serialization.Encoding.PEM, *plain)
+    path = folder / "localhost.pem"
+    path.write_bytes(pem + made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+class Hello(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("X-Request-ID", "r")
+        self.end_headers()
+        self.wfile.write(b'{"jobs": []}')
+
+
+def test_an_authority_of_ones_own_is_trusted_where_it_is_named(tmp_path, monkeypatch):
+    path = certified(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    with HTTPServer(("127.0.0.1", 0), Hello) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"https://localhost:{server.server_port}"
+        with pytest.raises(CallFailed, match=r"CERTIFICATE_VERIFY_FAILED.*; SSL_CERT_FILE names"):
+            Client(url).ask("GET", "/jobs")
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+        assert Client(url).ask("GET", "/jobs") == {"jobs": []}
+        server.shutdown()
+
+
+def test_a_user_without_a_home_has_nowhere_to_resume_from_and_loads_all_the_same(monkeypatch):
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(module.Path, "home", Mock(side_effect=RuntimeError("no home")))
+    module.forget_old()
+    note = Note("http://api", "f", [1])
+    note.put(key="k")
+    assert (note.get("key"), Note("http://api", "f", [1]).get("key")) == ("k", None)

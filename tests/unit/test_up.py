@@ -7,7 +7,9 @@ import pytest
 from rich.console import Console
 
 from api import up
+from api.client import local_url
 from engine.errors import StartError
+from engine.settings import Settings
 
 
 @pytest.fixture
@@ -44,3 +46,11 @@ def test_the_wait_ends_with_the_last_reason(wait, monkeypatch):
 def test_a_part_that_has_ended_ends_the_wait(wait):
     with pytest.raises(StartError, match="mongod has ended"):
         wait(iter(lambda: "S3 is away", None), died="mongod has ended")
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("[::1]", "[::1]"), ("box", "box")],
+)
+def test_an_api_is_called_where_it_listens(host, url):
+    assert local_url(Settings.model_construct(api_host=host, port=3000)) == f"http://{url}:3000"
