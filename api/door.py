@@ -71,6 +71,9 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         except ValueError:
             # Of a length of thousands of digits, or an address in the target that is none.
             raise ParsingError("a number or an address in its head is invalid") from None
+        if self.body_rcv is None:
+            # Of a request without a body waitress would wait for one, having asked for it.
+            self.expect_continue = False
         if self.version == "1.1" and "HOST" not in self.headers:
             raise ParsingError("it has no header Host")
         if self.chunked and "CONTENT_LENGTH" in self.headers:

@@ -223,6 +223,20 @@ def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
     limit.let_in(40)
 
 
+@pytest.mark.parametrize("length", [b"", b"Content-Length: 0\r\n"])
+def test_a_client_that_asks_first_and_sends_nothing_is_answered_and_so_is_its_next_request(live, length):
+    ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n" + length + b"\r\n"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+        for _ in range(2):
+            line.sendall(ask)
+            answer = b""
+            while not answer.endswith(b"}"):
+                piece = line.recv(4096)
+                assert piece, answer
+                answer += piece
+            assert answer.startswith(b"HTTP/1.1 200 "), answer
+
+
 def test_a_client_that_asks_first_and_is_gone_before_the_answer_holds_up_nobody(live):
     # The answer to it fails in the midst of the look at its request.
     for number in range(300):
