@@ -68,7 +68,7 @@ class File:
             "fileKey": source.key,
             "size": source.size,
             "etag": source.etag.strip('"'),
-            "jobs": [job_status(job) for job in self._history.page(JOBS_SHOWN, key=source.key)],
+            "jobs": [job_status(job) for job in self._history.page(JOBS_SHOWN, key=source.key, bucket=source.bucket)],
         }
         resp.media = body
 
@@ -83,7 +83,7 @@ class File:
     def on_delete(self, req: falcon.Request, resp: falcon.Response, file_key: str) -> None:
         """204; the documents that were loaded from it stay."""
         key = checked_key(file_key)
-        if (job := self._history.open_job_of(key)) is not None:
+        if (job := self._history.open_job_of(self._objects.bucket, key)) is not None:
             raise Conflict(f"job {job.id} is {job.state} and reads {key}: cancel it first, or wait for its end")
         self._objects.delete(key)
         resp.status = 204

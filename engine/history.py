@@ -71,13 +71,15 @@ class History:
         key: str | None = None,
         collection: str | None = None,
         batch: str | None = None,
+        bucket: str | None = None,
     ) -> list[Job]:
         """Jobs, newest first.
 
         Args:
             limit: the most to return.
             before: only those older than the job of this id.
-            state, key, collection, batch: only jobs in this state, of this object, into this collection, of this batch.
+            state, key, collection, batch, bucket: only jobs in this state, of this object, into this collection, of this batch,
+                of this bucket.
         """
         query: Document = {}
         if before is not None:
@@ -86,6 +88,8 @@ class History:
             query["state"] = state
         if key is not None:
             query["source.key"] = key
+        if bucket is not None:
+            query["source.bucket"] = bucket
         if collection is not None:
             query["options.collection"] = collection
         if batch is not None:
@@ -165,8 +169,9 @@ class History:
                 oldest = max([oldest, *(found["age"] for found in self._jobs.aggregate(stages, hint=hint))])
         return Backlog({state: states.get(state, 0) for state in JobState}, oldest)
 
-    def open_job_of(self, key: str) -> Job | None:
+    def open_job_of(self, bucket: str, key: str) -> Job | None:
         """An open job of an object, if there is one."""
         with translated("looking for jobs of a file"):
-            found = self._jobs.find_one({"source.key": key, "open": True}, hint=BY_FILE)
+            query = {"source.key": key, "source.bucket": bucket, "open": True}
+            found = self._jobs.find_one(query, hint=BY_FILE)
         return None if found is None else job_of(found)

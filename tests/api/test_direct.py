@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from bson import ObjectId
 
 from engine.direct import DirectUploads
 from engine.errors import Transient
@@ -167,6 +168,13 @@ def test_a_file_that_an_open_job_needs_is_not_deleted(live):
     job_id = live.http.post(f"/process/{key}", json={"runAt": "2099-01-01T00:00:00Z"}).json()["jobId"]
     answer = live.http.delete(f"/files/{key}")
     assert (answer.status_code, job_id in answer.json()["detail"]) == (409, True)
+    # The same key in the bucket of another API on this queue is another object.
+    found = {"_id": ObjectId(job_id)}
+    live.store.jobs.update_one(found, {"$set": {"source.bucket": "another"}})
+    assert live.http.get(f"/files/{key}").json()["jobs"] == []
+    assert live.http.delete(f"/files/{key}").status_code == 204
+    live.objects.upload(io.BytesIO(b"{}\n"), key)
+    live.store.jobs.update_one(found, {"$set": {"source.bucket": live.bucket}})
     live.http.post(f"/jobs/{job_id}/cancel")
     assert live.http.delete(f"/files/{key}").status_code == 204
 
