@@ -1,5 +1,10 @@
 """The history of jobs: how long it is kept, and what is left of a job when it goes."""
 
+from collections.abc import Callable
+from typing import Final
+
+from pymongo.collection import Collection
+
 from engine.errors import HeadraceError
 from engine.jobs import LOADED
 from engine.ledger import Ledger
@@ -9,6 +14,12 @@ from engine.schema import ENDED_JOBS, PRUNED_JOBS
 from engine.store import Document, Store, claims_of, jobs_of, translated
 
 __all__ = ["Retention"]
+
+SLICE: Final = 5000
+"""Rejects, or keys of a dry run, that one command deletes: of one job there may be millions, and a command has to end in time."""
+
+ABANDONED_MS: Final = 60_000
+"""A job that was begun so long ago, and is still there, is begun again by anyone."""
 
 log = get_logger()
 
@@ -25,47 +36,55 @@ class Retention:
         self._store = store
         self._ledger = ledger
 
-    def prune(self, days: float, most: int) -> int:
-        """Delete the oldest of the jobs that ended so long ago, with their ranges and rejects; returns how many.
+    def prune(self, days: float, most: int, goes_on: Callable[[], bool] = lambda: True) -> int:
+        """Delete the oldest of the jobs that ended so long ago, with their ranges and rejects; returns how many were seen to: one
+        with millions of rejects is seen to several times.
 
         What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
         killed within.
-        One that cannot be deleted now is left to the next time.
+        One that cannot be deleted now is left to the next time, and so is what is left when `goes_on`, asked before each step,
+        says no.
         """
         since = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
         ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$type": "date"}}
-        old = ended | {"$expr": {"$lt": ["$finishedAt", since]}}
+        old = ended | {"pruned": None, "$expr": {"$lt": ["$finishedAt", since]}}
         # Somebody began, and did not get to the end.
-        begun: Document = {"pruned": True}
+        begun: Document = {"pruned": True, "$expr": {"$lt": ["$prunedAt", {"$subtract": ["$$NOW", ABANDONED_MS]}]}}
         jobs = self._store.jobs
         with translated("pruning old jobs"):
             left = list(jobs.find(begun).hint(PRUNED_JOBS).limit(most))
             more = list(jobs.find(old).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
         count = 0
         for job, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
+            if not goes_on():
+                break
             try:
                 with translated("deleting an old job"):
-                    count += self._prune(job, why)
+                    count += self._prune(job, why, goes_on)
             except HeadraceError as error:
                 log.warning(str(error), action="prune", job=str(job["_id"]))
         return count
 
-    def _prune(self, job: Document, why: Document) -> int:
-        """Delete a job that is still as it was found; returns how many were deleted."""
+    def _prune(self, job: Document, why: Document, goes_on: Callable[[], bool]) -> bool:
+        """Delete a job that is still as it was found, and that nobody else is at; returns whether it was so."""
         key, jobs, batches = job["_id"], self._store.jobs, self._store.batches
         # From here on it cannot be retried: a job whose ranges are half gone must not come back.
-        if not jobs.update_one({"_id": key} | why, {"$set": {"pruned": True}}).matched_count:
-            return 0
+        begin = [{"$set": {"pruned": True, "prunedAt": "$$NOW"}}]
+        if not jobs.update_one({"_id": key} | why, begin).matched_count:
+            return False
         self._keep_loaded(job)
         if "batch" in job:
             batches.update_one({"_id": job["batch"]}, {"$set": {"pruned": True}})
         self._ledger.delete(str(key))
-        self._store.rejects.delete_many({"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}})
-        self._store.claims.delete_many(claims_of(key))
-        deleted = jobs.delete_one({"_id": key, "pruned": True}).deleted_count
+        rejects = {"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}}
+        store = self._store
+        if not (_deleted(store.rejects, rejects, goes_on) and _deleted(store.claims, claims_of(key), goes_on)):
+            jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may go on at once
+            return True
+        jobs.delete_one({"_id": key, "pruned": True})
         if "batch" in job and not jobs.find_one(jobs_of(job["batch"]), {"_id": 1}):
             batches.delete_one({"_id": job["batch"]})
-        return deleted
+        return True
 
     def _keep_loaded(self, job: Document) -> None:
         """Write into its source that a job, which is about to be deleted, has loaded it."""
@@ -73,3 +92,14 @@ class Retention:
             here = {"collection": job["options"]["collection"], "database": job["database"]}
             query = {"tag": job["plan"]["tag"], "loads": {"$elemMatch": here}}
             self._store.sources.update_one(query, {"$max": {"loads.$.completedBy": job["_id"]}})
+
+
+def _deleted(collection: Collection[Document], query: Document, goes_on: Callable[[], bool]) -> bool:
+    """Delete the documents of a range of `_id`s, slice by slice; returns whether all are."""
+    while True:
+        last = next(collection.find(query, {"_id": 1}).sort("_id", 1).skip(SLICE - 1).limit(1), None)
+        collection.delete_many(query if last is None else {"_id": query["_id"] | {"$lte": last["_id"]}})
+        if last is None:
+            return True
+        if not goes_on():
+            return False

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+from bson import Int64
 
 from api.views import batch_status
 from engine.errors import Conflict, Transient
@@ -109,6 +110,8 @@ def test_one_job_that_cannot_be_deleted_leaves_the_others_to_be(store, queue, le
     monkeypatch.setattr(ledger, "delete", fail)
     assert Retention(store, ledger).prune(30, 9) == 2
     monkeypatch.undo()
+    assert Retention(store, ledger).prune(30, 9) == 0  # it is begun again a minute later
+    store.jobs.update_one({}, [{"$set": {"prunedAt": {"$subtract": ["$$NOW", 61_000]}}}])
     assert Retention(store, ledger).prune(30, 9) == 1
     assert store.jobs.count_documents({}) == 0
 
@@ -216,3 +219,32 @@ def test_a_request_for_a_batch_that_died_within_is_told_as_failed_when_nobody_re
     assert batch_status(batches.get(batch.id))["status"] == "PROCESSING"
     store.batches.update_one({}, [{"$set": {"createdAt": {"$subtract": ["$$NOW", 7_200_000]}}}])
     assert batch_status(batches.get(batch.id))["status"] == "FAILED"
+
+
+def test_the_rejects_of_an_old_job_go_slice_by_slice_and_one_worker_at_a_time(
+    store, queue, ledger, source, monkeypatch
+):
+    monkeypatch.setattr("engine.retention.SLICE", 10)
+    old, kept = (queue.submit(source, JobOptions()) for _ in range(2))
+    queue.cancel(old.id)
+    for job in (old, kept):
+        key = job_key(job.id)
+        store.rejects.insert_many([{"_id": {"job": key, "offset": Int64(number)}} for number in range(25)])
+        store.claims.insert_many([{"_id": {"job": key, "what": "id", "value": number}} for number in range(15)])
+    store.jobs.update_one({"_id": job_key(old.id)}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    retention, other = (Retention(store, ledger) for _ in range(2))
+    left: list[int] = []
+
+    def goes_on():
+        """Each is asked before a job and after each slice; this one stops within the rejects."""
+        left.append(store.rejects.count_documents({}))
+        if len(left) == 2:
+            assert other.prune(30, 9) == 0  # this job is another's
+        return len(left) < 3
+
+    assert retention.prune(30, 9, goes_on) == 1
+    assert left == [50, 40, 30]
+    assert other.prune(30, 9) == 1
+    assert retention.prune(30, 9) == 0
+    for collection, count in ((store.rejects, 25), (store.claims, 15), (store.jobs, 1)):
+        assert collection.count_documents({}) == count
