@@ -22,8 +22,9 @@ __all__ = ["Chooser"]
 MAX_TOGETHER: Final = 16
 """Small jobs that a worker takes on together."""
 
-BARREN_SECONDS: Final = 10.0
-"""How long, at most, a job is passed over whose ranges are all put off: after an outage there may be thousands."""
+BARREN_SECONDS: Final = 700.0
+"""How long, at most, a job is passed over whose ranges are all put off, which is longer than any is: after an outage there may
+be thousands, and each look at one takes two round trips."""
 
 LOOK_SECONDS: Final = 0.5
 """How long a look at the queue stays good for taking the next job from it."""
@@ -94,12 +95,12 @@ class Chooser:
         self._looked_at = time.monotonic()
         self._seen.clear()
         if paused:
-            for page in self._queue.open_jobs(stopping=True):
+            for page in self._queue.stopping_jobs():
                 for job in page:
                     self._queue.settle(job.id)
             return []
         self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
-        for whole in self._queue.open_jobs():
+        for whole in self._queue.open_jobs(self._holder):
             page = [job for job in whole if job.stopping is not None or (job.id, job.round) not in self._barren]
             if not page:
                 continue
@@ -203,8 +204,14 @@ class Chooser:
 
 
 def _all_held(job: Job, leased: int) -> bool:
-    """Whether there is nothing to do on a job but what its holders do."""
-    return job.stopping is None and job.plan is not None and leased >= job.plan.range_count
+    """Whether there is nothing to do on a job but what its holders do.
+
+    What was DONE when the job was read is so for ever, and not among what was leased after that. Without a holder there is its
+    end to bring about.
+    """
+    if job.stopping is not None or job.plan is None or not leased:
+        return False
+    return leased + job.progress.ranges_done >= job.plan.range_count
 
 
 def _may_go_along(job: Job) -> bool:

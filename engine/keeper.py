@@ -86,6 +86,8 @@ class Keeper(threading.Thread):
             if (runs := self._runs) and time.monotonic() - self._since(runs) >= TICK_SECONDS:
                 self._ticked_at = time.monotonic()
                 for run in runs:
+                    if self._runs is not runs:
+                        break  # they have ended, and somebody waits
                     self.tick(run)
 
     def _since(self, runs: Sequence[Run]) -> float:

@@ -5,6 +5,7 @@ no match means that the lease was lost. All times are the server's (`$$NOW`), so
 """
 
 import random
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from typing import Any, Final
 from bson import ObjectId
 from pymongo import InsertOne, ReturnDocument, UpdateOne
 
-from engine.errors import LeaseLost
+from engine.errors import HeadraceError, LeaseLost
 from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
 from engine.schema import LEASABLE, LEASES
 from engine.store import Document, Store, job_key, ranges_of, translated, write_all
@@ -36,6 +37,10 @@ UNSPENT_WAIT: Final = 2
 
 EXPIRY_GRACE_SECONDS: Final = 4
 """A lease is taken away this long after it ran out: after a stall of the database its live holder comes first."""
+
+EXPIRED_RANGES: Final = 50
+"""Ranges that are freed at a time when their leases ran out: of a fleet that died there may be thousands, and those that are
+free already can be worked on."""
 
 HELD_SECONDS: Final = 1.0
 """How soon a job is looked at again whose ranges others hold."""
@@ -160,7 +165,8 @@ class Ledger:
         self._speak(lease, changes | _LET_GO, "putting a range off")
 
     def release(self, holders: Iterable[str]) -> list[Freed]:
-        """Free the ranges of holders that are known to be dead."""
+        """Free the ranges of holders that are known to be dead. What it returns may be some of them: nothing is held by them any
+        more when it returns none."""
         names = list(holders)
         if not names:
             return []
@@ -174,9 +180,11 @@ class Ledger:
             self._ranges.update_many(mine, [{"$set": fresh | _LET_GO}], hint=LEASES)
 
     def expire(self) -> list[Freed]:
-        """Free the ranges whose leases ran out."""
+        """Free the ranges whose leases ran out: `EXPIRED_RANGES` at the most, and the others when it is called again."""
         deadline = {"$subtract": ["$$NOW", EXPIRY_GRACE_SECONDS * 1000]}
-        return self._release({"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}}, "vanished")
+        return self._release(
+            {"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}}, "vanished", EXPIRED_RANGES
+        )
 
     def leased(self, job_ids: Iterable[str]) -> dict[str, int]:
         """How many ranges of each of these jobs are leased; jobs without are left out."""
@@ -300,8 +308,12 @@ class Ledger:
                 f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now"
             )
 
-    def _release(self, query: Document, counter: str) -> list[Freed]:
-        """Free ranges, and count a death or a vanishing of their holders; give those up that have seen too many."""
+    def _release(self, query: Document, counter: str, most: int = sys.maxsize) -> list[Freed]:
+        """Free ranges, and count a death or a vanishing of their holders; give those up that have seen too many.
+
+        Raises what kept it from freeing the first; where it is a later one, those before are told, and the rest are for the
+        next time.
+        """
         count: Document = {name: {"$add": [f"${name}", int(name == counter)]} for name in ("deaths", "vanished")}
         in_all = {"$add": list(count.values())}
         message: list[Any] = [
@@ -327,11 +339,17 @@ class Ledger:
             if self._ranges.find_one(query, {"_id": True}, hint=LEASES) is None:
                 return freed
         # One by one: what is told as freed was freed here, and by nobody else.
-        with translated("releasing leases"):
-            while found := self._ranges.find_one_and_update(
-                query, [{"$set": changes | _LET_GO}], projection={"holder": 1}, hint=LEASES
-            ):
-                freed.append(Freed(str(found["_id"]["job"]), found["_id"]["index"], found["holder"]))
+        try:
+            with translated("releasing leases"):
+                while len(freed) < most and (
+                    found := self._ranges.find_one_and_update(
+                        query, [{"$set": changes | _LET_GO}], projection={"holder": 1}, hint=LEASES
+                    )
+                ):
+                    freed.append(Freed(str(found["_id"]["job"]), found["_id"]["index"], found["holder"]))
+        except HeadraceError:
+            if not freed:
+                raise
         return freed
 
 

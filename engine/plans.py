@@ -10,7 +10,7 @@ from engine.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait
 from engine.logs import get_logger
 from engine.model import Failure, Job, JobState, Plan, Stop
 from engine.queue import Queue
-from engine.schema import READY_JOBS
+from engine.schema import CLAIMED_JOBS
 from engine.store import Document, Store, job_key, translated, write_all
 
 __all__ = ["Plans"]
@@ -77,11 +77,12 @@ class Plans:
     def release_claims_of_dead(self, holders: Sequence[str]) -> None:
         """Let others plan at once what these, who are dead, were about to plan."""
         if holders:
-            mine = {"open": True, "database": self._database, "waiting": None, "planner.holder": {"$in": list(holders)}}
+            theirs = {"$in": list(holders), "$type": "string"}  # the type is what lets the server use the index
+            mine = {"open": True, "database": self._database, "planner.holder": theirs}
             dead = {"planner.deaths": {"$add": [{"$ifNull": ["$planner.deaths", 0]}, 1]}}
             with translated("freeing the jobs of a dead worker"):
                 free = {"$unset": ["planner.until", "planner.holder"]}
-                self._jobs.update_many(mine, [{"$set": dead}, free], hint=READY_JOBS)
+                self._jobs.update_many(mine, [{"$set": dead}, free], hint=CLAIMED_JOBS)
 
     def fix(self, plans: Sequence[tuple[Job, Plan, str | None]]) -> list[Job]:
         """Fix plans, PENDING → PROCESSING, all with one command; the third of each is who has loaded the source before.

@@ -151,22 +151,26 @@ class Queue:
             raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
         return job_of(found)
 
-    def open_jobs(self, *, stopping: bool = False) -> Iterator[list[Job]]:
+    def open_jobs(self, holder: str = "") -> Iterator[list[Job]]:
         """Jobs that may have work for this database, highest priority first, then oldest first, by pages.
 
-        With `stopping`, only those that are being stopped.
+        Left out are those that anyone but `holder` is about to plan: of small ones there may be many at a time.
         """
-        query: Document = {"open": True, "database": self._database}
-        if stopping:
-            query["stopping.to"] = {"$type": "string"}
-        else:
-            query["waiting"] = None
-            # What is being stopped has nothing to wait for, whatever it was put off to.
-            query["$or"] = [{"$expr": {"$lte": ["$notBefore", "$$NOW"]}}, {"stopping": {"$ne": None}}]
+        theirs = {"$and": [{"$gt": ["$planner.until", "$$NOW"]}, {"$ne": ["$planner.holder", holder]}]}
+        due = {"$and": [{"$lte": ["$notBefore", "$$NOW"]}, {"$not": theirs}]}
+        # What is being stopped has nothing to wait for, whatever it was put off to.
+        query = {"waiting": None, "$or": [{"$expr": due}, {"stopping": {"$ne": None}}]}
+        return self._pages(query, READY_JOBS)
+
+    def stopping_jobs(self) -> Iterator[list[Job]]:
+        """Those of the open jobs that are being stopped, likewise."""
+        return self._pages({"stopping.to": {"$type": "string"}}, STOPPING_JOBS)
+
+    def _pages(self, query: Document, hint: str) -> Iterator[list[Job]]:
         with translated("looking for jobs"):
             order = [("options.priority", -1), ("_id", 1)]
-            hint = STOPPING_JOBS if stopping else READY_JOBS
-            cursor = self._jobs.find(query, batch_size=PAGE_JOBS).sort(order).hint(hint)
+            mine: Document = {"open": True, "database": self._database}
+            cursor = self._jobs.find(mine | query, batch_size=PAGE_JOBS).sort(order).hint(hint)
             page: list[Job] = []
             with cursor:
                 for found in cursor:
@@ -347,17 +351,22 @@ class Queue:
 
         Raises:
             NotFound: no such job.
-            Conflict: it has COMPLETED or FAILED.
+            Conflict: it has COMPLETED or FAILED, or is about to.
         """
         job = self.get(job_id)
         if job.state is JobState.PENDING and job.stopping is None:
             # Nothing of it is leased, so that one write ends it: nobody sees it between the stamp and the end.
             job = self._end(job, Stop(JobState.CANCELLED), None)
+        if job.state not in TERMINAL:
+            self.stop(job, Stop(JobState.CANCELLED))
+            job = self.get(job_id)
         if job.state in TERMINAL and job.state is not JobState.CANCELLED:
             raise Conflict(f"job {job_id} is {job.state} already: there is nothing to cancel")
-        if job.state is not JobState.CANCELLED:
-            self.stop(job, Stop(JobState.CANCELLED))
-        return self.get(job_id)
+        if job.stopping is not None and job.stopping.to is not JobState.CANCELLED:
+            raise Conflict(
+                f"job {job_id} is being stopped already, and will be {job.stopping.to}: there is nothing to cancel"
+            )
+        return job
 
     def retry(self, job_id: str) -> Job:
         """Work again on the ranges of a FAILED or CANCELLED job that are not DONE. Safe to repeat while it is open.

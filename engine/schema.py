@@ -12,6 +12,7 @@ from engine.errors import StartError
 __all__ = [
     "BY_FILE",
     "BY_STATE",
+    "CLAIMED_JOBS",
     "DEADLINES",
     "ENDED_JOBS",
     "LEASABLE",
@@ -41,6 +42,7 @@ _NAMESPACE_EXISTS: Final = 48
 OPEN_JOBS: Final = "open_jobs"
 BY_FILE: Final = "by_file"
 BY_STATE: Final = "by_state"
+CLAIMED_JOBS: Final = "claimed_jobs"
 DEADLINES: Final = "deadlines"
 ENDED_JOBS: Final = "ended_jobs"
 PRUNED_JOBS: Final = "pruned_jobs"
@@ -67,6 +69,7 @@ INDEXES: Final[dict[str, list[IndexModel]]] = {
         _index(READY_JOBS, "open", "database", "waiting", "-options.priority", "_id", where={"open": True}),
         _index(WAITING_JOBS, "notBefore", where={"waiting": True}),
         _index(ENDED_JOBS, "finishedAt", where={"finishedAt": {"$type": "date"}}),
+        _index(CLAIMED_JOBS, "planner.holder", where={"planner.holder": {"$type": "string"}}),
         _index(STOPPING_JOBS, "stopping.to", where={"stopping.to": {"$type": "string"}}),
         _index(PRUNED_JOBS, "pruned", where={"pruned": True}),
         _index(DEADLINES, "deadline", where={"deadline": {"$type": "date"}}),

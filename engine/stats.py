@@ -117,8 +117,9 @@ class Reporter(threading.Thread):
         rate = news.get("lines", 0) / max(now - self._reported_at, 0.001)
         try:
             if news:
-                self._totals.update_one({"_id": "totals"}, {"$inc": news}, upsert=True)
+                # Before: where the answer is lost they may be counted all the same, and twice is worse than not at all.
                 self._reported = counts
+                self._totals.update_one({"_id": "totals"}, {"$inc": news}, upsert=True)
             self._reported_at = now
             if last:
                 self._workers.delete_one({"_id": self._holder})

@@ -64,10 +64,13 @@ PRUNE_SECONDS: Final = 3600.0
 """How often, about, a worker looks for jobs whose history has been kept long enough."""
 
 PRUNE_JOBS: Final = 20
-"""Jobs that it deletes at a time: as many as take less than a second."""
+"""Jobs that it deletes at a time."""
 
-PRUNE_AGAIN_SECONDS: Final = 1.0
-"""How soon it looks again where there are more."""
+PRUNING_SECONDS: Final = 1.0
+"""How long it does so at a time, about: jobs may wait."""
+
+PRUNE_PAUSE: Final = 4
+"""How soon it goes on where there are more, as a multiple of the time that this took, and no sooner than after a second."""
 
 TIME_SECONDS: Final = 1.0
 """How often, about, a worker sees to what is due by the clock."""
@@ -259,14 +262,15 @@ class _Worker:
 
     def _boot(self) -> bool:
         """Reach MongoDB and free what the predecessors held; False when told to stop before that."""
-        wait = 0.1
+        wait, released = 0.1, 0
         while not self._stop.is_set():
             self._heartbeat.touch()
             try:
                 self._store.prepare()
-                freed = self._ledger.release(self._identity.predecessors)
+                while freed := self._ledger.release(self._identity.predecessors):
+                    released += len(freed)
+                    self._note(freed, "died")
                 self._plans.release_claims_of_dead(self._identity.predecessors)
-                self._note(freed, "died")
                 if self._identity.slot == 0 and self._store.standalone():
                     log.warning(
                         "this mongod is not a member of a replica set, so acknowledged writes are lost with it: "
@@ -281,7 +285,7 @@ class _Worker:
                 continue
             self._heartbeat.mark_released()
             self._heartbeat.mark_booted()
-            log.info("worker is ready", action="boot", worker=self._identity.name, released=len(freed))
+            log.info("worker is ready", action="boot", worker=self._identity.name, released=released)
             if self._identity.slot == 0:  # one tells it for all of them
                 warn_if_away(self._objects)
             setproctitle(f"headrace: worker {self._identity.slot} idle")
@@ -302,8 +306,8 @@ class _Worker:
         if freed := self._ledger.expire():
             self._stats.add(leases_expired=len(freed))
             log.warning("leases ran out and were freed", action="expire", worker=self._identity.name, ranges=len(freed))
-            self._note(freed, "did not renew its lease")
             self._store.wake()
+            self._note(freed, "did not renew its lease")
         # All of them before any is taken on, since the last may be the one of the highest priority.
         while self._goes_on() and self._queue.admit_due(DUE_JOBS):
             self._store.wake()
@@ -327,11 +331,17 @@ class _Worker:
     def _prune(self) -> None:
         if time.monotonic() < self._prune_at:
             return
-        self._prune_at = time.monotonic() + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
-        if pruned := self._retention.prune(self._settings.engine_keep_jobs_days, PRUNE_JOBS):
+        began = time.monotonic()
+        self._prune_at = began + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
+
+        def goes_on() -> bool:
+            return self._goes_on() and time.monotonic() - began < PRUNING_SECONDS
+
+        if pruned := self._retention.prune(self._settings.engine_keep_jobs_days, PRUNE_JOBS, goes_on):
             # There may be hundreds of thousands, and jobs that wait.
-            self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
-            log.info("old jobs were deleted", action="prune", worker=self._identity.name, jobs=pruned)
+            now = time.monotonic()
+            self._prune_at = now + max(1.0, PRUNE_PAUSE * (now - began))
+            log.info("old jobs are deleted", action="prune", worker=self._identity.name, jobs=pruned)
             return
         if swept := self._uploads.sweep(self._goes_on):
             log.info("unfinished uploads were aborted", action="prune", worker=self._identity.name, uploads=swept)
@@ -363,9 +373,12 @@ class _Worker:
         job = run.job
         if ended is Ended.DONE and job.plan is not None and job.plan.range_count == 1:
             job = self._queue.finish(job, run.mark()[1])
-        if job.state not in TERMINAL and (ended is Ended.CANCELLED or not self._ledger.busy(job.id)):
-            job = self._queue.settle(job.id)
-        self._ended(job)
+        if job.state in TERMINAL:
+            self._ended(job)
+        elif ended is Ended.CANCELLED:
+            self._ended(self._queue.settle(job.id))
+        else:
+            self._settle(job)
 
     def _run_together(self, pipeline: Pipeline, runs: list[Run]) -> None:
         outcomes, closed = pipeline.run_together(runs)
@@ -388,13 +401,21 @@ class _Worker:
         if isinstance(error, LeaseLost):
             self._stats.add(leases_lost=1)
             log.warning(str(error), action="lost", **context)
+            self._settle(job)
         elif isinstance(error, Transient):
             self._chooser.doubt()  # perhaps nobody could be told that the range goes back
             log.warning(str(error), action="postpone", **context)
             self._queue.note(job.id, f"range {index} put off: {error}")
+            self._settle(job)
         else:
             log.error(str(error), action="fail", **context)
             self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
+
+    def _settle(self, job: Job) -> None:
+        """Bring a job to its end where this was the last of its ranges, which may have been given up, or be DONE and the answer
+        lost: under a stream of jobs of a higher priority nobody would look at it for long."""
+        if not self._ledger.busy(job.id):
+            self._ended(self._queue.settle(job.id))
 
     def _ended(self, job: Job) -> None:
         if job.state in TERMINAL:

@@ -90,8 +90,19 @@ def test_to_look_reads_no_more_of_the_history_than_is_shown(history, store, queu
     assert page(20, state=JobState.FAILED) == []
     assert queue.get(history.id) == history
     assert History(store).ranges(history.id).states
-    assert History(store).open_job_of(history.source.key) is None
+    assert History(store).open_job_of(history.source.bucket, history.source.key) is None
     assert read_too_much() == []
+
+
+def test_what_a_dead_worker_was_about_to_plan_is_freed_without_a_look_at_other_jobs(
+    store, queue, plans, source, read_too_much
+):
+    jobs = [queue.submit(source, JobOptions()) for _ in range(FEW * 2)]
+    plans.claim(jobs[-2:], "dead")
+    read_too_much()
+    plans.release_claims_of_dead(["dead", "dead too"])
+    assert read_too_much() == []
+    assert [queue.get(job.id).planner_deaths for job in jobs] == [0] * (len(jobs) - 2) + [1, 1]
 
 
 def test_a_worker_reads_no_history(history, store, ledger, source, submit, drain, read_too_much):

@@ -55,6 +55,15 @@ def test_a_job_ends_only_when_no_range_of_it_is_leased(queue, plans, ledger, sou
     assert (ended.state, ended.progress.tally.lines) == (JobState.CANCELLED, 1)
 
 
+def test_a_job_that_is_about_to_fail_cannot_be_cancelled(queue, plans, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(job)
+    ledger.lease(job.id, "holder")
+    queue.stop(job, Stop(JobState.FAILED, Failure("timeout", "too long")))
+    with pytest.raises(Conflict, match="will be FAILED"):
+        queue.cancel(job.id)
+
+
 def test_a_job_that_waited_for_a_range_of_a_dead_worker_alone_ends_when_that_is_freed(queue, plans, ledger, source):
     cancelled, failed = plans.fix([(queue.submit(source, JobOptions()), plan(1), None) for _ in range(2)])
     for job in (cancelled, failed):

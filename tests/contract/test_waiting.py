@@ -143,3 +143,33 @@ def test_a_plan_ends_all_waiting(store, queue, plans, source):
     plans.fix([(job, plan(1), None)])
     found = store.jobs.find_one({})
     assert (found["state"], "waiting" in found, "notBefore" in found) == ("PROCESSING", False, False)
+
+
+def test_jobs_that_another_is_about_to_plan_are_not_looked_at(store, queue, plans, source):
+    theirs, free, stopped = (queue.submit(source, JobOptions()) for _ in range(3))
+    plans.claim([theirs, stopped], "other")
+    store.jobs.update_one({"_id": ObjectId(stopped.id)}, {"$set": {"stopping": {"to": "CANCELLED", "failure": None}}})
+    assert [job.id for page in queue.open_jobs("me") for job in page] == [free.id, stopped.id]
+    assert [job.id for page in queue.open_jobs("other") for job in page] == [theirs.id, free.id, stopped.id]
+    store.jobs.update_one({"_id": ObjectId(theirs.id)}, [{"$set": {"planner.until": "$$NOW"}}])
+    assert seen(queue) == {theirs.id, free.id, stopped.id}
+
+
+def test_a_job_whose_ranges_are_all_done_or_held_is_left_to_its_holders(queue, plans, planner, ledger, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(3), None)])
+    queue.open_ranges(job)
+    ledger.close(ledger.lease(job.id, "other"), Tally(lines=1, inserted=1))
+    held = [ledger.lease(job.id, "other") for _ in range(2)]
+    queue.roll_up(job.id)
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    assert (chooser.take(), chooser.tried) == ([], 0)
+    ledger.give_back(held[0], 0, Tally())
+    chooser._looked_at = 0
+    [run] = chooser.take()
+    assert run.job.id == job.id
+    for lease in (held[1], run.lease):
+        ledger.close(lease, Tally(lines=1, inserted=1))
+    # Without a holder there is its end to bring about.
+    chooser._looked_at = 0
+    assert chooser.take() == []
+    assert queue.get(job.id).state is JobState.COMPLETED

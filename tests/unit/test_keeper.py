@@ -109,3 +109,22 @@ def test_a_keeper_of_nothing_sleeps_and_one_of_a_lease_looks_after_it_again(monk
         time.sleep(0.1)  # a turn that had begun is over
         turned.clear()
         assert not turned.wait(0.2)
+
+
+def test_small_jobs_that_are_let_go_in_the_midst_of_a_turn_are_not_renewed_any_more(
+    keeper: Keeper, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = Mock(), Mock(), Mock()
+    letting_go = threading.Thread(target=keeper.drop)
+
+    def slow(run: Any) -> None:
+        letting_go.start()
+        while keeper._runs:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(keeper, "renew", Mock(side_effect=slow))
+    keeper.hold(first, *others)
+    clock[0] += 2 * TICK_SECONDS
+    keeper.turn()
+    letting_go.join(5)
+    assert renewed(keeper) == [first]
