@@ -1,6 +1,7 @@
 """The HTTP API from the other side: what the commands and `headrace up` call."""
 
 import os
+import re
 import ssl
 import stat
 import time
@@ -139,9 +140,9 @@ def trusted() -> ssl.SSLContext:
 
 
 def why_not_reached(error: httpx.HTTPError) -> str:
-    """What kept a request from being answered, in brackets; a certificate that nobody vouches for with what to do about it."""
+    """What kept a request from being answered, in brackets; a certificate of an unknown authority with what to do about it."""
     said = str(error)[:200]
-    if "CERTIFICATE_VERIFY_FAILED" in said:
+    if re.search("issuer certificate|self.signed", said):
         said += "; SSL_CERT_FILE names a file of further authorities to trust"
     return f"({type(error).__name__}{f': {said}' if said else ''})"
 

@@ -1,5 +1,7 @@
 """What commands print: bars, tables, and sentences. Everything else a script reads comes as JSON."""
 
+import codecs
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,8 +44,12 @@ def plainly(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """One line of JSON on standard output."""
-    print(orjson.dumps(value, default=str).decode())
+    """One line of JSON on standard output; in ASCII where that does not take UTF-8."""
+    text = orjson.dumps(value, default=str)
+    if codecs.lookup(sys.stdout.encoding).name == "utf-8":
+        print(text.decode())
+    else:
+        print(json.dumps(orjson.loads(text)))
 
 
 class Bars:

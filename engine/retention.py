@@ -42,7 +42,7 @@ class Retention:
 
         What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
         killed within.
-        One that cannot be deleted now is left to the next time, and so is what is left when `goes_on`, asked before each step,
+        One that cannot be deleted now is left to the next time, and so is what is left when `goes_on`, asked between two steps,
         says no.
         """
         since = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
@@ -56,8 +56,8 @@ class Retention:
             more = list(jobs.find(old).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
         count = 0
         for job, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
-            if not goes_on():
-                break
+            if count and not goes_on():
+                break  # of the first one something is done, however long it took to find
             try:
                 with translated("deleting an old job"):
                     count += self._prune(job, why, goes_on)

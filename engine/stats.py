@@ -117,9 +117,10 @@ class Reporter(threading.Thread):
         rate = news.get("lines", 0) / max(now - self._reported_at, 0.001)
         try:
             if news:
-                # Before: where the answer is lost they may be counted all the same, and twice is worse than not at all.
-                self._reported = counts
+                # Where the answer is lost, and that of the driver's second try, too, these two seconds are counted twice: they
+                # are for people, and without them each outage would cost what was counted before it.
                 self._totals.update_one({"_id": "totals"}, {"$inc": news}, upsert=True)
+                self._reported = counts
             self._reported_at = now
             if last:
                 self._workers.delete_one({"_id": self._holder})

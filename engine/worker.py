@@ -382,17 +382,16 @@ class _Worker:
 
     def _run_together(self, pipeline: Pipeline, runs: list[Run]) -> None:
         outcomes, closed = pipeline.run_together(runs)
-        done: list[Run] = []
-        for run, outcome in outcomes:
-            if isinstance(outcome, HeadraceError):
-                self._failed(run, outcome)
-            elif outcome is Ended.DONE and closed:
-                done.append(run)
-            else:
-                self._ended(self._queue.settle(run.job.id))
+        # First, since what is told of the others may fail.
+        done = [run for run, outcome in outcomes if outcome is Ended.DONE] if closed else []
         if done:
             for job in self._queue.finish_all([(run.job, run.mark()[1]) for run in done]):
                 self._ended(job)
+        for run, outcome in outcomes:
+            if isinstance(outcome, HeadraceError):
+                self._failed(run, outcome)
+            elif outcome is not Ended.DONE or not closed:
+                self._ended(self._queue.settle(run.job.id))
 
     def _failed(self, run: Run, error: HeadraceError) -> None:
         """A lease ended with an error."""

@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from bson import ObjectId
+from pymongo.errors import NotPrimaryError
 
-from engine.errors import LeaseLost
+from engine.errors import LeaseLost, Transient
 from engine.ledger import ATTEMPTS, DEATHS, VANISHED, Ledger
 from engine.model import ByteRange, Failure, Freed, Tally
 
@@ -163,3 +164,40 @@ def test_line_numbers_are_known_where_all_before_is_done(ledger, job):
             lease = ledger.lease(job, "holder")
         ledger.close(lease, Tally(lines=index + 1))
     assert ledger.first_lines(job, [0, 1, 2, 3]) == {0: 0, 1: 1, 2: 3}
+
+
+def test_of_many_leases_that_ran_out_some_are_freed_at_a_time_and_all_of_a_dead_holder(store, ledger, job, monkeypatch):
+    monkeypatch.setattr("engine.ledger.EXPIRED_RANGES", 2)
+    ledger.open(job, [ByteRange(index, index * 10, index * 10 + 10) for index in range(5)])
+    for _ in range(5):
+        ledger.lease(job, "silent")
+    run_out(store, job)
+    assert [len(ledger.expire()) for _ in range(4)] == [2, 2, 1, 0]
+    for _ in range(5):
+        ledger.lease(job, "dead")
+    assert len(ledger.release(["dead"])) == 5
+
+
+def test_what_was_freed_before_an_error_is_told_and_the_rest_is_freed_the_next_time(store, ledger, job, monkeypatch):
+    ledger.open(job, [ByteRange(index, index * 10, index * 10 + 10) for index in range(3)])
+    for _ in range(3):
+        ledger.lease(job, "dead")
+    real, calls = ledger._ranges, []
+
+    class Failing:
+        """Loses its primary at the second range, and again at the first of the next call."""
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def find_one_and_update(self, *given, **more):
+            calls.append(given)
+            if len(calls) in (2, 3):
+                raise NotPrimaryError("no primary")
+            return real.find_one_and_update(*given, **more)
+
+    monkeypatch.setattr(ledger, "_ranges", Failing())
+    assert len(ledger.release(["dead"])) == 1
+    with pytest.raises(Transient):
+        ledger.release(["dead"])
+    assert [len(ledger.release(["dead"])) for _ in range(2)] == [2, 0]

@@ -1,8 +1,13 @@
 """The tables that commands print."""
 
+import io
+import json
+import sys
+
+import pytest
 from rich.console import Console
 
-from api.show import counted_since, job_lines, jobs_table, profile_table, queue_lines
+from api.show import counted_since, job_lines, jobs_table, print_json, profile_table, queue_lines
 from api.terminal import console
 from engine.logs import printable
 
@@ -124,3 +129,15 @@ def test_the_queue_tells_a_person_its_jobs_and_how_long_they_have_waited():
         "  the oldest job that is due and not begun has waited 1:15",
     ]
     assert len(list(queue_lines(queue | {"oldestSeconds": 0}))) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "ascii", "latin-1"])
+def test_json_is_json_whatever_letters_the_output_takes(monkeypatch, encoding):
+    raw = io.BytesIO()
+    output = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", output)
+    print_json({"fileKey": "é\U0001f600☃"})
+    output.flush()
+    said = raw.getvalue()
+    assert json.loads(said) == {"fileKey": "é\U0001f600☃"}
+    assert said.isascii() == (encoding in ("ascii", "latin-1"))

@@ -481,6 +481,9 @@ def test_an_authority_of_ones_own_is_trusted_where_it_is_named(tmp_path, monkeyp
             Client(url).ask("GET", "/jobs")
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
         assert Client(url).ask("GET", "/jobs") == {"jobs": []}
+        with pytest.raises(CallFailed, match="CERTIFICATE_VERIFY_FAILED") as other:
+            Client(url.replace("localhost", "127.0.0.1")).ask("GET", "/jobs")
+        assert "SSL_CERT_FILE" not in str(other.value)  # it would not help
         server.shutdown()
 
 

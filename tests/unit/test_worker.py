@@ -1,0 +1,41 @@
+"""What a worker does when leases have ended. No servers."""
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from engine.errors import LeaseLost, Transient
+from engine.model import JobState
+from engine.pipeline import Ended
+from engine.worker import _Worker
+
+
+@pytest.fixture
+def worker() -> Any:
+    worker = _Worker.__new__(_Worker)
+    for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity"):
+        setattr(worker, name, Mock())
+    worker._queue.settle.return_value = Mock(state=JobState.FAILED)
+    return worker
+
+
+def test_small_jobs_that_are_done_end_whatever_becomes_of_one_beside_them(worker: Any) -> None:
+    lost, done = Mock(), Mock()
+    done.mark.return_value = (9, "tally")
+    worker._ledger.busy.side_effect = Transient("no primary")
+    worker._queue.finish_all.return_value = []
+    pipeline = Mock()
+    pipeline.run_together.return_value = ([(lost, LeaseLost("it is another's")), (done, Ended.DONE)], True)
+    with pytest.raises(Transient):
+        worker._run_together(pipeline, [lost, done])
+    worker._queue.finish_all.assert_called_once_with([(done.job, "tally")])
+
+
+@pytest.mark.parametrize("error", [LeaseLost("it is another's"), Transient("S3 is away")])
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_job_is_settled_where_no_range_of_it_is_left_to_wait_for(worker: Any, error: Exception, busy: bool) -> None:
+    run = Mock()
+    worker._ledger.busy.return_value = busy
+    worker._failed(run, error)
+    assert worker._queue.settle.call_count == (not busy)
