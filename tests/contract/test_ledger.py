@@ -31,8 +31,8 @@ def stored(store, job):
 
 
 def run_out(store, job):
-    """The lease of the job's range ran out a minute ago."""
-    store.ranges.update_one({"job": ObjectId(job)}, {"$set": {"until": datetime.now(UTC) - timedelta(minutes=1)}})
+    """The leases of the job's ranges ran out a minute ago."""
+    store.ranges.update_many({"job": ObjectId(job)}, {"$set": {"until": datetime.now(UTC) - timedelta(minutes=1)}})
 
 
 SPEAK = {
