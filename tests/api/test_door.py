@@ -3,31 +3,23 @@
 import contextlib
 import io
 import resource
-import select
 import signal
 import socket
 import struct
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import httpx
 import pytest
 
-from api.direct import Complete
 from api.door import _Channel, open_door
-from api.files import Files
-from api.limits import OpenJobsLimit, S3Calls
-from api.problems import Problem
-from engine.errors import Transient
 from engine.ports import free_port
 from engine.settings import Settings
 from tests.running import Running, alive, until
 
 MIB = 1024 * 1024
-LATER = "2099-01-01T00:00:00Z"
 
 
 def told(line):
@@ -182,47 +174,6 @@ def test_many_faults_of_one_request_make_no_large_answer(live):
     assert "JSON, but no object" in answer.json()["detail"]
 
 
-def test_a_count_that_hangs_holds_up_nobody_else():
-    begun, go_on = threading.Event(), threading.Event()
-
-    class Hanging:
-        def depth(self, most):
-            begun.set()
-            assert go_on.wait(30)
-            raise Transient("MongoDB does not answer")
-
-    limit, failed = OpenJobsLimit(Hanging(), 100), []
-
-    def first():
-        try:
-            limit.let_in(1)
-        except Transient as error:
-            failed.append(error)
-
-    counting = threading.Thread(target=first)
-    counting.start()
-    assert begun.wait(30)
-    limit.let_in(60)
-    with pytest.raises(Problem, match="open jobs"):
-        limit.let_in(60)
-    go_on.set()
-    counting.join()
-    assert len(failed) == 1
-
-
-def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
-    class Slow:
-        def depth(self, most):
-            limit.let_in(40)
-            return 10
-
-    limit = OpenJobsLimit(Slow(), 100, clock=lambda: 0.0)
-    limit.let_in(10)
-    with pytest.raises(Problem, match="open jobs"):
-        limit.let_in(41)
-    limit.let_in(40)
-
-
 @pytest.mark.parametrize("length", [b"", b"Content-Length: 0\r\n"])
 def test_a_client_that_asks_first_and_sends_nothing_is_answered_and_so_is_its_next_request(live, length):
     ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n" + length + b"\r\n"
@@ -327,47 +278,6 @@ def test_a_call_that_takes_no_parameters_is_not_made_with_some(live):
     assert live.http.get("/healthz", params={"at": 1}).status_code == 200
 
 
-def test_calls_take_turns_at_s3_and_are_refused_where_it_does_not_answer(monkeypatch):
-    monkeypatch.setattr("api.limits.TURN_SECONDS", 0.05)
-    now = [0.0]
-    calls, quick, long = S3Calls(4, lambda: now[0]), Files(Mock()), Complete(Mock())
-
-    def ask(resource=quick):
-        request = SimpleNamespace(method="GET" if resource is quick else "POST")
-        calls.process_resource(request, None, resource, {})
-        return request
-
-    def end(request):
-        calls.process_response(request, None, quick, True)
-
-    held = [ask(), ask(), ask(long), ask(long)]
-    with pytest.raises(Problem, match="4 calls are at S3 already"):
-        ask()
-    threading.Timer(0.1, end, [held[0]]).start()
-    monkeypatch.setattr("api.limits.TURN_SECONDS", 20)
-    end(ask())  # which waited for its turn
-    now[0] = 6
-    end(ask())  # one that is slow is none of many, and what takes long by itself tells nothing
-    held.append(ask())
-    now[0] = 12
-    with pytest.raises(Problem, match="S3 does not answer"):
-        ask()
-    end(held[1])
-    ask()
-
-
-@pytest.mark.parametrize("burst", [60])
-def test_a_burst_of_calls_waits_for_its_turn(live, burst):
-    key = live.objects.upload(io.BytesIO(b"{}"), "burst").key
-
-    def look(_):
-        with httpx.Client(base_url=live.http.base_url, timeout=60) as http:
-            return [http.get(f"/files/{key}").status_code for _ in range(3)]
-
-    with ThreadPoolExecutor(burst) as pool:
-        assert {status for statuses in pool.map(look, range(burst)) for status in statuses} == {200}
-
-
 def test_a_bucket_that_cannot_be_used_stands_in_the_log_from_the_start(live, tmp_path):
     for name in ("api", "engine"):
         log = tmp_path / f"{name}.log"
@@ -381,30 +291,3 @@ def test_a_bucket_that_cannot_be_used_stands_in_the_log_from_the_start(live, tmp
             assert running.stop() == 0
         finally:
             running.end()
-
-
-def test_liveness_and_jobs_are_answered_while_s3_is_silent_and_others_wait(live, tmp_path):
-    job = live.http.post(
-        "/process", json={"fileKeys": [live.objects.upload(io.BytesIO(b"{}"), "later").key], "runAt": LATER}
-    )
-    [waiting] = live.http.get("/jobs", params={"batch": job.json()["batchId"]}).json()["jobs"]
-    watch = f"GET /status/{waiting['jobId']} HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=50\r\n\r\n".encode()
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as silent:
-        port, endpoint = free_port(), f"http://127.0.0.1:{silent.getsockname()[1]}"
-        api = Running("api", live.settings, tmp_path / "api.log", port=port, aws_endpoint_url=endpoint)
-        lines = []
-        try:
-            until(lambda: "listening" in (tmp_path / "api.log").read_text(), what="the API")
-            for ask in [watch] * 8 + [b"POST /process/x HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 40:
-                lines.append(socket.create_connection(("127.0.0.1", port), timeout=30))
-                lines[-1].sendall(ask)
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-                assert [http.get(path).status_code for path in ("/healthz", "/jobs", "/queue")] == [200] * 3
-            refused = [line for line in lines if line in select.select(lines, [], [], 0)[0]]
-            assert refused
-            assert all(b" 503 " in line.recv(65536).split(b"\r\n", 1)[0] for line in refused)
-        finally:
-            for line in lines:
-                line.close()
-            api.end()
-            live.http.post(f"/jobs/{waiting['jobId']}/cancel")

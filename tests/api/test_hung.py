@@ -1,6 +1,8 @@
 """A MongoDB or an S3 that takes connections and answers nothing: the API says so, goes on, and ends when it is told to."""
 
+import io
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -84,3 +86,31 @@ def test_an_api_whose_database_hangs_still_answers_that_it_is_alive(live, tmp_pa
             os.kill(proxy, signal.SIGCONT)
             until(lambda: answers(http), what="the API to be ready again")
             assert api.stop() == 0
+
+
+def test_liveness_and_jobs_are_answered_while_s3_is_silent_and_others_wait(live, tmp_path):
+    job = live.http.post(
+        "/process",
+        json={"fileKeys": [live.objects.upload(io.BytesIO(b"{}"), "later").key], "runAt": "2099-01-01T00:00:00Z"},
+    )
+    [waiting] = live.http.get("/jobs", params={"batch": job.json()["batchId"]}).json()["jobs"]
+    watch = f"GET /status/{waiting['jobId']} HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=50\r\n\r\n".encode()
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as silent:
+        port, endpoint = free_port(), f"http://127.0.0.1:{silent.getsockname()[1]}"
+        api = Running("api", live.settings, tmp_path / "api.log", port=port, aws_endpoint_url=endpoint)
+        lines = []
+        try:
+            until(lambda: "listening" in (tmp_path / "api.log").read_text(), what="the API")
+            for ask in [watch] * 8 + [b"POST /process/x HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 40:
+                lines.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+                lines[-1].sendall(ask)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+                assert [http.get(path).status_code for path in ("/healthz", "/jobs", "/queue")] == [200] * 3
+            refused = [line for line in lines if line in select.select(lines, [], [], 0)[0]]
+            assert refused
+            assert all(b" 503 " in line.recv(65536).split(b"\r\n", 1)[0] for line in refused)
+        finally:
+            for line in lines:
+                line.close()
+            api.end()
+            live.http.post(f"/jobs/{waiting['jobId']}/cancel")

@@ -325,36 +325,6 @@ def hosts(settings, folder, short):
     return report
 
 
-def poison(settings, folder, short):
-    """A line that kills whoever reads it: its range fails after three deaths, with its offsets, and all others finish."""
-    report = Report("poison", {"poisoned ranges": 0, "deaths": 0})
-    with Rig(settings, folder) as rig:
-        path = rig.folder / "poison.ndjson"
-        corpus.plain(path, 5, 20_000 if short else 200_000)
-        lines = path.read_bytes().split(b"\n")
-        lines[len(lines) // 2] = b'{"text":"hemlock"}'
-        path.write_bytes(b"\n".join(lines))
-        engine = rig.engine(engine_range_bytes="256KiB", CHAOS_POISON="hemlock")
-        [job] = rig.wait(rig.submit(path))
-        [bad] = rig.store.ranges.find({"state": "FAILED"})
-        report.faults["poisoned ranges"] += 1
-        # Three at the line itself; before that each death brings the next worker closer to it.
-        report.faults["deaths"] = len(engine.actions("reap"))
-        if not 3 <= report.faults["deaths"] <= 12:
-            report.problems.append(f"{report.faults['deaths']} workers died of it")
-        message = job.failure.message if job.failure else ""
-        if job.state != "FAILED" or not all(str(bad[at]) in message for at in ("start", "end", "confirmed")):
-            report.problems.append(f"the job is {job.state} and says: {message}")
-        if rig.store.ranges.count_documents({"state": "DONE"}) != job.plan.range_count - 1:
-            report.problems.append("the other ranges did not finish")
-        engine.stop()
-        rig.engine()
-        rig.queue.retry(job.id)
-        rig.wait(job)
-        rig.verify(report, path, job)
-    return report
-
-
 def clocks(settings, folder, short):
     """A host whose clock is an hour off, both ways: it steals no lease, keeps none too long when it dies, and takes over what
     others held when they die; and one whose signatures S3 refuses for it."""

@@ -4,8 +4,8 @@
 """
 
 from tests.chaos.fuzz import fuzz
-from tests.chaos.inputs import lines, lines_of_all_kinds
-from tests.chaos.processes import clocks, hosts, hung, hups, kills, poison, ranges, steps, supervisors, terms, zombies
+from tests.chaos.inputs import lines, lines_of_all_kinds, poison
+from tests.chaos.processes import clocks, hosts, hung, hups, kills, ranges, steps, supervisors, terms, zombies
 from tests.chaos.servers import databases, failpoints, replica, slow, storage
 
 __all__ = ["SCENARIOS"]

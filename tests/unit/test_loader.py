@@ -1,9 +1,14 @@
-"""What an interrupted load is told about each of its files: what is left of it, and what to do about that."""
+"""What is told about each file of a load that was interrupted or failed: what is left of it, and what to do about that."""
 
+import io
+
+import httpx
 import pytest
 
-from api.loader import STDIN, Loaded
+from api.loader import STDIN, Loaded, Loader
+from api.transfer import Transfer
 from engine.errors import CommandError
+from tests.answering import client_of, problem
 
 UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # by a command that can resume
 
@@ -30,3 +35,43 @@ def test_only_a_job_that_was_watched_to_its_end_needs_no_advice():
     assert not Loaded("a.ndjson").ended()
     assert not Loaded("a.ndjson", status={"status": "PROCESSING"}).ended()
     assert Loaded("a.ndjson", status={"status": "CANCELLED"}).ended()
+
+
+def test_what_nobody_thought_of_is_told_of_its_file_and_does_not_keep_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "file", lambda self, file, note, sent: file.name)
+    for name in ("bad", "good"):
+        (tmp_path / name).write_bytes(b"{}")
+
+    class Api:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            if key == "bad":
+                raise ValueError("odd")
+            return "job of good"
+
+    bad, good = Loader(Api(), {}, wait=False, through_api=False).run([str(tmp_path / "bad"), str(tmp_path / "good")])
+    assert "ValueError: odd" in str(bad.error)
+    assert (good.error, good.job_id) == (None, "job of good")
+
+
+def test_a_stream_that_is_stored_and_cannot_be_submitted_is_told_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "stream", lambda *_: "some/key.ndjson")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{}")))
+
+    def answer(request):
+        if request.url.path == "/files":
+            return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"bucket": "b", "files": []})
+        return problem(*kinds[0])
+
+    kinds = [(422, "refused")]
+
+    [load] = Loader(client_of(answer), {}, wait=False, through_api=False).run(["-"])
+    again = "`headrace load s3://b/some/key.ndjson` with the same options submits it"
+    assert f"it is refused; the file is stored: {again}" in str(load.error)
+    monkeypatch.setattr("api.client.PATIENCE_SECONDS", 0)
+    kinds[0] = (502, "")
+    [load] = Loader(client_of(answer), {}, wait=False, through_api=False).run(["-"])
+    assert f"the file is stored: if `headrace jobs --file some/key.ndjson` shows no job, {again}" in str(load.error)

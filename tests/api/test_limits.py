@@ -1,0 +1,98 @@
+"""How many calls may wait for S3, and jobs be open: the others are told so, and whoever counts holds up nobody."""
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import httpx
+import pytest
+
+from api.direct import Complete
+from api.files import Files
+from api.limits import OpenJobsLimit, S3Calls
+from api.problems import Problem
+from engine.errors import Transient
+
+
+def test_a_count_that_hangs_holds_up_nobody_else():
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Hanging:
+        def depth(self, most):
+            begun.set()
+            assert go_on.wait(30)
+            raise Transient("MongoDB does not answer")
+
+    limit, failed = OpenJobsLimit(Hanging(), 100), []
+
+    def first():
+        try:
+            limit.let_in(1)
+        except Transient as error:
+            failed.append(error)
+
+    counting = threading.Thread(target=first)
+    counting.start()
+    assert begun.wait(30)
+    limit.let_in(60)
+    with pytest.raises(Problem, match="open jobs"):
+        limit.let_in(60)
+    go_on.set()
+    counting.join()
+    assert len(failed) == 1
+
+
+def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
+    class Slow:
+        def depth(self, most):
+            limit.let_in(40)
+            return 10
+
+    limit = OpenJobsLimit(Slow(), 100, clock=lambda: 0.0)
+    limit.let_in(10)
+    with pytest.raises(Problem, match="open jobs"):
+        limit.let_in(41)
+    limit.let_in(40)
+
+
+def test_calls_take_turns_at_s3_and_are_refused_where_it_does_not_answer(monkeypatch):
+    monkeypatch.setattr("api.limits.TURN_SECONDS", 0.05)
+    now = [0.0]
+    calls, quick, long = S3Calls(4, lambda: now[0]), Files(Mock()), Complete(Mock())
+
+    def ask(resource=quick):
+        request = SimpleNamespace(method="GET" if resource is quick else "POST")
+        calls.process_resource(request, None, resource, {})
+        return request
+
+    def end(request):
+        calls.process_response(request, None, quick, True)
+
+    held = [ask(), ask(), ask(long), ask(long)]
+    with pytest.raises(Problem, match="4 calls are at S3 already"):
+        ask()
+    threading.Timer(0.1, end, [held[0]]).start()
+    monkeypatch.setattr("api.limits.TURN_SECONDS", 20)
+    end(ask())  # which waited for its turn
+    now[0] = 6
+    end(ask())  # one that is slow is none of many, and what takes long by itself tells nothing
+    held.append(ask())
+    now[0] = 12
+    with pytest.raises(Problem, match="S3 does not answer"):
+        ask()
+    end(held[1])
+    ask()
+
+
+@pytest.mark.parametrize("burst", [60])
+def test_a_burst_of_calls_waits_for_its_turn(live, burst):
+    key = live.objects.upload(io.BytesIO(b"{}"), "burst").key
+
+    def look(_):
+        with httpx.Client(base_url=live.http.base_url, timeout=60) as http:
+            return [http.get(f"/files/{key}").status_code for _ in range(3)]
+
+    with ThreadPoolExecutor(burst) as pool:
+        assert {status for statuses in pool.map(look, range(burst)) for status in statuses} == {200}
