@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from api.client import Client
-from engine.logs import mask, printable
+from engine.logs import mask, printable, printable_lines
 from engine.model import TERMINAL
 from engine.stats import STAGES
 
@@ -40,7 +40,7 @@ WIDE_COLUMNS: Final = 110
 
 def plainly(text: str) -> None:
     """Tell a person what is wrong, on standard error."""
-    print("\n".join(map(printable, f"headrace: {mask(text)}".split("\n"))), file=sys.stderr)
+    print(printable_lines(f"headrace: {mask(text)}"), file=sys.stderr)
 
 
 def print_json(value: object) -> None:

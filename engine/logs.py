@@ -17,7 +17,7 @@ import structlog
 
 from engine.errors import HeadraceError, Unexpected
 
-__all__ = ["configure", "expected", "get_logger", "mask", "printable"]
+__all__ = ["configure", "expected", "get_logger", "mask", "printable", "printable_lines"]
 
 MASK: Final = "***"
 
@@ -67,12 +67,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines, which it keeps."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _harmless(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    # Anyone may ask the API for a path. A traceback has lines, and its renderer shows what is between them.
-    return {
-        key: "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
-        for key, value in event.items()
-    }
+    # Anyone may ask the API for a path. A traceback has lines.
+    return {key: printable_lines(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 def _drop_empty(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

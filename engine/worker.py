@@ -17,9 +17,6 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 import pymongo
-from pymongo import CursorType
-from pymongo.cursor import Cursor
-from pymongo.errors import PyMongoError
 from setproctitle import setproctitle
 
 from engine.chooser import Chooser
@@ -41,7 +38,8 @@ from engine.run import Run
 from engine.s3 import connect
 from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats
-from engine.store import Document, Store
+from engine.store import Store
+from engine.wakeups import Wakeups
 
 __all__ = ["EXIT_AGAIN", "EXIT_BOOT", "WorkerIdentity", "work"]
 
@@ -192,9 +190,7 @@ class _Worker:
         self._kept_time_at = 0.0
         self._prune_at = 0.0
         self._collect_at = 0.0
-        self._wakeups: Cursor[Document] | None = None
-        self._woken = 0
-        self._stillborn = False  # the cursor before was dead before anything came
+        self._wakeups = Wakeups(self._store, stop)
         self._stats = Stats()
         self._doing: dict[str, Any] = {}
         self._last_error = ""
@@ -433,32 +429,5 @@ class _Worker:
         seconds = self._settings.engine_poll_seconds * random.uniform(0.75, 1.25)  # noqa: S311
         # The answer must come before the socket is given up, and the watchdog looks on.
         seconds = min(seconds, self._settings.socket_timeout_seconds / 2)
-        try:
-            cursor = self._wakeups
-            if cursor is None or not cursor.alive:
-                if self._stillborn:
-                    self._stop.wait(seconds)  # without what it is to watch, it dies at once
-                self._stillborn = True
-                cursor = self._store.wakeups.find(
-                    {}, {"_id": 1}, cursor_type=CursorType.TAILABLE_AWAIT, batch_size=10_000
-                )
-                self._wakeups, self._woken = cursor.max_await_time_ms(int(seconds * 1000)), 0
-                # What is there already has been seen by the look for jobs that follows.
-                self._drain(cursor)
-                return
-            found = next(cursor, None)
-            self._stillborn = not cursor.alive
-            if found is not None:
-                self._woken += 1
-                self._drain(cursor)
-                self._chooser.awake()
-        except PyMongoError:
-            self._wakeups = None
-            self._stop.wait(seconds)
-
-    def _drain(self, cursor: Cursor[Document]) -> None:
-        if cursor.retrieved == 0:
-            next(cursor, None)
-            self._woken += 1
-        while self._woken < cursor.retrieved and next(cursor, None) is not None:
-            self._woken += 1
+        if self._wakeups.wait(seconds):
+            self._chooser.awake()

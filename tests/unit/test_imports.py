@@ -28,7 +28,7 @@ FLOORS = (
     ("engine.parts", "engine.jobs"),
     ("engine.objects",),
     ("engine.direct",),
-    ("engine.ledger", "engine.stats", "engine.admission"),
+    ("engine.ledger", "engine.stats", "engine.admission", "engine.wakeups"),
     ("engine.rejects", "engine.sink", "engine.job_batches", "engine.retention", "engine.loads"),
     ("engine.queue", "engine.sources"),
     ("engine.plans", "engine.dryrun", "engine.history"),
