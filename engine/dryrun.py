@@ -47,8 +47,11 @@ class DryRun(Sink):
 
     def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float, job_id: str) -> None:
         super().__init__(store, collection, plan, write_timeout_seconds)
-        # Dates beyond those of Python may be in documents that are there: they are compared, and not calculated with.
-        options = store.data.codec_options.with_options(datetime_conversion=DatetimeConversion.DATETIME_AUTO)
+        # Dates beyond those of Python, and strings that are no UTF-8, may be in documents that are there: they are compared,
+        # and not calculated with.
+        options = store.data.codec_options.with_options(
+            datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
+        )
         self._data = store.data.with_options(codec_options=options)
         self._job = job_key(job_id)
         self._claims = store.claims

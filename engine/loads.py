@@ -47,7 +47,8 @@ class Loads:
 
     def others_loaded(self, job: Job, format: Format) -> bool:
         """Whether another job has written, or begun to write, the same documents into the same collection."""
-        return self._ledger.any_begun(self._others(job, {"plan.format": format}, OTHERS))
+        # Those that were skipped have no ranges, and there may be more of them than are looked at.
+        return self._ledger.any_begun(self._others(job, {"plan.format": format, "unread": None}, OTHERS))
 
     def _others(self, job: Job, query: Document, most: int) -> list[str]:
         """Other jobs that write the documents of a job to where it does, the latest first."""

@@ -11,7 +11,7 @@ from typing import Final, cast
 
 import bson
 from bson import json_util
-from bson.codec_options import CodecOptions
+from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import BSONError, InvalidBSON
 from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS, RawBSONDocument
 from pymongo.collection import Collection
@@ -49,6 +49,12 @@ _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError
 # The server cuts long values that it quotes in an error at any byte, in the midst of a character, too.
 _REPLIES: Final[CodecOptions[Document]] = CodecOptions(tz_aware=True, unicode_decode_error_handler="replace")
 
+# What others have stored may hold dates that Python has not, and strings that are no UTF-8. Of these documents only the `_id`
+# is read, and their bytes are compared.
+_STORED: Final = DEFAULT_RAW_BSON_OPTIONS.with_options(
+    datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="replace"
+)
+
 
 @dataclass(slots=True)
 class Work:
@@ -81,7 +87,7 @@ class Sink:
     def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float) -> None:
         self._data = store.data
         self._collection = collection
-        raw = cast("Database[RawBSONDocument]", store.data.with_options(DEFAULT_RAW_BSON_OPTIONS))
+        raw = cast("Database[RawBSONDocument]", store.data.with_options(_STORED))
         self._raw: Collection[RawBSONDocument] = raw[collection]
         self._sole = plan.sole
         self._concern = {"w": "majority", "wtimeout": int(write_timeout_seconds * 1000)}
@@ -209,13 +215,17 @@ class Sink:
         if not unclear:
             return
         made = work.materialize()
-        ids = [made[index]["_id"] for index, _ in unclear]
+        by_id: dict[bytes, list[int]] = {}
+        for index, _ in unclear:
+            by_id.setdefault(_key(made[index]["_id"]), []).append(index)
+        same: set[int] = set()
         with translated("reading documents back"):
-            stored = {_key(found["_id"]): bytes(found.raw) for found in self._raw.find({"_id": {"$in": ids}})}
+            # One after the other: what is stored may be larger by far than the lines.
+            for found in self._raw.find({"_id": {"$in": [made[index]["_id"] for index, _ in unclear]}}):
+                indexes = by_id.get(_key(found["_id"]), ())
+                same.update(index for index in indexes if index not in own or found.raw == encode(made[index]))
         for index, error in unclear:
-            document = made[index]
-            there = stored.get(_key(document["_id"]))
-            if there is not None and (index not in own or there == encode(document)):
+            if index in same:
                 work.replayed += 1
             else:
                 work.refuse(index, Reason.DUPLICATE_KEY, str(error.get("errmsg", ""))[:1000], DUPLICATE_KEY)

@@ -82,16 +82,22 @@ class Sources:
                 found = self._sources.find_one({"_id": found["_id"]}) or found
         entry = _entry(found, job)
         assert entry is not None  # it was there, or has just been pushed
-        if entry["firstJob"] == job_key(job.id):
-            return Registered(bytes(found["tag"]), True, self._loaded_before(job, format))
+        if job.options.force:
+            return Registered(bytes(found["tag"]), True, None)
+        loaded_by = self._loaded_by(job, format)
+        # Its first job may have been put off, or cancelled, before it had a plan, and another one been quicker.
+        first = (
+            entry["firstJob"] == job_key(job.id) and loaded_by is None and not self._others.others_loaded(job, format)
+        )
         # What was loaded may have been deleted since: then again there is nothing that a duplicate could be of.
-        sole = self._is_empty(job) and not self._others.others_may_load(job, format)
-        return Registered(bytes(found["tag"]), sole, self._loaded_by(job, format))
+        sole = first or (self._is_empty(job) and not self._others.others_may_load(job, format))
+        return Registered(bytes(found["tag"]), sole, loaded_by)
 
     def _is_empty(self, job: Job) -> bool:
         """Whether the collection that a job loads into holds no document."""
         with translated("looking into the collection"):
-            return self._data[job.options.collection].find_one({}, {"_id": 1}) is None
+            # Counted by the server: what others have stored, the driver may not be able to read.
+            return not self._data[job.options.collection].count_documents({}, limit=1)
 
     def _loaded_before(self, job: Job, format: Format) -> str | None:
         """As `_loaded_by`, of a source that only `force` can have loaded here: asked where it matters, by `skip`."""

@@ -5,6 +5,7 @@ import threading
 import uuid
 from dataclasses import replace
 
+import pytest
 from bson import ObjectId
 
 from engine.chooser import Chooser
@@ -218,3 +219,35 @@ def test_what_hangs_holds_up_no_job_that_is_looked_at_with_it_or_after_it(
         assert [queue.get(job.id).attempts for job in later] == [0, 0]
     finally:
         hung.let_go.set()
+
+
+def register_alone(planner, plans, job, monkeypatch):
+    """Let trouble come between the registration of a job's source and its plan."""
+
+    def fail(_):
+        raise Transient("stepped down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "fix", fail)
+        with pytest.raises(Transient):
+            planner.prepare([job], "holder")
+
+
+def test_a_job_that_registered_first_and_was_overtaken_does_not_count_what_the_other_has_loaded(
+    store, queue, planner, plans, ledger, source, monkeypatch
+):
+    first = queue.submit(source, JobOptions())
+    register_alone(planner, plans, first, monkeypatch)
+    second = loaded(planner, queue, ledger, source)
+    store.data["records"].insert_one({})
+    [prepared] = planner.prepare([first], "holder")
+    assert (second.plan.sole, prepared.job.plan.sole, prepared.job.already_loaded_by) == (False, False, second.id)
+
+
+def test_a_job_that_registered_and_is_planned_again_is_the_first_all_the_same(
+    queue, planner, plans, source, monkeypatch
+):
+    job = queue.submit(source, JobOptions())
+    register_alone(planner, plans, job, monkeypatch)
+    [prepared] = planner.prepare([job], "holder")
+    assert (prepared.job.plan.sole, prepared.job.already_loaded_by) == (True, None)

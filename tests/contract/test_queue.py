@@ -12,6 +12,7 @@ import pytest
 from pymongo.errors import AutoReconnect, NotPrimaryError
 from pymongo.monitoring import CommandListener, _Listeners
 
+from engine import loads
 from engine.errors import Conflict, LeaseLost, Refused, Transient
 from engine.model import (
     JOB_MOVES,
@@ -274,6 +275,18 @@ def test_a_job_that_is_retried_counts_what_others_have_loaded_since_as_theirs(qu
         if other == "begun":
             assert ledger.lease(second.id, "holder")
     assert queue.retry(job.id).plan.sole is (other != "begun")
+
+
+def test_loads_that_were_skipped_hide_no_other_from_a_job_that_is_retried(queue, plans, ledger, source, monkeypatch):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.cancel(job.id)
+    [second] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(second)
+    assert ledger.lease(second.id, "holder")
+    monkeypatch.setattr(loads, "OTHERS", 2)
+    for _ in range(2):
+        plans.complete_unread(queue.submit(source, JobOptions(if_loaded="skip")), plan(2), second.id)
+    assert queue.retry(job.id).plan.sole is False
 
 
 def test_a_job_beside_one_that_may_be_retried_does_not_count_its_documents(queue, planner, source):

@@ -7,6 +7,8 @@ from dataclasses import replace
 import bson
 import pytest
 from bson import ObjectId
+from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
 
 from engine.errors import NotFound
 from engine.ledger import Ledger
@@ -342,3 +344,15 @@ def test_a_job_that_cannot_be_read_holds_up_no_other(store, submit, drain):
     [job] = drain(submit(b"{}\n").id)
     assert job.state is JobState.COMPLETED
     assert store.jobs.find_one({"_id": ObjectId(odd.id)})["state"] == "PENDING"
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_what_others_stored_may_be_what_python_cannot_read(store, submit, drain, queue, validate):
+    bad_text = bson.encode({"_id": 2, "text": "zz"}).replace(b"zz", b"\xff\xfe")
+    beyond = DatetimeMS(2**60)
+    store.data["records"].insert_many([{"_id": beyond}, {"_id": 1, "at": beyond}, RawBSONDocument(bad_text)])
+    job = submit(b'{"_id":1}\n{"_id":2}\n{"n":3}\n', validate=validate)
+    again = queue.submit(job.source, job.options)
+    for found in (*drain(job.id), *drain(again.id)):
+        tally = found.progress.tally
+        assert (found.state, tally.inserted + tally.duplicates, tally.rejected) == (JobState.COMPLETED, 1, 2)

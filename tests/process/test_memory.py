@@ -1,6 +1,7 @@
 """A worker looks for garbage that holds cycles only now and then: what it drops after a batch must hold none."""
 
 import gc
+import tracemalloc
 import weakref
 
 import pytest
@@ -55,3 +56,18 @@ def test_a_batch_with_a_refused_document_leaves_no_cycle(store, monkeypatch, lin
             assert [reference() for reference in watched] == [None] * len(watched)
     finally:
         gc.enable()
+
+
+def test_what_small_lines_collide_with_may_be_larger_than_memory(store):
+    sink = Sink(store, "records", Plan(Format.NDJSON, TAG, 1, 1, False, 2**25), 10)
+    for first in range(0, 120, 10):
+        store.data["records"].insert_many({"_id": key, "text": "x" * 2**21} for key in range(first, first + 10))
+    documents = decode(batch_of(*(b'{"_id":%d}' % key for key in range(120))), Format.NDJSON, TAG, "key")
+    tracemalloc.start()
+    try:
+        tally, rejects = sink.write(documents)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tally.inserted, tally.duplicates, len(rejects)) == (0, 0, 120)
+    assert peak < 120 * 2**20
