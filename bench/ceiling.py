@@ -4,10 +4,10 @@ What the database can take: the same documents with the same `_id`s, 1000 to a c
 `python -m bench.ceiling FILE [CONNECTIONS]` runs it alone, against MONGO_URI.
 """
 
+import argparse
 import os
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ import bson
 import orjson
 from bson import ObjectId
 from pymongo import MongoClient
+from pymongo.errors import PyMongoError
 
 __all__ = ["batches", "send"]
 
@@ -100,14 +101,30 @@ def _exactly(line: socket.socket, size: int) -> bytes:
 
 def main() -> None:
     """Fill the collection `ceiling` and print the rate."""
-    client: MongoClient[dict[str, Any]] = MongoClient(os.environ["MONGO_URI"])
-    client.drop_database("headrace_ceiling")
-    primary = client.primary
+    parser = argparse.ArgumentParser(prog="python -m bench.ceiling", description=__doc__)
+    parser.add_argument("file", type=Path, help="lines of JSON objects")
+    parser.add_argument("connections", type=int, nargs="?", default=3, choices=range(1, 65), metavar="connections")
+    given = parser.parse_args()
+    uri = os.environ.get("MONGO_URI")
+    if not uri:
+        parser.error("MONGO_URI is not set: let it name the replica set to fill")
+    try:
+        with given.file.open("rb") as file:
+            lines = list(file)
+        work = batches(lines)
+    except OSError as error:
+        parser.error(f"{given.file}: {error.strerror}")
+    except (TypeError, ValueError) as error:
+        parser.error(f"{given.file} has a line that is no JSON object: {error}")
+    try:
+        client: MongoClient[dict[str, Any]] = MongoClient(uri)
+        client.drop_database("headrace_ceiling")
+        primary = client.primary
+    except PyMongoError as error:
+        parser.error(f"MONGO_URI: {str(error)[:300]}")
     if primary is None:
-        raise SystemExit("MONGO_URI names no replica set")
-    with Path(sys.argv[1]).open("rb") as file:
-        lines = list(file)
-    seconds = send(*primary, "headrace_ceiling", "ceiling", batches(lines), int(sys.argv[2]) if sys.argv[2:] else 3)
+        parser.error("MONGO_URI names no replica set")
+    seconds = send(*primary, "headrace_ceiling", "ceiling", work, given.connections)
     print(f"{len(lines):,} documents in {seconds:.2f} s: {len(lines) / seconds:,.0f} a second")
 
 

@@ -117,7 +117,9 @@ def measure(benchmark: BenchmarkFixture, commit: str) -> Measure:
         } | more
         if benchmark.stats is not None:
             seconds = benchmark.stats.stats.median
-            info |= {"MB/s": round(size / seconds / 1e6, 1), "records/s": round(records / seconds, 1)}
+            # None where there are none: a benchmark of the queue moves no bytes.
+            info |= {"MB/s": round(size / seconds / 1e6, 1) if size else None}
+            info |= {"records/s": round(records / seconds, 1) if records else None}
         benchmark.extra_info.update(info)
         return result
 

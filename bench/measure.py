@@ -105,7 +105,7 @@ class Ceiling:
 def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any]:
     """The same file by the ceiling, by Headrace, and by the import tool; and what Headrace spent.
 
-    The import tool's best number of workers is found in the first round; where it fails, `import note` says why and there are
+    The import tool's best number of workers is found after the first load; where it fails, `import note` says why and there are
     no figures of it.
     """
     source = rig.upload(path)
@@ -133,13 +133,13 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
         }
         if tool and candidates:
             try:
-                walls = {workers: importer.run(rig, tool, path, workers, taken.lines) for workers in candidates}
+                if len(candidates) > 1:
+                    candidates = (importer.best(rig, tool, path, candidates, taken.lines),)
+                wall = importer.run(rig, tool, path, candidates[0], taken.lines)
             except (OSError, RuntimeError) as error:
                 candidates, note = (), str(error)
             else:
-                best = min(walls, key=lambda workers: walls[workers])
-                figures |= {"import": walls[best], "import ratio": walls[best] / taken.wall}
-                candidates = (best,)
+                figures |= {"import": wall, "import ratio": wall / taken.wall}
         for name, value in figures.items():
             rows.setdefault(name, []).append(value)
     if candidates:

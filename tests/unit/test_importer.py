@@ -1,8 +1,11 @@
 """A tool that is no good costs its own row of the report, whatever is wrong with it."""
 
+from pathlib import Path
+
 import pytest
 
 from bench import importer
+from tests.running import until
 
 
 @pytest.fixture
@@ -27,6 +30,24 @@ def test_a_tool_that_hangs_is_not_waited_for(tool, monkeypatch):
     monkeypatch.setattr(importer, "LOOK_SECONDS", 0.2)
     path = tool("#!/bin/sh\nexec sleep 60\n")
     assert importer.look(path) == ((), f"{path} did not end within 0.2 seconds")
+
+
+def test_what_a_tool_that_hangs_has_started_ends_with_it(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(importer, "LOOK_SECONDS", 2)
+    path = tool(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/pid\nwait\n")
+    assert importer.look(path)[0] == ()
+    child = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    until(lambda: not child.exists() or " Z " in child.read_text())
+
+
+def test_the_best_number_of_workers_is_the_quickest_at_the_median(monkeypatch):
+    taken = iter([99, 3, 2, 4, 5, 4, 2, 9, 6, 2, 2, 3, 1])
+    asked = []
+    monkeypatch.setattr(
+        importer, "run", lambda rig, tool, path, workers, lines: (asked.append(workers), next(taken))[1]
+    )
+    assert importer.best(None, "tool", Path("file"), (1, 2, 4, 8), 10) == 2
+    assert asked == [8, *(1, 2, 4, 8) * 3]
 
 
 def test_a_tool_that_runs_is_tried_and_named(tool):

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from bench.figures import Spent, Spread
-from bench.report import Report, main, room, stated
+from bench.report import Report, _least, _less, _most, main, room, stated
 from bench.rig import isolate
 from bench.verdicts import bottleneck, fastest, flat, scaling
 from engine.settings import Settings
@@ -148,3 +148,18 @@ def test_what_is_measured_are_the_defaults_whatever_the_environment_says(monkeyp
     found = Settings(engine_workers=2)
     assert (found.mongo_uri, found.aws_bucket_name) == (None, None)
     assert (found.engine_batch_records, found.engine_writers) == (1000, 4)
+
+
+@pytest.mark.parametrize(
+    ("judge", "median", "told", "met"),
+    [
+        (_most("x", 1.5), 1.5034, "1.503", False),
+        (_most("x", 1.5), 1.496, "1.50", True),
+        (_most("x", 1.5), 1.5, "1.50", True),
+        (_least("x", 100, 0), 99.6, "99.6", False),
+        (_less("x", 100, 0), 100.0, "100", False),
+        (_less("x", 100, 0), 99.6, "99.6", True),
+    ],
+)
+def test_a_figure_and_its_verdict_say_the_same(judge, median, told, met):
+    assert judge({"x": Spread((median,))}) == (told, met)
