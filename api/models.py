@@ -4,7 +4,16 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 from engine.direct import MAX_URLS
@@ -180,15 +189,39 @@ class _Query(BaseModel):
 Limit = Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE, description="The most to return")]
 
 
+def _like(pattern: str, sentence: str) -> AfterValidator:
+    """A text that a pattern matches; the sentence is for who wrote another."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(sentence)
+        return value
+
+    return AfterValidator(check)
+
+
+_NEXT: Final = "`next` of the page before"
+_CURSOR: Final = f"a cursor is {_NEXT}: leave it out for the first page"
+_OFFSET: Final = r"^[0-9]{1,18}$"
+
+_BatchId = Annotated[
+    str,
+    _like(JOB_ID, "the id of a batch has 24 hexadecimal digits"),
+    WithJsonSchema({"type": "string", "pattern": JOB_ID}),
+]
+_JobsCursor = Annotated[str, _like(JOB_ID, _CURSOR), WithJsonSchema({"type": "string", "pattern": JOB_ID})]
+_RejectsCursor = Annotated[str, _like(_OFFSET, _CURSOR), WithJsonSchema({"type": "string", "pattern": _OFFSET})]
+
+
 class JobsQuery(_Query):
     """Which jobs."""
 
     status: Literal["PENDING", "PROCESSING", "COMPLETED", "FAILED", "CANCELLED"] | None = None
     file: Annotated[str | None, Field(min_length=1, max_length=1024, description="Only jobs of this key")] = None
     collection: Annotated[str | None, Field(min_length=1, max_length=200)] = None
-    batch: Annotated[str | None, Field(pattern=JOB_ID)] = None
+    batch: _BatchId | None = None
     limit: Limit = PAGE
-    cursor: Annotated[str | None, Field(pattern=JOB_ID, description="`next` of the page before")] = None
+    cursor: Annotated[_JobsCursor | None, Field(description=_NEXT)] = None
 
 
 class RejectsQuery(_Query):
@@ -196,7 +229,7 @@ class RejectsQuery(_Query):
 
     format: Literal["json", "ndjson"] = "json"
     limit: Limit = PAGE
-    cursor: Annotated[str, Field(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Annotated[_RejectsCursor | None, Field(description=_NEXT)] = None
 
 
 class FilesQuery(_Query):
@@ -204,7 +237,7 @@ class FilesQuery(_Query):
 
     prefix: Annotated[str, Field(max_length=1024)] = ""
     limit: Limit = PAGE
-    cursor: Annotated[str | None, Field(min_length=1, max_length=2048)] = None
+    cursor: Annotated[str | None, Field(min_length=1, max_length=2048, description=_NEXT)] = None
 
 
 class PartsQuery(_Query):

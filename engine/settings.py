@@ -129,10 +129,20 @@ def http_url(value: str | None) -> str | None:
     return value
 
 
-def _token(value: SecretStr | None) -> SecretStr | None:
-    if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
-        raise ValueError("it has spaces, line ends or letters beyond ASCII: copy it as `headrace token` showed it")
-    return value
+def _visible(advice: str) -> AfterValidator:
+    """What goes into a header of HTTP, where there is any. No message holds it: it may be a secret."""
+
+    def check(value: Any) -> Any:
+        plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if plain is not None and not re.fullmatch(r"[!-~]+", plain):
+            raise ValueError(f"it has spaces, line ends or letters beyond ASCII: {advice}")
+        return value
+
+    return AfterValidator(check)
+
+
+_PAIR: Final = ("aws_access_key_id", "aws_secret_access_key")
+_KEY: Final = _visible("copy the key alone, with nothing around it")
 
 
 def _writers(found: dict[str, Any]) -> int:
@@ -168,9 +178,9 @@ class Settings(BaseSettings):
     aws_region: Annotated[str, _like(_REGION, "write a region such as eu-central-1")] = _setting(
         "us-east-1", "Region of the bucket"
     )
-    aws_access_key_id: str | None = _setting(None, "S3 access key")
-    aws_secret_access_key: SecretStr | None = _setting(None, "S3 secret key")
-    aws_session_token: SecretStr | None = _setting(None, "S3 session token, for temporary keys")
+    aws_access_key_id: Annotated[str | None, _KEY] = _setting(None, "S3 access key")
+    aws_secret_access_key: Annotated[SecretStr | None, _KEY] = _setting(None, "S3 secret key")
+    aws_session_token: Annotated[SecretStr | None, _KEY] = _setting(None, "S3 session token, for temporary keys")
     aws_bucket_name: Annotated[str | None, _like(_BUCKET, "write the name of a bucket, or its ARN")] = _setting(
         None, "Bucket that holds the files"
     )
@@ -217,7 +227,7 @@ class Settings(BaseSettings):
         None, "Token entries that the HTTP API accepts, as `headrace token` prints them, separated by spaces or commas"
     )
     api_tokens_file: Path | None = _setting(None, "A file of such entries, one per line", "file")
-    api_token: Annotated[SecretStr | None, AfterValidator(_token)] = _setting(
+    api_token: Annotated[SecretStr | None, _visible("copy it as `headrace token` showed it")] = _setting(
         None, "Token that the command line sends to the HTTP API"
     )
     api_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
@@ -332,6 +342,7 @@ def load(**overrides: Any) -> tuple[Settings, list[str]]:
         unset = {name: field.default for name, field in Settings.model_fields.items() if name in alone}
         unset |= {"engine_workers": 1} if "engine_workers" in alone else {}
         unset |= {"engine_writers": 1} if {"engine_workers", "engine_writers"} & alone else {}
+        unset |= dict.fromkeys(_PAIR) if not alone.isdisjoint(_PAIR) else {}
         try:
             Settings(**overrides | unset)
         except ValidationError as more:
@@ -353,7 +364,8 @@ def _sentences(error: ValidationError) -> list[str]:
             continue
         field = str(fault["loc"][0])
         annotation = Settings.model_fields[field].annotation if field in Settings.model_fields else None
-        shown = "" if "SecretStr" in str(annotation) else f"={str(fault['input'])[:100]}"
+        given = str(fault["input"])[:100]
+        shown = "" if "SecretStr" in str(annotation) else f"={given if given.isprintable() else repr(given)}"
         sentences.append(f"{field.upper()}{shown}: {message[0].lower()}{message[1:]}")
     return sentences
 

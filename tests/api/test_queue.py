@@ -37,6 +37,7 @@ def test_jobs_are_listed_newest_first_by_pages_and_filters(live, finish):
         {"limit": "x"},
         {"limit": 10**9},
         {"cursor": "x"},
+        {"batch": "x"},
         {"colour": "red"},
         {"file": ""},
     ],
@@ -45,6 +46,7 @@ def test_a_wrong_filter_is_named(live, query):
     answer = live.http.get("/jobs", params=query)
     assert answer.status_code == 422
     assert next(iter(query)) in answer.json()["detail"]
+    assert "pattern" not in answer.json()["detail"]
 
 
 def test_a_job_tells_its_ranges_and_what_happened(live, finish):

@@ -86,6 +86,16 @@ def test_settings_that_contradict_each_other_stop_the_start(monkeypatch, changes
         load()
 
 
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "API_TOKEN"])
+def test_what_no_header_can_carry_is_told_of_its_setting(monkeypatch, name):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv(name, "one\ntwo")
+    with pytest.raises(SettingsError, match=f"^{name}.*line ends") as told:
+        load()
+    assert "\n" not in str(told.value)
+
+
 def test_what_is_wrong_alone_does_not_hide_what_is_wrong_together(monkeypatch):
     for name, value in {"PORT": "x", "AWS_ACCESS_KEY_ID": "a", "ENGINE_LEASE_SECONDS": "80"}.items():
         monkeypatch.setenv(name, value)
