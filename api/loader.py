@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from api.client import AWAY, CallFailed, Client, is_stream, path_of, readable
-from api.show import Bars, bars
+from api.show import Bars, bars, plainly
 from api.terminal import EXIT_INTERRUPTED
 from api.transfer import Note, Transfer, forget_old
 from engine.errors import CommandError, HeadraceError
-from engine.logs import get_logger
+from engine.logs import get_logger, mask
 from engine.model import TERMINAL
 
 __all__ = ["STDIN", "Loaded", "Loader"]
@@ -76,7 +77,7 @@ class Loaded:
         if self.status is not None and self.error is None:
             return {"file": readable(self.file), **self.status}
         known = {"file": readable(self.file), "jobId": self.job_id, "fileKey": self.key}
-        return known | ({"error": {"code": self.error.code, "message": str(self.error)}} if self.error else {})
+        return known | ({"error": {"code": self.error.code, "message": mask(str(self.error))}} if self.error else {})
 
 
 class Loader:
@@ -109,8 +110,13 @@ class Loader:
         return loads
 
     def _interrupted(self, loads: list[Loaded]) -> None:
+        # Who cannot wait for the farewell does without.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
         # Looked at before the stop, which is an error to those that are being sent.
         going = [load for load in loads if load.error is None]
+        for load in loads:
+            if load.error is not None:
+                plainly(f"{load.file}: {load.error}")
         self._transfer.stop()
         until = time.monotonic() + ANSWER_SECONDS
         for load in going:
@@ -118,7 +124,7 @@ class Loader:
                 time.sleep(0.02)
             if not load.ended():
                 name = "standard input" if load.file == STDIN else load.file
-                print(f"headrace: interrupted; {name}: {load.advice()}", file=sys.stderr)
+                plainly(f"interrupted; {name}: {load.advice()}")
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)  # threads in the midst of a request would keep the process
 
@@ -190,10 +196,10 @@ class Loader:
     def _object(self, load: Loaded) -> str:
         """An object that is there already; returns its key."""
         bucket, _, key = load.file.removeprefix("s3://").partition("/")
-        there = self._client.ask("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
+        there = self._client.insist("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
         if bucket != there:
             raise CommandError(f"this API reads bucket {there} only; put the object there, or ask another API")
-        stamp = [self._client.ask("GET", f"/files/{path_of(key)}")["etag"]]
+        stamp = [self._client.insist("GET", f"/files/{path_of(key)}")["etag"]]
         load.note = Note(self._client.url, load.file, stamp)
         load.note.put()
         return key

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from api.client import Client, check_file, readable, url_of
+from api.client import Client, check_file, is_stream, readable, url_of
 from api.loader import STDIN, Loader
 from api.models import ProcessRequest
 from api.show import (
@@ -87,7 +87,7 @@ def load(
     options |= {"runAt": run_at} if run_at is not None else {}
     options |= {"timeoutSeconds": timeout_seconds} if timeout_seconds is not None else {}
     _check_options(options)
-    _check_files(files)
+    _check_files(files, through_api=through_api)
     client = _client(url)
     client.ask("GET", "/healthz")  # one that is not there yet is told at once; one that goes later is waited for
     loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
@@ -125,13 +125,16 @@ def _check_options(options: dict[str, Any]) -> None:
         raise typer.BadParameter(fault["msg"].removeprefix("Value error, "), param_hint=option) from None
 
 
-def _check_files(files: list[str]) -> None:
-    """Raises CommandError for one that cannot be read, BadParameter for one that is named twice."""
+def _check_files(files: list[str], *, through_api: bool) -> None:
+    """Raises CommandError for one that cannot be read, BadParameter for one that is named twice, or cannot be sent so."""
     seen = set()
     for file in files:
         here = file != STDIN and not file.startswith("s3://")
         if here:
             check_file(Path(file))
+        if through_api and (file == STDIN or (here and is_stream(Path(file)))):
+            why = "a stream is sent in parts, straight to S3: put it into a file to send it through the API"
+            raise typer.BadParameter(why, param_hint="--through-api")
         place = str(Path(file).resolve()) if here else file
         if place in seen:
             raise typer.BadParameter(f"{file} is named twice: name each file once", param_hint="FILES...")

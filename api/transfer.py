@@ -245,7 +245,7 @@ class Transfer:
         if (key := note.get("key")) is None:
             return None
         try:
-            if self._client.ask("GET", f"/files/{path_of(key)}")["size"] == size:
+            if self._client.insist("GET", f"/files/{path_of(key)}")["size"] == size:
                 return key
         except CallFailed as error:
             if error.status == 403:
@@ -260,7 +260,7 @@ class Transfer:
         if (upload_id := note.get("uploadId")) is None:
             return None
         try:
-            return self._client.ask("GET", f"/uploads/{quote(upload_id, safe='')}", params={"count": URLS})
+            return self._client.insist("GET", f"/uploads/{quote(upload_id, safe='')}", params={"count": URLS})
         except CallFailed as error:
             if error.status != 404:
                 raise
@@ -271,7 +271,7 @@ class Transfer:
         if (upload_id := note.get("uploadId")) is None:
             return None
         try:
-            answer = self._client.ask("POST", f"/uploads/{quote(upload_id, safe='')}/complete", timeout=SLOW)
+            answer = self._client.insist("POST", f"/uploads/{quote(upload_id, safe='')}/complete", timeout=SLOW)
         except CallFailed as error:
             if error.status != 404:
                 raise
@@ -297,7 +297,7 @@ class Transfer:
                     asked = {"first": number, "count": URLS}
                     more = self._client.insist("GET", f"/uploads/{state['uploadId']}", params=asked)
                     urls, fresh_until = _signed(more)
-                future = self._pool.submit(self._put, urls.pop(number), data, state["headers"], sent)
+                future = self._pool.submit(self._put, urls.pop(number), data, state, sent)
                 flying.add(future)
                 self._flying.add(future)
                 future.add_done_callback(self._flying.discard)
@@ -314,13 +314,13 @@ class Transfer:
             wait([future for future in flying if not future.cancel()])
             raise
 
-    def _put(self, url: str, data: bytes, headers: dict[str, str], sent: Sent) -> None:
+    def _put(self, url: str, data: bytes, state: dict[str, Any], sent: Sent) -> None:
         failure = ""
         for tries in range(TRIES):
             if self._stopped.is_set():
                 raise CommandError(STOPPED)
             try:
-                answer = self._http.put(url, content=data, headers=headers)
+                answer = self._http.put(url, content=data, headers=state["headers"])
                 if answer.is_success:
                     sent(len(data))
                     return
@@ -331,10 +331,11 @@ class Transfer:
             except httpx.HTTPError as error:
                 failure = f"failed {why_not_reached(error)}"
             self._stopped.wait(0.2 * 2**tries)
-        where = httpx.URL(url).host
+        again = "run the same command again to go on, or send the file"
+        if state["size"] is None:
+            again = "nothing of the stream is kept: send it again, or put it into a file and send that"
         raise CommandError(
-            f"sending a part to S3 at {where} {failure}: run the same command again to go on, or send the file "
-            "--through-api where S3 cannot be reached from here"
+            f"sending a part to S3 at {httpx.URL(url).host} {failure}: {again} --through-api where S3 cannot be reached from here"
         )
 
     def _complete(self, state: dict[str, Any]) -> str:

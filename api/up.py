@@ -25,7 +25,7 @@ from engine.errors import HeadraceError, StartError
 from engine.local import LocalServers
 from engine.ports import check_port
 from engine.settings import Settings
-from engine.store import Store, translated
+from engine.store import Store, leniently, translated
 
 __all__ = ["up"]
 
@@ -302,7 +302,7 @@ def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, An
 def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:
     settings = Settings.model_validate(settings.model_dump() | overrides)
     with translated("reading what was loaded"), closing(Store(settings)) as store:
-        collection = store.data[status["collection"]]
+        collection = leniently(store.data)[status["collection"]]
         count = collection.estimated_document_count()
         job = store.jobs.find_one({"_id": ObjectId(status["jobId"])}) or {}
         tag = bytes(job.get("plan", {}).get("tag", b""))

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import bson
 from bson import Binary, Decimal128
-from bson.codec_options import DatetimeConversion
 from bson.errors import BSONError
 from pymongo import DeleteOne, InsertOne
 from pymongo.errors import DocumentTooLarge, OperationFailure
@@ -20,7 +19,7 @@ from pymongo.errors import DocumentTooLarge, OperationFailure
 from engine.errors import Permanent
 from engine.model import Plan, Reason
 from engine.sink import TOO_DEEP_CODE, TOO_DEEP_DETAIL, TOO_LARGE_CODES, Sink, Work, encode, size_fault, unencodable
-from engine.store import DUPLICATE_KEY, Document, Store, job_key, translate, translated, write_all
+from engine.store import DUPLICATE_KEY, Document, Store, job_key, leniently, translate, translated, write_all
 
 __all__ = ["DryRun"]
 
@@ -47,12 +46,7 @@ class DryRun(Sink):
 
     def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float, job_id: str) -> None:
         super().__init__(store, collection, plan, write_timeout_seconds)
-        # Dates beyond those of Python, and strings that are no UTF-8, may be in documents that are there: they are compared,
-        # and not calculated with.
-        options = store.data.codec_options.with_options(
-            datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
-        )
-        self._data = store.data.with_options(codec_options=options)
+        self._data = leniently(store.data)  # what is there is compared, and not calculated with
         self._job = job_key(job_id)
         self._claims = store.claims
         self._judge: tuple[Document | None, list[list[str]]] | None = None

@@ -365,7 +365,12 @@ def _sentences(error: ValidationError) -> list[str]:
         field = str(fault["loc"][0])
         annotation = Settings.model_fields[field].annotation if field in Settings.model_fields else None
         given = str(fault["input"])[:100]
-        shown = "" if "SecretStr" in str(annotation) else f"={given if given.isprintable() else repr(given)}"
+        # The other key may have been pasted into the one that is none.
+        shown = (
+            ""
+            if "SecretStr" in str(annotation) or field in _PAIR
+            else f"={given if given.isprintable() else repr(given)}"
+        )
         sentences.append(f"{field.upper()}{shown}: {message[0].lower()}{message[1:]}")
     return sentences
 

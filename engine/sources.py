@@ -84,14 +84,12 @@ class Sources:
         assert entry is not None  # it was there, or has just been pushed
         if job.options.force:
             return Registered(bytes(found["tag"]), True, None)
-        loaded_by = self._loaded_by(job, format)
         # Its first job may have been put off, or cancelled, before it had a plan, and another one been quicker.
-        first = (
-            entry["firstJob"] == job_key(job.id) and loaded_by is None and not self._others.others_loaded(job, format)
-        )
+        overtaken = entry.get("completedBy") is not None or self._others.others_loaded(job, format)
+        first = entry["firstJob"] == job_key(job.id) and not overtaken
         # What was loaded may have been deleted since: then again there is nothing that a duplicate could be of.
         sole = first or (self._is_empty(job) and not self._others.others_may_load(job, format))
-        return Registered(bytes(found["tag"]), sole, loaded_by)
+        return Registered(bytes(found["tag"]), sole, self._loaded_by(job, format))
 
     def _is_empty(self, job: Job) -> bool:
         """Whether the collection that a job loads into holds no document."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from bson import ObjectId
-from bson.codec_options import CodecOptions
+from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import InvalidId
 from dns.exception import Timeout as DNSTimeout
 from dns.resolver import NoNameservers
@@ -53,6 +53,7 @@ __all__ = [
     "claims_of",
     "job_key",
     "jobs_of",
+    "leniently",
     "parse_id",
     "ranges_of",
     "translate",
@@ -250,6 +251,14 @@ class Store:
     def close(self) -> None:
         """Close the client's connections."""
         self.client.close()
+
+
+def leniently(database: Database[Document]) -> Database[Document]:
+    """The same database, to read what others have stored: dates that Python has not, and strings that are no UTF-8."""
+    options = database.codec_options.with_options(
+        datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
+    )
+    return database.with_options(codec_options=options)
 
 
 def job_key(job_id: str) -> ObjectId:

@@ -144,6 +144,7 @@ def test_a_wrong_option_is_told_before_anything_is_uploaded(run, file, live):
     before = live.store.uploads.count_documents({})
     for wrong in (["--format", "csv"], ["--max-errors", "5x"], ["--collection", "system.x"]):
         run("load", file, *wrong, code=2)
+    run("load", "-", "--through-api", code=2)
     assert live.store.uploads.count_documents({}) == before
 
 
@@ -185,12 +186,14 @@ def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
         return live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
 
     before = unfinished()
-    process = start("load", "-", "--collection", "broken", stdin=subprocess.PIPE)
+    process = start("load", "s3://nowhere/file", "-", "--collection", "broken", stdin=subprocess.PIPE)
     process.stdin.write(b'{"n":1}\n' * 3_000_000)
     process.stdin.flush()
     until(lambda: len(unfinished()) > len(before), what="the upload")
     process.send_signal(signal.SIGINT)
-    assert "nothing of it is kept" in process.communicate(timeout=60)[1].decode()
+    said = process.communicate(timeout=60)[1].decode()
+    assert "nothing of it is kept" in said
+    assert "s3://nowhere/file: this API reads bucket" in said  # what went wrong before the interrupt
     assert process.returncode == 130
     assert unfinished() == before
     assert live.store.jobs.count_documents({"options.collection": "broken"}) == 0

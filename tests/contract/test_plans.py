@@ -244,10 +244,14 @@ def test_a_job_that_registered_first_and_was_overtaken_does_not_count_what_the_o
     assert (second.plan.sole, prepared.job.plan.sole, prepared.job.already_loaded_by) == (False, False, second.id)
 
 
+@pytest.mark.parametrize("forced", [False, True])
 def test_a_job_that_registered_and_is_planned_again_is_the_first_all_the_same(
-    queue, planner, plans, source, monkeypatch
+    store, queue, planner, plans, ledger, source, monkeypatch, forced
 ):
     job = queue.submit(source, JobOptions())
     register_alone(planner, plans, job, monkeypatch)
+    # What another has loaded under ids of its own is no duplicate of anything.
+    other = loaded(planner, queue, ledger, source, force=True) if forced else None
+    store.data["records"].insert_one({})
     [prepared] = planner.prepare([job], "holder")
-    assert (prepared.job.plan.sole, prepared.job.already_loaded_by) == (True, None)
+    assert (prepared.job.plan.sole, prepared.job.already_loaded_by) == (True, other and other.id)

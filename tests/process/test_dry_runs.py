@@ -2,8 +2,10 @@
 
 import uuid
 
+import bson
 import pytest
 from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
 
 from engine.model import JobState
 
@@ -55,8 +57,10 @@ def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
 def test_a_dry_run_compares_documents_with_dates_beyond_those_of_python(store, submit, drain):
     store.data["records"].create_index("e.x", unique=True)
     store.data["records"].insert_one({"e": {"x": 1, "at": DatetimeMS(2**60)}})
-    [dry] = drain(submit(b'{"e":{"x":1}}\n{"e":{"x":2}}\n', validate=True).id)
-    assert (dry.state, dry.progress.tally.inserted, dry.progress.tally.rejected) == (JobState.COMPLETED, 1, 1)
+    bad_text = bson.encode({"e": {"x": 3, "text": "zz"}}).replace(b"zz", b"\xff\xfe")
+    store.data["records"].insert_one(RawBSONDocument(bad_text))
+    [dry] = drain(submit(b'{"e":{"x":1}}\n{"e":{"x":2}}\n{"e":{"x":3}}\n', validate=True).id)
+    assert (dry.state, dry.progress.tally.inserted, dry.progress.tally.rejected) == (JobState.COMPLETED, 1, 2)
 
 
 def test_a_dry_run_over_its_budget_leaves_no_claims_either(store, submit, drain):

@@ -12,9 +12,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import bson
 import pytest
+from bson import ObjectId
+from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
 from pymongo import MongoClient
+from rich.console import Console
 
+from api.up import _show_documents
 from engine.local import mongod_path
 from engine.ports import free_port
 from tests.running import ROOT, alive, until
@@ -409,3 +415,13 @@ def test_api_and_engine_alone_name_what_is_not_set(tmp_path, command):
     assert "MONGO_URI" in run.stderr
     assert "AWS_BUCKET_NAME" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_what_others_have_stored_in_the_collection_is_shown_whatever_it_is(settings, store, capsys):
+    bad_text = bson.encode({"text": "zz"}).replace(b"zz", b"\xff\xfe")
+    store.data["records"].insert_many([{"at": DatetimeMS(2**60)}, RawBSONDocument(bad_text)])
+    status = {"jobId": str(ObjectId()), "collection": "records"}
+    _show_documents(settings, {}, status, Console())
+    told = capsys.readouterr().out
+    assert "holds 2 documents" in told
+    assert "\ufffd" in told

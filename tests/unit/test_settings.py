@@ -94,6 +94,7 @@ def test_what_no_header_can_carry_is_told_of_its_setting(monkeypatch, name):
     with pytest.raises(SettingsError, match=f"^{name}.*line ends") as told:
         load()
     assert "\n" not in str(told.value)
+    assert "two" not in str(told.value)
 
 
 def test_what_is_wrong_alone_does_not_hide_what_is_wrong_together(monkeypatch):

@@ -48,7 +48,7 @@ def sent(monkeypatch):
     """The parts that were sent, by URL."""
     parts = {}
 
-    def put(self, url, data, headers, sent):
+    def put(self, url, data, state, sent):
         parts[url] = data
 
     monkeypatch.setattr(Transfer, "_put", put)
@@ -60,7 +60,7 @@ def sent(monkeypatch):
 def test_no_more_than_some_bytes_of_large_parts_are_held(monkeypatch, part_bytes, most):
     under_way, seen, lock = [0], [], threading.Lock()
 
-    def put(self, url, data, headers, sent):
+    def put(self, url, data, state, sent):
         with lock:
             under_way[0] += 1
             seen.append(under_way[0])
@@ -187,7 +187,7 @@ def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
     under_way, lock, api = [0], threading.Lock(), Api(parts=5)
     ask = api.ask
 
-    def put(self, url, data, headers, sent):
+    def put(self, url, data, state, sent):
         with lock:
             under_way[0] += 1
         try:
@@ -226,11 +226,20 @@ def test_a_part_is_sent_again_where_that_may_help(monkeypatch, status, said, tri
     monkeypatch.setattr(transfer, "_http", httpx.Client(transport=httpx.MockTransport(answer)))
     monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
     if tries == 1:
-        with pytest.raises(CommandError, match="answered with 403"):
-            transfer._put("http://s3/1", b"data", {}, sent.append)
+        with pytest.raises(CommandError, match="answered with 403: run the same command again to go on"):
+            transfer._put("http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
     else:
-        transfer._put("http://s3/1", b"data", {}, sent.append)
+        transfer._put("http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
     assert (asked, sent) == ([b"data"] * tries, [4] * (tries - 1))
+
+
+def test_a_stream_whose_part_s3_does_not_take_is_not_said_to_go_on(monkeypatch):
+    transfer = Transfer(Api())
+    refuse = httpx.MockTransport(lambda request: httpx.Response(403))
+    monkeypatch.setattr(transfer, "_http", httpx.Client(transport=refuse))
+    monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
+    with pytest.raises(CommandError, match="nothing of the stream is kept"):
+        transfer._put("http://s3/1", b"data", {"headers": {}, "size": None}, lambda n: None)
 
 
 @pytest.mark.parametrize("change", [b"", b"appended", None])
@@ -242,8 +251,8 @@ def test_a_file_that_is_written_to_while_it_is_sent_becomes_no_object(sent, monk
     api.state |= {"size": 20, "stored": []}
     put = Transfer._put
 
-    def change_it(self, url, data, headers, sent):
-        put(self, url, data, headers, sent)
+    def change_it(self, url, data, state, sent):
+        put(self, url, data, state, sent)
         if url.endswith("/1") and change is not None:
             with path.open("ab" if change else "r+b") as file:
                 file.write(change or b"written over")
