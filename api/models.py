@@ -5,7 +5,6 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,6 +18,7 @@ from pydantic.alias_generators import to_camel
 from engine.direct import MAX_URLS
 from engine.model import Format, JobOptions
 from engine.parts import MAX_PARTS
+from engine.values import like
 
 __all__ = [
     "BatchRequest",
@@ -189,28 +189,19 @@ class _Query(BaseModel):
 Limit = Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE, description="The most to return")]
 
 
-def _like(pattern: str, sentence: str) -> AfterValidator:
-    """A text that a pattern matches; the sentence is for who wrote another."""
-
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(sentence)
-        return value
-
-    return AfterValidator(check)
-
-
 _NEXT: Final = "`next` of the page before"
 _CURSOR: Final = f"a cursor is {_NEXT}: leave it out for the first page"
 _OFFSET: Final = r"^[0-9]{1,18}$"
 
 _BatchId = Annotated[
     str,
-    _like(JOB_ID, "the id of a batch has 24 hexadecimal digits"),
+    like(re.compile(JOB_ID), "the id of a batch has 24 hexadecimal digits"),
     WithJsonSchema({"type": "string", "pattern": JOB_ID}),
 ]
-_JobsCursor = Annotated[str, _like(JOB_ID, _CURSOR), WithJsonSchema({"type": "string", "pattern": JOB_ID})]
-_RejectsCursor = Annotated[str, _like(_OFFSET, _CURSOR), WithJsonSchema({"type": "string", "pattern": _OFFSET})]
+_JobsCursor = Annotated[str, like(re.compile(JOB_ID), _CURSOR), WithJsonSchema({"type": "string", "pattern": JOB_ID})]
+_RejectsCursor = Annotated[
+    str, like(re.compile(_OFFSET), _CURSOR), WithJsonSchema({"type": "string", "pattern": _OFFSET})
+]
 
 
 class JobsQuery(_Query):

@@ -36,8 +36,8 @@ from engine.admission import check_collection_name
 from engine.errors import CommandError, Refused
 from engine.logs import printable
 from engine.model import Format, JobState
-from engine.settings import http_url
 from engine.stats import REPORT_SECONDS
+from engine.values import http_url
 
 __all__ = ["remote"]
 

@@ -28,7 +28,8 @@ from engine.errors import HeadraceError, StartError
 from engine.objects import Objects
 from engine.ports import NEIGHBOUR, free_port, ports_in_pairs
 from engine.s3 import connect
-from engine.settings import DEFAULT_DATABASE, Settings
+from engine.settings import Settings
+from engine.values import DEFAULT_DATABASE
 
 __all__ = ["LocalServers", "mongod_path"]
 

@@ -5,154 +5,45 @@ The environment wins over `.env`; an empty value counts as unset. No other modul
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-from pymongo.errors import PyMongoError
-from pymongo.uri_parser import parse_uri
 
 from engine.cores import cores
 from engine.errors import SettingsError
-
-__all__ = ["DEFAULT_DATABASE", "Settings", "http_url", "load"]
-
-DEFAULT_DATABASE: Final = "headrace"
-
-KIB: Final = 1024
-MIB: Final = 1024 * KIB
-GIB: Final = 1024 * MIB
-TIB: Final = 1024 * GIB
-
-_UNITS: Final = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
-    f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)
-}
-_REGION: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-_BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:\S{1,2000}")
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b)?\s*", re.IGNORECASE)
-
-
-def _size(value: object) -> object:
-    """64MiB, 1.5GB, 4096 → bytes."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value)
-    if match is None:
-        raise ValueError("write a size such as 4096, 512KiB or 1.5GB")
-    number, letter, suffix = match.group(1), match.group(2).lower(), (match.group(3) or "").lower()
-    if len(number) > 20:
-        raise ValueError("no size is as large as that")
-    return int(Decimal(number) * _UNITS[letter + "ib" if suffix == "ib" and letter else letter])
-
-
-Bytes = Annotated[int, BeforeValidator(_size)]
-
-
-# What the driver says of a URI without a word of its values, any of which may be a secret.
-_HARMLESS: Final = re.compile(
-    r"Unknown option: \w+|The value of \w+ must be (an integer|'true' or 'false')|Port must be .+"
+from engine.values import (
+    BUCKET,
+    DEFAULT_DATABASE,
+    GIB,
+    KIB,
+    MIB,
+    REGION,
+    TIB,
+    Bytes,
+    control_db,
+    http_url,
+    like,
+    lower,
+    mongo_uri_of,
+    parsed_uri,
+    visible,
 )
 
-
-def _mongo_uri(value: SecretStr | None) -> SecretStr | None:
-    """A URI that can be read and names a database, or none. No message holds it: it may hold a password."""
-    if value is None:
-        return value
-    try:
-        parsed = _parsed(value.get_secret_value())
-    except OSError as error:  # of a certificate
-        raise ValueError(
-            f"the file {error.filename} that it names cannot be read ({error.strerror}): name one that can"
-        ) from None
-    except (PyMongoError, ValueError) as error:
-        harmless = _HARMLESS.match(str(error))
-        why = harmless.group() if harmless else type(error).__name__
-        raise ValueError(
-            f"it cannot be read ({why}): write mongodb://host:port/database, with user and password as the "
-            "README shows, and special characters of a password percent-encoded"
-        ) from None
-    if parsed["collection"] is not None or (fault := _database_fault(parsed["database"] or DEFAULT_DATABASE)):
-        fault = "it has a dot" if parsed["collection"] is not None else fault
-        raise ValueError(f"the database that it names cannot be used: {fault}")
-    return value
-
-
-def _parsed(uri: str) -> Mapping[str, Any]:
-    """What the driver reads in a URI; one of +srv is read without asking the DNS for its hosts."""
-    prefix = "mongodb+srv://"
-    return parse_uri("mongodb://" + uri[len(prefix) :] if uri.startswith(prefix) else uri, warn=False)
-
-
-def _database_fault(name: str) -> str | None:
-    """Why MongoDB takes no database of this name; None where it does."""
-    if len(name.encode()) > 63:
-        return "its name has more than 63 bytes"
-    if name.lower() in ("admin", "config", "local"):
-        return f"{name} is MongoDB's own (to say where a user is defined, write authSource={name}): name another"
-    wrong = sorted(set(name) & set('/\\. "$*<>:|?\0'))
-    return f"its name has {wrong[0]!r} in it" if wrong else None
-
-
-def _control_db(value: str) -> str:
-    if fault := _database_fault(value):
-        raise ValueError(f"it cannot be the name of a database: {fault}")
-    return value
-
-
-def _like(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
-    """A value, where there is one, that the whole of a pattern matches."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and not pattern.fullmatch(value):
-            raise ValueError(sentence)
-        return value
-
-    return AfterValidator(check)
-
-
-def http_url(value: str | None) -> str | None:
-    """A URL of a server that speaks HTTP, or none. Raises ValueError, with how to write one, for anything else."""
-    if value is not None:
-        try:
-            parts = urlsplit(value)
-            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            right = False
-        if not right or re.search(r"\s", value):
-            raise ValueError("write it as http://host:port or https://host:port")
-    return value
-
-
-def _visible(advice: str) -> AfterValidator:
-    """What goes into a header of HTTP, where there is any. No message holds it: it may be a secret."""
-
-    def check(value: Any) -> Any:
-        plain = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if plain is not None and not re.fullmatch(r"[!-~]+", plain):
-            raise ValueError(f"it has spaces, line ends or letters beyond ASCII: {advice}")
-        return value
-
-    return AfterValidator(check)
-
+__all__ = ["Settings", "load"]
 
 _PAIR: Final = ("aws_access_key_id", "aws_secret_access_key")
-_KEY: Final = _visible("copy the key alone, with nothing around it")
+_KEY: Final = visible("copy the key alone, with nothing around it")
 
 
 def _writers(found: dict[str, Any]) -> int:
     """Enough writes under way to bridge the database's waits for its journal, and no more than 128 of one engine. With more of
     them mongod takes more CPU for the same documents."""
     return max(2, min(4, 128 // int(found["engine_workers"])))
-
-
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
 
 
 def _setting(default: Any, description: str, unit: str = "", in_words: str = "", **limits: Any) -> Any:
@@ -172,16 +63,16 @@ class Settings(BaseSettings):
     )
 
     port: int = _setting(3000, "Port of the HTTP API", "port", ge=1, le=65535)
-    mongo_uri: Annotated[SecretStr | None, AfterValidator(_mongo_uri)] = _setting(
+    mongo_uri: Annotated[SecretStr | None, AfterValidator(mongo_uri_of)] = _setting(
         None, "MongoDB that holds the queue and the documents; the documents go to the database it names"
     )
-    aws_region: Annotated[str, _like(_REGION, "write a region such as eu-central-1")] = _setting(
+    aws_region: Annotated[str, like(REGION, "write a region such as eu-central-1")] = _setting(
         "us-east-1", "Region of the bucket"
     )
     aws_access_key_id: Annotated[str | None, _KEY] = _setting(None, "S3 access key")
     aws_secret_access_key: Annotated[SecretStr | None, _KEY] = _setting(None, "S3 secret key")
     aws_session_token: Annotated[SecretStr | None, _KEY] = _setting(None, "S3 session token, for temporary keys")
-    aws_bucket_name: Annotated[str | None, _like(_BUCKET, "write the name of a bucket, or its ARN")] = _setting(
+    aws_bucket_name: Annotated[str | None, like(BUCKET, "write the name of a bucket, or its ARN")] = _setting(
         None, "Bucket that holds the files"
     )
     aws_endpoint_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
@@ -191,7 +82,7 @@ class Settings(BaseSettings):
     engine_workers: int = _setting(
         cores, "Worker processes", "processes", "the number of cores, or the container's CPU limit", ge=1, le=1024
     )
-    engine_control_db: Annotated[str, AfterValidator(_control_db)] = _setting(
+    engine_control_db: Annotated[str, AfterValidator(control_db)] = _setting(
         "headrace_control", "Database of the jobs, ranges and rejects", min_length=1
     )
     engine_range_bytes: Bytes = _setting(64 * MIB, "Maximum size of one range of an object", "bytes", ge=64 * KIB)
@@ -216,7 +107,7 @@ class Settings(BaseSettings):
         30.0, "How long ended jobs and their rejects are kept", "days", gt=0, le=36_500
     )
     engine_data_dir: Path = _setting(Path(".headrace"), "Data and logs of the embedded servers", "folder")
-    engine_log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = _setting(
+    engine_log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = _setting(
         "info", "Least level that is logged"
     )
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
@@ -227,7 +118,7 @@ class Settings(BaseSettings):
         None, "Token entries that the HTTP API accepts, as `headrace token` prints them, separated by spaces or commas"
     )
     api_tokens_file: Path | None = _setting(None, "A file of such entries, one per line", "file")
-    api_token: Annotated[SecretStr | None, _visible("copy it as `headrace token` showed it")] = _setting(
+    api_token: Annotated[SecretStr | None, visible("copy it as `headrace token` showed it")] = _setting(
         None, "Token that the command line sends to the HTTP API"
     )
     api_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
@@ -312,13 +203,13 @@ class Settings(BaseSettings):
         """The database that takes the documents."""
         if self.mongo_uri is None:
             return DEFAULT_DATABASE
-        return str(_parsed(self.mongo_uri.get_secret_value())["database"] or DEFAULT_DATABASE)
+        return str(parsed_uri(self.mongo_uri.get_secret_value())["database"] or DEFAULT_DATABASE)
 
     def secrets(self) -> list[str]:
         """Every value that must never be shown."""
         values = [self.aws_secret_access_key, self.aws_session_token, self.mongo_uri, self.api_token, self.api_tokens]
         found = [value.get_secret_value() for value in values if value is not None]
-        if self.mongo_uri is not None and (password := _parsed(self.mongo_uri.get_secret_value())["password"]):
+        if self.mongo_uri is not None and (password := parsed_uri(self.mongo_uri.get_secret_value())["password"]):
             found += [password, quote_plus(password), quote(password)]
         return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 FLOORS = (
-    ("engine.model", "engine.cores"),
+    ("engine.model", "engine.cores", "engine.values"),
     ("engine.errors",),
     (
         "engine.settings",

@@ -1,0 +1,152 @@
+"""How the value of a setting is written: sizes, URLs, names and keys. What is wrong is told to whoever wrote it."""
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, SecretStr
+from pymongo.errors import PyMongoError
+from pymongo.uri_parser import parse_uri
+
+__all__ = [
+    "BUCKET",
+    "DEFAULT_DATABASE",
+    "GIB",
+    "KIB",
+    "MIB",
+    "REGION",
+    "TIB",
+    "Bytes",
+    "control_db",
+    "http_url",
+    "like",
+    "lower",
+    "mongo_uri_of",
+    "parsed_uri",
+    "visible",
+]
+
+DEFAULT_DATABASE: Final = "headrace"
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+TIB: Final = 1024 * GIB
+
+_UNITS: Final = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)
+}
+REGION: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:\S{1,2000}")
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b)?\s*", re.IGNORECASE)
+
+
+def _size(value: object) -> object:
+    """64MiB, 1.5GB, 4096 → bytes."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise ValueError("write a size such as 4096, 512KiB or 1.5GB")
+    number, letter, suffix = match.group(1), match.group(2).lower(), (match.group(3) or "").lower()
+    if len(number) > 20:
+        raise ValueError("no size is as large as that")
+    return int(Decimal(number) * _UNITS[letter + "ib" if suffix == "ib" and letter else letter])
+
+
+Bytes = Annotated[int, BeforeValidator(_size)]
+
+
+# What the driver says of a URI without a word of its values, any of which may be a secret.
+_HARMLESS: Final = re.compile(
+    r"Unknown option: \w+|The value of \w+ must be (an integer|'true' or 'false')|Port must be .+"
+)
+
+
+def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
+    """A URI that can be read and names a database, or none. No message holds it: it may hold a password."""
+    if value is None:
+        return value
+    try:
+        parsed = parsed_uri(value.get_secret_value())
+    except OSError as error:  # of a certificate
+        raise ValueError(
+            f"the file {error.filename} that it names cannot be read ({error.strerror}): name one that can"
+        ) from None
+    except (PyMongoError, ValueError) as error:
+        harmless = _HARMLESS.match(str(error))
+        why = harmless.group() if harmless else type(error).__name__
+        raise ValueError(
+            f"it cannot be read ({why}): write mongodb://host:port/database, with user and password as the "
+            "README shows, and special characters of a password percent-encoded"
+        ) from None
+    if parsed["collection"] is not None or (fault := _database_fault(parsed["database"] or DEFAULT_DATABASE)):
+        fault = "it has a dot" if parsed["collection"] is not None else fault
+        raise ValueError(f"the database that it names cannot be used: {fault}")
+    return value
+
+
+def parsed_uri(uri: str) -> Mapping[str, Any]:
+    """What the driver reads in a URI; one of +srv is read without asking the DNS for its hosts."""
+    prefix = "mongodb+srv://"
+    return parse_uri("mongodb://" + uri[len(prefix) :] if uri.startswith(prefix) else uri, warn=False)
+
+
+def _database_fault(name: str) -> str | None:
+    """Why MongoDB takes no database of this name; None where it does."""
+    if len(name.encode()) > 63:
+        return "its name has more than 63 bytes"
+    if name.lower() in ("admin", "config", "local"):
+        return f"{name} is MongoDB's own (to say where a user is defined, write authSource={name}): name another"
+    wrong = sorted(set(name) & set('/\\. "$*<>:|?\0'))
+    return f"its name has {wrong[0]!r} in it" if wrong else None
+
+
+def control_db(value: str) -> str:
+    """The name of a database. Raises ValueError for one that MongoDB does not take."""
+    if fault := _database_fault(value):
+        raise ValueError(f"it cannot be the name of a database: {fault}")
+    return value
+
+
+def like(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
+    """A value, where there is one, that the whole of a pattern matches."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not pattern.fullmatch(value):
+            raise ValueError(sentence)
+        return value
+
+    return AfterValidator(check)
+
+
+def http_url(value: str | None) -> str | None:
+    """A URL of a server that speaks HTTP, or none. Raises ValueError, with how to write one, for anything else."""
+    if value is not None:
+        try:
+            parts = urlsplit(value)
+            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            right = False
+        if not right or re.search(r"\s", value):
+            raise ValueError("write it as http://host:port or https://host:port")
+    return value
+
+
+def visible(advice: str) -> AfterValidator:
+    """What goes into a header of HTTP, where there is any. No message holds it: it may be a secret."""
+
+    def check(value: Any) -> Any:
+        plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if plain is not None and not re.fullmatch(r"[!-~]+", plain):
+            raise ValueError(f"it has spaces, line ends or letters beyond ASCII: {advice}")
+        return value
+
+    return AfterValidator(check)
+
+
+def lower(value: object) -> object:
+    """A text in lower case; anything else as it is."""
+    return value.lower() if isinstance(value, str) else value
