@@ -84,9 +84,9 @@ class Sources:
         assert entry is not None  # it was there, or has just been pushed
         if job.options.force:
             return Registered(bytes(found["tag"]), True, None)
+        ours = entry["firstJob"] == job_key(job.id) and entry.get("completedBy") is None
         # Its first job may have been put off, or cancelled, before it had a plan, and another one been quicker.
-        overtaken = entry.get("completedBy") is not None or self._others.others_loaded(job, format)
-        first = entry["firstJob"] == job_key(job.id) and not overtaken
+        first = ours and not self._others.others_loaded(job, format)
         # What was loaded may have been deleted since: then again there is nothing that a duplicate could be of.
         sole = first or (self._is_empty(job) and not self._others.others_may_load(job, format))
         return Registered(bytes(found["tag"]), sole, self._loaded_by(job, format))
