@@ -1,12 +1,12 @@
 """What may come onto the queue: collections that can take documents, and requests that are what they were before."""
 
-from typing import Any, Final
+from typing import Final
 
 from pymongo.database import Database
 
 from engine.errors import KeyReused, Refused
 from engine.jobs import Ticket
-from engine.store import Document, translated
+from engine.store import Document, described, translated
 
 __all__ = ["check_collection", "check_collection_name", "check_ticket"]
 
@@ -30,7 +30,7 @@ def check_collection(database: Database[Document], name: str) -> None:
         refusal = "its name is longer than MongoDB takes"
     else:
         with translated("looking at the collection"):
-            found: Any = next(iter(database.list_collections(filter={"name": name})), None)
+            found = described(database, name)
         if found is not None and found["type"] != "collection":
             refusal = f"it is a {found['type']}"
         elif found is not None and found.get("options", {}).get("capped"):

@@ -26,6 +26,9 @@ BARREN_SECONDS: Final = 700.0
 """How long, at most, a job is passed over whose ranges are all put off, which is longer than any is: after an outage there may
 be thousands, and each look at one takes two round trips."""
 
+SETTLE_SECONDS: Final = 20.0
+"""How often a worker looks, while the queue is paused, for jobs of which nothing is left to do but to end them."""
+
 LOOK_SECONDS: Final = 0.5
 """How long a look at the queue stays good for taking the next job from it."""
 
@@ -63,6 +66,7 @@ class Chooser:
         self._stop = stop
         self._moved = moved
         self._looked_at = 0.0
+        self._settled_at = float("-inf")
         self._seen: deque[Job] = deque()
         self._barren: dict[tuple[str, int], float] = {}  # jobs, in their rounds, that have nothing to lease until then
         self._doubtful = False
@@ -95,9 +99,7 @@ class Chooser:
         self._looked_at = time.monotonic()
         self._seen.clear()
         if paused:
-            for page in self._queue.stopping_jobs():
-                for job in page:
-                    self._queue.settle(job.id)
+            self._settle_while_paused()
             return []
         self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
         for whole in self._queue.open_jobs(self._holder):
@@ -117,6 +119,20 @@ class Chooser:
                 if runs := self._enter(self._seen.popleft()):
                     return runs
         return []
+
+    def _settle_while_paused(self) -> None:
+        """Bring to their end the jobs that are being stopped, and those of which nothing is left to do: whoever closed the last
+        range may have died over it."""
+        for page in self._queue.stopping_jobs():
+            for job in page:
+                self._queue.settle(job.id)
+        if time.monotonic() - self._settled_at < SETTLE_SECONDS:
+            return  # there may be thousands
+        self._settled_at = time.monotonic()
+        for page in self._queue.processing_jobs():
+            for job in page:
+                if self._ledger.idle_seconds(job.id, BARREN_SECONDS) is None:
+                    self._queue.settle(job.id)
 
     def _enter(self, job: Job) -> list[Run]:
         self.tried += 1

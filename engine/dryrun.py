@@ -7,7 +7,7 @@ would take it: a line whose rival is later rejected by another worker.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import bson
@@ -19,7 +19,18 @@ from pymongo.errors import DocumentTooLarge, OperationFailure
 from engine.errors import Permanent
 from engine.model import Plan, Reason
 from engine.sink import TOO_DEEP_CODE, TOO_DEEP_DETAIL, TOO_LARGE_CODES, Sink, Work, encode, size_fault, unencodable
-from engine.store import DUPLICATE_KEY, Document, Store, job_key, leniently, translate, translated, write_all
+from engine.store import (
+    DUPLICATE_KEY,
+    Document,
+    Store,
+    described,
+    indexes_of,
+    job_key,
+    leniently,
+    translate,
+    translated,
+    write_all,
+)
 
 __all__ = ["DryRun"]
 
@@ -27,6 +38,9 @@ MAX_DEPTH: Final = 180
 """How deep the server takes a document to be nested (measured on 6.0; it documents 100)."""
 
 VALIDATION_FAILED: Final = 121
+
+MAX_QUERY_BYTES: Final = 8 * 1024 * 1024
+"""Of the values in one query; the driver sends none over 16 MiB."""
 
 _ID_IS_ARRAY: Final = 53
 _ID_HAS_OPERATOR: Final = 52
@@ -102,7 +116,7 @@ class DryRun(Sink):
                     free |= set(map(bson.encode, held))
                 if releases:
                     with translated("releasing claims"):
-                        self._claims.bulk_write(releases, ordered=False)
+                        write_all(self._claims, releases)
             again = [index for index, (_, claim) in fell.items() if claim in free]
             again = [] if len(again) == len(indexes) else again
             lost |= {index: fell[index][0] for index in fell.keys() - set(again)}
@@ -113,16 +127,16 @@ class DryRun(Sink):
         """The collection's validator, and the fields of its unique indexes."""
         if self._judge is None:
             with translated("looking at the collection"):
-                found = next(iter(self._data.list_collections(filter={"name": self._collection})), None)
-                indexes = self._data[self._collection].index_information() if found else {}
+                found = described(self._data, self._collection)
+                indexes = indexes_of(self._data, self._collection) if found else []
             options = found.get("options", {}) if found else {}
             self._collation = options.get("collation")
             active = options.get("validationAction", "error") == "error" and options.get("validationLevel") != "off"
-            plain = {"key", "v", "unique", "ns", "background"}
+            plain = {"name", "key", "v", "unique", "ns", "background"}
             unique = [
-                [field for field, _ in index["key"]]
-                for name, index in indexes.items()
-                if name != "_id_" and index.get("unique") and set(index) <= plain
+                list(index["key"])
+                for index in indexes
+                if index["name"] != "_id_" and index.get("unique") and set(index) <= plain
             ]
             self._judge = (options.get("validator") if active else None, unique)
         return self._judge
@@ -173,8 +187,11 @@ class DryRun(Sink):
             return []
         with translated("looking for documents that are there already"):
             here = self._data[self._collection]
-            found = here.find({"_id": {"$in": [made[index]["_id"] for index in asked]}}, {"_id": 1})
-            there = {_identity(_normal(document["_id"])) for document in found}
+            there = {
+                _identity(_normal(document["_id"]))
+                for some in _in_pieces([made[index]["_id"] for index in asked])
+                for document in here.find({"_id": {"$in": some}}, {"_id": 1})
+            }
         return [index for index in asked if _identity(_normal(made[index]["_id"])) in there]
 
     def _taken(self, keys: dict[int, object], fields: Sequence[str]) -> list[int]:
@@ -189,8 +206,11 @@ class DryRun(Sink):
         with translated("looking for documents that are there already"):
             # By whole fields: MongoDB takes no projection of both a path and a part of it.
             shown = {"_id": 0} | {field.partition(".")[0]: 1 for field in fields}
-            found = self._data[self._collection].find({"$or": queries}, shown)
-            there = {_identity(_normal([_value(document, field) for field in fields])) for document in found}
+            there = {
+                _identity(_normal([_value(document, field) for field in fields]))
+                for some in _in_pieces(queries)
+                for document in self._data[self._collection].find({"$or": some}, shown)
+            }
         return [index for index, values in keys.items() if _identity(_normal(values)) in there]
 
     def _claim(self, what: str, key: object) -> Document:
@@ -241,6 +261,21 @@ class DryRun(Sink):
 
 def _identity(value: object) -> bytes:
     return bson.encode({"": value})
+
+
+def _in_pieces(values: Iterable[Any]) -> Iterator[list[Any]]:
+    """These values, as many at a time as a query holds: as BSON they are larger by far than the lines that they stand in."""
+    piece: list[Any] = []
+    size = 0
+    for value in values:
+        more = len(_identity(value))
+        if piece and size + more > MAX_QUERY_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(value)
+        size += more
+    if piece:
+        yield piece
 
 
 def _digest(value: object) -> Binary:

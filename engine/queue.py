@@ -43,7 +43,7 @@ from engine.model import (
 )
 from engine.ranges import cut
 from engine.rejects import Rejects
-from engine.schema import DEADLINES, OPEN_JOBS, READY_JOBS, STOPPING_JOBS, WAITING_JOBS
+from engine.schema import BY_STATE, DEADLINES, OPEN_JOBS, READY_JOBS, STOPPING_JOBS, WAITING_JOBS
 from engine.steps import Step, reach
 from engine.store import Document, Store, claims_of, job_key, translated, with_ticket, write_all
 
@@ -165,6 +165,10 @@ class Queue:
     def stopping_jobs(self) -> Iterator[list[Job]]:
         """Those of the open jobs that are being stopped, likewise."""
         return self._pages({"stopping.to": {"$type": "string"}}, STOPPING_JOBS)
+
+    def processing_jobs(self) -> Iterator[list[Job]]:
+        """Those of the open jobs that have been planned, likewise."""
+        return self._pages({"state": JobState.PROCESSING}, BY_STATE)
 
     def _pages(self, query: Document, hint: str) -> Iterator[list[Job]]:
         with translated("looking for jobs"):

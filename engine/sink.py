@@ -46,8 +46,11 @@ _OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, TOO_DEEP_CODE, 22}) | TOO_LARGE
 
 _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
-# The server cuts long values that it quotes in an error at any byte, in the midst of a character, too.
-_REPLIES: Final[CodecOptions[Document]] = CodecOptions(tz_aware=True, unicode_decode_error_handler="replace")
+# The server cuts long values that it quotes in an error at any byte, in the midst of a character, too; and quotes the
+# validator, whatever dates it names.
+_REPLIES: Final[CodecOptions[Document]] = CodecOptions(
+    tz_aware=True, unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+)
 
 # What others have stored may hold dates that Python has not, and strings that are no UTF-8. Of these documents only the `_id`
 # is read, and their bytes are compared.

@@ -31,8 +31,8 @@ LIVE_SECONDS: Final = 15.0
 """A worker that has told nothing for so long is not shown."""
 
 STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "drain", "queue", "backoff")
-"""Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding and sending
-batches; waiting for the database to take them; the reader's wait for room among the batches under way, and, at the end of a
+"""Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding batches; sending
+them and waiting for the database to take them; the reader's wait for room among the batches under way, and, at the end of a
 range, until the last of them is written; waiting for the database over jobs and ranges; and the pauses before what failed is
 tried again."""
 

@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from bson import ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
-from bson.errors import InvalidId
+from bson.errors import InvalidBSON, InvalidId
 from dns.exception import Timeout as DNSTimeout
 from dns.resolver import NoNameservers
-from pymongo import InsertOne, MongoClient, ReadPreference, UpdateOne, WriteConcern
+from pymongo import DeleteOne, InsertOne, MongoClient, ReadPreference, UpdateOne, WriteConcern
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import (
@@ -51,6 +51,8 @@ __all__ = [
     "Document",
     "Store",
     "claims_of",
+    "described",
+    "indexes_of",
     "job_key",
     "jobs_of",
     "leniently",
@@ -103,8 +105,8 @@ class _Waited(threading.local):
 class _Moves(CommandListener, ConnectionPoolListener):
     """Counts every command as a sign of life: a worker that waits for a slow database does not hang.
 
-    And sums up, for each thread, the seconds that it waited: for answers, since a command is encoded before it is `started`;
-    and before that for a connection, which holds the handshake of a new one.
+    And sums up, for each thread, the seconds that it waited: for answers, since a command is encoded before it is `started`, and
+    sent after that; and before that for a connection, which holds the handshake of a new one.
     """
 
     def __init__(self, moved: Callable[[], None]) -> None:
@@ -255,10 +257,32 @@ class Store:
 
 def leniently(database: Database[Document]) -> Database[Document]:
     """The same database, to read what others have stored: dates that Python has not, and strings that are no UTF-8."""
-    options = database.codec_options.with_options(
+    return database.with_options(codec_options=_lenient(database))
+
+
+def _lenient(database: Database[Document]) -> CodecOptions[Document]:
+    return database.codec_options.with_options(
         datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
     )
-    return database.with_options(codec_options=options)
+
+
+def described(database: Database[Document], name: str) -> Document | None:
+    """A collection as `listCollections` has it; None where there is none. Raises PyMongoError."""
+    try:
+        return cast("Document | None", next(iter(database.list_collections(filter={"name": name})), None))
+    except InvalidBSON:
+        # Its validator names a date that Python has not. The driver takes no options for this command but here, where it does
+        # not repeat it.
+        answer = database.command("listCollections", filter={"name": name}, codec_options=_lenient(database))
+        return next(iter(answer["cursor"]["firstBatch"]), None)
+
+
+def indexes_of(database: Database[Document], name: str) -> list[Document]:
+    """The indexes of a collection as `listIndexes` has them. Raises PyMongoError."""
+    try:
+        return [dict(index) for index in database[name].list_indexes()]
+    except InvalidBSON:  # of a partial index: likewise
+        return list(database.command("listIndexes", name, codec_options=_lenient(database))["cursor"]["firstBatch"])
 
 
 def job_key(job_id: str) -> ObjectId:
@@ -321,7 +345,9 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     return Transient(f"MongoDB failed while {doing} ({name}): see its log")
 
 
-def write_all(collection: Collection[Document], writes: Sequence[InsertOne[Document] | UpdateOne]) -> Document:
+def write_all(
+    collection: Collection[Document], writes: Sequence[InsertOne[Document] | UpdateOne | DeleteOne]
+) -> Document:
     """Send writes together. Those that violate a unique index are skipped; the others are acknowledged on return.
 
     Returns the driver's account of it: `nMatched`, `upserted` and `writeErrors`, with the `index` of each.

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from queue import SimpleQueue
@@ -229,6 +230,10 @@ class _Worker:
                 self._errors += 1
                 self._chooser.doubt()
                 self._say_once(error)
+                if type(error) is Permanent:
+                    # Somebody has perhaps dropped the control database, and its indexes with it.
+                    with suppress(HeadraceError):
+                        self._store.prepare()
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         pipeline.close()
         self._planner.close()
@@ -253,8 +258,9 @@ class _Worker:
             self._wait()
         else:
             self._run(pipeline, found)
-            # This thread writes no documents: what it waited for was the queue.
-            self._stats.add(seconds_queue=self._store.waited() - waited)
+            # But where it writes documents itself, what this thread waited for was the queue.
+            if not found[0].cautious:
+                self._stats.add(seconds_queue=self._store.waited() - waited)
 
     def _boot(self) -> bool:
         """Reach MongoDB and free what the predecessors held; False when told to stop before that."""

@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import pytest
 from bson import ObjectId
 
 from engine.chooser import Chooser
@@ -43,6 +44,22 @@ def test_a_job_whose_ranges_are_all_put_off_is_passed_over_until_one_is_due(
     queue.retry(job.id)  # another round: what was known of it is void
     chooser._looked_at = 0
     assert [run.job.id for run in chooser.take()] == [job.id]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_job_of_which_nothing_is_left_to_do_is_brought_to_its_end(queue, plans, planner, ledger, source, paused):
+    done, open_one = plans.fix([(queue.submit(source, JobOptions(collection=name)), plan(1), None) for name in "ab"])
+    for job in (done, open_one):
+        queue.open_ranges(job)
+    ledger.close(ledger.lease(done.id, "who died over it"), Tally())
+    if paused:
+        queue.pause()
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    taken = chooser.take()
+    assert [run.job.id for run in taken] == ([] if paused else [open_one.id])
+    chooser._looked_at = 0
+    chooser.take()
+    assert [queue.get(job.id).state for job in (done, open_one)] == [JobState.COMPLETED, JobState.PROCESSING]
 
 
 def test_ranges_that_others_hold_are_looked_for_soon_and_those_put_off_in_their_time(queue, plans, ledger, source):

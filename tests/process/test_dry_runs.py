@@ -9,38 +9,48 @@ from bson.raw_bson import RawBSONDocument
 
 from engine.model import JobState
 
+# A validator, unique indexes, the lines, and how many of them are inserted and rejected.
 JUDGED = {
-    "numbers of two types are one _id": ({}, [], b'{"_id":1}\n{"_id":1.0,"b":1}\n'),
-    "and one key": ({}, ["e"], b'{"e":1}\n{"e":1.0}\n{"e":2}\n{"e":0}\n{"e":-0.0}\n'),
-    "deep down as well": ({}, ["e"], b'{"e":{"x":1,"y":2}}\n{"e":{"x":1.0,"y":2}}\n'),
-    "there is one already": ({}, ["e"], b'{"_id":5}\n{"_id":6.0}\n{"e":7.0}\n'),
+    "numbers of two types are one _id": ({}, [], b'{"_id":1}\n{"_id":1.0,"b":1}\n', (1, 1)),
+    "and one key": ({}, ["e"], b'{"e":1}\n{"e":1.0}\n{"e":2}\n{"e":0}\n{"e":-0.0}\n', (3, 2)),
+    "deep down as well": ({}, ["e"], b'{"e":{"x":1,"y":2}}\n{"e":{"x":1.0,"y":2}}\n', (1, 1)),
+    "there is one already": ({}, ["e"], b'{"_id":5}\n{"_id":6.0}\n{"e":7.0}\n', (0, 3)),
     "what looks like an operator is none": (
         {},
         ["ref"],
         b'{"ref":{"$oid":"5f"}}\n{"ref":{"$gt":""}}\n{"ref":{"$oid":"5f"}}\n',
+        (2, 1),
     ),
-    "one of two with an _id is not valid": ({"a": {"$exists": True}}, [], b'{"_id":1,"a":1}\n{"_id":1}\n{"_id":2}\n'),
+    "one of two with an _id is not valid": (
+        {"a": {"$exists": True}},
+        [],
+        b'{"_id":1,"a":1}\n{"_id":1}\n{"_id":2}\n',
+        (1, 2),
+    ),
     "who loses one claim has no other": (
         {},
         ["e"],
         b'{"_id":1,"e":"there"}\n{"_id":1,"e":"y"}\n{"_id":2,"e":"y"}\n{"_id":2}\n',
+        (2, 2),
     ),
     "an index over a field and a part of it": (
         {},
         [("e", "e.x"), ("_id.n", "e")],
         b'{"e":{"x":1}}\n{"e":{"x":1}}\n{"e":"there"}\n',
+        (1, 2),
     ),
     "a validator that stumbles": (
         {"$expr": {"$gt": [{"$strLenCP": "$a"}, 3]}},
         [],
         b'{"b":1}\n{"a":"long enough"}\n{"a":"no"}\n',
+        (1, 2),
     ),
 }
 
 
 @pytest.mark.parametrize("case", JUDGED)
 def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
-    validator, unique, data = JUDGED[case]
+    validator, unique, data, numbers = JUDGED[case]
     there = store.data.create_collection("records", validator=validator) if validator else store.data["records"]
     for field in unique:
         there.create_index([(name, 1) for name in field] if isinstance(field, tuple) else field, unique=True)
@@ -50,7 +60,7 @@ def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
     [dry] = drain(job.id)
     [load] = drain(submit(data, f"{uuid.uuid4().hex}.ndjson").id)
     told = [(each.state, each.progress.tally.inserted, each.progress.tally.rejected) for each in (dry, load)]
-    assert told[0] == told[1]
+    assert told == [(JobState.COMPLETED, *numbers)] * 2
     assert store.claims.count_documents({}) == 0
 
 
@@ -67,3 +77,25 @@ def test_a_dry_run_over_its_budget_leaves_no_claims_either(store, submit, drain)
     [dry] = drain(submit(b'{"_id":1}\n{"_id":2}\nbad\n', validate=True, max_errors=0).id)
     assert (dry.state, dry.failure.code) == (JobState.FAILED, "too_many_errors")
     assert store.claims.count_documents({}) == 0
+
+
+def test_a_dry_run_survives_a_majority_that_lags_while_it_lets_go_of_claims(store, submit, drain):
+    store.data["records"].create_index("e", unique=True)
+    lags = {"failCommands": ["delete"], "writeConcernError": {"code": 64, "errmsg": "", "errInfo": {"wtimeout": True}}}
+    store.client.admin.command({"configureFailPoint": "failCommand", "mode": {"times": 1}, "data": lags})
+    try:
+        [dry] = drain(submit(b'{"_id":1,"e":1}\n{"_id":2,"e":1}\n', validate=True).id)
+    finally:
+        hit = store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+    assert hit["count"] >= 1
+    assert (dry.state, dry.progress.tally.inserted, dry.progress.tally.rejected) == (JobState.COMPLETED, 1, 1)
+
+
+@pytest.mark.parametrize("field", ["_id", "e"])
+def test_a_dry_run_of_keys_that_are_larger_as_bson_than_a_query_may_be(store, submit, drain, field):
+    if field != "_id":
+        store.data["records"].create_index(field, unique=True)
+    ones = b"1," * 2050
+    lines = b"".join(b'{"%b":{"a":[%b%d]}}\n' % (field.encode(), ones, n) for n in range(1000))
+    [dry] = drain(submit(lines, validate=True).id, engine_batch_bytes=4 * 2**20)
+    assert (dry.state, dry.progress.tally.inserted) == (JobState.COMPLETED, 1000)

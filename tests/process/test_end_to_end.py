@@ -251,7 +251,7 @@ def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, d
     other.start()
     store.client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data})
     try:
-        ended = drain(*(job.id for job in jobs), engine_lease_seconds=2.0, engine_writers=1)
+        ended = drain(*(job.id for job in jobs), engine_lease_seconds=6.0, engine_writers=1)
     finally:
         store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
         over.set()
@@ -344,6 +344,15 @@ def test_a_job_that_cannot_be_read_holds_up_no_other(store, submit, drain):
     [job] = drain(submit(b"{}\n").id)
     assert job.state is JobState.COMPLETED
     assert store.jobs.find_one({"_id": ObjectId(odd.id)})["state"] == "PENDING"
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_what_a_collection_says_of_itself_may_name_dates_that_python_has_not(store, submit, drain, validate):
+    beyond = DatetimeMS(2**60)
+    there = store.data.create_collection("records", validator={"$or": [{"until": None}, {"until": {"$gt": beyond}}]})
+    there.create_index("until", partialFilterExpression={"until": {"$gt": beyond}})
+    [job] = drain(submit(b'{"n":1}\n{"until":1}\n', validate=validate).id)
+    assert (job.state, job.progress.tally.inserted, job.progress.tally.rejected) == (JobState.COMPLETED, 1, 1)
 
 
 @pytest.mark.parametrize("validate", [False, True])

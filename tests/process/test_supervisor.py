@@ -290,12 +290,27 @@ def test_short_leases_and_long_polls_kill_no_idle_worker(engine):
 
 def test_idle_workers_join_a_job_as_soon_as_its_ranges_are_there(engine, store, submit, queue):
     running = engine(engine_workers=3, engine_poll_seconds=4, engine_range_bytes="1MiB")
-    time.sleep(1)
-    job = submit(b'{"n":1,"text":"%b"}\n' % (b"x" * 200) * 200_000)
+    slow = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": 500}
+    store.client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": slow})
+    called = store.control["wakeups"].count_documents({})
+    try:
+        job = submit(b'{"n":1,"text":"%b"}\n' % (b"x" * 200) * 200_000)
 
-    def joined():
-        return {found["holder"] for found in store.ranges.find({"job": job_key(job.id), "state": "LEASED"})}
+        def joined():
+            return {found["holder"] for found in store.ranges.find({"job": job_key(job.id), "state": "LEASED"})}
 
-    until(lambda: len(joined()) == 3, 2.5, "the work of all three")
+        until(lambda: len(joined()) == 3, what="the work of all three")
+    finally:
+        store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+    # They were called when the job was submitted, and again when there was work for all.
+    assert store.control["wakeups"].count_documents({}) >= called + 2
+    until(lambda: queue.get(job.id).state == "COMPLETED", 60, "the end of the job")
+    assert running.stop() == 0
+
+
+def test_a_control_database_that_is_dropped_takes_jobs_again(engine, store, submit, queue, settings):
+    running = engine()
+    store.client.drop_database(settings.engine_control_db)
+    job = submit(b'{"n":1}\n')
     until(lambda: queue.get(job.id).state == "COMPLETED", 60, "the end of the job")
     assert running.stop() == 0
