@@ -43,6 +43,7 @@ class ProblemBody(TypedDict):
     detail: Annotated[str, Field(description="What happened, and what to do next")]
     requestId: Annotated[str, Field(description="As in X-Request-ID and in the log")]
     errors: NotRequired[Annotated[list[dict[str, str]], Field(description="Each `field` that is wrong, and why")]]
+    checks: NotRequired[Annotated[dict[str, str], Field(description="Of /readyz: how each server is")]]
 
 
 class Failed(TypedDict):
@@ -80,7 +81,12 @@ class ProgressBody(TypedDict):
     rangesTotal: Annotated[int, Field(description="Ranges that the object is cut into; 0 until it is planned")]
     rangesDone: Annotated[int, Field(description="Ranges that are done")]
     lines: Annotated[int, Field(description="Lines that are done")]
-    inserted: Annotated[int, Field(description="Lines that became documents")]
+    inserted: Annotated[
+        int,
+        Field(
+            description="Lines that became documents; of those with an `_id` of their own, the same may have been there"
+        ),
+    ]
     duplicates: Annotated[int, Field(description="Lines whose documents were there already")]
     rejected: Annotated[int, Field(description="Lines that did not become documents")]
     blank: Annotated[int, Field(description="Lines of white space")]

@@ -191,12 +191,14 @@ class Client:
                 )
             return str(answer["fileKey"])
 
-    def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> str:
-        """Submit a job for a key; returns the job's id: that of before where the same ticket came before."""
+    def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> tuple[str, str]:
+        """Submit a job for a key; returns its id and state: those of the job of before where the same ticket came before."""
         path = f"/process/{path_of(key)}"
         if ticket is None:
-            return str(self.ask("POST", path, json=options)["jobId"])
-        return str(self.insist("POST", path, json=options, headers={"Idempotency-Key": ticket})["jobId"])
+            made = self.ask("POST", path, json=options)
+        else:
+            made = self.insist("POST", path, json=options, headers={"Idempotency-Key": ticket})
+        return str(made["jobId"]), str(made["status"])
 
     def status(self, job_id: str) -> dict[str, Any]:
         """The job as it is now."""

@@ -169,6 +169,9 @@ def main() -> None:
     except HeadraceError as error:
         plainly(str(error))
         sys.exit(1)
+    except UnicodeEncodeError:
+        plainly("an argument is not UTF-8, as keys, ids and names of collections are: write it so")
+        sys.exit(1)
     except BrokenPipeError:
         # Who read what is printed has enough of it.
         _drop_output()

@@ -90,7 +90,7 @@ class DirectUploadById:
         group="uploads",
         scope=Scope.SUBMIT,
         answers={204: Answer("It is gone, with its parts")},
-        errors=(404,),
+        errors=(404, 409),
     )
     def on_delete(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
         """204."""
@@ -132,7 +132,7 @@ class Abort:
         group="uploads",
         scope=Scope.SUBMIT,
         answers={204: Answer("It is gone, with its parts")},
-        errors=(404,),
+        errors=(404, 409),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
         """204."""

@@ -7,15 +7,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
 from api.auth import exposed, tokens_of
 from api.client import Client, url_of
 from api.uploads import spool_fault
+from engine import schema
 from engine.cores import cores
 from engine.errors import HeadraceError, WrongClock
+from engine.logs import mask
 from engine.objects import Objects
 from engine.s3 import connect
 from engine.settings import Settings
@@ -48,9 +50,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     ]
     for what, check in checks:
         try:
-            yield check(settings)
+            found = check(settings)
+            yield replace(found, message=mask(found.message))
         except HeadraceError as error:
-            yield Finding(what, "wrong", str(error))
+            yield Finding(what, "wrong", mask(str(error)))
             if check is _mongodb:
                 settings = settings.model_copy(update={"mongo_uri": None})  # to wait for it once is enough
 
@@ -60,6 +63,8 @@ def _mongodb(settings: Settings) -> Finding:
         return Finding("MongoDB", "warning", "MONGO_URI is not set: `headrace up` starts a server of its own")
     with closing(Store(settings, pool=2)) as store:
         store.ping()
+        with translated("looking at its version"):
+            schema.check(store.control)
         for database in (store.control, store.data):
             probe = database[f"headrace-doctor-{uuid.uuid4().hex}"]
             with translated(f"writing to database {database.name}"):

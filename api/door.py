@@ -141,7 +141,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             self.error = refusal  # waitress has looked at the size since
         elif self.error is not None:
             self._refuse(_problem_of(self.error, self.settings, uploading=self.adj is not self.small))
-        return taken
+        return taken if self.error is None else len(data)  # whatever came with what is refused is no other request
 
     def _refuse(self, problem: Problem) -> None:
         request_id = request_id_of(self.headers.get("X_REQUEST_ID"))
@@ -187,6 +187,11 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     """A connection that lets go of what it spooled as soon as its client has gone, in the midst of a body, too."""
 
     task_class = _Task
+
+    def received(self, data: bytes) -> bool:
+        refused = any(request.error for request in self.requests[-1:])
+        # The connection is closed when that is told: what still comes is the body that nobody wants.
+        return True if refused else bool(super().received(data))
 
     def handle_close(self) -> None:
         super().handle_close()

@@ -20,7 +20,7 @@ from api.terminal import EXIT_INTERRUPTED
 from api.transfer import Note, Transfer, forget_old
 from engine.errors import CommandError, HeadraceError
 from engine.logs import get_logger, mask
-from engine.model import TERMINAL
+from engine.model import TERMINAL, JobState
 
 __all__ = ["STDIN", "Loaded", "Loader"]
 
@@ -162,8 +162,14 @@ class Loader:
             load.error = CommandError(f"something unexpected happened ({type(error).__name__}: {error})")
 
     def _submit(self, load: Loaded, key: str) -> str:
-        ticket = load.note.ticket(self._options) if load.note is not None else secrets.token_hex(16)
-        return self._client.process(key, self._options, ticket)
+        if load.note is None:
+            return self._client.process(key, self._options, secrets.token_hex(16))[0]
+        job_id, state = self._client.process(key, self._options, load.note.ticket(self._options))
+        if state in (JobState.FAILED, JobState.CANCELLED):
+            # An earlier command was interrupted at this job: it is not what this one is for.
+            load.note.done()
+            job_id, _ = self._client.process(key, self._options, load.note.ticket(self._options))
+        return job_id
 
     def _again(self, key: str) -> str:
         """How to submit an object."""
@@ -196,6 +202,8 @@ class Loader:
     def _object(self, load: Loaded) -> str:
         """An object that is there already; returns its key."""
         bucket, _, key = load.file.removeprefix("s3://").partition("/")
+        if readable(key) != key:
+            raise CommandError("its key is not UTF-8, as all keys are: write it so")
         there = self._client.insist("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
         if bucket != there:
             raise CommandError(f"this API reads bucket {there} only; put the object there, or ask another API")

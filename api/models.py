@@ -179,6 +179,8 @@ class UploadBegin(_Request):
 class FileForm(BaseModel):
     """A form with one file."""
 
+    model_config = ConfigDict(extra="forbid")
+
     file: Annotated[bytes, Field(json_schema_extra={"format": "binary"})]
 
 

@@ -33,6 +33,7 @@ _PROBLEMS: Final = {
     415: "The body is of the wrong type",
     422: "A value is wrong; the problem names it",
     429: "Too many such requests at a time: try again later",
+    431: "The headers are too large",
     500: "Something unexpected happened",
     503: "It cannot be done now: try again later",
 }
@@ -133,9 +134,9 @@ def _operation(
         "tags": [operation.group],
         "responses": {str(status): _answer(answer, names) for status, answer in operation.answers.items()},
     }
-    problems = {*operation.errors, 500}
+    problems = {*operation.errors, 400, 431, 500}
     if operation.body is not None:
-        problems |= {400, 413, 415}
+        problems |= {413, 415}
         problems |= {422} if operation.body_media == "application/json" else set()
         content = {operation.body_media: {"schema": names[id(operation.body)]}}
         made["requestBody"] = {"content": content, "required": not _takes_nothing(operation.body)}

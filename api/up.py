@@ -134,6 +134,11 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
             )
     if settings.aws_endpoint_url is not None and settings.aws_bucket_name is None:
         raise StartError("AWS_ENDPOINT_URL is set and AWS_BUCKET_NAME is not: name the bucket, or unset both")
+    if settings.aws_session_token is not None and settings.aws_bucket_name is None:
+        raise StartError(
+            "AWS_SESSION_TOKEN is set and AWS_BUCKET_NAME is not: name the bucket, or unset the token, which an S3 server that "
+            "is started here does not know"
+        )
     check_port(settings.port, settings.api_host)
     signals = _Signals()
     for number in stop_signals():
@@ -199,7 +204,7 @@ def _run(
     console.print(f"Uploading {file} ({size / 1e6:,.1f} MB) …")
     try:
         key = client.upload(file)
-        job_id = client.process(key, {})
+        job_id, _ = client.process(key, {})
         try:
             console.print(f"Processing {key} as job {job_id} …")
             status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check_all(children, servers))

@@ -31,7 +31,6 @@ MAX_NAME_LENGTH: Final = 200
 MAX_EXTENSION_LENGTH: Final = 20
 """Characters behind the last dot of a name, beyond which they are no extension."""
 
-REST_BYTES: Final = 256 * 1024
 MISSING: Final = "the form has no part named `file`: send the file in one"
 
 
@@ -134,15 +133,15 @@ class FormUploads:
             _finish(parts)
             go_on()
 
-        for part in parts:
-            if part.name == "file":
-                stream = _Watched(part.stream, go_on)
-                stored = self._objects.upload(stream, key_for(_name(part)), complete, self._recorded)
-                if gone():
-                    self._objects.delete(stored.key)
-                    go_on()
-                return stored
-        raise Problem(400, "missing_file", MISSING)
+        part = next(parts, None)
+        if part is None:
+            raise Problem(400, "missing_file", MISSING)
+        _check_is_file(part)
+        stored = self._objects.upload(_Watched(part.stream, go_on), key_for(_name(part)), complete, self._recorded)
+        if gone():
+            self._objects.delete(stored.key)
+            go_on()
+        return stored
 
 
 class _Watched:
@@ -164,10 +163,21 @@ def _name(part: BodyPart) -> str:
         return ""
 
 
+def _check_is_file(part: BodyPart) -> None:
+    """Raises Problem of any other part: options of a job that are sent along would be lost without a word."""
+    if not part.name:
+        raise Problem(400, "missing_file", MISSING)
+    if part.name != "file":
+        raise Problem(
+            422,
+            "invalid_request",
+            f"{part.name[:MAX_NAME_LENGTH]!r}: the form takes a part named `file` alone; the options of a job go with "
+            "POST /process",
+        )
+
+
 def _finish(parts: Iterator[BodyPart]) -> None:
     """Read the form to its final boundary: one that was cut short in transit otherwise reads as whole."""
     for part in parts:
-        if part.name == "file":
-            raise Problem(400, "two_files", "the form has two parts named `file`: send one file per form")
-        while part.stream.read(REST_BYTES):
-            pass
+        _check_is_file(part)
+        raise Problem(400, "two_files", "the form has two parts named `file`: send one file per form")

@@ -132,15 +132,16 @@ class DirectUploads:
         found = self._find(upload_id)
         last = min(first + count - 1, _upload(found).parts)
         where = {"Bucket": self._bucket, "Key": found["key"], "UploadId": found["uploadId"]}
-        return [
-            (
-                number,
-                self._client.generate_presigned_url(
-                    "upload_part", Params=where | {"PartNumber": number}, ExpiresIn=URL_SECONDS
-                ),
-            )
-            for number in range(first, last + 1)
-        ]
+        with s3_translated(f"signing URLs for {found['key']}"):  # which may take new credentials
+            return [
+                (
+                    number,
+                    self._client.generate_presigned_url(
+                        "upload_part", Params=where | {"PartNumber": number}, ExpiresIn=URL_SECONDS
+                    ),
+                )
+                for number in range(first, last + 1)
+            ]
 
     def parts(self, upload_id: str) -> list[Part]:
         """The parts that S3 has, by number. Of one that was sent twice, which some servers list twice, the one that has
@@ -239,9 +240,19 @@ class DirectUploads:
             self._forget(name)
 
     def abort(self, upload_id: str) -> None:
-        """Give an upload up; S3 frees its parts. Raises NotFound."""
+        """Give an upload up; S3 frees its parts.
+
+        Raises:
+            NotFound: there is none.
+            Conflict: S3 has made the object of it, which is noted from now on.
+        """
         found = self._find(upload_id)
-        self._abort(found)
+        self._free(found)
+        # Some servers say of one that was completed what they say of one that they have aborted.
+        with suppress(NotFound):
+            key = self._completed(found).key
+            raise Conflict(f"upload {upload_id} was completed: its object is {key}")
+        self._forget(upload_id)
 
     def sweep(self, goes_on: Callable[[], bool] = lambda: True) -> int:
         """Abort the uploads that have been unfinished for a day, and forget those that were finished then; returns how many
@@ -265,7 +276,8 @@ class DirectUploads:
                 if document.get("done"):
                     self._forget(document["_id"])
                 else:
-                    self._abort(document)
+                    self._free(document)
+                    self._forget(document["_id"])
                 swept += 1
             except Transient:
                 raise
@@ -274,12 +286,12 @@ class DirectUploads:
                     self._uploads.update_one({"_id": document["_id"]}, [{"$set": {"keptAt": "$$NOW"}}])
         return swept
 
-    def _abort(self, found: Document) -> None:
+    def _free(self, found: Document) -> None:
+        """Have S3 free the parts of an upload."""
         with s3_translated(f"aborting the upload of {found['key']}"), suppress(NotFound), _known(found["_id"]):
             # The sweep finds those of a bucket that was AWS_BUCKET_NAME before, too.
             bucket = found.get("bucket", self._bucket)
             self._client.abort_multipart_upload(Bucket=bucket, Key=found["key"], UploadId=found["uploadId"])
-        self._forget(found["_id"])
 
     def _find(self, upload_id: str) -> Document:
         with translated("looking for an upload"):

@@ -50,13 +50,14 @@ def connect(settings: Settings, attempts: int = 2) -> "S3Client":
     for long: its callers do.
 
     Raises:
-        StartError: AWS_PROFILE or a file of AWS's settings is wrong.
+        StartError: AWS_PROFILE, AWS_ENDPOINT_URL, or what else the SDK reads of settings is wrong.
         Transient: there are no credentials. A client without any stays so for good, even where a machine's role would have some
             a moment later.
     """
     try:
         return _connect(settings, attempts)
-    except (ProfileNotFound, ConfigParseError, ConfigNotFound) as error:
+    except (ProfileNotFound, ConfigParseError, ConfigNotFound, ValueError) as error:
+        # The last one of a number that is none, or of `_` in a host's name, which other programs take.
         raise StartError(f"the settings of AWS cannot be used: {error}") from None
     except BotoCoreError as error:
         raise Transient(f"credentials for S3 could not be had: {error}") from None
@@ -126,6 +127,11 @@ def s3_translated(doing: str) -> Iterator[None]:
         raise translate(error, doing) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise AccessDenied(f"S3 cannot be used for {doing}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+    except RuntimeError as error:
+        if "refreshed" not in str(error):
+            raise
+        # The words of botocore where what gives out credentials goes on giving those that have run out.
+        raise TokenExpired(f"the AWS credentials ran out while {doing}, and new ones are not to be had") from error
     except (BotoCoreError, HTTPError, OSError) as error:
         raise Transient(
             f"S3 does not answer while {doing} ({type(error).__name__}): see that it can be reached"

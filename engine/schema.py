@@ -100,8 +100,8 @@ INDEXES: Final[dict[str, list[IndexModel]]] = {
 """The indexes of each collection."""
 
 
-def prepare(control: Database[dict[str, Any]]) -> None:
-    """Check the versions of MongoDB and of the schema, and make the indexes and the capped collection where they are missing.
+def check(control: Database[dict[str, Any]]) -> None:
+    """Check the versions of MongoDB and of the schema.
 
     Raises:
         StartError: the control database was written by a newer version, or MongoDB is too old.
@@ -109,15 +109,18 @@ def prepare(control: Database[dict[str, Any]]) -> None:
     """
     if control.command("hello").get("maxWireVersion", 0) < WIRE_VERSION:
         raise StartError("this MongoDB is older than 6.0: update it, or set MONGO_URI to one that is not")
-    found = control["schema"].find_one_and_update(
-        {"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True, return_document=True
-    )
-    assert found is not None  # an upsert returns what it made
-    if found["version"] > SCHEMA_VERSION:
+    found = control["schema"].find_one({"_id": "version"})
+    if found is not None and found["version"] > SCHEMA_VERSION:
         raise StartError(
             f"the control database {control.name} has schema version {found['version']} and this engine knows "
             f"{SCHEMA_VERSION}: update Headrace here, or set ENGINE_CONTROL_DB to another name"
         )
+
+
+def prepare(control: Database[dict[str, Any]]) -> None:
+    """Make what is missing of the version of the schema, the indexes and the capped collection. Raises as `check` does."""
+    check(control)
+    control["schema"].update_one({"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True)
     for name, indexes in INDEXES.items():
         control[name].create_indexes(indexes)
     _prepare_wakeups(control)

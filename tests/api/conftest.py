@@ -172,6 +172,13 @@ def slow_inserts(live, milliseconds):
         live.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
+def counted(live, method, route, status):
+    """How many such requests the API has answered."""
+    label = f'headrace_http_request_seconds_count{{method="{method}",route="{route}",status="{status}"}}'
+    rows = live.http.get("/metrics").text.splitlines()
+    return next((float(row.split()[-1]) for row in rows if row.startswith(label)), 0)
+
+
 def put(live, data=b'{"n":1}\n', key=None):
     """The key of a new object."""
     return live.objects.upload(io.BytesIO(data), key or f"q/{uuid.uuid4().hex}.ndjson").key

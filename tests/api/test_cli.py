@@ -141,9 +141,34 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
     assert found["clock"] == "ok"
 
 
+def test_the_doctor_finds_a_queue_of_a_later_version_and_shows_no_password(run, live):
+    settings = live.settings
+    later = settings.mongo_uri.get_secret_value(), f"{settings.engine_control_db}_later"
+    live.store.client[later[1]]["schema"].insert_one({"_id": "version", "version": 99})
+    try:
+        done = run(
+            "doctor",
+            "--json",
+            code=1,
+            MONGO_URI=later[0],
+            ENGINE_CONTROL_DB=later[1],
+            API_URL="http://u:pw77@127.0.0.1:1",
+        )
+    finally:
+        live.store.client.drop_database(later[1])
+    told = {f["what"]: (f["state"], f["message"]) for f in json.loads(done.out)}
+    assert told["MongoDB"][0] == "wrong"
+    assert "schema version 99" in told["MongoDB"][1]
+    assert "127.0.0.1:1" in told["API"][1]
+    assert "pw77" not in done.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["status", "a\udcff"], "not UTF-8"),
+        (["jobs", "--file", "caf\udce9.ndjson"], "not UTF-8"),
+        (["load", "s3://b/caf\udce9"], "not UTF-8"),
         (["status", "nothing"], "there is no job"),
         (["status", "6b04fa6b779ece9e9d7d9cbc"], "there is no job"),
         (["load", "no-such-file"], "cannot be read"),

@@ -13,7 +13,10 @@ import pytest
 
 from api.client import Client
 from engine.errors import CommandError
+from tests.api.conftest import counted
 from tests.running import until
+
+WATCH = ("GET", "/status/{job_id}", 200)
 
 
 def test_load_and_wait_shows_the_way_and_ends_as_the_job_did(run, file, live):
@@ -161,12 +164,12 @@ def test_what_comes_through_a_pipe_that_can_be_read_once_is_loaded(run, live, tm
 def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, tmp_path, start):
     path = tmp_path / "watched.ndjson"
     path.write_bytes(b'{"n":1}\n' * 3000)
+    before = counted(live, *WATCH)
     run("pause")
     try:
         process = start("load", path, "--collection", "watched", "--wait")
-        until(lambda: live.store.jobs.find_one({"options.collection": "watched"}), what="the job")
         until(lambda: any(b'"key"' in n.read_bytes() for n in tmp_path.glob("headrace/loads/*")), what="the note")
-        time.sleep(0.5)  # the answer that tells the job's id is here
+        until(lambda: counted(live, *WATCH) > before, what="the watch of the job")
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=30)[1].decode()
         assert process.returncode == 130
@@ -179,6 +182,25 @@ def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, t
     # It is through, and was told so: the next one is a load of its own.
     [again] = json.loads(run("load", path, "--collection", "watched", "--wait", "--json").out)
     assert again["jobId"] != job_id
+
+
+def test_a_load_that_was_interrupted_at_a_job_that_was_cancelled_makes_another(run, live, tmp_path, start):
+    path = tmp_path / "cancelled.ndjson"
+    path.write_bytes(b'{"n":1}\n' * 3000)
+    before = counted(live, *WATCH)
+    run("pause")
+    try:
+        process = start("load", path, "--collection", "cancelled", "--wait")
+        job = until(lambda: live.store.jobs.find_one({"options.collection": "cancelled"}), what="the job")
+        until(lambda: counted(live, *WATCH) > before, what="the watch of the job")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        run("cancel", str(job["_id"]))
+    finally:
+        run("resume")
+    [status] = json.loads(run("load", path, "--collection", "cancelled", "--wait", "--json").out)
+    assert status["jobId"] != str(job["_id"])
+    assert (status["status"], live.data["cancelled"].count_documents({})) == ("COMPLETED", 3000)
 
 
 def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):

@@ -307,6 +307,12 @@ def test_settings_of_aws_that_are_wrong_are_told(monkeypatch, tmp_path):
         connect(Settings.model_validate({"aws_access_key_id": "a", "aws_secret_access_key": "b"}))
 
 
+def test_a_host_that_the_sdk_does_not_take_is_told():
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    with pytest.raises(StartError, match="http://seaweed_s3:8333"):
+        connect(Settings.model_validate(keys | {"aws_endpoint_url": "http://seaweed_s3:8333"}))
+
+
 def test_of_a_body_that_trickles_less_is_waited_for_at_a_time(monkeypatch):
     now, asked, moves = [0.0], [], []
     monkeypatch.setattr("engine.objects.time.monotonic", lambda: now[0])

@@ -221,6 +221,14 @@ def test_ctrl_c_during_its_own_stop_does_not_change_what_became_of_the_job(up):
     assert run.left() == []
 
 
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN"])
+def test_settings_of_a_server_that_is_not_named_are_told(up, name):
+    run = up("--once", "--records", "1000", **{name: "http://127.0.0.1:1"})
+    assert run.finish() == 1
+    assert f"{name} is set and AWS_BUCKET_NAME is not" in run.said
+    assert run.left() == []
+
+
 def test_ctrl_c_before_it_serves_ends_it_quietly(up):
     run = up("--once", "--records", "1000")
     run.wait_for("Starting")

@@ -63,10 +63,10 @@ def test_an_api_that_is_being_restarted_is_waited_for_where_a_call_is_safe_to_re
             raise httpx.ConnectError("refused")
         if len(asked) < 4:
             return problem(503, "unavailable")
-        return httpx.Response(202, headers={"X-Request-ID": "r"}, json={"jobId": "job"})
+        return httpx.Response(202, headers={"X-Request-ID": "r"}, json={"jobId": "job", "status": "PENDING"})
 
     client = client_of(answer)
-    assert client.process("k", {}, "ticket") == "job"
+    assert client.process("k", {}, "ticket") == ("job", "PENDING")
     assert asked == ["ticket"] * 4
     asked.clear()
     with pytest.raises(CallFailed, match="does not answer"):
@@ -88,7 +88,7 @@ def test_a_key_is_asked_for_as_it_is(key):
 
     def answer(request):
         asked.append(request.url.raw_path.decode())
-        return httpx.Response(202, headers={"X-Request-ID": "r"}, json={"jobId": "job"})
+        return httpx.Response(202, headers={"X-Request-ID": "r"}, json={"jobId": "job", "status": "PENDING"})
 
     client_of(answer).process(key, {}, "ticket")
     assert unquote(asked[0]) == f"/process/{key}"

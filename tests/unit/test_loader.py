@@ -49,7 +49,7 @@ def test_what_nobody_thought_of_is_told_of_its_file_and_does_not_keep_the_others
         def process(self, key, options, ticket):
             if key == "bad":
                 raise ValueError("odd")
-            return "job of good"
+            return "job of good", "PENDING"
 
     bad, good = Loader(Api(), {}, wait=False, through_api=False).run([str(tmp_path / "bad"), str(tmp_path / "good")])
     assert "ValueError: odd" in str(bad.error)
