@@ -26,7 +26,8 @@ _HEADER: Final = struct.Struct("<iiii")
 _OP_MSG: Final = 2013
 
 BATCH_RECORDS: Final = 1000
-MAX_BATCH_BYTES: Final = 12 * 1024 * 1024
+MAX_BATCH_BYTES: Final = 40_000_000
+"""What MongoDB takes in one message is 48 million bytes."""
 TAG: Final = b"\0\0\0\0\0\1"
 """What the `_id`s begin with, before the offset."""
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from api.client import Client
 from bench.rig import Rig, Taken
 from engine.cores import cores
 from engine.model import Source
@@ -73,11 +74,13 @@ class Spent:
         )
 
 
-def load(rig: Rig, source: Source, *sizes: int, **changes: Any) -> Load:
-    """Load an object by engines that are started for it, of so many workers each; `changes` are settings of theirs."""
+def load(rig: Rig, source: Source, *sizes: int, through: Client | None = None, **changes: Any) -> Load:
+    """Load an object by engines that are started for it, of so many workers each; `changes` are settings of theirs. The job is
+    submitted through the HTTP API where a client of it is given."""
     before = totals(rig.store)
     with ExitStack() as stack:
-        taken = rig.load(source, *(stack.enter_context(rig.engine(size, **changes)) for size in sizes))
+        engines = [stack.enter_context(rig.engine(size, **changes)) for size in sizes]
+        taken = rig.load(source, *engines, through=through)
     after = totals(rig.store)  # engines tell their last figures on leaving
     rig.check(taken.job)
     seconds = {stage: after.get(f"seconds_{stage}", 0) - before.get(f"seconds_{stage}", 0) for stage in STAGES}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADDED_MILLISECONDS",
+    "SIZES",
+    "VARIED",
     "defaults",
     "idle",
     "ladder",
@@ -48,15 +50,27 @@ __all__ = [
     "upload",
 ]
 
+Way = TypeVar("Way")
+
 CONNECTIONS: Final = (2, 3, 4)
+SIZES: Final = {"1": (1,), "2": (2,), "4": (4,), "two engines of 1": (1, 1)}
+"""What `scale` compares: workers of each engine."""
+
 ADDED_MILLISECONDS: Final = 20
 """Round-trip time that `latency` adds on both sides."""
 
-VARIED: Final[dict[str, tuple[int, ...]]] = {
-    "engine_writers": (1, 2, 4, 8, 16),
-    "engine_read_bytes": (256 * 1024, 1024 * 1024, 4 * 1024 * 1024),
-    "engine_batch_records": (500, 1000, 2000),
+MIB: Final = 1024 * 1024
+
+VARIED: Final[dict[str, dict[str, tuple[int, ...]]]] = {
+    "ordinary": {
+        "engine_writers": (1, 2, 8, 16),
+        "engine_read_bytes": (MIB // 4, 4 * MIB),
+        "engine_range_bytes": (16 * MIB, 256 * MIB),
+        "engine_batch_records": (500, 2000),
+    },
+    "wide": {"engine_batch_bytes": (MIB, 8 * MIB)},
 }
+"""By the shape of the records, the values of settings that are compared with their defaults."""
 
 
 def base_cpu(path: Path) -> tuple[float, float]:
@@ -103,7 +117,7 @@ class Ceiling:
 
 
 def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any]:
-    """The same file by the ceiling, by Headrace, and by the import tool; and what Headrace spent.
+    """The same file by the ceiling, by Headrace through its HTTP API, and by the import tool; and what Headrace spent.
 
     The import tool's best number of workers is found after the first load; where it fails, `import note` says why and there are
     no figures of it.
@@ -113,35 +127,36 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
     rows: dict[str, list[float]] = {}
     loads: list[Load] = []
     candidates, note = importer.look(tool)
-    for _ in range(rounds):
-        base, base_off = base_cpu(path)
-        top, one = ceilings.beside(lambda: load(rig, source, 2))
-        loads.append(one)
-        taken = one.taken
-        figures = {
-            "ceiling": top,
-            "headrace": taken.wall,
-            "wall ratio": taken.wall / top,
-            "base cpu": base,
-            "base cpu, collector off": base_off,
-            "worker cpu": taken.cpu,
-            "database cpu": taken.servers["mongod"],
-            "database cpu, ceiling": statistics.mean(ceilings.database[-2:]),
-            "s3 cpu": taken.servers["weed"],
-            "cpu ratio": taken.cpu / base,
-            "cpu ratio, collector off": taken.cpu / base_off,
-        }
-        if tool and candidates:
-            try:
-                if len(candidates) > 1:
-                    candidates = (importer.best(rig, tool, path, candidates, taken.lines),)
-                wall = importer.run(rig, tool, path, candidates[0], taken.lines)
-            except (OSError, RuntimeError) as error:
-                candidates, note = (), str(error)
-            else:
-                figures |= {"import": wall, "import ratio": wall / taken.wall}
-        for name, value in figures.items():
-            rows.setdefault(name, []).append(value)
+    with rig.api() as (client, _):
+        for _ in range(rounds):
+            base, base_off = base_cpu(path)
+            top, one = ceilings.beside(lambda: load(rig, source, 2, through=client))
+            loads.append(one)
+            taken = one.taken
+            figures = {
+                "ceiling": top,
+                "headrace": taken.wall,
+                "wall ratio": taken.wall / top,
+                "base cpu": base,
+                "base cpu, collector off": base_off,
+                "worker cpu": taken.cpu,
+                "database cpu": taken.servers["mongod"],
+                "database cpu, ceiling": statistics.mean(ceilings.database[-2:]),
+                "s3 cpu": taken.servers["weed"],
+                "cpu ratio": taken.cpu / base,
+                "cpu ratio, collector off": taken.cpu / base_off,
+            }
+            if tool and candidates:
+                try:
+                    if len(candidates) > 1:
+                        candidates = (importer.best(rig, tool, path, candidates, taken.lines),)
+                    wall = importer.run(rig, tool, path, candidates[0], taken.lines)
+                except (OSError, RuntimeError) as error:
+                    candidates, note = (), str(error)
+                else:
+                    figures |= {"import": wall, "import ratio": wall / taken.wall}
+            for name, value in figures.items():
+                rows.setdefault(name, []).append(value)
     if candidates:
         note = f"{note}, -j{candidates[0]}"
     else:
@@ -164,36 +179,44 @@ def shape(rig: Rig, path: Path, rounds: int) -> Spread:
     return Spread(tuple(ratios))
 
 
+def _turned(ways: list[Way], turn: int) -> list[Way]:
+    """The ways, of which another is the first in each turn: the speed of a machine drifts."""
+    first = turn % len(ways)
+    return ways[first:] + ways[:first]
+
+
 def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
-    """Walls, and what was spent, by the number of processes, and of two engines of one process each."""
+    """Walls, and what was spent, of each of SIZES."""
     source = rig.upload(path)
     loads: dict[str, list[Load]] = {}
-    for _ in range(rounds):
-        for name, sizes in {"1": [1], "2": [2], "4": [4], "two engines of 1": [1, 1]}.items():
+    ways = list(SIZES.items())
+    for turn in range(rounds):
+        for name, sizes in _turned(ways, turn):
             loads.setdefault(name, []).append(load(rig, source, *sizes))
     return {
-        name: (Spread(tuple(one.taken.wall for one in some)), Spent.of(some, rig.settings.engine_writers))
-        for name, some in loads.items()
+        name: (
+            Spread(tuple(one.taken.wall for one in loads[name])),
+            Spent.of(loads[name], rig.settings.engine_writers),
+        )
+        for name in SIZES
     }
 
 
-def defaults(rig: Rig, path: Path, rounds: int) -> dict[str, Any]:
-    """Walls with one setting changed, over those with the defaults, which run first and last in each round.
+def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Walls with one setting changed to each of these values, over those with the defaults, which run first and last of a round.
 
     Which setting comes first changes from round to round. `noise` is by how much the two with the defaults differed at most, as
     a share; `others` the largest share of the cores that anything else on this machine had in a round.
     """
     source = rig.upload(path)
-    varied = [(name, value) for name, values in VARIED.items() for value in values]
-    settings = [(name, value) for name, value in varied if value != getattr(rig.settings, name)]
+    settings = [(name, value) for name, values in varied.items() for value in values]
     ratios: dict[tuple[str, int], list[float]] = {which: [] for which in settings}
     differences, others = [], []
     for turn in range(rounds):
         start = turn * len(settings) // rounds
         order = settings[start:] + settings[:start]
-        loads = [
-            load(rig, source, 2, **changes).taken for changes in ({}, *({name: value} for name, value in order), {})
-        ]
+        changes: list[dict[str, Any]] = [{}, *({name: value} for name, value in order), {}]
+        loads = [load(rig, source, 2, **changed).taken for changed in changes]
         first, *walls, last = (taken.wall for taken in loads)
         differences.append(abs(last - first) / min(first, last))
         others.append(sum(taken.others for taken in loads) / (cores() * sum(taken.seconds for taken in loads)))
@@ -248,7 +271,7 @@ def pickup(rig: Rig, times: int) -> Spread:
         for _ in range(times):
             time.sleep(0.4)
             began = time.time()
-            job_id = client.process(source.key, {"collection": "pickup", "force": True})
+            job_id, _ = client.process(source.key, {"collection": "pickup", "force": True})
             while (job := rig.queue.get(job_id)).started_at is None:
                 engine.alive()
                 time.sleep(0.005)
@@ -309,8 +332,7 @@ def upload(rig: Rig, size: int, rounds: int) -> dict[str, Spread]:
             ("boto3, tuned", partial(bare, rig.s3)),
         ]
         for turn in range(rounds):
-            first = turn % len(ways)
-            for name, way in ways[first:] + ways[:first]:
+            for name, way in _turned(ways, turn):
                 began = time.perf_counter()
                 key = way()
                 rates.setdefault(name, []).append(path.stat().st_size / (time.perf_counter() - began) / 1e6)

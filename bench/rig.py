@@ -286,9 +286,12 @@ class Rig:
         self._lines[source.key] = lines
         return source
 
-    def _submit(self, source: Source) -> Job:
-        """Put a job for an object on the queue, into a collection of its own."""
-        return self.queue.submit(source, JobOptions(collection=f"c{uuid.uuid4().hex[:8]}", force=True))
+    def _submit(self, source: Source, through: Client | None) -> Job:
+        """Put a job for an object on the queue, into a collection of its own; through the HTTP API where its client is given."""
+        collection = f"c{uuid.uuid4().hex[:8]}"
+        if through is not None:
+            return self.queue.get(through.process(source.key, {"collection": collection, "force": True})[0])
+        return self.queue.submit(source, JobOptions(collection=collection, force=True))
 
     def _wait(self, job: Job, *engines: Engine) -> Job:
         """Until the job has COMPLETED by these engines.
@@ -312,11 +315,11 @@ class Rig:
             raise RuntimeError(f"{documents} documents, {job.progress.tally.lines} lines told, {lines} in the file")
         self.store.data.drop_collection(name)
 
-    def load(self, source: Source, *engines: Engine) -> Taken:
+    def load(self, source: Source, *engines: Engine, through: Client | None = None) -> Taken:
         """Load an object into a collection of its own, which `check` drops."""
         began = time.perf_counter()
         before, servers, all = sum(engine.cpu() for engine in engines), self.servers_cpu(), _cpu_of_all()
-        job = self._wait(self._submit(source), *engines)
+        job = self._wait(self._submit(source, through), *engines)
         seconds = time.perf_counter() - began
         cpu = sum(engine.cpu() for engine in engines) - before
         taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}

@@ -75,11 +75,15 @@ def _waited_for(spent: Spent) -> str:
     )
 
 
-def scaling(walls: dict[str, float], two: Spent) -> str:
-    """What two processes gain over one, and what stops them; `walls` are seconds by the number of processes."""
-    ratio = walls["2"] / walls["1"]
-    gained = f"Two processes take {ratio:.2f} of the time of one"
-    return f"{gained}." if ratio <= 0.55 else f"{gained}. What stops them from halving it: {bottleneck(two)}."
+def scaling(found: dict[str, tuple[float, Spent]]) -> list[str]:
+    """What more processes gain over one, and what stops them; `found` are seconds and what was spent, by the names of SIZES."""
+    (one, _), *others = (found[name] for name in measure.SIZES)
+    told = []
+    for name, (wall, spent) in zip(list(measure.SIZES)[1:], others, strict=True):
+        straight = 1 / sum(measure.SIZES[name])
+        gained = f"{name}: {wall / one:.2f} of the time of one process, where a straight line has {straight:.2f}"
+        told.append(f"{gained}." if wall / one <= 1.1 * straight else f"{gained}. What stops it: {bottleneck(spent)}.")
+    return told
 
 
 def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) -> str:

@@ -63,9 +63,13 @@ def test_writers_wait_side_by_side():
     assert bottleneck(spent()).startswith("the workers' CPU: MongoDB's answers take 5.0 µs")
 
 
-def test_what_stops_two_processes_is_told_only_where_something_does():
-    assert scaling({"1": 10.0, "2": 5.2}, spent()) == "Two processes take 0.52 of the time of one."
-    assert "halving it: the cores" in scaling({"1": 10.0, "2": 9.0}, spent(mongod=12.0, workers=7.0))
+def test_what_stops_more_processes_is_told_only_where_something_does():
+    full = spent(mongod=12.0, workers=7.0)
+    found = {"1": (10.0, spent()), "2": (5.2, spent()), "4": (9.0, full), "two engines of 1": (5.6, full)}
+    two, four, engines = scaling(found)
+    assert two == "2: 0.52 of the time of one process, where a straight line has 0.50."
+    assert "4: 0.90 of the time of one process, where a straight line has 0.25. What stops it: the cores" in four
+    assert "has 0.50. What stops it: the cores" in engines
 
 
 @pytest.mark.parametrize(
