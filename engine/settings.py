@@ -85,7 +85,12 @@ class Settings(BaseSettings):
     engine_control_db: Annotated[str, AfterValidator(control_db)] = _setting(
         "headrace_control", "Database of the jobs, ranges and rejects", min_length=1
     )
-    engine_range_bytes: Bytes = _setting(64 * MIB, "Maximum size of one range of an object", "bytes", ge=64 * KIB)
+    engine_range_bytes: Bytes = _setting(
+        64 * MIB,
+        "Maximum size of one range of an object; larger where it would have over 100,000 of them",
+        "bytes",
+        ge=64 * KIB,
+    )
     engine_read_bytes: Bytes = _setting(MIB, "How much is read from S3 at a time", "bytes", ge=4 * KIB, le=64 * MIB)
     engine_max_line_bytes: Bytes = _setting(32 * MIB, "A longer line is rejected", "bytes", ge=1 * KIB, le=256 * MIB)
     engine_batch_records: int = _setting(1000, "Maximum lines in one bulk write", "records", ge=1, le=20_000)

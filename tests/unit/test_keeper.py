@@ -9,6 +9,7 @@ import pytest
 
 from engine.keeper import TICK_SECONDS, Keeper
 from engine.queue import JobSignals
+from tests.running import until
 
 SHORT = 0.26 * TICK_SECONDS
 
@@ -100,15 +101,18 @@ def test_a_keeper_of_nothing_sleeps_and_one_of_a_lease_looks_after_it_again(monk
     real = keeper.turn
     monkeypatch.setattr(keeper, "turn", lambda: (turned.set(), real()))
     keeper.start()
-    assert not turned.wait(0.2)
+
+    def sleeps():
+        turned.clear()
+        return not turned.wait(0.2)
+
+    assert sleeps()
     for _ in range(2):
         ticked.clear()
         keeper.hold(Mock())
         assert ticked.wait(5)
         keeper.drop()
-        time.sleep(0.1)  # a turn that had begun is over
-        turned.clear()
-        assert not turned.wait(0.2)
+        until(sleeps)  # when a turn that had begun is over
 
 
 def test_small_jobs_that_are_let_go_in_the_midst_of_a_turn_are_not_renewed_any_more(
