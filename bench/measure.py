@@ -68,7 +68,7 @@ VARIED: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "engine_range_bytes": (16 * MIB, 256 * MIB),
         "engine_batch_records": (500, 2000),
     },
-    "wide": {"engine_batch_bytes": (MIB, 8 * MIB)},
+    "wide": {"engine_batch_bytes": (MIB, 4 * MIB)},
 }
 """By the shape of the records, the values of settings that are compared with their defaults."""
 

@@ -112,4 +112,6 @@ def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) 
 
 def shown(name: str, value: int) -> str:
     """A setting, as somebody sets it."""
-    return f"{name.upper()}={value // 1024}KiB" if name.endswith("_bytes") else f"{name.upper()}={value}"
+    if not name.endswith("_bytes"):
+        return f"{name.upper()}={value}"
+    return f"{name.upper()}={value // 1024**2}MiB" if value % 1024**2 == 0 else f"{name.upper()}={value // 1024}KiB"
