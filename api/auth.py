@@ -6,7 +6,6 @@ random bits, so that no slow hash is needed to keep it from being guessed.
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 from collections.abc import Sequence
@@ -19,12 +18,12 @@ import falcon
 from api.operations import Scope, operation_of
 from api.problems import Problem
 from engine.errors import SettingsError
+from engine.ports import is_loopback
 from engine.settings import Settings
 
-__all__ = ["Guard", "Head", "Token", "draw", "exposed", "is_loopback", "tokens_of"]
+__all__ = ["Guard", "Head", "Token", "draw", "exposed", "tokens_of"]
 
 _ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
-_LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +79,6 @@ def tokens_of(settings: Settings) -> list[Token]:
             )
         tokens.append(Token(match.group(1), frozenset(map(Scope, scopes)), match.group(3)))
     return tokens
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches an address or name."""
-    if host.lower() in _LOCAL_NAMES:
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def exposed(settings: Settings, tokens: Sequence[Token]) -> str | None:

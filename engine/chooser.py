@@ -131,6 +131,8 @@ class Chooser:
         self._settled_at = time.monotonic()
         for page in self._queue.processing_jobs():
             for job in page:
+                if self._stop.is_set():
+                    return
                 if self._ledger.idle_seconds(job.id, BARREN_SECONDS) is None:
                     self._queue.settle(job.id)
 

@@ -91,7 +91,8 @@ class _Server:
         while not answers():
             if exit_code(self.process) is not None:
                 log = self.log.read_text(errors="replace").lower()
-                taken = "address already in use" in log or "failed to remove" in log  # a socket of another user's
+                # The second is what SeaweedFS says of one, and the third of a socket of another user's.
+                taken = any(words in log for words in ("address already in use", "cannot be used", "failed to remove"))
                 raise (_PortTaken if taken else StartError)(self.why())
             if time.monotonic() > deadline:
                 raise StartError(

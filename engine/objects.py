@@ -107,13 +107,15 @@ class RangeReader:
     def close(self) -> None:
         """Give the connection back, or drop it where much is left unread on it, or comes slowly."""
         try:
-            if self._stop - self._at <= DRAIN_BYTES and self._slice >= FIRST_SLICE_BYTES:
-                # Read to its end, the connection goes back by itself.
-                self.read(self._stop - self._at)
-                return
+            if self._stop - self._at <= DRAIN_BYTES:
+                while self._at < self._stop and self._slice >= FIRST_SLICE_BYTES:
+                    self._slice = FIRST_SLICE_BYTES  # if the next one is slow, it is the last
+                    self.read(FIRST_SLICE_BYTES)
         except Transient:
             pass
-        self.drop()
+        # Read to its end, the connection has gone back by itself.
+        if self._at < self._stop:
+            self.drop()
 
     def drop(self) -> None:
         """Close the connection, whatever is still to come on it."""

@@ -1,6 +1,7 @@
 """Ports of this machine: which are free, and why one cannot be listened on."""
 
 import errno
+import ipaddress
 import secrets
 import socket
 from collections.abc import Sequence
@@ -8,17 +9,30 @@ from typing import Final
 
 from engine.errors import StartError
 
-__all__ = ["NEIGHBOUR", "check_port", "free_port", "ports_in_pairs", "why_not"]
+__all__ = ["NEIGHBOUR", "check_port", "free_port", "is_loopback", "ports_in_pairs", "why_not"]
+
+_LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
 
 LOW_PORT: Final = 20_000
+_NOT_OURS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 NEIGHBOUR: Final = 10_000
 """SeaweedFS listens on each of its ports, and this much further up: drawn ports lie below all of these."""
 
 
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether something could listen there now."""
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address or name."""
+    if host.lower() in _LOCAL_NAMES:
+        return True
     try:
-        check_port(port, host)
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def port_is_free(port: int) -> bool:
+    """Whether something could listen there now, on any address: SeaweedFS takes no port that is taken on another one."""
+    try:
+        check_port(port, "0.0.0.0")  # noqa: S104 (nothing listens)
     except StartError:
         return False
     return True
@@ -33,19 +47,24 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
             f"API_HOST={host} is no address of this machine ({error.strerror}): name one of its own"
         ) from None
     for family, kind, _, _, address in found:
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
-            except OSError as error:
-                raise StartError(why_not(port, host, error)) from None
+        except OSError as error:
+            if str(address[0]) != host.strip("[]") and error.errno in _NOT_OURS:
+                # Such as localhost, where this machine knows no IPv6.
+                raise StartError(
+                    f"API_HOST={host} stands for {address[0]} too, which is no address of this machine: set it to one that is"
+                ) from None
+            raise StartError(why_not(port, host, error)) from None
 
 
 def why_not(port: int, host: str, error: OSError) -> str:
     """What keeps a server from listening there, and what to do about it."""
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is taken: stop what listens there, or set PORT to another"
-    if error.errno == errno.EADDRNOTAVAIL:
+    if error.errno in _NOT_OURS:
         return f"API_HOST={host} is no address of this machine: name one of its own"
     if error.errno == errno.EACCES:
         return f"port {port} is not for programs without special rights: set PORT to one above 1023"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
@@ -28,6 +29,7 @@ from engine.errors import (
     Transient,
     WrongClock,
 )
+from engine.ports import is_loopback
 from engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ __all__ = ["PART_TYPE", "S3_ERRORS", "code_of", "connect", "s3_translated", "sta
 
 S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
 """What the S3 client raises."""
+
+_MISFITS: Final = ("InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed")
+"""Codes of answers with the status 400 to what is signed, but not as the server wants it."""
 
 ROLE_ATTEMPTS: Final = 3
 """How often the role of a machine is asked for: workers that begin at the same time are told to slow down."""
@@ -74,7 +79,8 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
         region_name=settings.aws_region,
         aws_access_key_id=settings.aws_access_key_id,
         aws_secret_access_key=plain(settings.aws_secret_access_key),
-        aws_session_token=plain(settings.aws_session_token),
+        # By itself it belongs to no keys, and would hide those that the SDK finds.
+        aws_session_token=plain(settings.aws_session_token) if settings.aws_access_key_id else None,
         botocore_session=core,
     )
     if session.get_credentials() is None:
@@ -93,6 +99,8 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
             signature_version="s3v4",
             s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
             tcp_keepalive=True,
+            # What http_proxy names leads to other machines.
+            proxies={} if is_loopback(urlsplit(settings.aws_endpoint_url or "").hostname or "") else None,
             # The types hold what this would look at again in each call, for a tenth of its time.
             parameter_validation=False,
             # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.
@@ -149,6 +157,11 @@ def translate(error: ClientError, doing: str) -> HeadraceError:
         return Refused(f"S3 refuses what it is asked while {doing}: see that names and cursors are as they were told")
     if code == "InvalidObjectState":
         return Refused(f"S3 keeps the object in an archive and does not allow {doing}: restore it, then retry the job")
+    if code in _MISFITS:
+        return AccessDenied(
+            f"S3 refuses the credentials while {doing} ({code}): check that AWS_SESSION_TOKEN belongs to the AWS keys, and that "
+            "AWS_REGION is the bucket's"
+        )
     if status in (401, 403):
         return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
     if code == "NoSuchBucket":

@@ -22,6 +22,7 @@ __all__ = [
     "READY_JOBS",
     "STOPPING_JOBS",
     "WAITING_JOBS",
+    "check",
     "prepare",
 ]
 

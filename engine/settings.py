@@ -34,7 +34,10 @@ from engine.values import (
     visible,
 )
 
-__all__ = ["Settings", "load"]
+__all__ = ["LOOP_SECONDS", "Settings", "load"]
+
+LOOP_SECONDS: Final = 0.5
+"""How often a supervisor looks at its workers, at least; of one that would be silent for too long by the next look it is now."""
 
 _PAIR: Final = ("aws_access_key_id", "aws_secret_access_key")
 _KEY: Final = visible("copy the key alone, with nothing around it")
@@ -175,9 +178,9 @@ class Settings(BaseSettings):
                 f"API_MAX_WATCHERS={self.api_max_watchers} and API_MAX_DOWNLOADS={self.api_max_downloads} together, so that a "
                 "thread is left for everything else"
             )
-        if self.engine_watchdog_seconds <= self.answer_seconds:
+        if self.engine_watchdog_seconds <= (least := self.answer_seconds + LOOP_SECONDS):
             wrong.append(
-                f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than {self.answer_seconds:g} "
+                f"ENGINE_WATCHDOG_SECONDS={self.engine_watchdog_seconds:g}: it must be more than {least:g} "
                 f"seconds, the longest wait for an answer with ENGINE_LEASE_SECONDS={self.engine_lease_seconds:g}"
             )
         if wrong:

@@ -22,15 +22,12 @@ from setproctitle import setproctitle
 from engine.children import be_killed_with_parent, signal_name
 from engine.heartbeat import Heartbeat
 from engine.logs import get_logger
-from engine.settings import Settings
+from engine.settings import LOOP_SECONDS, Settings
 from engine.worker import EXIT_AGAIN, EXIT_BOOT, WorkerIdentity
 
 __all__ = ["Supervisor"]
 
 Work = Callable[[Settings, WorkerIdentity, Heartbeat], int]
-
-LOOP_SECONDS: Final = 0.5
-"""The longest sleep of the loop."""
 
 ASLEEP_SECONDS: Final = 5.0
 """When the loop itself was away for longer (suspended, stopped), silence of the workers proves nothing."""

@@ -246,6 +246,8 @@ def refused(code, status):
         ("RequestTimeTooSkewed", 403, WrongClock),
         ("InvalidKey", 400, NotFound),
         ("AccessDenied", 403, AccessDenied),
+        ("InvalidToken", 400, AccessDenied),
+        ("AuthorizationHeaderMalformed", 400, AccessDenied),
     ],
 )
 def test_an_answer_without_a_body_is_not_taken_for_an_object_that_is_not_there(s3, monkeypatch, code, status, told):
@@ -311,6 +313,54 @@ def test_a_host_that_the_sdk_does_not_take_is_told():
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
     with pytest.raises(StartError, match="http://seaweed_s3:8333"):
         connect(Settings.model_validate(keys | {"aws_endpoint_url": "http://seaweed_s3:8333"}))
+
+
+def test_a_server_on_this_machine_is_not_looked_for_behind_a_proxy(settings, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    Objects(connect(settings), settings.aws_bucket_name).check()
+    elsewhere = settings.model_copy(update={"aws_endpoint_url": "http://s3.invalid:1"})
+    with pytest.raises(Transient, match="ProxyConnectionError"):
+        Objects(connect(elsewhere), settings.aws_bucket_name).check()
+
+
+def test_a_token_without_keys_does_not_hide_those_that_the_sdk_finds(monkeypatch, tmp_path):
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id = AKIAFROMFILE\naws_secret_access_key = s\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    client = connect(Settings.model_validate({"aws_session_token": "t", "aws_endpoint_url": "http://127.0.0.1:1"}))
+    signed = client.generate_presigned_url(
+        "upload_part", Params={"Bucket": "b", "Key": "k", "UploadId": "u", "PartNumber": 1}
+    )
+    assert "AKIAFROMFILE" in signed
+
+
+def test_what_is_left_of_an_answer_that_has_become_slow_is_not_waited_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("engine.objects.time.monotonic", lambda: now[0])
+
+    class Body:
+        slow = closed = False
+
+        def read(self, size):
+            now[0] += size / 1000 if self.slow else 0
+            return b"x" * size
+
+        def close(self):
+            self.closed = True
+
+    for slow, closed in ((True, True), (False, False)):
+        body = Body()
+        reader = RangeReader({"Body": body}, "key", 0, 2**20)
+        reader.read(2**20 - 2**17)
+        body.slow = slow
+        now[0] = 0.0
+        reader.close()
+        assert (now[0] < 20, body.closed) == (True, closed)
 
 
 def test_of_a_body_that_trickles_less_is_waited_for_at_a_time(monkeypatch):

@@ -1,0 +1,22 @@
+"""A port that is free is free for whoever listens there next, and what cannot be listened on is told."""
+
+import socket
+
+import pytest
+
+from engine.errors import StartError
+from engine.ports import check_port, free_port
+
+
+def test_a_port_that_is_taken_on_another_address_is_not_free():
+    with socket.create_server(("127.0.0.2", 0)) as other:
+        port = other.getsockname()[1]
+        assert free_port(port) != port
+    assert free_port(port) == port
+
+
+def test_a_name_of_which_one_address_is_none_of_this_machine_is_told(monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0)) for host in ("127.0.0.1", "192.0.2.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: found)
+    with pytest.raises(StartError, match=r"API_HOST=localhost stands for 192\.0\.2\.1 too"):
+        check_port(0, "localhost")
