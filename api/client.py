@@ -20,6 +20,7 @@ from engine.settings import Settings
 __all__ = [
     "AWAY",
     "CHANGED",
+    "PATIENCE_SECONDS",
     "SLOW",
     "CallFailed",
     "Client",

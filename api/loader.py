@@ -46,6 +46,8 @@ class Loaded:
     note: Note | None = None
     reused: bool = False
     """Whether the object of an earlier command is taken for it."""
+    earlier: bool = False
+    """Whether its job was made, and has COMPLETED, before."""
     whole: str = ""
     """How to make a job by hand of a stream that is all there: it is being made, and an interrupt does not keep it from that."""
 
@@ -66,6 +68,8 @@ class Loaded:
             )
         if self.whole:
             return f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {self.whole}"
+        if self.note is not None and (self.key is not None or self.file.startswith("s3://")):
+            return "no answer says whether its job was made: run the same command again, and there is one, and no second one"
         if self.note is not None:
             return "its upload was interrupted: run the same command again, and it resumes where it was"
         if self.file == STDIN:
@@ -164,11 +168,15 @@ class Loader:
     def _submit(self, load: Loaded, key: str) -> str:
         if load.note is None:
             return self._client.process(key, self._options, secrets.token_hex(16))[0]
-        job_id, state = self._client.process(key, self._options, load.note.ticket(self._options))
-        if state in (JobState.FAILED, JobState.CANCELLED):
+        ticket = load.note.ticket(self._options)
+        again = load.note.get("asked") == ticket
+        load.note.put(asked=ticket)
+        job_id, state = self._client.process(key, self._options, ticket)
+        if again and state in (JobState.FAILED, JobState.CANCELLED):
             # An earlier command was interrupted at this job: it is not what this one is for.
             load.note.done()
             job_id, _ = self._client.process(key, self._options, load.note.ticket(self._options))
+        load.earlier = again and state == JobState.COMPLETED
         return job_id
 
     def _again(self, key: str) -> str:

@@ -106,7 +106,13 @@ def load(
             goes_on = f"; job {load.job_id} goes on without you: `headrace status {load.job_id}`" if load.job_id else ""
             plainly(f"{load.file}: {load.error}{goes_on}")
             exits.append(1)
-        elif load.status is not None:
+            continue
+        if load.earlier:
+            plainly(
+                f"{load.file}: job {load.job_id}, at which an earlier command was interrupted, has COMPLETED: run the same "
+                "command again to load it once more"
+            )
+        if load.status is not None:
             exits.append(EXIT_OF.get(load.status["status"], 0))
             if load.status["error"]:
                 plainly(f"{load.file}: {load.status['error']['message']}")

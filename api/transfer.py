@@ -5,7 +5,9 @@ object that is there where the file has not changed since.
 """
 
 import hashlib
+import io
 import os
+import re
 import secrets
 import select
 import threading
@@ -22,6 +24,7 @@ import orjson
 
 from api.client import (
     CHANGED,
+    PATIENCE_SECONDS,
     SLOW,
     CallFailed,
     Client,
@@ -41,6 +44,11 @@ FLYING_BYTES: Final = 64 * 1024 * 1024
 """Parts of one file that are held while they are sent, where it is larger than one."""
 
 TRIES: Final = 5
+"""Of a part, at least; and at most, while S3 has not answered at all."""
+
+MOST_WAIT_SECONDS: Final = 5.0
+"""Between two tries."""
+
 URLS: Final = 100
 
 URLS_FRESH_SECONDS: Final = 600.0
@@ -88,7 +96,8 @@ def forget_old() -> None:
 
 
 class Note:
-    """What is known of a file: `uploadId` while it is on its way, then `key`, and a `ticket` that makes its job once.
+    """What is known of a file: `uploadId` while it is on its way, then `key`, and a `ticket` that makes its job once, with what
+    was `asked` by it.
 
     Args:
         url: of the API.
@@ -140,6 +149,7 @@ class Transfer:
         self._http = httpx.Client(timeout=httpx.Timeout(30, write=600, read=600), trust_env=False, verify=trusted())
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="part")
         self._stopped = threading.Event()
+        self._reached = False  # whether S3 has answered anything yet
         self._deciding = threading.Lock()
         self._streams: set[str] = set()  # of which the end is not taken for the end yet
         self._flying: set[Future[None]] = set()
@@ -315,22 +325,31 @@ class Transfer:
             raise
 
     def _put(self, url: str, data: bytes, state: dict[str, Any], sent: Sent) -> None:
-        failure = ""
-        for tries in range(TRIES):
+        failing: float | None = None
+        tries = 0
+        while True:
             if self._stopped.is_set():
                 raise CommandError(STOPPED)
             try:
-                answer = self._http.put(url, content=data, headers=state["headers"])
+                # As a stream: of bytes, all that is left of a part is copied each time that a socket takes some.
+                answer = self._http.put(url, content=io.BytesIO(data), headers=state["headers"])
+                self._reached = True
                 if answer.is_success:
                     sent(len(data))
                     return
-                failure = f"was answered with {answer.status_code}"
+                code = re.search("<Code>([A-Za-z]+)</Code>", answer.text)
+                failure = f"was answered with {answer.status_code}{f' ({code[1]})' if code else ''}"
                 # A part that comes too slowly is answered by AWS with 400.
                 if answer.status_code < 500 and "RequestTimeout" not in answer.text:
                     break
             except httpx.HTTPError as error:
                 failure = f"failed {why_not_reached(error)}"
-            self._stopped.wait(0.2 * 2**tries)
+            tries += 1
+            failing = failing or time.monotonic()
+            # An S3 that was there is waited for, as the API is.
+            if tries >= TRIES and (not self._reached or time.monotonic() - failing > PATIENCE_SECONDS):
+                break
+            self._stopped.wait(min(0.1 * 2**tries, MOST_WAIT_SECONDS))
         again = "run the same command again to go on, or send the file"
         if state["size"] is None:
             again = "nothing of the stream is kept: send it again, or put it into a file and send that"

@@ -161,13 +161,14 @@ def test_what_comes_through_a_pipe_that_can_be_read_once_is_loaded(run, live, tm
     assert live.data["piped"].count_documents({}) == 2
 
 
-def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, tmp_path, start):
-    path = tmp_path / "watched.ndjson"
+@pytest.mark.parametrize("over", [False, True])
+def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, tmp_path, start, over):
+    path, name = tmp_path / "watched.ndjson", f"watched-{over}"
     path.write_bytes(b'{"n":1}\n' * 3000)
     before = counted(live, *WATCH)
     run("pause")
     try:
-        process = start("load", path, "--collection", "watched", "--wait")
+        process = start("load", path, "--collection", name, "--wait")
         until(lambda: any(b'"key"' in n.read_bytes() for n in tmp_path.glob("headrace/loads/*")), what="the note")
         until(lambda: counted(live, *WATCH) > before, what="the watch of the job")
         process.send_signal(signal.SIGINT)
@@ -176,11 +177,15 @@ def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, t
     finally:
         run("resume")
     job_id = re.search(r"headrace status ([0-9a-f]{24}) --wait", said)[1]
-    [status] = json.loads(run("load", path, "--collection", "watched", "--wait", "--json").out)
+    if over:
+        until(lambda: live.http.get(f"/status/{job_id}").json()["status"] == "COMPLETED", what="the end of the job")
+    done = run("load", path, "--collection", name, "--wait", "--json")
+    [status] = json.loads(done.out)
     assert status["jobId"] == job_id
-    assert (status["status"], live.data["watched"].count_documents({})) == ("COMPLETED", 3000)
+    assert "run the same command again" in done.err or not over
+    assert (status["status"], live.data[name].count_documents({})) == ("COMPLETED", 3000)
     # It is through, and was told so: the next one is a load of its own.
-    [again] = json.loads(run("load", path, "--collection", "watched", "--wait", "--json").out)
+    [again] = json.loads(run("load", path, "--collection", name, "--wait", "--json").out)
     assert again["jobId"] != job_id
 
 

@@ -18,7 +18,8 @@ UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # by a command that can re
     [
         ({"job_id": "6b04", **UPLOADED}, "`headrace status 6b04 --wait`"),
         ({"job_id": "6b04", "whole": "submit it"}, "`headrace status 6b04 --wait`"),
-        (UPLOADED, "run the same command again, and it resumes"),
+        (UPLOADED, "run the same command again, and there is one"),
+        ({"file": "s3://b/k", "note": object()}, "run the same command again, and there is one"),
         ({"note": object()}, "run the same command again, and it resumes"),
         ({"key": "01K-a.ndjson"}, "`headrace jobs --file 01K-a.ndjson`"),
         ({"whole": "submit it"}, "look for it with `headrace jobs`; if not, submit it"),
@@ -54,6 +55,35 @@ def test_what_nobody_thought_of_is_told_of_its_file_and_does_not_keep_the_others
     bad, good = Loader(Api(), {}, wait=False, through_api=False).run([str(tmp_path / "bad"), str(tmp_path / "good")])
     assert "ValueError: odd" in str(bad.error)
     assert (good.error, good.job_id) == (None, "job of good")
+
+
+@pytest.mark.parametrize("state", ["COMPLETED", "FAILED"])
+def test_a_job_that_has_ended_is_that_of_an_earlier_command_only_where_there_was_one(monkeypatch, tmp_path, state):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "file", lambda self, file, note, sent: file.name)
+    monkeypatch.setattr(Transfer, "there", lambda self, note, size: note.get("key"))
+    (tmp_path / "file").write_bytes(b"{}")
+    jobs = {}
+
+    class Api:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            # An answer got lost, and the job has ended by the second call.
+            return jobs.setdefault(ticket, f"job {len(jobs)}"), state
+
+        def states(self, job_id):
+            raise CommandError("the watch was broken off")
+
+    def load(wait):
+        return Loader(Api(), {}, wait=wait, through_api=False).run([str(tmp_path / "file")])[0]
+
+    broken = load(True)
+    assert (broken.job_id, broken.earlier, len(jobs)) == ("job 0", False, 1)
+    again = load(False)
+    assert (again.job_id, again.earlier) == (("job 0", True) if state == "COMPLETED" else ("job 1", False))
+    anew = load(False)
+    assert (anew.job_id, anew.earlier) == (f"job {len(jobs) - 1}", False)
 
 
 def test_a_stream_that_is_stored_and_cannot_be_submitted_is_told_by_name(monkeypatch, tmp_path):

@@ -226,11 +226,44 @@ def test_a_part_is_sent_again_where_that_may_help(monkeypatch, status, said, tri
     monkeypatch.setattr(transfer, "_http", httpx.Client(transport=httpx.MockTransport(answer)))
     monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
     if tries == 1:
-        with pytest.raises(CommandError, match="answered with 403: run the same command again to go on"):
+        with pytest.raises(
+            CommandError, match=r"answered with 403 \(AccessDenied\): run the same command again to go on"
+        ):
             transfer._put("http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
     else:
         transfer._put("http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
     assert (asked, sent) == ([b"data"] * tries, [4] * (tries - 1))
+
+
+@pytest.mark.parametrize("reached", [False, True])
+def test_an_s3_that_goes_away_is_waited_for_where_it_was_there_before(monkeypatch, reached):
+    now, asked = [0.0], []
+
+    def answer(request):
+        asked.append(request.read())
+        if len(asked) == 1 and reached:
+            return httpx.Response(200)
+        if now[0] < 30:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200)
+
+    def wait(seconds):
+        now[0] += seconds
+
+    transfer, sent = Transfer(Api()), []
+    monkeypatch.setattr(transfer, "_http", httpx.Client(transport=httpx.MockTransport(answer)))
+    monkeypatch.setattr(transfer._stopped, "wait", wait)
+    monkeypatch.setattr("api.transfer.time.monotonic", lambda: now[0])
+    state = {"headers": {}, "size": 8}
+    if reached:
+        for part in (b"data", b"more"):
+            transfer._put("http://s3/1", part, state, sent.append)
+        assert sent == [4, 4]
+    else:
+        with pytest.raises(CommandError, match="--through-api"):
+            transfer._put("http://s3/1", b"data", state, sent.append)
+        assert (len(asked), now[0] < 10) == (5, True)
+    assert set(asked) == ({b"data", b"more"} if reached else {b"data"})
 
 
 def test_a_stream_whose_part_s3_does_not_take_is_not_said_to_go_on(monkeypatch):
