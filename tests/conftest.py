@@ -33,11 +33,15 @@ hypothesis.settings.load_profile("any machine")
 
 PREFIXES = ("AWS_", "ENGINE_", "API_", "MONGO_", "PORT")
 
+for name in list(os.environ):
+    if name.upper() in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        del os.environ[name]  # the servers of the tests are on this machine
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
-        if name.startswith(PREFIXES):
+        if name.upper().startswith(PREFIXES):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
@@ -47,7 +51,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
     """A real mongod, with fail points, and a real S3 server, once for all suites."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith(PREFIXES):
+            if name.upper().startswith(PREFIXES):
                 patch.delenv(name)
         folder = tmp_path_factory.mktemp("servers")
         patch.chdir(folder)

@@ -76,7 +76,10 @@ class Running:
 
     def ready(self, count):
         """Wait until so many workers in all have booted."""
-        until(lambda: len(self.actions("boot")) >= count, what=f"boot number {count}")
+        until(lambda: self._booted() >= count, what=f"boot number {count}")
+
+    def _booted(self):
+        return sum(line["event"] == "worker is ready" for line in self.actions("boot"))
 
     def actions(self, name):
         return [line for line in self.lines() if line["action"] == name]

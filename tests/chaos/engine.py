@@ -4,7 +4,10 @@ CHAOS_STEP, CHAOS_NTH: the step and the time of it, counted over all workers. CH
 CHAOS_HANG: instead of a crash the worker is "stopped", goes on "looping", or is "blocked" in a read.
 CHAOS_POISON: a worker that decodes a line which holds these characters is killed.
 CHAOS_SLOW: seconds that a worker sleeps before it decodes a batch.
-CHAOS_CLOCK: seconds that every clock of this process but the monotonic one is off; CHAOS_CLOCK_SIGNS=1: also that of signatures.
+CHAOS_CLOCK: seconds that `time.time` is off, by which the driver makes ids: the engine itself reads no clock but the monotonic
+one, which tests/unit/test_imports.py holds; CHAOS_CLOCK_SIGNS=1: also the clock of signatures.
+
+It is known to MongoDB as APP, so that a fail point is for it alone.
 """
 
 import datetime as dt
@@ -20,6 +23,8 @@ from engine.settings import load
 from engine.steps import on_reach
 from engine.supervisor import Supervisor
 from engine.worker import work
+
+APP = "headrace under test"
 
 
 def crash():
@@ -83,6 +88,13 @@ def slow(seconds):
     pipeline.decode = decode
 
 
+def rename():
+    from engine import store
+
+    real = store.MongoClient
+    store.MongoClient = lambda *given, **more: real(*given, **more | {"appname": APP})
+
+
 def set_clock(off, signs):
     real = time.time
     time.time = lambda: real() + off
@@ -100,6 +112,7 @@ def set_clock(off, signs):
 def main():
     settings, _ = load()
     configure("info", "json", settings.secrets())
+    rename()
     if step := os.environ.get("CHAOS_STEP"):
         harm = HARM[os.environ.get("CHAOS_HANG", "")]
         harm_at(step, int(os.environ["CHAOS_NTH"]), Path(os.environ["CHAOS_FIRED"]), harm)

@@ -24,6 +24,14 @@ class Mongods:
         self.running = {}
 
     def __enter__(self):
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self):
         for port in self.ports:
             self.start(port)
         members = [{"_id": i, "host": f"127.0.0.1:{port}"} for i, port in enumerate(self.ports)]
@@ -34,7 +42,6 @@ class Mongods:
         with self.direct(self.ports[0]) as client:
             client.admin.command("replSetInitiate", {"_id": SET, "members": members, "settings": fast})
         self._until(self.primary)
-        return self
 
     def __exit__(self, *_):
         for process in self.running.values():

@@ -14,6 +14,9 @@ from tests.chaos.rig import HEAVY, Report, Rig, kill, made
 from tests.running import alive, until
 
 SMALL_IN_SHORT = {Step.PLANNED, Step.LEASED, Step.WRITTEN, Step.CLOSE, Step.FINISH}
+MOST_SEEDS = 60
+"""Loads after which it is of no use to wait for more kills."""
+
 ONLY_OF_LARGE_JOBS = {Step.OPENED, Step.READ, Step.CONFIRM, Step.CONFIRMED}
 
 
@@ -22,29 +25,29 @@ def kills(settings, folder, short):
     report = Report("kills", {"kills": 0, "kills among small jobs": 0}, {"retries": 0})
     wanted, least_seeds, count = (6, 1, 40_000) if short else (200, 5, 1_000_000)
     seed = 0
-    while report.faults["kills"] < wanted or seed < least_seeds:
+    while (report.faults["kills"] < wanted or seed < least_seeds) and seed < MOST_SEEDS:
         seed += 1
         draw = random.Random(seed)
         with Rig(settings, folder) as rig:
             path = made(rig, count, seed)
             engine = rig.engine(engine_range_bytes="256KiB" if short else "8MiB")
             job = rig.submit(path)
-            while not rig.ended(job):
+            for _ in rig.under_way(job, seconds=600, pause=0.15 if short else 0.5):
                 if victims := rig.holders(engine):
                     report.faults["kills"] += kill(draw.choice(victims))
-                time.sleep(0.15 if short else 0.5)
             _retry_after_deaths(report, rig, job)
             rig.verify(report, path, job)
             path.unlink()
+    if report.faults["kills"] < wanted:
+        report.problems.append(f"only {report.faults['kills']} workers were killed in {seed} loads, of {wanted}")
     with Rig(settings, folder) as rig:
         path = rig.folder / "small.ndjson"
         corpus.mixed(path, 99, 80, 0.05)
         jobs = rig.submit_small(path, 50 if short else 1000)
         engine = rig.engine()
-        while not all(map(rig.ended, jobs)):
+        for _ in rig.under_way(*jobs, seconds=600, pause=0.15):
             if victims := rig.holders(engine):
                 report.faults["kills among small jobs"] += kill(draw.choice(victims))
-            time.sleep(0.15)
         for job in jobs:
             _retry_after_deaths(report, rig, job)
             rig.verify(report, path, job)
@@ -130,6 +133,8 @@ def ranges(settings, folder, short):
                 path = made(rig, 60_000 if short else 500_000)
                 fired = rig.folder / f"held-{step}-{turn}"
                 held = {"CHAOS_HANG": "stopped", "CHAOS_STEP": step, "CHAOS_NTH": 1, "CHAOS_FIRED": fired}
+                # Its supervisor leaves it alone, so that it wakes after another has planned.
+                held |= {"engine_watchdog_seconds": 60}
                 first = rig.engine(engine_workers=1, engine_range_bytes="128KiB", **held)
                 job = rig.submit(path)
                 until(fired.exists, what=f"the planner at {step}")
@@ -138,8 +143,7 @@ def ranges(settings, folder, short):
                 until(
                     lambda rig=rig: rig.store.ranges.find_one({"state": "LEASED"}), what="a lease of the other engine"
                 )
-                kill(planner, signal.SIGCONT)
-                report.faults[kind] += 1
+                report.faults[kind] += kill(planner, signal.SIGCONT)
                 rig.wait(job)
                 _ranges_are_those_of_the_plan(report, rig, path, job)
     with Rig(settings, folder) as rig:
@@ -224,7 +228,8 @@ def supervisors(settings, folder, short):
             engine = rig.engine(engine_range_bytes="2MiB")
             until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
             workers = engine.workers()
-            report.faults["kills"] += kill(engine.pid)
+            report.faults["kills"] += not all(map(rig.ended, jobs))
+            kill(engine.pid)
             engine.process.wait()
             time.sleep(2)
             if any(map(alive, workers)):
@@ -246,8 +251,8 @@ def terms(settings, folder, short):
             engine = rig.engine(engine_range_bytes="2MiB")
             until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
             time.sleep(draw.random() * 0.5)
+            report.faults["terms"] += not all(map(rig.ended, jobs))
             code = engine.stop(seconds=rig.settings.engine_grace_seconds + 3)
-            report.faults["terms"] += 1
             if code != 0:
                 report.problems.append(f"TERM ended with exit code {code}")
             if rig.store.ranges.count_documents({"state": RangeState.LEASED}):
@@ -269,8 +274,10 @@ def hups(settings, folder, short):
         for _ in range(2 if short else 10):
             rig.keep_busy(path, jobs)
             before = set(engine.workers())
-            report.faults["hups"] += kill(engine.pid, signal.SIGHUP)
-            until(lambda before=before: not before & set(engine.workers()), 40, "the replacement of every worker")
+            report.faults["hups"] += not all(map(rig.ended, jobs))
+            kill(engine.pid, signal.SIGHUP)
+            until(lambda before=before: len(set(engine.workers()) - before) == 2, 40, "the replacement of every worker")
+            until(lambda before=before: not before & set(engine.workers()), 40, "the end of those that were replaced")
         rig.wait(*jobs)
         if engine.stop() != 0:
             report.problems.append("the engine did not stop softly")
@@ -294,6 +301,8 @@ def hung(settings, folder, short):
             report.faults["hangs"] += 1
             patience = HEAVY["engine_watchdog_seconds"] + 3
             until(lambda engine=engine: engine.actions("kill"), patience, f"the end of a worker that is {hang}")
+            engine.ready(3)
+            until(lambda engine=engine: len(engine.workers()) == 2, what="a worker in its place")
             rig.wait(job)
             rig.verify(report, path, job)
     return report

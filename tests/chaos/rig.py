@@ -116,13 +116,19 @@ class Rig:
                     raise
                 time.sleep(0.2)
 
-    def wait(self, *jobs, seconds=240):
-        """Until these jobs have ended; returns them."""
+    def under_way(self, *jobs, seconds=240, pause=0.1):
+        """Again and again, with a pause after each time, until these jobs have ended."""
         end = time.monotonic() + seconds
         while not all(map(self.ended, jobs)):
             if time.monotonic() > end:
                 raise AssertionError(f"not ended within {seconds} s: {[self.queue.get(job.id) for job in jobs]}")
-            time.sleep(0.1)
+            yield
+            time.sleep(pause)
+
+    def wait(self, *jobs, seconds=240):
+        """Until these jobs have ended; returns them."""
+        for _ in self.under_way(*jobs, seconds=seconds):
+            pass
         return [self.queue.get(job.id) for job in jobs]
 
     def keep_busy(self, path, jobs):

@@ -6,9 +6,9 @@ import time
 from contextlib import ExitStack
 
 from pymongo import MongoClient
-from pymongo.errors import PyMongoError
 
 from engine.settings import Settings
+from tests.chaos.engine import APP
 from tests.chaos.mongods import Mongods
 from tests.chaos.proxy import Proxy
 from tests.chaos.rig import Report, Rig, made
@@ -17,33 +17,35 @@ from tests.running import until
 
 def slow(settings, folder, short):
     """One command that takes longer than a lease, again and again: no lease goes round, no range is put off."""
-    report = Report("slow", {"slow commands": 0, "stops of the whole database": 0})
+    report = Report("slow", {"slow inserts": 0, "slow writes to ranges": 0, "stops of the whole database": 0})
     # The long run waits as long as a person would fear it: 40 seconds at the default lease of 30.
     lease, watchdog, block = (3, 7, 4) if short else (30, 60, 40)
     patience = {"engine_lease_seconds": lease, "engine_watchdog_seconds": watchdog}
-    for commands in (["insert"], ["update", "findAndModify"]):
-        with Rig(settings, folder) as rig:
+    for kind, commands in (("slow inserts", ["insert"]), ("slow writes to ranges", ["update", "findAndModify"])):
+        with Rig(settings, folder) as rig, ExitStack() as stack:
             path = made(rig, 30_000)
             engine = rig.engine(engine_range_bytes="1MiB", **patience)
             # A client without deadlines: a fail point is turned off only when nobody is within it.
-            admin = MongoClient(rig.settings.mongo_uri.get_secret_value(), appname="chaos").admin
+            admin = stack.enter_context(MongoClient(rig.settings.mongo_uri.get_secret_value(), appname="chaos")).admin
             data = {
                 "failCommands": commands,
-                "appName": "headrace",
+                "appName": APP,
                 "blockConnection": True,
                 "blockTimeMS": block * 1000,
             }
+            if commands != ["insert"]:
+                data["namespace"] = f"{rig.settings.engine_control_db}.ranges"
             job = rig.submit(path)
             until(lambda rig=rig: rig.store.ranges.find_one({"state": "LEASED"}), what="a lease")
             before = admin.command({"configureFailPoint": "failCommand", "mode": {"times": 3}, "data": data})["count"]
-            rig.wait(job)
-            report.faults["slow commands"] += (
-                admin.command({"configureFailPoint": "failCommand", "mode": "off"})["count"] - before
-            )
+            try:
+                rig.wait(job)
+            finally:
+                off = admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+            report.faults[kind] += off["count"] - before
             for action in ("kill", "lost", "expire", "postpone"):
                 if engine.actions(action):
                     report.problems.append(f"slow {commands} led to: {engine.actions(action)[0]['event']}")
-            admin.client.close()
             rig.verify(report, path, job)
     folder.mkdir(parents=True, exist_ok=True)
     with Mongods(folder) as mongods, Rig(_on(mongods, settings), folder) as rig:
@@ -59,6 +61,9 @@ def slow(settings, folder, short):
         rig.verify(report, path, job)
     return report
 
+
+MOST_LOADS = 100
+"""After which it is of no use to wait for more faults."""
 
 FAIL = (
     {"closeConnection": True},
@@ -79,31 +84,16 @@ def failpoints(settings, folder, short):
             engine = rig.engine(engine_range_bytes="512KiB")
             job = rig.submit(path)
             admin = rig.store.client.admin
-            data = {"failCommands": COMMANDS, "appName": "headrace"} | fault
+            data = {"failCommands": COMMANDS, "appName": APP} | fault
             # Counted from the start of the server, over all faults before.
             on = admin.command(
                 {"configureFailPoint": "failCommand", "mode": {"activationProbability": 0.1}, "data": data}
             )
-            before = on["count"]
             try:
-                end = time.monotonic() + 240
-                while True:
-                    try:
-                        if rig.ended(job) or time.monotonic() > end:
-                            break
-                    except Exception:  # noqa: BLE001 (the rig's own commands fail, too)
-                        pass
-                    time.sleep(0.2)
+                rig.wait(job)
             finally:
-                times = 0
-                while True:
-                    try:
-                        off = rig.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
-                        times = off["count"] - before
-                        break
-                    except PyMongoError:
-                        time.sleep(0.2)
-            rig.wait(job)
+                off = admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+            times = off["count"] - on["count"]
             name = (
                 "closed connections"
                 if "closeConnection" in fault
@@ -134,8 +124,8 @@ def databases(settings, folder, short):
         for _ in range(2 if short else 20):
             rig.keep_busy(path, jobs)
             time.sleep(0.5 + draw.random())
+            report.faults["kills"] += not all(map(rig.ended, jobs))
             mongods.kill(mongods.ports[0])
-            report.faults["kills"] += 1
             time.sleep(draw.random())
             mongods.start(mongods.ports[0])
             until(mongods.primary, 60, "a primary")
@@ -183,10 +173,12 @@ def storage(settings, folder, short):
             proxy = stack.enter_context(Proxy(settings.aws_endpoint_url, rig.s3, seed, **plan))
             path = made(rig, 30_000 if short else 300_000)
             rig.engine(aws_endpoint_url=proxy.url, engine_range_bytes="512KiB")
-            jobs = []
-            while not jobs or proxy.faults[kind] < (1 if short else most):
+            jobs, wanted = [], 1 if short else most
+            while not jobs or (proxy.faults[kind] < wanted and len(jobs) < MOST_LOADS):
                 jobs.append(rig.submit(path))
                 rig.wait(*jobs)
+            if proxy.faults[kind] < wanted:
+                report.problems.append(f"only {proxy.faults[kind]} of {wanted} {kind} in {len(jobs)} loads")
             rig.settle(report, path, jobs)
             for name, count in proxy.faults.items():
                 report.faults[name] = report.faults.get(name, 0) + count

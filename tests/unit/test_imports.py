@@ -64,7 +64,9 @@ def modules(*packages: str) -> dict[str, Path]:
 def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            assert node.module
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -84,6 +86,19 @@ def test_a_module_imports_from_lower_floors_only():
         if floor_of[other] >= floor_of[name]
     ]
     assert upward == []
+
+
+def test_the_engine_reads_no_clock_that_somebody_sets():
+    """Times are the database server's, and what is waited for is measured by the clock that nobody sets."""
+    reads = {"time", "time_ns", "gmtime", "localtime", "now", "utcnow", "today"}
+    found = [
+        f"{name}: {ast.unparse(node)}"
+        for name, path in modules("engine").items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in reads
+        if isinstance(node.value, ast.Name) and node.value.id in ("time", "datetime", "date")
+    ]
+    assert found == []
 
 
 def exported(path: Path) -> set[str]:
