@@ -16,7 +16,7 @@ help: ## list the targets
 install: $(INSTALLED) ## make .venv and install Headrace with the servers that it can embed
 
 run: $(INSTALLED) ## start everything, load a sample and serve (FILE=path, ONCE=1, RECORDS=n)
-	@exec $(BIN)/headrace up --records $(RECORDS) $${FILE:+--file "$$FILE"} $(if $(filter-out 0 no false,$(ONCE)),--once)
+	@exec $(BIN)/python -m api.cli up --records $(RECORDS) $${FILE:+--file "$$FILE"} $(if $(filter-out 0 no false,$(ONCE)),--once)
 
 test: lint types ## lint, types, and every test, on real servers
 	@$(BIN)/python -m pytest -q -n 3 --dist worksteal
@@ -25,16 +25,16 @@ unit: $(TESTABLE) ## the tests that need no server
 	@$(BIN)/python -m pytest -q tests/unit
 
 lint: $(TESTABLE) ## ruff
-	@$(BIN)/ruff check engine api bench tests && $(BIN)/ruff format --check engine api bench tests
+	@$(BIN)/python -m ruff check engine api bench tests && $(BIN)/python -m ruff format --check engine api bench tests
 
 types: $(TESTABLE) ## mypy --strict
-	@$(BIN)/mypy --strict engine api bench
+	@$(BIN)/python -m mypy --strict engine api bench
 
 format: $(TESTABLE) ## let ruff format the code
-	@$(BIN)/ruff format engine api bench tests
+	@$(BIN)/python -m ruff format engine api bench tests
 
 chaos: $(TESTABLE) ## loads broken on purpose, for about an hour (NAMES="kills steps", SHORT=1)
-	@$(BIN)/python -m tests.chaos $(NAMES) $(if $(SHORT),--short)
+	@$(BIN)/python -m tests.chaos $(NAMES) $(if $(filter-out 0 no false,$(SHORT)),--short)
 
 bench: $(TESTABLE) ## the benchmarks, on real servers (ARGS="--benchmark-json=out.json -k write")
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only --timeout=1800 $(ARGS)
@@ -44,7 +44,7 @@ bench-quick: $(TESTABLE) ## the benchmarks in small: under two minutes
 
 bench-report: $(TESTABLE) ## measure everything against the ceiling and write bench/REPORT.md (GIGABYTES=10, QUICK=1)
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@$(BIN)/python -m bench.report $(if $(GIGABYTES),--gigabytes $(GIGABYTES)) $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.report $(if $(GIGABYTES),--gigabytes $(GIGABYTES)) $(if $(filter-out 0 no false,$(QUICK)),--quick)
 
 clean: ## remove .venv and what tools left; the data in .headrace stays
 	rm -rf .venv* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -56,6 +56,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(BIN)/python pyproject.toml constraints.txt
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "headrace: $(VENV) has no pip, or a Python older than 3.11: run make clean, then the same again" >&2; exit 1; }
 	@echo "Installing into $(VENV) ..."
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[local]'
 	@touch $@

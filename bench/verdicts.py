@@ -87,7 +87,7 @@ def scaling(found: dict[str, tuple[float, Spent]]) -> list[str]:
 
 
 def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) -> str:
-    """Whether any setting that was tried is quicker than the default in every round, by more than the noise: of eight that are
+    """Whether any setting that was tried is quicker than the default in every round, by more than the noise: of several that are
     as quick as it, the median of one would pass every other time.
 
     `others` is the share of the cores that anything else had. No verdict of few rounds, nor of a machine that was not idle.

@@ -83,6 +83,14 @@ def test_what_comes_with_a_refused_head_is_no_other_request(live):
         assert live.log().count('"refused"') == before + 1
 
 
+def test_what_follows_a_refused_request_on_its_connection_is_not_parsed():
+    channel = _Channel.__new__(_Channel)
+    channel.requests, channel.request = [SimpleNamespace(error="refused")], None
+    channel.parser_class = Mock()
+    assert channel.received(b"POST /upload HTTP/1.1\r\n\r\n") is True
+    channel.parser_class.assert_not_called()
+
+
 def test_a_body_of_nobody_who_is_known_is_refused_when_its_head_is_there(live):
     def head(host):
         return b"POST /process/x HTTP/1.1\r\nHost: " + host + b"\r\nContent-Length: 500000\r\n\r\n"

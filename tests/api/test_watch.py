@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 
 import falcon.testing
 import httpx
@@ -59,9 +60,11 @@ def test_a_long_poll_ends_when_its_time_is_over(live, waiting):
 def test_events_tell_the_progress_to_its_end(live):
     data = b"".join(b'{"n":%d}\n' % n for n in range(150_000))
     key = live.objects.upload(io.BytesIO(data), f"w/{uuid.uuid4().hex}.ndjson").key
-    job_id = live.http.post(f"/process/{key}", json={"collection": "events"}).json()["jobId"]
     events = []
-    with slow_inserts(live, 200), live.http.stream("GET", f"/jobs/{job_id}/events") as answer:
+    with ExitStack() as stack:
+        stack.enter_context(slow_inserts(live, 200))
+        job_id = live.http.post(f"/process/{key}", json={"collection": "events"}).json()["jobId"]
+        answer = stack.enter_context(live.http.stream("GET", f"/jobs/{job_id}/events"))
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         for line in answer.iter_lines():
             if line.startswith("event: "):
