@@ -131,7 +131,7 @@ def test_small_jobs(measure: Any, rig: Rig, quick: bool, what: str) -> None:
         for name in ("jobs", "ranges"):
             rig.store.control[name].delete_many({})
         JobBatches(rig.store).submit(sources, JobOptions(collection="queue"))
-        jobs[:] = next(rig.queue.open_jobs())
+        jobs[:] = next(rig.queue.open.ready())
 
     def claim() -> int:
         jobs[:] = plans.claim(jobs, "bench")

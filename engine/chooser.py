@@ -102,7 +102,7 @@ class Chooser:
             self._settle_while_paused()
             return []
         self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
-        for whole in self._queue.open_jobs(self._holder):
+        for whole in self._queue.open.ready(self._holder):
             page = [job for job in whole if job.stopping is not None or (job.id, job.round) not in self._barren]
             if not page:
                 continue
@@ -123,13 +123,13 @@ class Chooser:
     def _settle_while_paused(self) -> None:
         """Bring to their end the jobs that are being stopped, and those of which nothing is left to do: whoever closed the last
         range may have died over it."""
-        for page in self._queue.stopping_jobs():
+        for page in self._queue.open.stopping():
             for job in page:
                 self._queue.settle(job.id)
         if time.monotonic() - self._settled_at < SETTLE_SECONDS:
             return  # there may be thousands
         self._settled_at = time.monotonic()
-        for page in self._queue.processing_jobs():
+        for page in self._queue.open.processing():
             for job in page:
                 if self._stop.is_set():
                     return

@@ -11,9 +11,7 @@ import os
 import secrets
 import shutil
 import stat
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import IO, Any, Final, Self
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from engine.children import die_with_parent, exit_code, held_back, signal_name
+from engine.children import exit_code, held_back
+from engine.embedded import SOCKET_FOLDER, PortTaken, Server
 from engine.errors import HeadraceError, StartError
 from engine.objects import Objects
 from engine.ports import NEIGHBOUR, free_port, ports_in_pairs
@@ -37,110 +36,12 @@ BUCKET: Final = "headrace"
 REPLICA_SET: Final = "headrace"
 ACCESS_KEY: Final = "headrace"
 
-START_SECONDS: Final = 60.0
-"""How long a server may take until it answers; it takes about one second on an idle machine."""
-
-STOP_SECONDS: Final = 8.0
-
 MONGOD_PORT: Final = 27317
 S3_PORT: Final = 8833
 """Where the embedded servers listen where nothing else does; on another free port elsewhere."""
 
-SOCKET_FOLDER: Final = Path("/tmp")  # noqa: S108 (fixed by SeaweedFS)
-"""Where SeaweedFS makes a socket beside each of its ports."""
-
 PORT_TRIES: Final = 3
 """Ports that a server is started on, where others take them in the moment before it listens."""
-
-
-class _PortTaken(StartError):
-    """The server ended since its port was taken before it could listen."""
-
-
-class _Server:
-    """One child process, its log, and its end; `sockets` are patterns of what it leaves in SOCKET_FOLDER."""
-
-    def __init__(
-        self,
-        name: str,
-        command: list[str],
-        log: Path,
-        environment: dict[str, str] | None = None,
-        sockets: Sequence[str] = (),
-    ) -> None:
-        self.name = name
-        self.log = log
-        self._sockets = sockets
-        with log.open("wb") as output:
-            try:
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=die_with_parent,  # noqa: PLW1509 (what threads there are hold no lock)
-                    env=os.environ | (environment or {}),
-                )
-            except OSError as error:
-                raise StartError(f"{name} cannot be started from {command[0]}: {error.strerror}") from None
-
-    def wait_until(self, answers: Callable[[], bool]) -> None:
-        """Raises StartError when the server ends, or does not answer in time; _PortTaken where another port would help."""
-        deadline = time.monotonic() + START_SECONDS
-        while not answers():
-            if exit_code(self.process) is not None:
-                log = self.log.read_text(errors="replace").lower()
-                # The second is what SeaweedFS says of one, and the third of a socket of another user's.
-                taken = any(words in log for words in ("address already in use", "cannot be used", "failed to remove"))
-                raise (_PortTaken if taken else StartError)(self.why())
-            if time.monotonic() > deadline:
-                raise StartError(
-                    f"{self.name} did not come up within {START_SECONDS:g} seconds; its last words: {self._last_words()} "
-                    f"(the whole log: {self.log})"
-                )
-            time.sleep(0.05)
-
-    def _last_words(self) -> str:
-        """What it complained of last; mongod's log is JSON, of which E and F are the severe lines."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        for line in reversed(lines):
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                if entry["s"] in ("E", "F") and "aborting after" not in entry["msg"]:
-                    more = entry.get("attr", {})
-                    why = more.get("error") or more.get("reason") or more.get("message") or more.get("msg") or ""
-                    return f"{entry['msg']}{': ' if why else ''}{why}"[:300]
-        return lines[-1][:300] if lines else "none"
-
-    def why(self) -> str:
-        """Why it ended."""
-        log = self.log.read_text(errors="replace")
-        for line in log.splitlines():
-            if "error while loading shared libraries" in line:
-                library = line.split("libraries:", 1)[1].split(":", 1)[0].strip()
-                hint = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcrypto.so.3": "libssl3"}.get(library)
-                mend = f"sudo apt-get install {hint}" if hint else "install the package that has it"
-                return f"{self.name} needs the library {library}, which this machine lacks: {mend}"
-            if "No space left on device" in line:
-                return f"{self.name} finds no space left on the disk of {self.log.parent}: free some (log: {self.log})"
-        code = exit_code(self.process) or 0
-        how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return f"{self.name} {how}; its last words: {self._last_words()} (log: {self.log})"
-
-    def stop(self) -> None:
-        """TERM, then KILL; returns when it is gone."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        self.process.wait()
-        for pattern in self._sockets:
-            for socket in SOCKET_FOLDER.glob(pattern):
-                with suppress(OSError):  # it is gone, or another user's
-                    socket.unlink()
 
 
 class LocalServers:
@@ -159,7 +60,7 @@ class LocalServers:
         self._settings = settings
         self._folder = (folder or settings.engine_data_dir).absolute()
         self._mongod_options = mongod_options
-        self._servers: dict[str, _Server] = {}
+        self._servers: dict[str, Server] = {}
         self._lock: IO[str] | None = None
         self.overrides: dict[str, Any] = {}
 
@@ -299,9 +200,9 @@ class LocalServers:
 
     def _launch(
         self, name: str, command: list[str], environment: dict[str, str] | None = None, sockets: Sequence[str] = ()
-    ) -> _Server:
+    ) -> Server:
         with held_back():  # a server that is there is stopped as one
-            server = self._servers[name] = _Server(name, command, self._folder / f"{name}.log", environment, sockets)
+            server = self._servers[name] = Server(name, command, self._folder / f"{name}.log", environment, sockets)
         return server
 
     def _remembered(self, name: str, first: int) -> int:
@@ -329,7 +230,7 @@ def _come_up(start: Callable[[], Callable[[], None]], wait: Callable[[], None]) 
     for _ in range(PORT_TRIES - 1):
         try:
             return wait()
-        except _PortTaken:
+        except PortTaken:
             wait = start()
     return wait()
 

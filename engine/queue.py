@@ -4,7 +4,7 @@ Every change of a job's state is one compare-and-set on the state that it comes 
 writes nothing. A job becomes terminal only when no range of it is leased.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -41,16 +41,14 @@ from engine.model import (
     Stop,
     Tally,
 )
+from engine.openjobs import PAGE_JOBS, OpenJobs
 from engine.ranges import cut
 from engine.rejects import Rejects
-from engine.schema import BY_STATE, DEADLINES, OPEN_JOBS, READY_JOBS, STOPPING_JOBS, WAITING_JOBS
+from engine.schema import DEADLINES, OPEN_JOBS, WAITING_JOBS
 from engine.steps import Step, reach
 from engine.store import Document, Store, claims_of, job_key, translated, with_ticket, write_all
 
 __all__ = ["JobSignals", "Queue"]
-
-PAGE_JOBS: Final = 16
-"""Open jobs that a worker looks at together."""
 
 ROLL_UP_MS: Final = 600
 """A job's numbers are summed anew when they are older than this, by whichever worker notices."""
@@ -76,6 +74,8 @@ class Queue:
     Args:
         store: the databases.
         ledger: the ranges of these jobs.
+
+    `open` looks at those that have not ended.
     """
 
     def __init__(self, store: Store, ledger: Ledger) -> None:
@@ -85,7 +85,7 @@ class Queue:
         self._rejects = Rejects(store, ledger)
         self._loads = Loads(store, ledger)
         self._database = store.data.name
-        self._strange: set[ObjectId] = set()
+        self.open = OpenJobs(store)
 
     def submit(self, source: Source, options: JobOptions, ticket: Ticket | None = None) -> Job:
         """Put a job on the queue, PENDING; with a ticket that was handed in before, the job of then.
@@ -150,56 +150,6 @@ class Queue:
         if found is None:
             raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
         return job_of(found)
-
-    def open_jobs(self, holder: str = "") -> Iterator[list[Job]]:
-        """Jobs that may have work for this database, highest priority first, then oldest first, by pages.
-
-        Left out are those that anyone but `holder` is about to plan: of small ones there may be many at a time.
-        """
-        theirs = {"$and": [{"$gt": ["$planner.until", "$$NOW"]}, {"$ne": ["$planner.holder", holder]}]}
-        due = {"$and": [{"$lte": ["$notBefore", "$$NOW"]}, {"$not": theirs}]}
-        # What is being stopped has nothing to wait for, whatever it was put off to.
-        query = {"waiting": None, "$or": [{"$expr": due}, {"stopping": {"$ne": None}}]}
-        return self._pages(query, READY_JOBS)
-
-    def stopping_jobs(self) -> Iterator[list[Job]]:
-        """Those of the open jobs that are being stopped, likewise."""
-        return self._pages({"stopping.to": {"$type": "string"}}, STOPPING_JOBS)
-
-    def processing_jobs(self) -> Iterator[list[Job]]:
-        """Those of the open jobs that have been planned, likewise."""
-        return self._pages({"state": JobState.PROCESSING}, BY_STATE)
-
-    def _pages(self, query: Document, hint: str) -> Iterator[list[Job]]:
-        with translated("looking for jobs"):
-            order = [("options.priority", -1), ("_id", 1)]
-            mine: Document = {"open": True, "database": self._database}
-            cursor = self._jobs.find(mine | query, batch_size=PAGE_JOBS).sort(order).hint(hint)
-            page: list[Job] = []
-            with cursor:
-                for found in cursor:
-                    if (job := self._readable(found)) is not None:
-                        page.append(job)
-                    if len(page) == PAGE_JOBS:
-                        yield page
-                        page = []
-            if page:
-                yield page
-
-    def _readable(self, found: Document) -> Job | None:
-        """A job; None where it is of a later version, and asks for what this one does not know."""
-        try:
-            return job_of(found)
-        except (KeyError, TypeError, ValueError) as error:
-            if found["_id"] not in self._strange:
-                self._strange.add(found["_id"])
-                log.error(
-                    "a job cannot be read, and is left to others: an engine of a later version has perhaps made it",
-                    action="look",
-                    job=str(found["_id"]),
-                    cause=repr(error),
-                )
-            return None
 
     def open_ranges(self, job: Job) -> None:
         """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
@@ -285,7 +235,7 @@ class Queue:
         """Stop the jobs that have run for longer than they may; returns how many there were."""
         late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
         with translated("looking for overdue jobs"), self._jobs.find(late).hint(DEADLINES) as cursor:
-            found = list(islice(filter(None, map(self._readable, cursor)), PAGE_JOBS))
+            found = list(islice(filter(None, map(self.open.readable, cursor)), PAGE_JOBS))
         for job in found:
             message = (
                 f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: retry the job to go on from here, or "
@@ -465,7 +415,7 @@ class Queue:
         self.note(job_id, what)
         with translated("looking for a job"):
             found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})
-        if found is not None and (job := self._readable(found)) is not None:
+        if found is not None and (job := self.open.readable(found)) is not None:
             self._settle(job)
 
     def note(self, job_id: str, what: str) -> None:

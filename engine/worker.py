@@ -10,10 +10,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -27,19 +25,19 @@ from engine.heartbeat import Heartbeat
 from engine.keeper import KEEPER
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
-from engine.model import TERMINAL, Freed, Job, JobState, Stop
+from engine.model import TERMINAL, Job, JobState, Stop
 from engine.objects import Objects, warn_if_away
 from engine.pipeline import Ended, Pipeline
 from engine.planner import Planner
 from engine.plans import Plans
 from engine.queue import Queue
 from engine.rejects import Rejects
-from engine.retention import Retention
 from engine.run import Run
 from engine.s3 import connect
 from engine.settings import Settings
 from engine.stats import REPORTER, Reporter, Stats
 from engine.store import Store
+from engine.upkeep import Upkeep
 from engine.wakeups import Wakeups
 
 __all__ = ["EXIT_AGAIN", "EXIT_BOOT", "WorkerIdentity", "work"]
@@ -55,24 +53,6 @@ EXIT_NOW: Final = 4
 
 COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
-
-DUE_JOBS: Final = 1000
-"""Jobs whose time has come that a worker lets begin at a time."""
-
-PRUNE_SECONDS: Final = 3600.0
-"""How often, about, a worker looks for jobs whose history has been kept long enough."""
-
-PRUNE_JOBS: Final = 20
-"""Jobs that it deletes at a time."""
-
-PRUNING_SECONDS: Final = 1.0
-"""How long it does so at a time, about: jobs may wait."""
-
-PRUNE_PAUSE: Final = 4
-"""How soon it goes on where there are more, as a multiple of the time that this took, and no sooner than after a second."""
-
-TIME_SECONDS: Final = 1.0
-"""How often, about, a worker sees to what is due by the clock."""
 
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
@@ -175,12 +155,11 @@ class _Worker:
         self._store = Store(settings, settings.engine_writers + 4, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
-        self._retention = Retention(self._store, self._ledger)
         self._plans = Plans(self._store, self._queue, self._ledger)
         # One attempt: two would outlast a lease, and perhaps the watchdog.
         s3 = connect(settings, attempts=1)
         self._objects = Objects(s3, settings.aws_bucket_name or "")
-        self._uploads = DirectUploads(self._store, s3, self._objects, settings.api_part_bytes)
+        uploads = DirectUploads(self._store, s3, self._objects, settings.api_part_bytes)
         self._rejects = Rejects(self._store, self._ledger)
         self._planner = Planner(
             self._store, self._queue, self._plans, self._ledger, self._objects, settings, self._heartbeat.touch
@@ -188,11 +167,20 @@ class _Worker:
         self._chooser = Chooser(
             self._queue, self._plans, self._ledger, self._planner, identity.name, stop, self._heartbeat.touch
         )
-        self._kept_time_at = 0.0
-        self._prune_at = 0.0
+        self._stats = Stats()
+        self._upkeep = Upkeep(
+            self._store,
+            self._ledger,
+            self._queue,
+            uploads,
+            self._stats,
+            settings.engine_keep_jobs_days,
+            identity.name,
+            stop,
+            self._heartbeat.touch,
+        )
         self._collect_at = 0.0
         self._wakeups = Wakeups(self._store, stop)
-        self._stats = Stats()
         self._doing: dict[str, Any] = {}
         self._last_error = ""
         self._errors = 0
@@ -250,8 +238,8 @@ class _Worker:
     def _turn(self, pipeline: Pipeline) -> None:
         """See to what is due; then work on what there is to do, or wait for it."""
         self._collect()
-        self._keep_time()
-        self._prune()
+        self._upkeep.keep_time()
+        self._upkeep.prune()
         waited = self._store.waited()
         found = self._chooser.take()
         if not found:
@@ -271,7 +259,7 @@ class _Worker:
                 self._store.prepare()
                 while freed := self._ledger.release(self._identity.predecessors):
                     released += len(freed)
-                    self._note(freed, "died")
+                    self._upkeep.tell(freed, "died")
                 self._plans.release_claims_of_dead(self._identity.predecessors)
                 if self._identity.slot == 0 and self._store.standalone():
                     log.warning(
@@ -299,59 +287,12 @@ class _Worker:
             self._last_error = str(error)
             log.warning(str(error), action="wait", worker=self._identity.name)
 
-    def _keep_time(self) -> None:
-        """See to what is due by the clock: leases that ran out, jobs whose time has come, jobs that run for too long."""
-        if time.monotonic() - self._kept_time_at < TIME_SECONDS:
-            return
-        # Apart, so that the workers of a fleet do not all ask at once.
-        self._kept_time_at = time.monotonic() + random.uniform(0, TIME_SECONDS / 2)  # noqa: S311
-        if freed := self._ledger.expire():
-            self._stats.add(leases_expired=len(freed))
-            log.warning("leases ran out and were freed", action="expire", worker=self._identity.name, ranges=len(freed))
-            self._store.wake()
-            self._note(freed, "did not renew its lease")
-        # All of them before any is taken on, since the last may be the one of the highest priority.
-        while self._goes_on() and self._queue.admit_due(DUE_JOBS):
-            self._store.wake()
-        if stopped := self._queue.stop_overdue():
-            log.warning("jobs ran for longer than they may", action="timeout", worker=self._identity.name, jobs=stopped)
-
-    def _note(self, freed: Sequence[Freed], why: str) -> None:
-        """Tell the jobs whose ranges were freed, and why."""
-        for job_id, ranges in groupby(sorted(freed, key=lambda f: f.job_id), key=lambda f: f.job_id):
-            first, *others = ranges
-            more = f" and {len(others)} more" if others else ""
-            self._queue.freed(job_id, f"range {first.index}{more} freed: {first.holder} {why}")
-
     def _collect(self) -> None:
         # An idle worker has left no cycles, and does not look for them.
         done = self._errors + self._chooser.tried
         if done != self._collected and time.monotonic() >= self._collect_at:
             self._collect_at, self._collected = time.monotonic() + COLLECT_SECONDS, done
             gc.collect()
-
-    def _prune(self) -> None:
-        if time.monotonic() < self._prune_at:
-            return
-        began = time.monotonic()
-        self._prune_at = began + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
-
-        def goes_on() -> bool:
-            return self._goes_on() and time.monotonic() - began < PRUNING_SECONDS
-
-        if pruned := self._retention.prune(self._settings.engine_keep_jobs_days, PRUNE_JOBS, goes_on):
-            # There may be hundreds of thousands, and jobs that wait.
-            now = time.monotonic()
-            self._prune_at = now + max(1.0, PRUNE_PAUSE * (now - began))
-            log.info("old jobs are deleted", action="prune", worker=self._identity.name, jobs=pruned)
-            return
-        if swept := self._uploads.sweep(self._goes_on):
-            log.info("unfinished uploads were aborted", action="prune", worker=self._identity.name, uploads=swept)
-
-    def _goes_on(self) -> bool:
-        """Whether this worker is not told to stop; called within work of many steps, each of which shows that it lives."""
-        self._heartbeat.touch()
-        return not self._stop.is_set()
 
     def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
         """Work on leases to their end, and bring their jobs to an end where that was the last of them."""

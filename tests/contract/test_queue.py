@@ -106,8 +106,8 @@ def test_only_engines_of_a_jobs_database_work_on_it(store, settings, queue, ledg
     job = queue.submit(source, JobOptions())
     elsewhere = settings.mongo_uri.get_secret_value().replace(f"/{settings.data_db()}?", "/elsewhere?")
     other = Store(settings.model_validate(settings.model_dump() | {"mongo_uri": elsewhere}))
-    assert [job.id for page in queue.open_jobs() for job in page] == [job.id]
-    assert list(Queue(other, ledger).open_jobs()) == []
+    assert [job.id for page in queue.open.ready() for job in page] == [job.id]
+    assert list(Queue(other, ledger).open.ready()) == []
     other.close()
 
 
