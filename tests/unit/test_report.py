@@ -6,7 +6,8 @@ from unittest.mock import Mock
 import pytest
 
 from bench.figures import Spent, Spread
-from bench.report import Report, _least, _less, _most, main, room, stated
+from bench.page import Report
+from bench.report import _least, _less, _most, main, room, stated
 from bench.rig import isolate
 from bench.verdicts import bottleneck, fastest, flat, scaling
 from engine.settings import Settings

@@ -1,0 +1,62 @@
+"""What a load is compared with, in the same round: what the database takes, and parsing and encoding alone."""
+
+import statistics
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+from bench import ceiling
+from bench.figures import Load
+from bench.rig import ROOT, Rig
+
+__all__ = ["Ceiling", "base_cpu"]
+
+CONNECTIONS: Final = (2, 3, 4)
+
+
+def base_cpu(path: Path) -> tuple[float, float]:
+    """CPU seconds of parsing and encoding the same lines in batches of 1000, on one core and nothing else.
+
+    Returns it as Python runs it, with its garbage collector, and with the collector off; medians of three passes.
+    """
+    command = [sys.executable, "-m", "bench.base", str(path)]
+    found = orjson.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout)
+    return statistics.median(found["on"]), statistics.median(found["off"])
+
+
+class Ceiling:
+    """What the database takes of the records of a file, by the best number of connections, which is found once."""
+
+    def __init__(self, rig: Rig, path: Path) -> None:
+        self._rig = rig
+        with path.open("rb") as file:
+            self._work = ceiling.batches(file)
+        self.database: list[float] = []
+        self._send(max(CONNECTIONS))  # what comes first finds everything cold
+        walls: dict[int, list[float]] = {connections: [] for connections in CONNECTIONS}
+        for connections in CONNECTIONS * 3:
+            walls[connections].append(self._send(connections))
+        self.connections = min(walls, key=lambda connections: statistics.median(walls[connections]))
+
+    def seconds(self) -> float:
+        """Wall seconds of one pass; the CPU seconds of the database are added to `database`."""
+        return self._send(self.connections)
+
+    def _send(self, connections: int) -> float:
+        name = f"c{uuid.uuid4().hex[:8]}"
+        before = self._rig.servers_cpu()["mongod"]
+        seconds = ceiling.send(*self._rig.primary(), self._rig.store.data.name, name, self._work, connections)
+        self.database.append(self._rig.servers_cpu()["mongod"] - before)
+        self._rig.store.data.drop_collection(name)
+        return seconds
+
+    def beside(self, load: Callable[[], Load]) -> tuple[float, Load]:
+        """The ceiling before and after a load, averaged, since the speed of a machine drifts; and the load."""
+        before = self.seconds()
+        taken = load()
+        return (before + self.seconds()) / 2, taken
