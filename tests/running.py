@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,26 @@ def until(true, seconds=30, what="it"):
             return found
         time.sleep(0.05)
     pytest.fail(f"{what} did not happen within {seconds} seconds")
+
+
+@contextmanager
+def failing(client, commands, mode="alwaysOn", app="headrace", **how):
+    """While it lasts, these commands of an application fail on the server as `how` says; yields a list that holds how often, at
+    its end."""
+    came = []
+    data = {"failCommands": commands, "appName": app} | how
+    # Counted from the start of the server, over all that came before.
+    on = client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
+    try:
+        yield came
+    finally:
+        off = client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+        came.append(off["count"] - on["count"])
+
+
+def taking(milliseconds):
+    """How a command fails that takes so long."""
+    return {"blockConnection": True, "blockTimeMS": milliseconds}
 
 
 def _as_anywhere():

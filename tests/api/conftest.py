@@ -20,7 +20,7 @@ from engine.ports import free_port
 from engine.s3 import connect
 from engine.settings import Settings
 from tests.conftest import drop, own_settings
-from tests.running import ROOT, Running, until
+from tests.running import ROOT, Running, failing, taking, until
 
 
 @pytest.fixture(scope="session")
@@ -164,12 +164,8 @@ def file(tmp_path):
 @contextmanager
 def slow_inserts(live, milliseconds):
     """While it lasts, so long for each bulk write: a load takes its time on any machine."""
-    slow = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": milliseconds}
-    live.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": slow})
-    try:
+    with failing(live.store.client, ["insert"], **taking(milliseconds)):
         yield
-    finally:
-        live.store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
 def counted(live, method, route, status):

@@ -152,7 +152,7 @@ def ranges(settings, folder, short):
         first = rig.engine(ready=False, engine_range_bytes="128KiB")
         until(lambda: rig.store.ranges.find_one({"state": "LEASED"}), what="the first lease")
         rig.engine(engine_range_bytes="300KiB")
-        report.faults["joins while running"] += not all(map(rig.ended, jobs))
+        report.faults["joins while running"] += rig.busy(jobs)
         rig.wait(*jobs)
         if first.stop() != 0:
             report.problems.append("an engine did not stop softly")
@@ -226,9 +226,9 @@ def supervisors(settings, folder, short):
         for _ in range(2 if short else 20):
             rig.keep_busy(path, jobs)
             engine = rig.engine(engine_range_bytes="2MiB")
-            until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
+            until(lambda engine=engine: rig.holders(engine) or not rig.busy(jobs), what="a lease")
             workers = engine.workers()
-            report.faults["kills"] += not all(map(rig.ended, jobs))
+            report.faults["kills"] += rig.busy(jobs)
             kill(engine.pid)
             engine.process.wait()
             time.sleep(2)
@@ -249,9 +249,9 @@ def terms(settings, folder, short):
         for _ in range(2 if short else 50):
             rig.keep_busy(path, jobs)
             engine = rig.engine(engine_range_bytes="2MiB")
-            until(lambda engine=engine: rig.holders(engine) or all(map(rig.ended, jobs)), what="a lease")
+            until(lambda engine=engine: rig.holders(engine) or not rig.busy(jobs), what="a lease")
             time.sleep(draw.random() * 0.5)
-            report.faults["terms"] += not all(map(rig.ended, jobs))
+            report.faults["terms"] += rig.busy(jobs)
             code = engine.stop(seconds=rig.settings.engine_grace_seconds + 3)
             if code != 0:
                 report.problems.append(f"TERM ended with exit code {code}")
@@ -274,7 +274,7 @@ def hups(settings, folder, short):
         for _ in range(2 if short else 10):
             rig.keep_busy(path, jobs)
             before = set(engine.workers())
-            report.faults["hups"] += not all(map(rig.ended, jobs))
+            report.faults["hups"] += rig.busy(jobs)
             kill(engine.pid, signal.SIGHUP)
             until(lambda before=before: len(set(engine.workers()) - before) == 2, 40, "the replacement of every worker")
             until(lambda before=before: not before & set(engine.workers()), 40, "the end of those that were replaced")

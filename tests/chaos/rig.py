@@ -131,9 +131,13 @@ class Rig:
             pass
         return [self.queue.get(job.id) for job in jobs]
 
+    def busy(self, jobs):
+        """Whether any of these is under way: harm counts only then."""
+        return not all(map(self.ended, jobs))
+
     def keep_busy(self, path, jobs):
         """One more job for this file where all of these have ended: there is always a load to break."""
-        if all(map(self.ended, jobs)):
+        if not self.busy(jobs):
             jobs.append(self.submit(path))
 
     def settle(self, report, path, jobs):

@@ -12,7 +12,7 @@ from tests.chaos.engine import APP
 from tests.chaos.mongods import Mongods
 from tests.chaos.proxy import Proxy
 from tests.chaos.rig import Report, Rig, made
-from tests.running import until
+from tests.running import failing, taking, until
 
 
 def slow(settings, folder, short):
@@ -26,23 +26,13 @@ def slow(settings, folder, short):
             path = made(rig, 30_000)
             engine = rig.engine(engine_range_bytes="1MiB", **patience)
             # A client without deadlines: a fail point is turned off only when nobody is within it.
-            admin = stack.enter_context(MongoClient(rig.settings.mongo_uri.get_secret_value(), appname="chaos")).admin
-            data = {
-                "failCommands": commands,
-                "appName": APP,
-                "blockConnection": True,
-                "blockTimeMS": block * 1000,
-            }
-            if commands != ["insert"]:
-                data["namespace"] = f"{rig.settings.engine_control_db}.ranges"
+            client = stack.enter_context(MongoClient(rig.settings.mongo_uri.get_secret_value(), appname="chaos"))
+            place = {} if commands == ["insert"] else {"namespace": f"{rig.settings.engine_control_db}.ranges"}
             job = rig.submit(path)
             until(lambda rig=rig: rig.store.ranges.find_one({"state": "LEASED"}), what="a lease")
-            before = admin.command({"configureFailPoint": "failCommand", "mode": {"times": 3}, "data": data})["count"]
-            try:
+            with failing(client, commands, {"times": 3}, APP, **taking(block * 1000), **place) as came:
                 rig.wait(job)
-            finally:
-                off = admin.command({"configureFailPoint": "failCommand", "mode": "off"})
-            report.faults[kind] += off["count"] - before
+            report.faults[kind] += came[0]
             for action in ("kill", "lost", "expire", "postpone"):
                 if engine.actions(action):
                     report.problems.append(f"slow {commands} led to: {engine.actions(action)[0]['event']}")
@@ -83,24 +73,15 @@ def failpoints(settings, folder, short):
             path = made(rig, 15_000 if short else 300_000)
             engine = rig.engine(engine_range_bytes="512KiB")
             job = rig.submit(path)
-            admin = rig.store.client.admin
-            data = {"failCommands": COMMANDS, "appName": APP} | fault
-            # Counted from the start of the server, over all faults before.
-            on = admin.command(
-                {"configureFailPoint": "failCommand", "mode": {"activationProbability": 0.1}, "data": data}
-            )
-            try:
+            with failing(rig.store.client, COMMANDS, {"activationProbability": 0.1}, APP, **fault) as came:
                 rig.wait(job)
-            finally:
-                off = admin.command({"configureFailPoint": "failCommand", "mode": "off"})
-            times = off["count"] - on["count"]
             name = (
                 "closed connections"
                 if "closeConnection" in fault
                 else f"code {fault.get('errorCode', 'write concern')}"
             )
-            report.faults[name] = times
-            if not times:
+            report.faults[name] = came[0]
+            if not came[0]:
                 report.problems.append(f"no {name} was injected")
             rig.verify(report, path, job)
             engine.stop()
@@ -124,7 +105,7 @@ def databases(settings, folder, short):
         for _ in range(2 if short else 20):
             rig.keep_busy(path, jobs)
             time.sleep(0.5 + draw.random())
-            report.faults["kills"] += not all(map(rig.ended, jobs))
+            report.faults["kills"] += rig.busy(jobs)
             mongods.kill(mongods.ports[0])
             time.sleep(draw.random())
             mongods.start(mongods.ports[0])

@@ -8,6 +8,7 @@ from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 
 from engine.model import JobState
+from tests.running import failing
 
 # A validator, unique indexes, the lines, and how many of them are inserted and rejected.
 JUDGED = {
@@ -81,14 +82,10 @@ def test_a_dry_run_over_its_budget_leaves_no_claims_either(store, submit, drain)
 
 def test_a_dry_run_survives_a_majority_that_lags_while_it_lets_go_of_claims(store, submit, drain):
     store.data["records"].create_index("e", unique=True)
-    lags = {"failCommands": ["delete"], "writeConcernError": {"code": 64, "errmsg": "", "errInfo": {"wtimeout": True}}}
-    # Counted from the start of the server.
-    before = store.client.admin.command({"configureFailPoint": "failCommand", "mode": {"times": 1}, "data": lags})
-    try:
+    lags = {"writeConcernError": {"code": 64, "errmsg": "", "errInfo": {"wtimeout": True}}}
+    with failing(store.client, ["delete"], {"times": 1}, **lags) as came:
         [dry] = drain(submit(b'{"_id":1,"e":1}\n{"_id":2,"e":1}\n', validate=True).id)
-    finally:
-        hit = store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
-    assert hit["count"] == before["count"] + 1
+    assert came == [1]
     assert (dry.state, dry.progress.tally.inserted, dry.progress.tally.rejected) == (JobState.COMPLETED, 1, 1)
 
 

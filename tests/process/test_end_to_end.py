@@ -14,6 +14,7 @@ from engine.errors import NotFound
 from engine.ledger import Ledger
 from engine.model import Format, JobState
 from engine.retention import Retention
+from tests.running import failing, taking
 
 BAD = {
     b"{": "invalid_json",
@@ -240,7 +241,6 @@ def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, d
     monkeypatch.setattr("engine.ledger.EXPIRY_GRACE_SECONDS", 0)
     store.data.create_collection("slow")
     jobs = [submit(b'{"n":1}\n' * 3000, collection="slow") for _ in range(3)]
-    data = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": 900}
     over, freed = threading.Event(), []
 
     def expire():
@@ -249,11 +249,10 @@ def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, d
 
     other = threading.Thread(target=expire)
     other.start()
-    store.client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data})
     try:
-        ended = drain(*(job.id for job in jobs), engine_lease_seconds=6.0, engine_writers=1)
+        with failing(store.client, ["insert"], **taking(900)):
+            ended = drain(*(job.id for job in jobs), engine_lease_seconds=6.0, engine_writers=1)
     finally:
-        store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
         over.set()
         other.join()
     assert {job.state for job in ended} == {JobState.COMPLETED}
@@ -329,9 +328,10 @@ def test_what_was_loaded_and_deleted_is_inserted_anew_whatever_is_lost_on_the_wa
     drain(first.id)
     store.data["records"].drop()
     again = queue.submit(first.source, first.options)
-    unheard = {"failCommands": ["insert"], "writeConcernError": {"code": 91, "errmsg": "stopping"}}
-    store.client.admin.command({"configureFailPoint": "failCommand", "mode": {"times": 1}, "data": unheard})
-    [job] = drain(again.id)
+    unheard = {"writeConcernError": {"code": 91, "errmsg": "stopping"}}
+    with failing(store.client, ["insert"], {"times": 1}, **unheard) as came:
+        [job] = drain(again.id)
+    assert came == [1]
     tally = job.progress.tally
     assert (tally.inserted, tally.duplicates, store.data["records"].count_documents({})) == (3000, 0, 3000)
     [third] = drain(queue.submit(first.source, first.options).id)

@@ -16,7 +16,7 @@ from engine.heartbeat import Heartbeat
 from engine.store import job_key
 from engine.supervisor import Supervisor, _Child, _Slot
 from engine.worker import EXIT_AGAIN, EXIT_BOOT, WorkerIdentity
-from tests.running import Running, alive, title, until
+from tests.running import Running, alive, failing, taking, title, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -290,18 +290,14 @@ def test_short_leases_and_long_polls_kill_no_idle_worker(engine):
 
 def test_idle_workers_join_a_job_as_soon_as_its_ranges_are_there(engine, store, submit, queue):
     running = engine(engine_workers=3, engine_poll_seconds=4, engine_range_bytes="1MiB")
-    slow = {"failCommands": ["insert"], "appName": "headrace", "blockConnection": True, "blockTimeMS": 500}
-    store.client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": slow})
     called = store.control["wakeups"].count_documents({})
-    try:
+    with failing(store.client, ["insert"], **taking(500)):
         job = submit(b'{"n":1,"text":"%b"}\n' % (b"x" * 200) * 200_000)
 
         def joined():
             return {found["holder"] for found in store.ranges.find({"job": job_key(job.id), "state": "LEASED"})}
 
         until(lambda: len(joined()) == 3, what="the work of all three")
-    finally:
-        store.client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
     # They were called when the job was submitted, and again when there was work for all.
     assert store.control["wakeups"].count_documents({}) >= called + 2
     until(lambda: queue.get(job.id).state == "COMPLETED", 60, "the end of the job")
