@@ -9,7 +9,7 @@ import sys
 
 __all__ = ["main"]
 
-EXIT_INTERRUPTED = 130  # as in `api.terminal`, whose imports take too long
+EXIT_INTERRUPTED = 130  # as in `api.commands.terminal`, whose imports take too long
 
 
 def _quietly() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         # They are for its supervisor, and would end or stop a process that is not one yet.
         for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)
-    from api.commands import main as run  # the handler is there before a second of imports begins
+    from api.commands.main import main as run  # the handler is there before a second of imports begins
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from api.terminal import EXIT_INTERRUPTED
+from api.commands.terminal import EXIT_INTERRUPTED
 from bench import measure, shapes
 from bench.figures import Spread
 from bench.page import Judge, Report, write

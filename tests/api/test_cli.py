@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from api.client import CallFailed
-from api.commands import app
+from api.commands.main import app
 from tests.running import ROOT, title, until
 
 
@@ -256,7 +256,7 @@ def test_an_api_that_is_not_there_is_told(run):
 
 
 def test_a_load_without_an_api_is_told_at_once_and_not_waited_for(file, monkeypatch):
-    monkeypatch.setattr("api.remote.Loader", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr("api.commands.remote.Loader", lambda *_, **__: pytest.fail("it began"))
     ended = CliRunner().invoke(app, ["load", str(file), "--url", "http://127.0.0.1:9"])
     assert isinstance(ended.exception, CallFailed)
     assert "does not answer" in str(ended.exception)

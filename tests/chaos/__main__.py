@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from api.terminal import EXIT_INTERRUPTED
+from api.commands.terminal import EXIT_INTERRUPTED
 from bench.rig import isolate, on_leave
 from engine.local import LocalServers
 from engine.settings import Settings

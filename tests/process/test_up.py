@@ -19,7 +19,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo import MongoClient
 from rich.console import Console
 
-from api.up import _show_documents
+from api.commands.up import _show_documents
 from engine.local import mongod_path
 from engine.ports import free_port
 from tests.running import ROOT, alive, until

@@ -35,7 +35,7 @@ def test_what_is_imported_where_it_runs_is_installed_with_it():
     missing = {
         f"{path.name}: {package}"
         for folder in ("engine", "api")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         for package in imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - {"engine", "api"}
         if not names(owners.get(package, ["nobody"])) & declared
     }

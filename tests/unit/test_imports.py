@@ -42,14 +42,16 @@ FLOORS = (
     ("engine.embedded",),
     ("engine.supervisor", "engine.local"),
     ("api.problems", "api.answers", "api.models", "api.client"),
-    ("api.operations", "api.views", "api.transfer", "api.show", "api.terminal"),
+    ("api.operations", "api.views"),
     ("api.limits",),
     ("api.auth", "api.openapi", "api.metrics", "api.queue", "api.health", "api.uploads", "api.submit", "api.watch"),
     ("api.jobs", "api.files", "api.direct", "api.door"),
     ("api.app",),
-    ("api.server", "api.up", "api.doctor", "api.loader"),
-    ("api.remote",),
-    ("api.commands",),
+    ("api.server",),
+    ("api.commands.terminal", "api.commands.transfer", "api.commands.show"),
+    ("api.commands.up", "api.commands.doctor", "api.commands.loader"),
+    ("api.commands.remote",),
+    ("api.commands.main",),
     ("api.cli",),
 )
 
@@ -57,9 +59,9 @@ FLOORS = (
 def modules(*packages: str) -> dict[str, Path]:
     found = {}
     for package in packages or ("engine", "api"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             if path.stem != "__init__":
-                found[f"{package}.{path.stem}"] = path
+                found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
     return found
 
 

@@ -5,8 +5,8 @@ import io
 import httpx
 import pytest
 
-from api.loader import STDIN, Loaded, Loader
-from api.transfer import Transfer
+from api.commands.loader import STDIN, Loaded, Loader
+from api.commands.transfer import Transfer
 from engine.errors import CommandError
 from tests.answering import client_of, problem
 

@@ -96,7 +96,7 @@ def test_every_type_of_problem_is_told():
     }
     calls = [
         node
-        for path in (ROOT / "api").glob("*.py")
+        for path in (ROOT / "api").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Problem"
     ]

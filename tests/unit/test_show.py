@@ -7,8 +7,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from api.show import counted_since, job_lines, jobs_table, print_json, profile_table, queue_lines
-from api.terminal import console
+from api.commands.show import counted_since, job_lines, jobs_table, print_json, profile_table, queue_lines
+from api.commands.terminal import console
 from engine.logs import printable
 
 

@@ -9,9 +9,9 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from api import transfer as module
 from api.client import CallFailed
-from api.transfer import Note, Transfer, _exactly
+from api.commands import transfer as module
+from api.commands.transfer import Note, Transfer, _exactly
 from engine.errors import CommandError
 
 
@@ -253,7 +253,7 @@ def test_an_s3_that_goes_away_is_waited_for_where_it_was_there_before(monkeypatc
     transfer, sent = Transfer(Api()), []
     monkeypatch.setattr(transfer, "_http", httpx.Client(transport=httpx.MockTransport(answer)))
     monkeypatch.setattr(transfer._stopped, "wait", wait)
-    monkeypatch.setattr("api.transfer.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("api.commands.transfer.time.monotonic", lambda: now[0])
     state = {"headers": {}, "size": 8}
     if reached:
         for part in (b"data", b"more"):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from api import up
 from api.client import local_url
+from api.commands import up
 from engine.errors import StartError
 from engine.settings import Settings
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from api.client import AWAY, CallFailed, Client, is_stream, path_of, readable
-from api.show import Bars, bars, plainly
-from api.terminal import EXIT_INTERRUPTED
-from api.transfer import Note, Transfer, forget_old
+from api.commands.show import Bars, bars, plainly
+from api.commands.terminal import EXIT_INTERRUPTED
+from api.commands.transfer import Note, Transfer, forget_old
 from engine.errors import CommandError, HeadraceError
 from engine.logs import get_logger, mask
 from engine.model import TERMINAL, JobState

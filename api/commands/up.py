@@ -16,9 +16,9 @@ from rich.console import Console
 
 from api.auth import draw, tokens_of
 from api.client import CallFailed, Client, check_file, is_stream, local_url
+from api.commands.show import watch
+from api.commands.terminal import EXIT_INTERRUPTED, EXIT_OF
 from api.operations import Scope
-from api.show import watch
-from api.terminal import EXIT_INTERRUPTED, EXIT_OF
 from engine import sample
 from engine.children import die_with_parent, exit_code, held_back, signal_name, stop_signals
 from engine.errors import HeadraceError, StartError

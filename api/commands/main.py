@@ -19,10 +19,10 @@ from pydantic import SecretStr
 from rich.table import Table
 
 from api.auth import draw
+from api.commands.remote import remote
+from api.commands.show import plainly, print_json
+from api.commands.terminal import AsJson, console, settings_of
 from api.operations import Scope
-from api.remote import remote
-from api.show import plainly, print_json
-from api.terminal import AsJson, console, settings_of
 from engine.errors import HeadraceError
 from engine.logs import configure, get_logger, mask
 from engine.settings import Settings
@@ -45,7 +45,7 @@ def up(
     records: Annotated[int, typer.Option(min=0, help="Records of the sample; 0: load nothing.")] = 200_000,
 ) -> None:
     """Start real servers, the engine and the API; load a file; go on serving."""
-    from api.up import up as run
+    from api.commands.up import up as run
 
     settings = settings_of(needs_servers=False)
     raise typer.Exit(run(settings, file, once, records))
@@ -107,7 +107,7 @@ def _without_secrets(uri: str) -> str:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Look at what a load needs: settings, servers, disk and clock; exit 1 where something is wrong."""
-    from api.doctor import examine
+    from api.commands.doctor import examine
 
     settings = settings_of(needs_servers=False)
     findings = []

@@ -18,9 +18,8 @@ from rich.live import Live
 from rich.table import Table
 
 from api.client import Client, check_file, is_stream, readable, url_of
-from api.loader import STDIN, Loader
-from api.models import ProcessRequest
-from api.show import (
+from api.commands.loader import STDIN, Loader
+from api.commands.show import (
     counted_since,
     job_lines,
     jobs_table,
@@ -31,7 +30,8 @@ from api.show import (
     watch,
     workers_table,
 )
-from api.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, settings_of
+from api.commands.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, settings_of
+from api.models import ProcessRequest
 from engine.admission import check_collection_name
 from engine.errors import CommandError, Refused
 from engine.logs import printable

@@ -1,0 +1,1 @@
+"""The command line: what each command of `headrace` does. `api.cli` is its door."""
