@@ -16,7 +16,7 @@ MAX_NAMESPACE_BYTES: Final = 255
 
 def check_collection_name(name: str) -> None:
     """Raises Refused where no collection of documents can have this name."""
-    if not all(name.split(".")) or name.startswith("system.") or not _is_utf8(name):
+    if not all(name.split(".")) or name.startswith("system.") or ".system." in name or not _is_utf8(name):
         raise _unfit(name, "its name is not one that a collection of documents can have")
     if "$" in name or "\0" in name:
         raise _unfit(name, "its name has a character that MongoDB keeps for itself")

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
-from engine.errors import HeadraceError, Transient
+from engine.admission import check_collection
+from engine.errors import HeadraceError, Refused, Transient
 from engine.formats import begins, decide
 from engine.ledger import Ledger
 from engine.loads import Loads
@@ -91,6 +92,7 @@ class Planner:
         settings: Settings,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
+        self._data = store.data
         self._sources = Sources(store, Loads(store, ledger))
         self._wake = store.wake
         self._queue = queue
@@ -122,8 +124,11 @@ class Planner:
         done: list[Prepared] = []
         drafts: list[_Draft] = []
         unseen: list[Job] = []
+        unfit = self._unfit(jobs)
         for job, looked in zip(jobs, self._looks(jobs), strict=True):
-            if isinstance(looked, _Draft):
+            if refusal := unfit.get(job.options.collection):
+                done.append(Prepared(job, error=refusal))
+            elif isinstance(looked, _Draft):
                 drafts.append(looked)
             elif looked is None:
                 unseen.append(job)
@@ -161,6 +166,17 @@ class Planner:
             leases = self._ledger.open_leased(single, holder)
             done += [Prepared(planned[id], leases.get(id), heads[id]) for id in single]
         return done
+
+    def _unfit(self, jobs: Sequence[Job]) -> dict[str, Refused]:
+        """Why collections of these jobs cannot take documents: they may have been made, or made anew, since a job was submitted,
+        and a capped one takes all and keeps the last of them."""
+        refusals: dict[str, Refused] = {}
+        for name in {job.options.collection for job in jobs}:
+            try:
+                check_collection(self._data, name)
+            except Refused as error:
+                refusals[name] = error
+        return refusals
 
     def _looks(self, jobs: Sequence[Job]) -> "list[_Draft | HeadraceError | None]":
         """Look at all of them. One that S3 does not show in time must not hold up the others, nor this worker. None for those

@@ -6,7 +6,6 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from itertools import islice
 from typing import Final
 
@@ -17,7 +16,7 @@ from pymongo.errors import DuplicateKeyError
 
 from engine.admission import check_collection, check_ticket
 from engine.budget import overspent
-from engine.errors import Conflict, HeadraceError, NotFound
+from engine.errors import Conflict, HeadraceError, NotFound, Refused
 from engine.jobs import (
     Ticket,
     failure_document,
@@ -52,6 +51,10 @@ __all__ = ["JobSignals", "Queue"]
 
 ROLL_UP_MS: Final = 600
 """A job's numbers are summed anew when they are older than this, by whichever worker notices."""
+
+_NEW: Final[Document] = {"$gte": ["$rolledAt", {"$subtract": ["$$NOW", ROLL_UP_MS]}]}
+# One that is still to come was written by a primary whose clock was ahead.
+_STALE: Final[Document] = {"$not": [{"$and": [_NEW, {"$lte": ["$rolledAt", "$$NOW"]}]}]}
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
@@ -161,7 +164,6 @@ class Queue:
 
     def look(self, job_id: str) -> JobSignals:
         """What a holder must know: is the job being stopped, has it run for too long, are its numbers old? One read."""
-        epoch = datetime(1970, 1, 1, tzinfo=UTC)
         stages: list[Document] = [
             {"$match": {"_id": job_key(job_id)}},
             {
@@ -169,7 +171,7 @@ class Queue:
                     "stopping": 1,
                     "state": 1,
                     "overdue": {"$lt": [{"$ifNull": ["$deadline", "$$NOW"]}, "$$NOW"]},
-                    "stale": {"$lt": [{"$ifNull": ["$rolledAt", epoch]}, {"$subtract": ["$$NOW", ROLL_UP_MS]}]},
+                    "stale": _STALE,
                 }
             },
         ]
@@ -183,8 +185,7 @@ class Queue:
     def roll_up(self, job_id: str) -> None:
         """Sum the job's ranges into its progress, unless another worker has just done so; judge its error budget."""
         key = job_key(job_id)
-        fresh = {"$subtract": ["$$NOW", ROLL_UP_MS]}
-        elected = {"_id": key, "state": JobState.PROCESSING, "$expr": {"$lt": ["$rolledAt", fresh]}}
+        elected = {"_id": key, "state": JobState.PROCESSING, "$expr": _STALE}
         with translated("summing a job"):
             found = self._jobs.find_one_and_update(
                 elected, [{"$set": {"rolledAt": "$$NOW"}}], return_document=ReturnDocument.AFTER
@@ -327,7 +328,7 @@ class Queue:
 
         Raises:
             NotFound: no such job.
-            Conflict: it has COMPLETED, or is being deleted.
+            Conflict: it has COMPLETED, or is being deleted, or its collection cannot take documents any more.
         """
         job = self.get(job_id)
         if job.state is JobState.COMPLETED:
@@ -340,6 +341,10 @@ class Queue:
             pruned = self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True})
         if pruned is not None:
             raise Conflict(f"the history of job {job_id} is being deleted: submit a new job")
+        try:
+            check_collection(self._store.data, job.options.collection)
+        except Refused as error:
+            raise Conflict(f"{error} in a new job") from None
         shared = job.plan is not None and job.plan.sole and self._loads.others_loaded(job, job.plan.format)
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING

@@ -19,7 +19,7 @@ from pymongo.database import Database
 from pymongo.errors import AutoReconnect, DocumentTooLarge, OperationFailure, PyMongoError
 
 from engine.decode import Documents, reject
-from engine.errors import Severed, Transient
+from engine.errors import Refused, Severed, Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store, translate, translated
 
@@ -38,6 +38,9 @@ TOO_DEEP_DETAIL: Final = "the document is nested deeper than MongoDB takes"
 
 TOO_LARGE_CODES: Final = frozenset({10334, 17280, 17419, 17420})
 """The codes for one that is too large, or has a key too large for an index."""
+
+_NO_COLLECTION: Final = frozenset({73, 166})
+"""The codes, for each document, of a name that no collection can have, and of a view."""
 
 _BAD_ID: Final = frozenset({52, 53})
 _BAD_VALUE: Final = 2
@@ -194,6 +197,11 @@ class Sink:
             index = indexes[error["index"]]
             if error["code"] == DUPLICATE_KEY:
                 duplicates.append((index, error))
+            elif error["code"] in _NO_COLLECTION:
+                raise Refused(
+                    f"collection {self._collection} takes no documents any more: {str(error.get('errmsg', ''))[:500]}; name "
+                    "another one in a new job"
+                )
             elif error["code"] in TRANSIENT_CODES:
                 raise Transient(f"MongoDB could not store a document (code {error['code']}): check its members")
             else:

@@ -327,7 +327,12 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
             f"MongoDB does not answer while {doing}: see that it runs and that MONGO_URI names it, with its replica set and TLS "
             "as they are"
         )
-    if isinstance(error, ConnectionFailure | WTimeoutError | WriteConcernError | ExecutionTimeout):
+    if isinstance(error, WTimeoutError | WriteConcernError):
+        return Transient(
+            f"a majority did not confirm in time while {doing} (code {error.code}), which may be done all the same: see that "
+            "enough members of the replica set are up"
+        )
+    if isinstance(error, ConnectionFailure | ExecutionTimeout):
         return Transient(f"the connection to MongoDB failed while {doing} ({name}): see that it runs")
     if isinstance(error, OperationFailure):
         if error.code in TRANSIENT_CODES or any(map(error.has_error_label, _TRANSIENT_LABELS)):

@@ -9,7 +9,7 @@ import pytest
 from bson import ObjectId
 
 from engine.chooser import Chooser
-from engine.errors import Transient
+from engine.errors import Conflict, Refused, Transient
 from engine.ledger import DEATHS, VANISHED
 from engine.model import Failure, JobOptions, JobState, Tally
 from engine.planner import Planner
@@ -255,3 +255,19 @@ def test_a_job_that_registered_and_is_planned_again_is_the_first_all_the_same(
     store.data["records"].insert_one({})
     [prepared] = planner.prepare([job], "holder")
     assert (prepared.job.plan.sole, prepared.job.already_loaded_by) == (True, other and other.id)
+
+
+def test_a_collection_that_became_capped_since_a_job_was_submitted_takes_none_of_it(
+    store, queue, plans, planner, ledger, source
+):
+    """It would take every document, and keep the last of them."""
+    first, again, other = (queue.submit(source, JobOptions(name)) for name in ("capped", "later", "records"))
+    [again] = plans.fix([(again, plan(2), None)])
+    queue.cancel(again.id)
+    for name in ("capped", "later"):
+        store.data.create_collection(name, capped=True, size=4096)
+    prepared = {each.job.id: each for each in planner.prepare([first, other], "holder")}
+    assert prepared[other.id].lease
+    assert isinstance(prepared[first.id].error, Refused)
+    with pytest.raises(Conflict, match="it is capped; name another one in a new job"):
+        queue.retry(again.id)

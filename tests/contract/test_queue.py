@@ -112,7 +112,7 @@ def test_only_engines_of_a_jobs_database_work_on_it(store, settings, queue, ledg
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a..b", ".a", "a.", "a$b", "system.x", "a\0b", "x" * 300, "$cmd", "é" * 130, "a\ud800"]
+    "name", ["", "a..b", ".a", "a.", "a$b", "system.x", "a.system.b", "a\0b", "x" * 300, "$cmd", "é" * 130, "a\ud800"]
 )
 def test_a_collection_name_that_mongodb_does_not_take_is_refused_at_once(store, queue, source, name):
     with pytest.raises(Refused, match="name another"):
@@ -294,3 +294,14 @@ def test_a_job_beside_one_that_may_be_retried_does_not_count_its_documents(queue
     queue.cancel(first.job.id)
     [second] = planner.prepare([queue.submit(source, JobOptions())], "holder")
     assert (first.job.plan.sole, second.job.plan.sole) == (True, False)
+
+
+def test_numbers_are_summed_on_after_a_primary_whose_clock_was_ahead(store, queue, plans, source):
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(1), None)])
+    queue.open_ranges(job)
+    ahead = [{"$set": {"rolledAt": {"$add": ["$$NOW", 3_600_000]}}}]
+    store.jobs.update_one({"_id": job_key(job.id)}, ahead)
+    assert queue.look(job.id).stale
+    queue.roll_up(job.id)
+    assert queue.get(job.id).progress.at is not None
+    assert not queue.look(job.id).stale

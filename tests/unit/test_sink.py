@@ -4,11 +4,11 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from pymongo.errors import OperationFailure
+from pymongo.errors import OperationFailure, WriteConcernError, WTimeoutError
 
 from engine.batches import Batch
 from engine.decode import decode
-from engine.errors import AccessDenied, Permanent, Transient
+from engine.errors import AccessDenied, Permanent, Refused, Transient
 from engine.model import Format, Plan, Reason
 from engine.sink import Sink
 from engine.store import translate
@@ -30,6 +30,17 @@ def written(*errors):
 def test_a_server_in_trouble_is_not_taken_for_the_fault_of_the_documents(code):
     with pytest.raises(Transient, match=f"code {code}"):
         written(code, code)
+
+
+@pytest.mark.parametrize("code", [73, 166])
+def test_what_is_the_fault_of_the_collection_is_told_of_no_document(code):
+    with pytest.raises(Refused, match="collection records takes no documents"):
+        written(code, code, code)
+
+
+def test_a_majority_that_is_late_is_no_connection_that_failed():
+    for error in (WTimeoutError("late", 64), WriteConcernError("late", 64)):
+        assert "majority did not confirm in time while writing" in str(translate(error, "writing"))
 
 
 def test_what_is_the_fault_of_a_document_costs_it_alone():
