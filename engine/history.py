@@ -3,10 +3,11 @@
 import threading
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
-from engine.errors import Transient
-from engine.jobs import job_of
+from engine.errors import Conflict, Transient
+from engine.jobs import readable
 from engine.model import Job, JobState, RangeState
 from engine.schema import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS
 from engine.store import Document, Store, job_key, jobs_of, parse_id, ranges_of, translated
@@ -73,7 +74,7 @@ class History:
         batch: str | None = None,
         bucket: str | None = None,
     ) -> list[Job]:
-        """Jobs, newest first.
+        """Jobs, newest first; those that this version cannot read are left out.
 
         Args:
             limit: the most to return.
@@ -94,8 +95,8 @@ class History:
             query["options.collection"] = collection
         if batch is not None:
             query |= jobs_of(parse_id(batch, "batch"))
-        with translated("listing jobs"):
-            return [job_of(found) for found in self._jobs.find(query).sort("_id", -1).limit(limit)]
+        with translated("listing jobs"), self._jobs.find(query).sort("_id", -1).batch_size(limit) as cursor:
+            return list(islice(filter(None, map(readable, cursor)), limit))
 
     def ranges(self, job_id: str) -> RangeReport:
         """What became of a job's ranges so far."""
@@ -156,7 +157,7 @@ class History:
         with translated("counting jobs"):
             # The index alone is read, and no job.
             groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}], hint=BY_STATE)
-            states = {JobState(group["_id"]): group["count"] for group in groups}
+            states = {group["_id"]: group["count"] for group in groups}
             # A job that was not to begin before its time has waited since then only.
             since = {"$max": ["$createdAt", "$options.runAt"]}
             age = {"$divide": [{"$subtract": ["$$NOW", since]}, 1000]}
@@ -170,8 +171,10 @@ class History:
         return Backlog({state: states.get(state, 0) for state in JobState}, oldest)
 
     def open_job_of(self, bucket: str, key: str) -> Job | None:
-        """An open job of an object, if there is one."""
+        """An open job of an object, if there is one. Raises Conflict: there is, and this version cannot read it."""
         with translated("looking for jobs of a file"):
             query = {"source.key": key, "source.bucket": bucket, "open": True}
             found = self._jobs.find_one(query, hint=BY_FILE)
-        return None if found is None else job_of(found)
+        if found is None or (job := readable(found)) is not None:
+            return None if found is None else job
+        raise Conflict(f"job {found['_id']}, which is open, is of a later version of Headrace: upgrade this one")

@@ -116,7 +116,7 @@ class JobBatches:
             found["createdAt"],
             found["count"],
             found.get("pruned", False),
-            {JobState(group["_id"]): group["count"] for group in groups},
+            {JobState(group["_id"]): group["count"] for group in groups if group["_id"] in set(JobState)},
             sum(group["size"] for group in groups),
             sum((Tally.from_document(group) for group in groups), Tally()),
         )

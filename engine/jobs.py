@@ -32,6 +32,7 @@ __all__ = [
     "planned",
     "progress_document",
     "put_off",
+    "readable",
     "same_source",
 ]
 
@@ -148,8 +149,16 @@ def _plan_of(found: Document) -> Plan:
     )
 
 
+def readable(found: Document) -> Job | None:
+    """The job that a document of `jobs` holds; None where one of a later version asks for what this one does not know."""
+    try:
+        return job_of(found)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def job_of(found: Document) -> Job:
-    """The job that a document of `jobs` holds."""
+    """The job that a document of `jobs` holds. Raises KeyError, TypeError, ValueError: see `readable`."""
     options = found["options"]
     plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
     tally = Tally.from_document(progress.get("tally", {}))

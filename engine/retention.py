@@ -67,24 +67,31 @@ class Retention:
 
     def _prune(self, job: Document, why: Document, goes_on: Callable[[], bool]) -> bool:
         """Delete a job that is still as it was found, and that nobody else is at; returns whether it was so."""
-        key, jobs, batches = job["_id"], self._store.jobs, self._store.batches
+        key, jobs = job["_id"], self._store.jobs
         # From here on it cannot be retried: a job whose ranges are half gone must not come back.
         begin = [{"$set": {"pruned": True, "prunedAt": "$$NOW"}}]
         if not jobs.update_one({"_id": key} | why, begin).matched_count:
             return False
         self._keep_loaded(job)
         if "batch" in job:
-            batches.update_one({"_id": job["batch"]}, {"$set": {"pruned": True}})
+            self._store.batches.update_one({"_id": job["batch"]}, {"$set": {"pruned": True}})
         self._ledger.delete(str(key))
         rejects = {"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}}
         store = self._store
         if not (_deleted(store.rejects, rejects, goes_on) and _deleted(store.claims, claims_of(key), goes_on)):
             jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may go on at once
             return True
+        # The batch goes ahead of its last job, by which it is found again where this process dies in between; and behind it, for
+        # two last ones that go at a time.
+        self._drop_empty(job, {"_id": {"$ne": key}})
         jobs.delete_one({"_id": key, "pruned": True})
-        if "batch" in job and not jobs.find_one(jobs_of(job["batch"]), {"_id": 1}):
-            batches.delete_one({"_id": job["batch"]})
+        self._drop_empty(job, {})
         return True
+
+    def _drop_empty(self, job: Document, others: Document) -> None:
+        """Delete the batch of a job where it has no others."""
+        if "batch" in job and not self._store.jobs.find_one(jobs_of(job["batch"]) | others, {"_id": 1}):
+            self._store.batches.delete_one({"_id": job["batch"]})
 
     def _keep_loaded(self, job: Document) -> None:
         """Write into its source that a job, which is about to be deleted, has loaded it."""

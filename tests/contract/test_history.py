@@ -250,3 +250,35 @@ def test_the_rejects_of_an_old_job_go_slice_by_slice_and_one_worker_at_a_time(
     assert retention.prune(30, 9) == 0
     for collection, count in ((store.rejects, 25), (store.claims, 15), (store.jobs, 1)):
         assert collection.count_documents({}) == count
+
+
+def test_a_job_of_a_later_version_hides_no_other_from_those_who_ask(store, queue, source):
+    jobs = [queue.submit(source, JobOptions()) for _ in range(4)]
+    for job, news in ((jobs[1], {"state": "RESTING"}), (jobs[2], {"options.format": "parquet"})):
+        store.jobs.update_one({"_id": job_key(job.id)}, {"$set": news})
+    history = History(store)
+    assert [job.id for job in history.page(2)] == [jobs[3].id, jobs[0].id]
+    assert history.backlog().states[JobState.PENDING] == 3
+    queue.cancel(jobs[0].id)
+    queue.cancel(jobs[3].id)
+    with pytest.raises(Conflict, match="a later version"):
+        history.open_job_of(source.bucket, source.key)
+
+
+def test_a_batch_whose_last_job_was_deleted_by_a_process_that_died_over_it_is_gone(
+    store, queue, ledger, source, monkeypatch
+):
+    batch = JobBatches(store).submit([source], JobOptions())
+    [job] = History(store).page(9, batch=batch.id)
+    queue.cancel(job.id)
+    store.jobs.update_many({}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
+    real, retention = store.jobs.delete_one, Retention(store, ledger)
+
+    def delete_one(query):
+        real(query)
+        raise SystemExit
+
+    monkeypatch.setattr(store.jobs, "delete_one", delete_one)
+    with pytest.raises(SystemExit):
+        retention.prune(30, 9)
+    assert store.batches.count_documents({}) == 0
