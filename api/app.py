@@ -23,6 +23,7 @@ from api.submit import Batches, Process, ProcessMany
 from api.uploads import FormUploads
 from api.watch import Events, Watch
 from engine.direct import DirectUploads
+from engine.errors import NotFound
 from engine.history import History
 from engine.job_batches import JobBatches
 from engine.objects import Objects
@@ -123,7 +124,13 @@ class _WholePath:
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        """Take the key from the path itself."""
+        """Take the key from the path itself. Raises NotFound where it is no UTF-8: it would be read as that of another object."""
         if "file_key" in params:
+            try:
+                path = req.env["PATH_INFO"].encode("latin-1").decode()  # as WSGI hands over bytes
+            except UnicodeDecodeError:
+                raise NotFound(
+                    "there is no such file: its key is UTF-8, each byte of which may be percent-encoded"
+                ) from None
             # Slashes before the first name lead to the same route as one.
-            params["file_key"] = req.path.lstrip("/").split("/", 1)[1]
+            params["file_key"] = path.lstrip("/").split("/", 1)[1]

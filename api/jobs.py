@@ -17,7 +17,7 @@ from engine.history import History
 from engine.model import TERMINAL, Format, Job, JobState
 from engine.queue import Queue
 from engine.rejects import Rejects
-from engine.stats import serving
+from engine.stats import live, serving
 from engine.store import Store
 
 __all__ = ["Cancel", "Detail", "Jobs", "RejectLines", "Retry", "Status"]
@@ -74,7 +74,7 @@ class Detail:
             job, ranges = self._queue.get(job_id), self._history.ranges(job_id)
             waits = None
             if is_idle(job, ranges):
-                workers = serving(self._store, job.database)
+                workers = serving(live(self._store), job.database)
                 waits = waiting_for(job, ranges, paused=self._queue.paused(), workers=workers)
             return dict(job_detail(job, ranges, waits)), job.state in TERMINAL
 

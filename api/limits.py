@@ -2,13 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import falcon
 
 from api.operations import Wait, operation_of
 from api.problems import Problem
+from engine.errors import KeyReused, Refused
 from engine.queue import Queue
 
 __all__ = ["LEAVE", "OpenJobsLimit", "S3Calls", "Slots", "gone_of"]
@@ -42,7 +44,11 @@ class Slots:
     def __init__(self, most: int, status: int, what: str) -> None:
         self._free = threading.Semaphore(most)
         self._status = status
-        self._what = f"{most} {what} are under way already, the most at a time: try again in a little while"
+        self._what = (
+            f"{most} {what} are under way already, the most at a time: try again in a little while"
+            if most
+            else f"this server takes no {what}: ask without waiting"
+        )
 
     def take(self) -> None:
         """Raises Problem where none is left."""
@@ -113,8 +119,9 @@ class OpenJobsLimit:
         self._since = 0  # let in since the last count began
         self._lock = threading.Lock()
 
-    def let_in(self, jobs: int) -> None:
-        """So many jobs are about to be made. Raises Problem where they would be too many together with those that are open."""
+    @contextmanager
+    def let_in(self, jobs: int) -> Iterator[None]:
+        """Within it, so many jobs are made. Raises Problem where they would be too many together with those that are open."""
         if jobs > self._most:
             raise Problem(
                 422,
@@ -132,6 +139,12 @@ class OpenJobsLimit:
                 )
             self._open += jobs
             self._since += jobs
+        try:
+            yield
+        except (Refused, KeyReused):  # of others, some may have been made
+            with self._lock:
+                self._open, self._since = max(self._open - jobs, 0), max(self._since - jobs, 0)
+            raise
 
     def _count(self) -> None:
         """Count anew where that is due. One request does, and the others go by the count before: a database that does not answer

@@ -17,7 +17,7 @@ from api.operations import Answer, Scope, operation
 from engine.history import History
 from engine.model import TERMINAL
 from engine.queue import Queue
-from engine.stats import STAGES, live, place_of, totals
+from engine.stats import STAGES, live, place_of, serving, totals
 from engine.store import Store, translated
 
 __all__ = ["Durations", "Metrics"]
@@ -85,7 +85,8 @@ class _State(Collector):
             stages.add_metric([stage], sums.get(f"seconds_{stage}", 0))
         yield stages
         workers = live(self._store)
-        yield GaugeMetricFamily("headrace_workers", "Workers that are alive", value=len(workers))
+        here = serving(workers, self._store.data.name)
+        yield GaugeMetricFamily("headrace_workers", "Workers that are alive and load into this database", value=here)
         memory = GaugeMetricFamily(
             "headrace_worker_memory_bytes", "Resident memory of a worker", labels=["host", "engine", "slot"]
         )

@@ -90,8 +90,8 @@ class Process:
         job = self._queue.redeem(ticket) if ticket is not None else None
         if job is None:
             source = self._objects.head(key)
-            self._open_jobs.let_in(1)
-            job = self._queue.submit(source, request.options(), ticket)
+            with self._open_jobs.let_in(1):
+                job = self._queue.submit(source, request.options(), ticket)
         resp.status = 202
         resp.location = f"/status/{job.id}"
         body: ProcessAnswer = {
@@ -131,8 +131,8 @@ class ProcessMany:
         else:
             keys = known[1] if known is not None else self._asked(request)
             sources = self._sources(keys)
-            self._open_jobs.let_in(len(sources))
-            batch = self._batches.submit(sources, request.options(), ticket)
+            with self._open_jobs.let_in(len(sources)):
+                batch = self._batches.submit(sources, request.options(), ticket)
         resp.status = 202
         resp.location = f"/batches/{batch.id}"
         body: BatchAnswer = {"message": "Batch created successfully", "batchId": batch.id, "jobs": batch.count}

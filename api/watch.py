@@ -41,7 +41,7 @@ RESPONSE_HEADERS: Final[Mapping[str, str]] = {
     "Preference-Applied": "The wait that was asked for, as far as it is granted",
 }
 
-_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)
+_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,18})\"?\s*(?:$|[,;])", re.IGNORECASE)
 ANY: Final = "*"
 """In If-None-Match: whatever is there now."""
 

@@ -30,6 +30,6 @@ def overspent(options: JobOptions, tally: Tally, *, final: bool) -> Failure | No
         return None
     return Failure(
         "too_many_errors",
-        f"{tally.rejected} of {tally.lines} lines were rejected and maxErrors allows {allowed}: "
+        f"{tally.rejected} of {tally.lines} lines{'' if final else ' read so far'} were rejected and maxErrors allows {allowed}: "
         f"see the rejects, fix the file, or submit a new job with a higher maxErrors; what was written stays",
     )

@@ -148,7 +148,7 @@ class Documents:
                 if not body.strip():
                     self.blank += 1
                 else:
-                    self._refuse(position, Reason.INVALID_JSON, f"{error.msg}: column {error.colno} of the line")
+                    self._refuse(position, Reason.INVALID_JSON, _fault(body, error))
                 continue
             if type(document) is not dict:
                 self._refuse(position, Reason.NOT_AN_OBJECT, f"the line is {_KINDS[type(document)]}, not an object")
@@ -177,10 +177,7 @@ class Documents:
             try:
                 content = line if isinstance(line, str) else line.decode()
             except UnicodeDecodeError as error:
-                at = error.start
-                self._refuse(
-                    position, Reason.INVALID_UTF8, f"byte {at} of the line, 0x{error.object[at]:02x}: {error.reason}"
-                )
+                self._refuse(position, Reason.INVALID_UTF8, _no_utf8(error))
                 continue
             if content.endswith("\r") and position != bare:
                 content = content[:-1]
@@ -248,6 +245,20 @@ def _together(text: bytes, count: int) -> list[Any]:
     found = orjson.loads(b"[%b]" % text.replace(b"\n", _SEPARATOR))
     whole = len(found) == 2 * count - 1 and found[1::2].count(_MARK) == count - 1
     return found[::2] if whole else []
+
+
+def _fault(line: bytes, error: orjson.JSONDecodeError) -> str:
+    """What is wrong with a line that is no JSON; of one that is no UTF-8, the parser does not say where."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as fault:
+        return _no_utf8(fault)
+    return f"{error.msg}: column {error.colno} of the line"
+
+
+def _no_utf8(error: UnicodeDecodeError) -> str:
+    """Where a line is no UTF-8, and why."""
+    return f"byte {error.start} of the line, 0x{error.object[error.start]:02x}: {error.reason}"
 
 
 def _decoded(text: bytes) -> Sequence[str | bytes]:

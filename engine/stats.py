@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pymongo import WriteConcern
@@ -158,9 +158,9 @@ def live(store: Store) -> list[Document]:
     return sorted(places.values(), key=lambda worker: str(worker["_id"]))
 
 
-def serving(store: Store, database: str) -> int:
-    """How many workers are alive that work on the jobs of a database; those of an older version do not tell, and count."""
-    return sum(worker.get("database", database) == database for worker in live(store))
+def serving(workers: Sequence[Document], database: str) -> int:
+    """How many of the workers work on the jobs of a database; those of an older version do not tell, and count."""
+    return sum(worker.get("database", database) == database for worker in workers)
 
 
 def place_of(worker: Document) -> str:

@@ -200,6 +200,8 @@ class Supervisor:
                     worker=child.identity.name,
                     silent=round(silent, 1),
                 )
+                if self._stopping:
+                    self._exit = self._exit or 1
                 child.heartbeat.touch()
                 child.silent = True
                 os.kill(pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ from engine.logs import mask
 from engine.objects import Objects
 from engine.s3 import connect
 from engine.settings import Settings
-from engine.stats import serving
+from engine.stats import live, serving
 from engine.store import Store, translated
 
 __all__ = ["Finding", "examine"]
@@ -136,7 +136,7 @@ def _processes(settings: Settings) -> Finding:
         return Finding("processes", state, message)
     try:
         with closing(Store(settings, pool=2)) as store:
-            alive = serving(store, store.data.name)
+            alive = serving(live(store), store.data.name)
     except HeadraceError:
         return Finding("processes", state, message)  # the line of MongoDB says what is wrong
     if not alive:

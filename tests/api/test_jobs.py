@@ -277,3 +277,12 @@ def test_health_ready_and_what_is_not_there(live):
 def test_the_request_id_of_the_client_is_kept_where_it_is_plain(live):
     assert live.http.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
     assert live.http.get("/healthz", headers={"X-Request-ID": "a b\tc"}).headers["X-Request-ID"] != "a b\tc"
+
+
+@pytest.mark.parametrize("key", ["%ff.ndjson", "%ed%a0%80.ndjson", "a/%fe"])
+def test_a_path_that_is_no_utf8_names_no_other_object(live, key):
+    put(live, b"{}\n", "\ufffd.ndjson")
+    for method, path in (("DELETE", "/files/"), ("GET", "/files/"), ("POST", "/process/")):
+        answer = live.http.request(method, path + key)
+        assert (answer.status_code, "UTF-8" in answer.json()["detail"]) == (404, True)
+    assert live.http.get("/files/%EF%BF%BD.ndjson").status_code == 200

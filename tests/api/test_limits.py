@@ -13,7 +13,7 @@ from api.direct import Complete
 from api.files import Files
 from api.limits import OpenJobsLimit, S3Calls
 from api.problems import Problem
-from engine.errors import Transient
+from engine.errors import KeyReused, Refused, Transient
 
 
 def test_a_count_that_hangs_holds_up_nobody_else():
@@ -29,16 +29,18 @@ def test_a_count_that_hangs_holds_up_nobody_else():
 
     def first():
         try:
-            limit.let_in(1)
+            with limit.let_in(1):
+                pass
         except Transient as error:
             failed.append(error)
 
     counting = threading.Thread(target=first)
     counting.start()
     assert begun.wait(30)
-    limit.let_in(60)
-    with pytest.raises(Problem, match="open jobs"):
-        limit.let_in(60)
+    with limit.let_in(60):
+        pass
+    with pytest.raises(Problem, match="open jobs"), limit.let_in(60):
+        pass
     go_on.set()
     counting.join()
     assert len(failed) == 1
@@ -47,14 +49,28 @@ def test_a_count_that_hangs_holds_up_nobody_else():
 def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
     class Slow:
         def depth(self, most):
-            limit.let_in(40)
+            with limit.let_in(40):
+                pass
             return 10
 
     limit = OpenJobsLimit(Slow(), 100, clock=lambda: 0.0)
-    limit.let_in(10)
-    with pytest.raises(Problem, match="open jobs"):
-        limit.let_in(41)
-    limit.let_in(40)
+    with limit.let_in(10):
+        pass
+    with pytest.raises(Problem, match="open jobs"), limit.let_in(41):
+        pass
+    with limit.let_in(40):
+        pass
+
+
+def test_jobs_that_were_refused_take_no_room():
+    limit = OpenJobsLimit(SimpleNamespace(depth=lambda most: 0), 5, clock=lambda: 0.0)
+    for refusal in (Refused("a view"), KeyReused("another")):
+        with pytest.raises(type(refusal)), limit.let_in(5):
+            raise refusal
+    with pytest.raises(Transient), limit.let_in(5):
+        raise Transient("nobody knows whether they were made")
+    with pytest.raises(Problem, match="open jobs"), limit.let_in(1):
+        pass
 
 
 def test_calls_take_turns_at_s3_and_are_refused_where_it_does_not_answer(monkeypatch):

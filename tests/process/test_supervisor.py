@@ -71,6 +71,15 @@ def test_a_worker_that_hangs_is_killed_and_replaced(engine):
     assert told["cause"] == "killed because it did not move"
 
 
+def test_an_engine_that_had_to_kill_a_hanging_worker_to_stop_says_so(engine):
+    running = engine(
+        engine_watchdog_seconds=3, engine_lease_seconds=2, engine_poll_seconds=0.2, engine_grace_seconds=60
+    )
+    os.kill(running.workers()[0], signal.SIGSTOP)
+    assert running.stop() == 1
+    assert running.actions("kill")
+
+
 def test_no_worker_outlives_a_killed_supervisor(engine):
     running = engine()
     workers = running.workers()

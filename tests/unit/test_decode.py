@@ -285,3 +285,9 @@ def test_a_long_run_of_digits_is_looked_at_once(text, wide):
 
     assert _has_wide_digits(Counting(text % (b"1415926535" * 10_000))) is wide
     assert len(looks) <= 2
+
+
+def test_a_line_that_is_no_utf8_is_told_where():
+    line = b'{"caf":"\xc3\xa9","b":"\xe9"}'
+    [found] = run(line).rejects
+    assert found.detail == "byte 17 of the line, 0xe9: invalid continuation byte"
