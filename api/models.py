@@ -111,7 +111,10 @@ class ProcessRequest(_Request):
     max_errors: Annotated[
         int | str,
         BeforeValidator(_budget),
-        Field(description="Rejects allowed: a count, or a percentage", json_schema_extra=_BUDGET_SCHEMA),
+        Field(
+            description="Rejects allowed: a count, or a percentage of the lines, from 10,000 on of those read so far",
+            json_schema_extra=_BUDGET_SCHEMA,
+        ),
     ] = 1000
     priority: Annotated[_Priority, Field(description="Higher goes first")] = 0
     force: Annotated[StrictBool, Field(description="Load a second copy, with ids of its own")] = False
