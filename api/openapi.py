@@ -142,7 +142,7 @@ def _operation(
         made["requestBody"] = {"content": content, "required": not _takes_nothing(operation.body)}
     if operation.scope is not None:
         problems |= {401, 403, 422, 503}
-        problems |= {413, 415} if method in ("post", "delete") else set()  # of a body that it does not take
+        problems |= {413, 415}  # of a body that it does not take
         made["security"] = [{"bearer": [operation.scope.value]}, {}]
         made["description"] = f"Needs the scope `{operation.scope.value}` where the API has tokens."
     problem = {"application/problem+json": {"schema": names[id(ProblemBody)]}}

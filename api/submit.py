@@ -46,6 +46,14 @@ def checked_key(key: str) -> str:
     return key
 
 
+def _listed(index: int, key: str) -> str:
+    """A key of a list. Raises Problem, which tells its place there."""
+    try:
+        return checked_key(key)
+    except NotFound as error:
+        raise Problem(422, "invalid_request", f"fileKeys.{index}: {error}") from None
+
+
 def _ticket(req: falcon.Request, request: ProcessRequest, what: str, place: str) -> Ticket | None:
     """What makes this request safe to repeat, where the client asks for it: at this place, which others share the queue with."""
     key = req.get_header("Idempotency-Key")
@@ -139,7 +147,9 @@ class ProcessMany:
         resp.media = body
 
     def _asked(self, request: BatchRequest) -> list[str]:
-        keys = sorted({checked_key(key) for key in request.file_keys or self._keys(request.prefix or "")})
+        if request.file_keys:
+            return sorted({_listed(index, key) for index, key in enumerate(request.file_keys)})
+        keys = sorted({checked_key(key) for key in self._keys(request.prefix or "")})
         if not keys:
             raise NotFound(f"no object's key begins with {request.prefix!r}: GET /files lists those there are")
         return keys

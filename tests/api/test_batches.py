@@ -39,6 +39,11 @@ def test_a_batch_with_an_object_that_is_not_there_makes_no_job(live):
     assert live.store.jobs.count_documents({}) == before
 
 
+def test_a_key_that_no_object_can_have_is_told_by_its_place(live):
+    answer = live.http.post("/process", json={"fileKeys": [put(live), "x" * 1025]})
+    assert (answer.status_code, answer.json()["detail"][:11]) == (422, "fileKeys.1:")
+
+
 @pytest.mark.parametrize(
     "body", [{}, {"prefix": "a", "fileKeys": ["b"]}, {"fileKeys": []}, {"prefix": 5}, {"fileKeys": [5]}]
 )
