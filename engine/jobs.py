@@ -171,7 +171,7 @@ def job_of(found: Document) -> Job:
             collection=options["collection"],
             format=Format(options["format"]),
             max_errors=options["maxErrors"],
-            priority=options["priority"],
+            priority=int(options["priority"]),
             force=options["force"],
             if_loaded=options["ifLoaded"],
             validate=options.get("validate", False),

@@ -253,14 +253,16 @@ def test_the_rejects_of_an_old_job_go_slice_by_slice_and_one_worker_at_a_time(
 
 
 def test_a_job_of_a_later_version_hides_no_other_from_those_who_ask(store, queue, source):
-    jobs = [queue.submit(source, JobOptions()) for _ in range(4)]
-    for job, news in ((jobs[1], {"state": "RESTING"}), (jobs[2], {"options.format": "parquet"})):
+    jobs = [queue.submit(source, JobOptions()) for _ in range(5)]
+    strange = ({"state": "RESTING"}, {"options.format": "parquet"}, {"options.priority": "high"})
+    for job, news in zip(jobs[1:4], strange, strict=True):
         store.jobs.update_one({"_id": job_key(job.id)}, {"$set": news})
     history = History(store)
-    assert [job.id for job in history.page(2)] == [jobs[3].id, jobs[0].id]
-    assert history.backlog().states[JobState.PENDING] == 3
+    assert [job.id for job in history.page(2)] == [jobs[4].id, jobs[0].id]
+    assert [job.id for page in queue.open.ready() for job in page] == [jobs[0].id, jobs[4].id]
+    assert history.backlog().states[JobState.PENDING] == 4
     queue.cancel(jobs[0].id)
-    queue.cancel(jobs[3].id)
+    queue.cancel(jobs[4].id)
     with pytest.raises(Conflict, match="a later version"):
         history.open_job_of(source.bucket, source.key)
 
