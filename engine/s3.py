@@ -72,16 +72,13 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
     def plain(value: Any) -> str | None:
         return value.get_secret_value() if value is not None else None
 
-    core = botocore.session.get_session()
-    asked = int(core.get_config_variable("metadata_service_num_attempts"))
-    core.set_config_variable("metadata_service_num_attempts", max(asked, ROLE_ATTEMPTS))
     session = boto3.Session(
         region_name=settings.aws_region,
         aws_access_key_id=settings.aws_access_key_id,
         aws_secret_access_key=plain(settings.aws_secret_access_key),
         # By itself it belongs to no keys, and would hide those that the SDK finds.
         aws_session_token=plain(settings.aws_session_token) if settings.aws_access_key_id else None,
-        botocore_session=core,
+        botocore_session=_core(settings),
     )
     if session.get_credentials() is None:
         raise Transient(
@@ -110,6 +107,22 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
     )
     client.meta.events.register("before-call.s3.UploadPart", _name_type)
     return client
+
+
+def _core(settings: Settings) -> botocore.session.Session:
+    """A session that waits for the servers of roles no longer than a worker may be silent."""
+    core = botocore.session.get_session()
+    asked = int(core.get_config_variable("metadata_service_num_attempts"))
+    core.set_config_variable("metadata_service_num_attempts", max(asked, ROLE_ATTEMPTS))
+    # For the clients that it makes by itself, such as the one of STS, whose minutes would add up.
+    core.set_default_client_config(
+        Config(
+            connect_timeout=settings.select_timeout_seconds,
+            read_timeout=settings.socket_timeout_seconds,
+            retries={"mode": "standard", "total_max_attempts": 1},
+        )
+    )
+    return core
 
 
 def _name_type(params: dict[str, Any], **_: object) -> None:
