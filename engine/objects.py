@@ -6,8 +6,8 @@ range that was asked for.
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from engine.errors import (
@@ -52,6 +53,15 @@ SLICE_BYTES: Final = 256 * 1024
 
 FIRST_SLICE_BYTES: Final = 16 * 1024
 SLICE_SECONDS: Final = 1.0
+
+_LISTING: Final = frozenset(("Name", "MaxKeys", "KeyCount", "IsTruncated", "Contents"))
+"""Elements of a listing, of which even an empty one has some."""
+
+_HEADERS: Final = {"ContentLength": "Content-Length"}
+"""Headers that boto3 names otherwise."""
+
+_LOOK: Final = "check the S3 server, and that AWS_ENDPOINT_URL leads to it"
+"""What to do about an answer that S3 would not give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +162,7 @@ class Objects:
         Raises:
             NotFound, AccessDenied, WrongClock, Transient.
         """
-        with s3_translated(f"looking for {key}"):
+        with _readable(key), s3_translated(f"looking for {key}"):
             try:
                 found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
@@ -163,7 +173,8 @@ class Objects:
                     raise NotFound(f"there is no object {key!r} in bucket {self.bucket}") from None
                 raise
         version = found.get("VersionId", "")
-        return Source(self.bucket, key, found["ETag"], "" if version == "null" else version, found["ContentLength"])
+        etag, size = _field(found, "ETag", key), _field(found, "ContentLength", key)
+        return Source(self.bucket, key, etag, "" if version == "null" else version, size)
 
     def _tell_why(self, key: str) -> None:
         """Raises what the credentials or the clock are to blame for: an answer to HEAD has no body that would say so."""
@@ -182,7 +193,7 @@ class Objects:
             Transient, WrongClock: may be tried again.
         """
         version = {"VersionId": source.version} if source.version else {}
-        with s3_translated(f"reading {source.key}"):
+        with _readable(source.key), s3_translated(f"reading {source.key}"):
             try:
                 answer = self._client.get_object(
                     Bucket=source.bucket,
@@ -209,10 +220,15 @@ class Objects:
                 raise
         reader = RangeReader(answer, source.key, start, stop)
         content_range = answer.get("ContentRange", "")
-        if answer["ETag"] != source.etag:
+        try:
+            etag, size = _field(answer, "ETag", source.key), _field(answer, "ContentLength", source.key)
+        except Transient:
+            reader.drop()
+            raise
+        if etag != source.etag:
             reader.drop()
             raise ObjectChanged(f"{source.key} was overwritten after the job was submitted: submit a new job")
-        if content_range != f"bytes {start}-{stop - 1}/{source.size}" or answer["ContentLength"] != stop - start:
+        if content_range != f"bytes {start}-{stop - 1}/{source.size}" or size != stop - start:
             reader.drop()
             raise Transient(
                 f"S3 answered a request for bytes {start}-{stop - 1} of {source.key} with {content_range or 'the whole object'!r}"
@@ -254,12 +270,18 @@ class Objects:
             prefix: only keys that begin so.
             limit: the most to return, up to 1000.
             after: as the page before told it.
+
+        Raises:
+            AccessDenied, Refused, WrongClock, Transient.
         """
         more: dict[str, Any] = {"ContinuationToken": after} if after else {}
-        with s3_translated(f"listing bucket {self.bucket}"):
+        listing = f"the listing of bucket {self.bucket}"
+        with _readable(listing), s3_translated(f"listing bucket {self.bucket}"):
             page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=limit, **more)
-        found = [Listed(o["Key"], o["Size"], o["ETag"], o["LastModified"]) for o in page.get("Contents", ())]
-        return found, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+        if not _LISTING.intersection(page):
+            raise Transient(f"S3's answer for {listing} is no listing: {_LOOK}")
+        found = [_listed(told, listing) for told in page.get("Contents", ())]
+        return found, _field(page, "NextContinuationToken", listing) if page.get("IsTruncated") else None
 
     def delete(self, key: str) -> None:
         """Delete an object. Raises NotFound where there is none."""
@@ -279,9 +301,9 @@ class Objects:
 
     def time(self) -> datetime:
         """What time it is by the clock of S3, to the second."""
-        with s3_translated("reading the time of S3"):
+        with _readable("its time"), s3_translated("reading the time of S3"):
             answer = self._head_bucket()
-        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+            return parsedate_to_datetime(_field(answer["ResponseMetadata"]["HTTPHeaders"], "date", "its time"))
 
     def _head_bucket(self) -> Any:
         try:
@@ -299,6 +321,32 @@ class Objects:
             except ClientError as error:
                 if code_of(error) not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
                     raise
+
+
+@contextmanager
+def _readable(of: str) -> Iterator[None]:
+    """Within it, an answer of S3 that the client cannot read comes out as Transient; `of` says what it is about."""
+    try:
+        yield
+    except (ValueError, ResponseParserError) as error:
+        why = str(error).partition("\n")[0].rstrip(":")  # what follows is the whole answer
+        raise Transient(f"S3's answer for {of} cannot be read ({why}): {_LOOK}") from error
+
+
+def _field(answer: Any, name: str, of: str) -> Any:
+    """What an answer has under `name`. Raises Transient where that is nothing, or a negative number."""
+    value, header = answer.get(name), _HEADERS.get(name, name)
+    if value is None or value == "":
+        raise Transient(f"S3's answer for {of} lacks {header}: {_LOOK}")
+    if isinstance(value, int) and value < 0:
+        raise Transient(f"S3's answer for {of} has {header} {value}: {_LOOK}")
+    return value
+
+
+def _listed(told: Any, listing: str) -> Listed:
+    key = _field(told, "Key", listing)
+    of = f"{key} in {listing}"
+    return Listed(key, _field(told, "Size", of), _field(told, "ETag", of), _field(told, "LastModified", of))
 
 
 def warn_if_away(objects: Objects) -> None:
