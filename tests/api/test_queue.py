@@ -216,7 +216,13 @@ def test_the_metrics_are_those_of_the_whole_fleet(live, finish):
     until(lambda: figure("headrace_records_total") >= before + 1000, what="the sum over all workers")
     assert figure("headrace_rejects_total") >= 100
     assert figure('headrace_jobs{state="COMPLETED"}') >= 2
+    # One of another database, which takes none of these jobs, is no worker for those who wait here.
+    other = live.store.workers.find_one() | {"_id": "elsewhere:1:0:1", "host": "elsewhere", "database": "elsewhere"}
+    other["at"] += timedelta(minutes=1)
+    live.store.workers.insert_one(other)
+    until(lambda: "elsewhere" in live.http.get("/metrics").text, what="the stranger in the metrics")
     assert figure("headrace_workers") == 2
+    live.store.workers.delete_one({"_id": "elsewhere:1:0:1"})
     assert figure('headrace_stage_seconds_total{stage="decode"}') > 0
     assert 'headrace_http_request_seconds_count{method="POST",route="/process/{file_key:path}",status="202"}' in (
         live.http.get("/metrics").text
