@@ -177,6 +177,10 @@ class Client:
 
     def upload(self, file: Path) -> str:
         """Upload a file through the API; returns its key. Raises CommandError where it was written to meanwhile."""
+        return str(self.stored(file)["fileKey"])
+
+    def stored(self, file: Path) -> dict[str, Any]:
+        """The same; returns all that the API answers: `fileKey`, `size` and `etag`."""
         check_file(file)
         with file.open("rb") as content:
             version = version_of(content)
@@ -190,7 +194,7 @@ class Client:
                 raise CommandError(
                     f"{file.name} {CHANGED}. What was stored as {answer['fileKey']} is of no use: delete it"
                 )
-            return str(answer["fileKey"])
+            return answer
 
     def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> tuple[str, str]:
         """Submit a job for a key; returns its id and state: those of the job of before where the same ticket came before."""

@@ -239,8 +239,7 @@ class Loader:
         key = self._transfer.there(note, size)
         reused = key is not None
         if key is None and self._through_api:
-            key = self._client.upload(path)
-            note.put(key=key)
+            key = note.stored(self._client.stored(path))
         elif key is None:
             load.note = note  # from its first part on it can be resumed
             key = self._transfer.file(path, note, sent)

@@ -96,8 +96,8 @@ def forget_old() -> None:
 
 
 class Note:
-    """What is known of a file: `uploadId` while it is on its way, then `key`, and a `ticket` that makes its job once, with what
-    was `asked` by it.
+    """What is known of a file: `uploadId` while it is on its way, then `key` and `etag` of its object, and a `ticket` that
+    makes its job once, with what was `asked` by it.
 
     Args:
         url: of the API.
@@ -124,6 +124,11 @@ class Note:
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_bytes(orjson.dumps(self._state))
+
+    def stored(self, made: dict[str, Any]) -> str:
+        """Keep what the API answered of the object that was made of the file; returns its key."""
+        self.put(key=made["fileKey"], etag=made["etag"])
+        return str(made["fileKey"])
 
     def ticket(self, options: dict[str, Any]) -> str:
         """The same for the same file and options, until it is forgotten."""
@@ -180,10 +185,9 @@ class Transfer:
         version = version_of(content)
         size = version[0]
         state = self._resumed(note)
-        if state is None and (key := self._completed(note, size)) is not None:
-            note.put(key=key)
+        if state is None and (made := self._completed(note, size)) is not None:
             sent(size)
-            return key
+            return note.stored(made)
         if state is None:
             state = self._client.insist("POST", "/uploads", json={"fileName": readable(name), "size": size})
             note.put(uploadId=state["uploadId"])
@@ -194,9 +198,7 @@ class Transfer:
             self._free(state)
             note.forget()
             raise CommandError(f"{name} {CHANGED}")
-        key = self._complete(state)
-        note.put(key=key)
-        return key
+        return note.stored(self._complete(state))
 
     def stream(self, content: IO[bytes], name: str, sent: Sent, whole: Callable[[str], None]) -> str:
         """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed, unless all of them
@@ -236,7 +238,7 @@ class Transfer:
         finally:
             self._streams.discard(state["uploadId"])
         try:
-            return self._complete(state)
+            return str(self._complete(state)["fileKey"])
         except CallFailed as error:
             if error.status in USELESS:
                 self._free(state)
@@ -255,7 +257,9 @@ class Transfer:
         if (key := note.get("key")) is None:
             return None
         try:
-            if self._client.insist("GET", f"/files/{path_of(key)}")["size"] == size:
+            found = self._client.insist("GET", f"/files/{path_of(key)}")
+            # Another may have put an object of the same size there. Notes of earlier versions have no ETag.
+            if found["size"] == size and note.get("etag") in (None, found["etag"]):
                 return key
         except CallFailed as error:
             if error.status == 403:
@@ -276,8 +280,8 @@ class Transfer:
                 raise
         return None
 
-    def _completed(self, note: Note, size: int) -> str | None:
-        """The key of this very file, where its upload was completed and the answer did not get here."""
+    def _completed(self, note: Note, size: int) -> dict[str, Any] | None:
+        """The object of this very file, where its upload was completed and the answer did not get here."""
         if (upload_id := note.get("uploadId")) is None:
             return None
         try:
@@ -286,7 +290,7 @@ class Transfer:
             if error.status != 404:
                 raise
             return None
-        return str(answer["fileKey"]) if answer["size"] == size else None
+        return answer if answer["size"] == size else None
 
     def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> bool:
         """Send the parts; returns whether what is read came to its end before all the parts that there may be were sent."""
@@ -357,8 +361,8 @@ class Transfer:
             f"sending a part to S3 at {httpx.URL(url).host} {failure}: {again} --through-api where S3 cannot be reached from here"
         )
 
-    def _complete(self, state: dict[str, Any]) -> str:
-        return str(self._client.insist("POST", f"/uploads/{state['uploadId']}/complete", timeout=SLOW)["fileKey"])
+    def _complete(self, state: dict[str, Any]) -> dict[str, Any]:
+        return self._client.insist("POST", f"/uploads/{state['uploadId']}/complete", timeout=SLOW)
 
 
 def _signed(state: dict[str, Any]) -> tuple[dict[int, str], float]:

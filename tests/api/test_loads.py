@@ -72,6 +72,18 @@ def test_what_is_loaded_is_not_uploaded_again(run, file, live):
     assert load()["fileKey"] != anew["fileKey"]
 
 
+@pytest.mark.parametrize("way", [[], ["--through-api"]])
+def test_an_object_that_was_replaced_by_one_of_its_size_is_uploaded_anew(run, file, live, way):
+    def load():
+        [status] = json.loads(run("load", file, "--wait", "--json", "--collection", "replaced", *way).out)
+        return status["fileKey"]
+
+    key = load()
+    assert load() == key
+    live.objects.upload(io.BytesIO(b"x" * file.stat().st_size), key)
+    assert load() != key
+
+
 def test_files_that_were_not_loaded_for_long_are_forgotten(run, file, tmp_path):
     run("load", file, "--collection", "cli")
     [note] = tmp_path.glob("headrace/loads/*")

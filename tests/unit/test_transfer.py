@@ -29,6 +29,7 @@ class Api:
             "size": None,
             "headers": {},
             "fileKey": "k",
+            "etag": "e",
         }
 
     def ask(self, method, path, params=None, **_):
@@ -309,3 +310,22 @@ def test_a_user_without_a_home_has_nowhere_to_resume_from_and_loads_all_the_same
     note = Note("http://api", "f", [1])
     note.put(key="k")
     assert (note.get("key"), Note("http://api", "f", [1]).get("key")) == ("k", None)
+
+
+@pytest.mark.parametrize(
+    ("known", "found", "kept"),
+    [
+        ({"etag": "e-2"}, {"size": 8, "etag": "e-2"}, True),
+        ({"etag": "e-2"}, {"size": 8, "etag": "other"}, False),
+        ({}, {"size": 8, "etag": "other"}, True),  # a note of an earlier version
+        ({}, {"size": 9, "etag": "e-2"}, False),
+    ],
+)
+def test_an_object_that_was_replaced_is_not_taken_for_the_file(monkeypatch, tmp_path, known, found, kept):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    api = Api()
+    api.insist = lambda *_: found
+    note = Note(api.url, "f", [8])
+    note.put(key="k", **known)
+    assert Transfer(api).there(note, 8) == ("k" if kept else None)
+    assert note.get("key") == ("k" if kept else None)
