@@ -235,7 +235,10 @@ class Loader:
 
     def _file(self, load: Loaded, path: Path, size: int, sent: Callable[[int], None]) -> tuple[str, bool]:
         """A file; returns its key, and whether the object of an earlier command is taken for it."""
-        note = Note(self._client.url, str(path.resolve()), [size, path.stat().st_mtime_ns])
+        found = path.stat()
+        # `cp -p` and `touch -r` give other content the same time of modification; the time of change they cannot set.
+        stamp = [size, found.st_mtime_ns, found.st_ctime_ns]
+        note = Note(self._client.url, str(path.resolve()), stamp)
         key = self._transfer.there(note, size)
         reused = key is not None
         if key is None and self._through_api:
