@@ -242,9 +242,20 @@ class Loader:
         key = self._transfer.there(note, size)
         reused = key is not None
         if key is None and self._through_api:
-            key = note.stored(self._client.stored(path))
+            key = note.stored(self._uploaded(path))
         elif key is None:
             load.note = note  # from its first part on it can be resumed
             key = self._transfer.file(path, note, sent)
         load.note = note
         return key, reused
+
+    def _uploaded(self, path: Path) -> dict[str, Any]:
+        """A file that went through the API. Raises CommandError where it is too large for that."""
+        try:
+            return self._client.stored(path)
+        except CallFailed as error:
+            if error.status != 413:
+                raise
+            raise CommandError(
+                "it is larger than API_MAX_UPLOAD_BYTES allows through the API: leave out --through-api"
+            ) from None

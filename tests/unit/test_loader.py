@@ -105,3 +105,11 @@ def test_a_stream_that_is_stored_and_cannot_be_submitted_is_told_by_name(monkeyp
     kinds[0] = (502, "")
     [load] = Loader(client_of(answer), {}, wait=False, through_api=False).run(["-"])
     assert f"the file is stored: if `headrace jobs --file some/key.ndjson` shows no job, {again}" in str(load.error)
+
+
+def test_a_file_that_is_too_large_for_the_api_is_to_go_without_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "file").write_bytes(b"{}")
+    client = client_of(lambda request: problem(413, "too_large"))
+    [load] = Loader(client, {}, wait=False, through_api=True).run([str(tmp_path / "file")])
+    assert str(load.error).endswith("leave out --through-api")
