@@ -45,6 +45,12 @@ TOP_SECONDS: Final = 1.0
 PROFILE_SECONDS: Final = 4.0
 """Workers tell every two seconds: at least one whole such time lies within."""
 
+MOST_PROFILE_SECONDS: Final = 3600.0
+
+SECONDS_RANGE: Final = f"{REPORT_SECONDS:g} to {MOST_PROFILE_SECONDS:g} seconds"
+
+NO_WORKER: Final = "no worker is alive: start `headrace engine`"
+
 Url = Annotated[str | None, typer.Option(help="URL of the API; default: API_URL, or this machine and PORT.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 
@@ -325,7 +331,11 @@ def top(
         return
     screen = console()
     if once or not screen.is_terminal:
-        screen.print(workers_table(client.ask("GET", "/workers")["workers"]))
+        workers = client.ask("GET", "/workers")["workers"]
+        if workers:
+            screen.print(workers_table(workers))
+        else:
+            plainly(NO_WORKER)
         return
     try:
         with Live(console=screen, auto_refresh=False) as live:
@@ -339,14 +349,16 @@ def top(
 @remote.command()
 def profile(
     seconds: Annotated[
-        float, typer.Option(min=0, max=3600, help="How long to measure; 0: since they started.")
+        float,
+        # Its range has a gap, which min and max cannot tell.
+        typer.Option(help=f"How long to measure, {SECONDS_RANGE}; 0: since they started."),
     ] = PROFILE_SECONDS,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where the time of the live workers goes, stage by stage; as JSON, their counters over this time."""
-    if 0 < seconds < REPORT_SECONDS:
-        why = f"workers tell every {REPORT_SECONDS:g} seconds: measure for so long or longer, or 0 for all since they started"
+    if seconds and not REPORT_SECONDS <= seconds <= MOST_PROFILE_SECONDS:
+        why = f"workers tell every {REPORT_SECONDS:g} seconds: measure for {SECONDS_RANGE}, or 0 for all since they started"
         raise typer.BadParameter(why, param_hint="--seconds")
     client = _client(url)
     workers = client.ask("GET", "/workers")["workers"]
@@ -355,5 +367,7 @@ def profile(
         workers = counted_since(workers, client.ask("GET", "/workers")["workers"])
     if as_json:
         print_json({"workers": workers})
-    else:
+    elif workers:
         console().print(profile_table(workers))
+    else:
+        plainly(NO_WORKER)

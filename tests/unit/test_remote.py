@@ -1,0 +1,38 @@
+"""Commands that talk to the API: what they print of what it answers. No servers."""
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from api.commands import remote as module
+from tests.answering import client_of
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a command against an API that knows of no worker; returns its result."""
+
+    def answer(request):
+        return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"workers": []})
+
+    monkeypatch.setattr(module, "_client", lambda url: client_of(answer))
+    return lambda *arguments: CliRunner(env={"COLUMNS": "200"}).invoke(module.remote, arguments)
+
+
+@pytest.mark.parametrize("arguments", [["top", "--once"], ["profile", "--seconds", "0"]])
+def test_where_no_worker_is_alive_that_is_told(run, arguments):
+    done = run(*arguments)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr == "headrace: no worker is alive: start `headrace engine`\n"
+    told = run(*arguments, "--json")
+    assert (told.exit_code, told.stdout, told.stderr) == (0, '{"workers":[]}\n', "")
+
+
+@pytest.mark.parametrize("seconds", ["-1", "1", "3601", "nan"])
+def test_the_help_tells_how_long_a_profile_may_take(run, seconds):
+    allowed = "2 to 3600 seconds"
+    done = run("profile", "--seconds", seconds)
+    assert (done.exit_code, allowed in done.stderr) == (2, True)
+    shown = run("profile", "--help").stdout
+    assert f"{allowed}; 0: since they started" in shown
+    assert "0<=x" not in shown
