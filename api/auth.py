@@ -17,8 +17,8 @@ import falcon
 
 from api.operations import Scope, operation_of
 from api.problems import Problem
-from engine.errors import SettingsError
-from engine.ports import is_loopback
+from engine.errors import SettingsError, StartError
+from engine.ports import addresses, is_loopback
 from engine.settings import Settings
 
 __all__ = ["Guard", "Head", "Token", "draw", "exposed", "tokens_of"]
@@ -85,6 +85,10 @@ def exposed(settings: Settings, tokens: Sequence[Token]) -> str | None:
     """Why an API with these tokens must not listen where it is to; None where it may."""
     if tokens or is_loopback(settings.api_host):
         return None
+    try:
+        addresses(settings.port, settings.api_host)
+    except StartError as error:
+        return str(error)
     return (
         f"API_HOST={settings.api_host} lets other machines in, and there are no tokens: draw some with "
         "`headrace token` and set API_TOKENS, or set API_HOST=127.0.0.1"

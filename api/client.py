@@ -153,6 +153,12 @@ class Client:
 
     def __init__(self, url: str, token: str | None = None) -> None:
         self.url = url.rstrip("/")
+        try:
+            httpx.URL(self.url).host.encode("idna")  # as is done to connect, where it would end in a traceback
+        except (httpx.InvalidURL, UnicodeError):
+            raise CommandError(
+                f"{self.url} is no valid address: check API_URL, or API_HOST where that is not set"
+            ) from None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(30, read=READ_SECONDS, write=SLOW_SECONDS)
         self._http = httpx.Client(

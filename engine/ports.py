@@ -5,11 +5,11 @@ import ipaddress
 import secrets
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from engine.errors import StartError
 
-__all__ = ["NEIGHBOUR", "check_port", "free_port", "is_loopback", "ports_in_pairs", "why_not"]
+__all__ = ["NEIGHBOUR", "addresses", "check_port", "free_port", "is_loopback", "ports_in_pairs", "why_not"]
 
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
 
@@ -40,13 +40,7 @@ def port_is_free(port: int) -> bool:
 
 def check_port(port: int, host: str = "127.0.0.1") -> None:
     """Raises StartError, which says why, where nothing could listen at this port of this host's addresses now."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise StartError(
-            f"API_HOST={host} is no address of this machine ({error.strerror}): name one of its own"
-        ) from None
-    for family, kind, _, _, address in found:
+    for family, kind, address in addresses(port, host):
         try:
             with socket.socket(family, kind) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,6 +52,16 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
                     f"API_HOST={host} stands for {address[0]} too, which is no address of this machine: set it to one that is"
                 ) from None
             raise StartError(why_not(port, host, error)) from None
+
+
+def addresses(port: int, host: str) -> list[tuple[int, int, Any]]:
+    """Family, kind and address of each socket that listens for a host. Raises StartError where its name leads nowhere."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:  # the latter of a label that is empty or too long
+        why = error.strerror if isinstance(error, OSError) else "not a valid host name"
+        raise StartError(f"API_HOST={host} is no address of this machine ({why}): name one of its own") from None
+    return [(family, kind, address) for family, kind, _, _, address in found]
 
 
 def why_not(port: int, host: str, error: OSError) -> str:

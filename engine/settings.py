@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     )
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
 
-    api_host: str = _setting("127.0.0.1", "Address that the HTTP API listens on")
+    api_host: Annotated[str, AfterValidator(str.strip)] = _setting("127.0.0.1", "Address that the HTTP API listens on")
     api_threads: int = _setting(32, "Requests that the HTTP API handles at a time", "threads", ge=4, le=256)
     api_tokens: SecretStr | None = _setting(
         None, "Token entries that the HTTP API accepts, as `headrace token` prints them, separated by spaces or commas"

@@ -19,6 +19,7 @@ from engine.cores import cores
 from engine.errors import HeadraceError, WrongClock
 from engine.logs import mask
 from engine.objects import Objects
+from engine.ports import addresses
 from engine.s3 import connect
 from engine.settings import Settings
 from engine.stats import live, serving
@@ -162,6 +163,7 @@ def _api(settings: Settings) -> Finding:
     tokens = tokens_of(settings)
     if fault := exposed(settings, tokens):
         return Finding("API", "wrong", f"`headrace api` will not start: {fault}")
+    addresses(settings.port, settings.api_host)
     message = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens"
     url = url_of(settings)
     client = Client(url)

@@ -208,6 +208,17 @@ def test_a_token_or_an_address_that_cannot_be_one_is_named(run, token):
     assert "API_URL" in run("jobs", code=1, API_URL="notaurl").err
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_a_host_that_cannot_be_one_is_told(run, host):
+    there = {"API_URL": "", "API_HOST": host}
+    assert f"http://{host}:3000 is no valid address" in run("jobs", code=1, **there).err
+    for tokens in ("", f"me:read:{'0' * 64}"):
+        found = json.loads(run("doctor", "--json", code=1, API_TOKENS=tokens, **there).out)
+        [api] = [f for f in found if f["what"] == "API"]
+        assert api["state"] == "wrong"
+        assert f"API_HOST={host} is no address of this machine" in api["message"]
+
+
 def test_a_place_without_room_is_told(live):
     done = subprocess.run(
         ["sh", "-c", f'"{sys.executable}" -m api.cli jobs > /dev/full'],

@@ -4,8 +4,10 @@ import socket
 
 import pytest
 
+from api.auth import exposed
 from engine.errors import StartError
 from engine.ports import check_port, free_port
+from engine.settings import Settings
 
 
 def test_a_port_that_is_taken_on_another_address_is_not_free():
@@ -20,3 +22,10 @@ def test_a_name_of_which_one_address_is_none_of_this_machine_is_told(monkeypatch
     monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: found)
     with pytest.raises(StartError, match=r"API_HOST=localhost stands for 192\.0\.2\.1 too"):
         check_port(0, "localhost")
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_a_name_that_no_host_can_have_is_told(host):
+    with pytest.raises(StartError, match=rf"API_HOST={host} is no address of this machine \(not a valid host name\)"):
+        check_port(0, host)
+    assert "is no address of this machine" in exposed(Settings(api_host=host), [])

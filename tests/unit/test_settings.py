@@ -216,3 +216,8 @@ def test_a_database_of_mongodbs_own_takes_no_documents_and_no_jobs(name, monkeyp
     monkeypatch.setenv("ENGINE_CONTROL_DB", name)
     with pytest.raises(SettingsError, match="MongoDB's own"):
         load()
+
+
+def test_spaces_around_a_host_are_no_part_of_it(monkeypatch):
+    monkeypatch.setenv("API_HOST", " 127.0.0.1 ")
+    assert load()[0].api_host == "127.0.0.1"
