@@ -3,7 +3,6 @@
 import threading
 import time
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final
 
 from engine.errors import Conflict, Transient
@@ -95,8 +94,15 @@ class History:
             query["options.collection"] = collection
         if batch is not None:
             query |= jobs_of(parse_id(batch, "batch"))
-        with translated("listing jobs"), self._jobs.find(query).sort("_id", -1).batch_size(limit) as cursor:
-            return list(islice(filter(None, map(readable, cursor)), limit))
+        jobs: list[Job] = []
+        while (left := limit - len(jobs)) > 0:
+            with translated("listing jobs"):
+                page = list(self._jobs.find(query).sort("_id", -1).limit(left))
+            jobs += filter(None, map(readable, page))
+            if len(page) < left:
+                break
+            query["_id"] = {"$lt": page[-1]["_id"]}
+        return jobs
 
     def ranges(self, job_id: str) -> RangeReport:
         """What became of a job's ranges so far."""
