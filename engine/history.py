@@ -181,6 +181,8 @@ class History:
         with translated("looking for jobs of a file"):
             query = {"source.key": key, "source.bucket": bucket, "open": True}
             found = self._jobs.find_one(query, hint=BY_FILE)
-        if found is None or (job := readable(found)) is not None:
-            return None if found is None else job
-        raise Conflict(f"job {found['_id']}, which is open, is of a later version of Headrace: upgrade this one")
+        if found is None:
+            return None
+        if (job := readable(found)) is None:
+            raise Conflict(f"job {found['_id']}, which is open, is of a later version of Headrace: upgrade this one")
+        return job
