@@ -132,17 +132,19 @@ class Ledger:
 
     def close(self, lease: Lease, tally: Tally) -> None:
         """Every line of the range is acknowledged: it is DONE. Raises LeaseLost."""
-        self._speak(lease, _done(tally) | _LET_GO, "closing a range")
+        self._let_go(lease, _done(tally), "closing a range")
 
     def close_all(self, leases: Sequence[tuple[Lease, Tally]]) -> bool:
         """Close ranges, all with one command; False where not all of them were held any more."""
-        writes = [UpdateOne(_held_by(lease), [{"$set": _done(tally) | _LET_GO}]) for lease, tally in leases]
+        # Those that an earlier try has closed, whose answer was lost, are closed once more.
+        done = {"state": {"$in": [RangeState.LEASED, RangeState.DONE]}}
+        writes = [UpdateOne(_held_by(lease) | done, [{"$set": _done(tally) | _LET_GO}]) for lease, tally in leases]
         with translated("closing ranges"):
             return bool(write_all(self._ranges, writes)["nMatched"] == len(leases))
 
     def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Let go of a range, READY for anyone at `confirmed`, without spending an attempt. Raises LeaseLost."""
-        self._speak(lease, _come_to(confirmed, tally) | _LET_GO | {"state": RangeState.READY}, "giving a range back")
+        self._let_go(lease, _come_to(confirmed, tally) | {"state": RangeState.READY}, "giving a range back")
 
     def postpone(self, lease: Lease, confirmed: int, tally: Tally, failure: Failure, *, spend: bool = True) -> None:
         """Let go after a transient failure: READY again n⁴ seconds later (±10 %), or FAILED when no attempt is left.
@@ -162,7 +164,7 @@ class Ledger:
         else:
             changes["state"] = RangeState.READY
             changes["notBefore"] = {"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]}
-        self._speak(lease, changes | _LET_GO, "putting a range off")
+        self._let_go(lease, changes, "putting a range off")
 
     def release(self, holders: Iterable[str]) -> list[Freed]:
         """Free the ranges of holders that are known to be dead. What it returns may be some of them: nothing is held by them any
@@ -175,9 +177,13 @@ class Ledger:
     def release_idle(self, holder: str) -> None:
         """Free what a holder still holds that is alive and works on nothing: the answer to its last command was lost."""
         with translated("freeing leases"):
-            fresh = {"state": RangeState.READY, "resumed": True}
-            mine = {"state": RangeState.LEASED, "holder": holder}
-            self._ranges.update_many(mine, [{"$set": fresh | _LET_GO}], hint=LEASES)
+            mine: Document = {"state": RangeState.LEASED, "holder": holder}
+            tokens = [found["token"] for found in self._ranges.find(mine, {"token": True}, hint=LEASES)]
+            if tokens:
+                # By their tokens: where this is answered too late, the server may get to it when the holder has the next lease.
+                fresh = {"state": RangeState.READY, "resumed": True}
+                mine["token"] = {"$in": tokens}
+                self._ranges.update_many(mine, [{"$set": fresh | _TAKE_AWAY}], hint=LEASES)
 
     def expire(self) -> list[Freed]:
         """Free the ranges whose leases ran out: `EXPIRED_RANGES` at the most, and the others when it is called again."""
@@ -300,6 +306,15 @@ class Ledger:
             "holders": {"$slice": [{"$concatArrays": [earlier, [holder]]}, -MAX_HOLDERS]},
         }
 
+    def _let_go(self, lease: Lease, changes: Document, doing: str) -> None:
+        """Say how a lease ended, which may have been heard already: the answer to an earlier try was lost."""
+        try:
+            self._speak(lease, changes | _LET_GO, doing)
+        except LeaseLost:
+            with translated(doing):
+                if not self._ranges.find_one(_held_by(lease) | {"state": {"$ne": RangeState.LEASED}}, {"_id": True}):
+                    raise
+
     def _speak(self, lease: Lease, changes: Document, doing: str) -> None:
         with translated(doing):
             result = self._ranges.update_one(_held_by(lease), [{"$set": changes}])
@@ -343,7 +358,7 @@ class Ledger:
             with translated("releasing leases"):
                 while len(freed) < most and (
                     found := self._ranges.find_one_and_update(
-                        query, [{"$set": changes | _LET_GO}], projection={"holder": 1}, hint=LEASES
+                        query, [{"$set": changes | _TAKE_AWAY}], projection={"holder": 1}, hint=LEASES
                     )
                 ):
                     freed.append(Freed(str(found["_id"]["job"]), found["_id"]["index"], found["holder"]))
@@ -396,4 +411,7 @@ def wait_ms(attempts: int) -> int:
     return int(attempts**4 * 1000 * random.uniform(0.9, 1.1))  # noqa: S311 (jitter, not a secret)
 
 
-_LET_GO: Final[Document] = {"token": "$$REMOVE", "holder": "$$REMOVE", "until": "$$REMOVE"}
+_LET_GO: Final[Document] = {"holder": "$$REMOVE", "until": "$$REMOVE"}
+"""The token stays until the next lease, so that a holder who was not answered sees that it was heard."""
+
+_TAKE_AWAY: Final[Document] = _LET_GO | {"token": "$$REMOVE"}

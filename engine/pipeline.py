@@ -345,11 +345,7 @@ def _ended_early(run: Run) -> Ended:
 
 
 def _insist(run: Run, speak: Callable[[], T]) -> T:
-    """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out.
-
-    LeaseLost after a try without an answer may mean that it is told already, or that somebody else holds the range by now:
-    whatever follows from a range that is done is left to those who see it.
-    """
+    """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out."""
     for tries in range(1, TRIES):
         try:
             return speak()
