@@ -31,6 +31,7 @@ from engine.sink import Sink
 from engine.stats import Stats
 from engine.steps import Step, reach
 from engine.store import Store
+from engine.window import MOST_TIMES, Window
 
 __all__ = ["Ended", "Pipeline"]
 
@@ -87,7 +88,8 @@ class Pipeline:
         self._stats = stats
         self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, report)
         self.keeper.start()
-        self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
+        self._window = Window(settings.engine_writers)
+        self._writers = ThreadPoolExecutor(MOST_TIMES * settings.engine_writers, thread_name_prefix="writer")
 
     def close(self) -> None:
         """Let the writer threads end."""
@@ -195,11 +197,10 @@ class Pipeline:
         return Ended.DONE if splitter.done else _ended_early(run)
 
     def _work(self, run: Run) -> Ended:
-        """As many batches at a time as there are writer threads."""
+        """As many batches at a time as the window lets through."""
         settings = self._settings
         sink, splitter, batcher = self._begin(run)
         flying: _Flying = deque()
-        most = settings.engine_writers + 1
         exhausted = False
         try:
             with closing(self._batches(run, splitter, batcher)) as batches:
@@ -208,6 +209,7 @@ class Pipeline:
                         break
                     size = len(batch.data)
                     began = time.perf_counter()
+                    most = self._window.size + 1
                     _make_room(flying, most, most * settings.engine_batch_bytes - size)
                     self._stats.add(seconds_stall=time.perf_counter() - began)
                     closed = run.opened(batch)
@@ -280,7 +282,12 @@ class Pipeline:
                 return
 
     def _write(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
-        """One batch, in a writer thread: decode, write, write its rejects, confirm."""
+        """One batch, in a writer thread, when its turn has come."""
+        with self._window:
+            self._write_now(run, sink, batch, close)
+
+    def _write_now(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
+        """One batch: decode, write, write its rejects, confirm."""
         job, plan = run.job, run.job.plan
         assert plan is not None
         began, waited, backed_off = time.perf_counter(), self._store.waited(), 0.0
@@ -309,6 +316,8 @@ class Pipeline:
         close(tally)
         run.move()
         waited = self._store.waited() - waited
+        if tries == 1:
+            self._window.fit(waited, self._store.round_trip())
         self._stats.add(
             lines=tally.lines,
             inserted=0 if job.options.validate else tally.inserted,

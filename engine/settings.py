@@ -101,7 +101,12 @@ class Settings(BaseSettings):
         2 * MIB, "Maximum bytes of lines in one bulk write; a longer one goes alone", "bytes", ge=64 * KIB, le=4 * MIB
     )
     engine_writers: int = _setting(
-        _writers, "Concurrent bulk writes of one worker", "writes", "4; fewer with over 32 workers", ge=1, le=64
+        _writers,
+        "Concurrent bulk writes of one worker; up to twice as many where MongoDB is far away",
+        "writes",
+        "4; fewer with over 32 workers",
+        ge=1,
+        le=64,
     )
     engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
     engine_watchdog_seconds: float = _setting(

@@ -94,12 +94,35 @@ _ATLAS: Final = 8000
 _DENIED_CODES: Final = frozenset({13, 18, 33})
 
 
+OF_LATE_SECONDS: Final = 30.0
+"""How long the shortest answer counts, and as long again: the way to a server may become a longer one."""
+
+
 class _Waited(threading.local):
     """Of one thread: how many seconds it has waited, since when it waits for an answer, and for a connection (None: not)."""
 
     seconds: float = 0.0
     answer: float = 0.0
     connection: float | None = None
+
+
+class _Shortest:
+    """The shortest of what took so long of late: between one and two times `OF_LATE_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._seconds = self._before = float("inf")
+        self._until = 0.0
+
+    def add(self, seconds: float, now: float) -> None:
+        if now >= self._until:
+            self._before, self._seconds, self._until = self._seconds, seconds, now + OF_LATE_SECONDS
+        elif seconds < self._seconds:
+            self._seconds = seconds
+
+    def seconds(self) -> float:
+        """0 where there was none."""
+        shortest = min(self._seconds, self._before)
+        return shortest if shortest < float("inf") else 0.0
 
 
 class _Moves(CommandListener, ConnectionPoolListener):
@@ -112,6 +135,7 @@ class _Moves(CommandListener, ConnectionPoolListener):
     def __init__(self, moved: Callable[[], None]) -> None:
         self._moved = moved
         self._of_thread = _Waited()
+        self.answers = _Shortest()
 
     @property
     def waited(self) -> float:
@@ -122,6 +146,7 @@ class _Moves(CommandListener, ConnectionPoolListener):
         self._of_thread.answer = time.perf_counter()
 
     def succeeded(self, event: CommandSucceededEvent) -> None:
+        self.answers.add(event.duration_micros / 1e6, time.monotonic())
         self._ended()
 
     def failed(self, event: CommandFailedEvent) -> None:
@@ -249,6 +274,11 @@ class Store:
     def waited(self) -> float:
         """Seconds that this thread has waited for connections and answers so far; counted where `moved` was given."""
         return self._moves.waited
+
+    def round_trip(self) -> float:
+        """Seconds that the way to MongoDB and back takes: the shortest answer of late, however busy the server is. 0 where it is
+        not known; counted where `moved` was given."""
+        return self._moves.answers.seconds()
 
     def close(self) -> None:
         """Close the client's connections."""

@@ -39,6 +39,7 @@ from engine.stats import REPORTER, Reporter, Stats
 from engine.store import Store
 from engine.upkeep import Upkeep
 from engine.wakeups import Wakeups
+from engine.window import MOST_TIMES
 
 __all__ = ["EXIT_AGAIN", "EXIT_BOOT", "WorkerIdentity", "work"]
 
@@ -152,7 +153,7 @@ class _Worker:
         self._identity = identity
         self._heartbeat = heartbeat
         self._stop = stop
-        self._store = Store(settings, settings.engine_writers + 4, self._moved)
+        self._store = Store(settings, MOST_TIMES * settings.engine_writers + 4, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
         self._plans = Plans(self._store, self._queue, self._ledger)

@@ -34,7 +34,7 @@ FLOORS = (
     ("engine.queue", "engine.sources"),
     ("engine.plans", "engine.dryrun", "engine.history"),
     ("engine.planner",),
-    ("engine.run",),
+    ("engine.run", "engine.window"),
     ("engine.keeper",),
     ("engine.pipeline",),
     ("engine.chooser", "engine.upkeep"),

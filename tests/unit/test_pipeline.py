@@ -73,7 +73,7 @@ def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
     sink = Mock()
     sink.write.side_effect = [Transient("away"), Transient("away"), (Tally(lines=1), [])]
     store = Mock()
-    store.waited.return_value = 0.0
+    store.waited.return_value = store.round_trip.return_value = 0.0
     stats = Stats()
     pipeline = Pipeline(Settings(), store, *[Mock()] * 4, stats, lambda: 0.0)
     batch = Batch(0, 3, 0, b"{}\n", np.array([2]))

@@ -7,6 +7,8 @@ import pytest
 
 from engine.store import _Moves
 
+EVENT = Mock(duration_micros=1000)
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -18,7 +20,7 @@ def clock(monkeypatch):
 
 def at(clock, seconds, what):
     clock.return_value = seconds
-    what(Mock())
+    what(EVENT)
 
 
 def test_a_thread_waits_for_its_connection_and_for_its_answer_and_encodes_between(clock):
@@ -57,5 +59,5 @@ def test_each_thread_has_waited_for_itself(clock):
     thread = threading.Thread(target=other)
     thread.start()
     thread.join(30)
-    moves.succeeded(Mock())
+    moves.succeeded(EVENT)
     assert (found, moves.waited) == ([0.0, 0.0], 5.0)
