@@ -86,20 +86,28 @@ class Chooser:
             self._ledger.release_idle(self._holder)
             self._doubtful = False
 
-    def take(self) -> list[Run]:
+    def take(self, *, ahead: bool = False) -> list[Run]:
         """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
-        to do now."""
-        self.settle_doubt()
+        to do now.
+
+        `ahead`: the worker is still at work, so that nothing that it holds may be freed. It gets no more than one lease, and none
+        where the job whose turn it is has to be planned: should the worker die meanwhile, that would be taken for the reason.
+        """
+        if not ahead:
+            self.settle_doubt()
+        elif self._doubtful:
+            return []
         paused = self._queue.paused()
         if not paused and time.monotonic() - self._looked_at < LOOK_SECONDS:
             # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
-            while self._seen:
-                if runs := self._enter(self._seen.popleft()):
-                    return runs
+            runs = self._first_seen(ahead)
+            if runs or self._seen:
+                return runs
         self._looked_at = time.monotonic()
         self._seen.clear()
         if paused:
-            self._settle_while_paused()
+            if not ahead:
+                self._settle_while_paused()
             return []
         self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
         for whole in self._queue.open.ready(self._holder):
@@ -112,12 +120,20 @@ class Chooser:
             # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
             page.sort(key=lambda job: (-job.options.priority, leased.get(job.id, 0)))
             self._seen = deque(job for job in page if not _all_held(job, leased.get(job.id, 0)))
-            while self._seen:
-                self._moved()
-                if self._stop.is_set():
-                    return []
-                if runs := self._enter(self._seen.popleft()):
-                    return runs
+            runs = self._first_seen(ahead)
+            if runs or self._seen:
+                return runs
+        return []
+
+    def _first_seen(self, ahead: bool) -> list[Run]:
+        """What there is to do on the first of the jobs seen that has something. Some are left where the worker stops, or the next
+        one is to be planned and it looks ahead."""
+        while self._seen and not self._stop.is_set():
+            self._moved()
+            if ahead and self._seen[0].state is JobState.PENDING:
+                break
+            if runs := self._enter(self._seen.popleft(), ahead=ahead):
+                return runs
         return []
 
     def _settle_while_paused(self) -> None:
@@ -136,7 +152,7 @@ class Chooser:
                 if self._ledger.idle_seconds(job.id, BARREN_SECONDS) is None:
                     self._queue.settle(job.id)
 
-    def _enter(self, job: Job) -> list[Run]:
+    def _enter(self, job: Job, *, ahead: bool) -> list[Run]:
         self.tried += 1
         if job.stopping is not None:
             self._queue.settle(job.id)
@@ -144,11 +160,11 @@ class Chooser:
         head = b""
         if job.state is JobState.PENDING:
             prepared = self._prepare([job, *self._small_ones_like(job)])
-            runs = [self._begun(p.job, p.lease, p.head) for p in prepared if p.lease is not None]
+            runs = [self._begun(p.job, p.lease, p.head, ahead) for p in prepared if p.lease is not None]
             if runs or len(prepared) != 1 or prepared[0].job.state in TERMINAL:
                 return runs
             job, head = prepared[0].job, prepared[0].head
-        lease = self._ledger.lease(job.id, self._holder)
+        lease = self._ledger.lease(job.id, self._holder, ahead=ahead)
         if lease is None:
             seconds = self._ledger.idle_seconds(job.id, BARREN_SECONDS)
             if seconds is None:
@@ -162,11 +178,11 @@ class Chooser:
             self._ledger.give_back(lease, lease.confirmed, lease.tally)
             self._queue.settle(job.id)
             return []
-        return [self._begun(job, lease, head)]
+        return [self._begun(job, lease, head, ahead)]
 
-    def _begun(self, job: Job, lease: Lease, head: bytes) -> Run:
+    def _begun(self, job: Job, lease: Lease, head: bytes, ahead: bool) -> Run:
         reach(Step.LEASED)
-        return Run(job, lease, self._stop, self._moved, head)
+        return Run(job, lease, self._stop, self._moved, head, ahead=ahead)
 
     def _small_ones_like(self, job: Job) -> list[Job]:
         """Other small jobs of the last look at the queue that may go along with a small one: each by itself would spend its

@@ -53,6 +53,8 @@ class Keeper(threading.Thread):
         self._still = still
         self._report = report
         self._runs: tuple[Run, ...] = ()
+        self._next: Run | None = None
+        self._prolonged_at = 0.0
         self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
         self._holding = threading.Event()  # an idle worker's keeper sleeps through
@@ -61,11 +63,18 @@ class Keeper(threading.Thread):
         """Keep the leases of these runs from now on."""
         self._held_at = time.monotonic()
         self._runs = runs
+        self._next = None
+        self._holding.set()
+
+    def hold_next(self, run: Run) -> None:
+        """Keep the lease of the run that comes next, too, until it is held itself."""
+        self._next = run
         self._holding.set()
 
     def drop(self) -> None:
-        """Let go; when it returns, no tick of a run is under way."""
-        self._holding.clear()
+        """Let go of what is held; when it returns, no tick of a run is under way."""
+        if self._next is None:
+            self._holding.clear()
         runs, self._runs = self._runs, ()
         # Its commands are no movement, and may take long: who waits for them lives all the same.
         while not self._busy.acquire(timeout=STIR_SECONDS):
@@ -83,6 +92,8 @@ class Keeper(threading.Thread):
     def turn(self) -> None:
         """Tick the runs at hand, where it is time for that."""
         with self._busy:
+            if run := self._next:
+                self._prolong(run)
             if (runs := self._runs) and time.monotonic() - self._since(runs) >= TICK_SECONDS:
                 self._ticked_at = time.monotonic()
                 for run in runs:
@@ -119,6 +130,20 @@ class Keeper(threading.Thread):
         except Exception:
             # A thread that ends here would leave every lease from now on to itself.
             log.exception("unexpected error", action="renew", job=run.job.id)
+
+    def _prolong(self, run: Run) -> None:
+        """Renew the lease of a run that has not begun, long before it runs out: mostly the run begins before that."""
+        now = time.monotonic()
+        early = now - run.renewed_at < self._lease_seconds / 3 or now - self._prolonged_at < TICK_SECONDS
+        if early or self._still() >= self._lease_seconds:
+            return
+        self._prolonged_at = now
+        try:
+            self.renew(run)
+        except LeaseLost:
+            run.lost.set()
+        except HeadraceError as error:
+            log.warning("the lease could not be renewed", action="renew", job=run.job.id, cause=str(error))
 
     def renew(self, run: Run) -> None:
         """Renew the lease of a run at its mark. Raises LeaseLost."""

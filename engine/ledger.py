@@ -102,13 +102,17 @@ class Ledger:
             made = {entry["index"] for entry in write_all(self._ranges, writes)["upserted"]}
         return {id: lease for index, (id, lease) in enumerate(leases.items()) if index in made}
 
-    def lease(self, job_id: str, holder: str) -> Lease | None:
-        """Lease any READY range of a job whose time has come; None where there is none."""
+    def lease(self, job_id: str, holder: str, *, ahead: bool = False) -> Lease | None:
+        """Lease any READY range of a job whose time has come; None where there is none.
+
+        `ahead`: the holder is still at work on another one, and says when it begins this one. Should it die before that, this
+        one is not what it died over.
+        """
         token = uuid.uuid4().hex
         with translated("leasing a range"):
             found = self._ranges.find_one_and_update(
                 {"job": job_key(job_id), "state": RangeState.READY, "$expr": {"$lte": ["$notBefore", "$$NOW"]}},
-                [{"$set": self._held(token, holder)}],
+                [{"$set": self._held(token, holder) | {"ahead": ahead or "$$REMOVE"}}],
                 return_document=ReturnDocument.BEFORE,
                 hint=LEASABLE,
             )
@@ -125,6 +129,10 @@ class Ledger:
             deaths=found["deaths"] + found.get("vanished", 0),
             resumed=found["resumed"],
         )
+
+    def begin(self, lease: Lease) -> None:
+        """The holder of a lease that it took ahead is at work on it from now on. Raises LeaseLost."""
+        self._speak(lease, {"ahead": "$$REMOVE", "until": self.until()}, "beginning a range")
 
     def renew(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Prolong a lease and record how far it came. Raises LeaseLost."""
@@ -329,7 +337,9 @@ class Ledger:
         Raises what kept it from freeing the first; where it is a later one, those before are told, and the rest are for the
         next time.
         """
-        count: Document = {name: {"$add": [f"${name}", int(name == counter)]} for name in ("deaths", "vanished")}
+        begun: Document = {"$cond": [{"$ifNull": ["$ahead", False]}, 0, 1]}
+        count: Document = {name: f"${name}" for name in ("deaths", "vanished")}
+        count[counter] = {"$add": [f"${counter}", begun]}
         in_all = {"$add": list(count.values())}
         message: list[Any] = [
             {"$toString": in_all},
@@ -344,7 +354,7 @@ class Ledger:
         poison = {"code": "workers_died", "message": {"$concat": message}}
         spent = {"$or": [{"$gte": [count["deaths"], DEATHS]}, {"$gte": [in_all, VANISHED]}]}
         changes = count | {
-            "allDeaths": {"$add": ["$allDeaths", 1]},
+            "allDeaths": {"$add": ["$allDeaths", begun]},
             "state": {"$cond": [spent, RangeState.FAILED, RangeState.READY]},
             "failure": {"$cond": [spent, poison, "$failure"]},
             "resumed": True,
@@ -411,7 +421,7 @@ def wait_ms(attempts: int) -> int:
     return int(attempts**4 * 1000 * random.uniform(0.9, 1.1))  # noqa: S311 (jitter, not a secret)
 
 
-_LET_GO: Final[Document] = {"holder": "$$REMOVE", "until": "$$REMOVE"}
+_LET_GO: Final[Document] = {"holder": "$$REMOVE", "until": "$$REMOVE", "ahead": "$$REMOVE"}
 """The token stays until the next lease, so that a holder who was not answered sees that it was heard."""
 
 _TAKE_AWAY: Final[Document] = _LET_GO | {"token": "$$REMOVE"}

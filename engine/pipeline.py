@@ -48,6 +48,12 @@ BACKOFF_SECONDS: Final = 0.1
 BEYOND_BYTES: Final = 64 * 1024
 """How far past the end of its range the first read goes, so that the last line mostly needs no second."""
 
+AHEAD_SECONDS: Final = 0.2
+"""So long before the end of a range, at the least, the next one is looked for: no longer, since others may be idle."""
+
+AHEAD_ROUND_TRIPS: Final = 16
+"""To MongoDB, about twice as many as it takes to look for a range."""
+
 CAUTIOUS_LINES: Final = 50
 """Lines in the first batch of a range whose holders died. Each is confirmed before the next, of twice as many, begins:
 what kills a worker is found among few after a few deaths."""
@@ -79,6 +85,7 @@ class Pipeline:
         stats: Stats,
         still: Callable[[], float],
         report: Callable[[Run], None] = lambda run: None,
+        near_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -86,6 +93,7 @@ class Pipeline:
         self._ledger = ledger
         self._rejects = rejects
         self._stats = stats
+        self._near_end = near_end
         self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, report)
         self.keeper.start()
         self._window = Window(settings.engine_writers)
@@ -107,9 +115,7 @@ class Pipeline:
         self.keeper.hold(run)
         try:
             with expected(f"working on range {run.lease.range.index}"):
-                if run.lease.resumed:
-                    self._rejects.forget(run.lease)
-                ended = self._work_in_turn(run) if run.cautious else self._work(run)
+                ended = self._begin_and_work(run)
         except HeadraceError as error:
             self.keeper.drop()
             self._hand_back(run, error)
@@ -123,6 +129,15 @@ class Pipeline:
         else:
             self._hand_back(run)
         return ended
+
+    def _begin_and_work(self, run: Run) -> Ended:
+        if run.told_to_end():
+            return _ended_early(run)
+        if run.ahead:
+            self._ledger.begin(run.lease)
+        if run.lease.resumed:
+            self._rejects.forget(run.lease)
+        return self._work_in_turn(run) if run.cautious else self._work(run)
 
     def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
         """Work on leases of small objects, whose bytes are all there, side by side.
@@ -201,7 +216,8 @@ class Pipeline:
         settings = self._settings
         sink, splitter, batcher = self._begin(run)
         flying: _Flying = deque()
-        exhausted = False
+        exhausted = looked = False
+        started = time.monotonic()
         try:
             with closing(self._batches(run, splitter, batcher)) as batches:
                 for batch in batches:
@@ -215,6 +231,9 @@ class Pipeline:
                     closed = run.opened(batch)
                     future = self._writers.submit(self._write, run, sink, batch, closed)
                     flying.append((future, size))
+                    if not looked and self._seconds_left(run, batch.end, started) <= self._ahead_seconds():
+                        looked = True
+                        self._near_end()
                 else:
                     exhausted = splitter.done
             # Told apart from the waits above: until the last batch is written, this thread reads nothing.
@@ -228,6 +247,15 @@ class Pipeline:
                 future.cancel() or future.exception()
             raise
         return Ended.DONE if exhausted else _ended_early(run)
+
+    def _seconds_left(self, run: Run, at: int, started: float) -> float:
+        """How long the rest of a range takes at the pace so far."""
+        lease = run.lease
+        return (lease.range.end - at) * (time.monotonic() - started) / max(at - lease.confirmed, 1)
+
+    def _ahead_seconds(self) -> float:
+        """How long before the end of a range the next one is looked for."""
+        return max(AHEAD_SECONDS, AHEAD_ROUND_TRIPS * self._store.round_trip())
 
     def _batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:
         for chunk in self._chunks(run, splitter):

@@ -17,14 +17,22 @@ class Run:
     `move()` is called whenever bytes or batches move. `stop`: the worker is to stop. `cancelled`: the job is being stopped.
     `lost`: the lease is no longer this worker's. `failed`: a read or another batch of this run has failed. `cautious`: earlier
     holders died here. `renewed_at`: the start of the last renewal, or of the run, seconds of the monotonic clock. `head`: first
-    bytes of the object, if already read.
+    bytes of the object, if already read. `ahead`: leased while another one was at work.
     """
 
     def __init__(
-        self, job: Job, lease: Lease, stop: threading.Event, moved: Callable[[], None], head: bytes = b""
+        self,
+        job: Job,
+        lease: Lease,
+        stop: threading.Event,
+        moved: Callable[[], None],
+        head: bytes = b"",
+        *,
+        ahead: bool = False,
     ) -> None:
         self.job = job
         self.head = head
+        self.ahead = ahead
         self.lease = lease
         self.stop = stop
         self.lost = threading.Event()

@@ -1,6 +1,7 @@
 """The loop of one child: look for a job, plan it where nobody has, lease a range, run it; idle cheaply; stop softly.
 
-Clients are built here, after the fork. One worker holds one lease at a time, or up to 16 of small objects.
+Clients are built here, after the fork. One worker works on one lease at a time, or on up to 16 of small objects; when it
+comes to the end of one, it takes the next.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ from engine.heartbeat import Heartbeat
 from engine.keeper import KEEPER
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
+from engine.lookout import Lookout
 from engine.model import TERMINAL, Job, JobState, Stop
 from engine.objects import Objects, warn_if_away
 from engine.pipeline import Ended, Pipeline
@@ -153,7 +155,7 @@ class _Worker:
         self._identity = identity
         self._heartbeat = heartbeat
         self._stop = stop
-        self._store = Store(settings, MOST_TIMES * settings.engine_writers + 4, self._moved)
+        self._store = Store(settings, MOST_TIMES * settings.engine_writers + 5, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
         self._plans = Plans(self._store, self._queue, self._ledger)
@@ -182,6 +184,7 @@ class _Worker:
         )
         self._collect_at = 0.0
         self._wakeups = Wakeups(self._store, stop)
+        self._lookout = Lookout(self._look_ahead)
         self._doing: dict[str, Any] = {}
         self._last_error = ""
         self._errors = 0
@@ -206,7 +209,9 @@ class _Worker:
             stats,
             self._heartbeat.age,
             self._report,
+            self._lookout.begin,
         )
+        self._keeper = pipeline.keeper
         reporter = Reporter(self._store, self._identity.name, self._identity.slot, stats, lambda: self._doing)
         reporter.start()
         while not self._stop.is_set():
@@ -224,6 +229,8 @@ class _Worker:
                     with suppress(HeadraceError):
                         self._store.prepare()
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
+        if self._lookout.close():
+            self._chooser.doubt()  # it is freed unbegun
         pipeline.close()
         self._planner.close()
         try:
@@ -239,17 +246,32 @@ class _Worker:
     def _turn(self, pipeline: Pipeline) -> None:
         """See to what is due; then work on what there is to do, or wait for it."""
         self._collect()
-        self._upkeep.keep_time()
-        self._upkeep.prune()
+        began = time.perf_counter()
+        found = self._lookout.take()
+        looked = time.perf_counter() - began
         waited = self._store.waited()
-        found = self._chooser.take()
+        found = found or self._look(ahead=False)
         if not found:
             self._wait()
         else:
             self._run(pipeline, found)
             # But where it writes documents itself, what this thread waited for was the queue.
             if not found[0].cautious:
-                self._stats.add(seconds_queue=self._store.waited() - waited)
+                self._stats.add(seconds_queue=looked + self._store.waited() - waited)
+
+    def _look(self, *, ahead: bool) -> list[Run]:
+        """See to what is due by the clock, and look for something to do."""
+        self._upkeep.keep_time()
+        if not ahead:
+            self._upkeep.prune()
+        return self._chooser.take(ahead=ahead)
+
+    def _look_ahead(self) -> list[Run]:
+        """The same, while this worker comes to the end of a range."""
+        found = self._look(ahead=True)
+        for run in found:
+            self._keeper.hold_next(run)
+        return found
 
     def _boot(self) -> bool:
         """Reach MongoDB and free what the predecessors held; False when told to stop before that."""
@@ -320,6 +342,7 @@ class _Worker:
         if job.state in TERMINAL:
             self._ended(job)
         elif ended is Ended.CANCELLED:
+            self._call_off(job)
             self._ended(self._queue.settle(job.id))
         else:
             self._settle(job)
@@ -352,12 +375,19 @@ class _Worker:
             self._settle(job)
         else:
             log.error(str(error), action="fail", **context)
+            self._call_off(job)
             self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
+
+    def _call_off(self, job: Job) -> None:
+        """What was leased ahead of a job that is being stopped is given back as soon as its turn comes."""
+        for run in self._lookout.holds(job.id):
+            run.cancelled.set()
 
     def _settle(self, job: Job) -> None:
         """Bring a job to its end where this was the last of its ranges, which may have been given up, or be DONE and the answer
         lost: under a stream of jobs of a higher priority nobody would look at it for long."""
-        if not self._ledger.busy(job.id):
+        # Where this worker has more to do on it, it is not at its end.
+        if not self._lookout.holds(job.id) and not self._ledger.busy(job.id):
             self._ended(self._queue.settle(job.id))
 
     def _ended(self, job: Job) -> None:

@@ -109,6 +109,35 @@ def test_a_range_has_one_holder_at_a_time_and_the_next_begins_where_it_stopped(l
     assert (lease.confirmed, lease.tally.lines, lease.number, lease.resumed) == (400, 4, 2, True)
 
 
+@pytest.mark.parametrize("free", ["died", "vanished"])
+def test_a_range_that_was_leased_ahead_is_not_what_its_holder_died_over_until_it_begins(store, ledger, opened, free):
+    for begun in (False, True):
+        lease = ledger.lease(opened, "holder", ahead=True)
+        assert lease.deaths == 0
+        if begun:
+            ledger.begin(lease)
+        if free == "vanished":
+            run_out(store, opened)
+            assert ledger.expire() == [Freed(opened, 0, "holder")]
+        else:
+            assert ledger.release(["holder"]) == [Freed(opened, 0, "holder")]
+        found = stored(store, opened)
+        assert (found["deaths"] + found["vanished"], found["allDeaths"]) == (begun, begun)
+        assert (found["state"], "ahead" in found) == ("READY", False)
+        with pytest.raises(LeaseLost):
+            ledger.begin(lease)
+
+
+def test_a_lease_that_was_taken_ahead_is_as_good_as_any(store, ledger, opened):
+    lease = ledger.lease(opened, "holder", ahead=True)
+    ledger.renew(lease, 0, Tally())
+    assert stored(store, opened)["ahead"] is True
+    ledger.begin(lease)
+    ledger.close(lease, Tally(lines=9))
+    found = stored(store, opened)
+    assert (found["state"], "ahead" in found) == ("DONE", False)
+
+
 def test_a_range_is_put_down_leased_once(ledger, job):
     other = str(ObjectId())
     [first] = ledger.open_leased({job: ByteRange(0, 0, 1000)}, "first").values()

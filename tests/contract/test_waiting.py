@@ -31,7 +31,7 @@ def test_a_job_whose_ranges_are_all_put_off_is_passed_over_until_one_is_due(
     chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
     asked = []
     real = ledger.lease
-    ledger.lease = lambda *given: asked.append(given) or real(*given)
+    ledger.lease = lambda *given, **how: asked.append(given) or real(*given, **how)
     for _ in range(5):
         chooser._looked_at = 0
         assert chooser.take() == []
@@ -190,3 +190,40 @@ def test_a_job_whose_ranges_are_all_done_or_held_is_left_to_its_holders(queue, p
     chooser._looked_at = 0
     assert chooser.take() == []
     assert queue.get(job.id).state is JobState.COMPLETED
+
+
+def test_a_look_ahead_leases_one_range_and_leaves_what_is_to_be_planned(queue, plans, planner, ledger, source):
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    [job] = plans.fix([(queue.submit(source, JobOptions(priority=5)), plan(2), None)])
+    queue.open_ranges(job)
+    [held] = chooser.take()
+    [ahead] = chooser.take(ahead=True)
+    assert (held.job.id, held.ahead) == (job.id, False)
+    assert (ahead.job.id, ahead.ahead) == (job.id, True)
+    first = queue.submit(source, JobOptions(priority=9, collection="other"))
+    ledger.give_back(ahead.lease, 0, Tally())
+    chooser._looked_at = 0
+    assert chooser.take(ahead=True) == []  # its turn is not before that of the one to be planned
+    assert queue.get(first.id).state is JobState.PENDING
+    chooser._looked_at = 0
+    [run] = chooser.take()
+    assert (run.job.id, run.ahead) == (first.id, False)
+
+
+def test_a_look_ahead_frees_nothing_and_takes_nothing_in_doubt_or_while_the_queue_is_paused(
+    queue, plans, planner, ledger, source
+):
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(job)
+    [held] = chooser.take()
+    chooser.doubt()
+    assert chooser.take(ahead=True) == []
+    ledger.renew(held.lease, 0, Tally())
+    ledger.close(held.lease, Tally(lines=1, inserted=1))
+    queue.pause()
+    assert chooser.take(ahead=True) == []
+    chooser.settle_doubt()
+    assert chooser.take(ahead=True) == []
+    queue.resume()
+    assert [run.ahead for run in chooser.take(ahead=True)] == [True]

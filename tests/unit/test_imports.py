@@ -35,7 +35,7 @@ FLOORS = (
     ("engine.plans", "engine.dryrun", "engine.history"),
     ("engine.planner",),
     ("engine.run", "engine.window"),
-    ("engine.keeper",),
+    ("engine.keeper", "engine.lookout"),
     ("engine.pipeline",),
     ("engine.chooser", "engine.upkeep"),
     ("engine.worker",),

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from engine.errors import LeaseLost, Transient
 from engine.keeper import TICK_SECONDS, Keeper
 from engine.queue import JobSignals
 from tests.running import until
@@ -73,6 +74,51 @@ def test_small_jobs_do_not_hold_up_the_numbers_of_a_large_one(keeper: Keeper, cl
 def test_nothing_is_renewed_that_was_let_go(keeper: Keeper, clock: list[float]) -> None:
     kept(keeper, clock, Mock(), seconds=SHORT)
     clock[0] += 2 * TICK_SECONDS
+    keeper.turn()
+    assert renewed(keeper) == []
+
+
+def test_the_lease_that_comes_next_is_renewed_between_two_runs_too(keeper: Keeper, clock: list[float]) -> None:
+    keeper.renew.side_effect = lambda run: setattr(run, "renewed_at", clock[0])  # type: ignore[attr-defined]
+    run, ahead = Mock(), Mock(renewed_at=clock[0])
+    keeper.hold(run)
+    keeper.hold_next(ahead)
+    keeper.drop()
+    keeper.turn()
+    assert renewed(keeper) == []
+    for _ in range(2):
+        clock[0] += 10.1
+        keeper.turn()
+        keeper.turn()
+    assert renewed(keeper) == [ahead, ahead]
+    keeper.hold(ahead)
+    keeper.drop()
+    clock[0] += 10.1
+    keeper.turn()
+    assert renewed(keeper) == [ahead, ahead]
+
+
+@pytest.mark.parametrize("error", [LeaseLost("it is another's"), Transient("no primary")])
+def test_a_lease_that_comes_next_and_cannot_be_renewed_is_tried_again_or_is_lost(
+    keeper: Keeper, clock: list[float], error: Exception
+) -> None:
+    keeper.renew.side_effect = error  # type: ignore[attr-defined]
+    ahead = Mock(renewed_at=clock[0], lost=threading.Event())
+    keeper.hold_next(ahead)
+    clock[0] += 10.1
+    for _ in range(3):
+        keeper.turn()
+    assert len(renewed(keeper)) == 1
+    clock[0] += TICK_SECONDS
+    keeper.turn()
+    assert len(renewed(keeper)) == 2
+    assert ahead.lost.is_set() == isinstance(error, LeaseLost)
+
+
+def test_a_worker_that_hangs_does_not_renew_what_comes_next(keeper: Keeper, clock: list[float]) -> None:
+    keeper._still = lambda: 30.0
+    keeper.hold_next(Mock(renewed_at=clock[0]))
+    clock[0] += 10.1
     keeper.turn()
     assert renewed(keeper) == []
 

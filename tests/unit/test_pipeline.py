@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.batches import Batch
-from engine.errors import Transient
+from engine.errors import LeaseLost, Transient
 from engine.lines import Splitter
 from engine.model import ByteRange, Lease, Tally
 from engine.pipeline import Ended, Pipeline
@@ -95,6 +95,7 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
     clock = iter((0.0, 1.0, 10.0, 14.0))
     monkeypatch.setattr("engine.pipeline.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
+    monkeypatch.setattr(pipeline, "_ahead_seconds", lambda: 0.2)
     monkeypatch.setattr(pipeline, "_batches", lambda *what: (one for one in [batch]))
     monkeypatch.setattr(pipeline, "_write", lambda *what: written.set())
     assert pipeline._work(run) is Ended.DONE
@@ -102,3 +103,62 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
     counts = stats.counts()
     assert written.is_set()
     assert (counts["seconds_stall"], counts["seconds_drain"]) == (1.0, 4.0)
+
+
+def worked(monkeypatch, seconds_each, round_trip, batches=100):
+    """After how many batches of a range, each of which takes so long, the next range is looked for."""
+    lease = Lease("0" * 24, ByteRange(0, 0, batches * 10), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    store, now, done, looks = Mock(), [50.0], [], []
+    store.round_trip.return_value = round_trip
+    pipeline = Pipeline(
+        Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0, near_end=lambda: looks.append(len(done))
+    )
+    monkeypatch.setattr("engine.pipeline.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
+    monkeypatch.setattr(pipeline, "_write", lambda *what: None)
+
+    def read(*what):
+        for n in range(batches):
+            now[0] += seconds_each
+            done.append(n)
+            yield Batch(n * 10, n * 10 + 10, n, b"{}\n", np.array([2]))
+
+    monkeypatch.setattr(pipeline, "_batches", read)
+    assert pipeline._work(run) is Ended.DONE
+    pipeline.close()
+    return looks
+
+
+def test_the_next_range_is_looked_for_once_shortly_before_the_end_of_this_one(monkeypatch):
+    assert worked(monkeypatch, 0.0101, 0.0003) == [81]
+    assert worked(monkeypatch, 0.101, 0.0003) == [99]
+    assert worked(monkeypatch, 0.0101, 0.020) == [69]
+    assert worked(monkeypatch, 0.0001, 0.0003) == [1]
+
+
+@pytest.mark.parametrize(("flag", "ended"), [("stop", Ended.STOPPED), ("cancelled", Ended.CANCELLED)])
+def test_a_lease_taken_ahead_of_a_job_that_has_ended_is_given_back_unread(flag, ended):
+    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None, ahead=True)
+    getattr(run, flag).set()
+    objects, ledger = Mock(), Mock()
+    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), lambda: 0.0)
+    assert pipeline.run(run) is ended
+    pipeline.close()
+    objects.open.assert_not_called()
+    ledger.begin.assert_not_called()
+    ledger.give_back.assert_called_once()
+
+
+def test_a_lease_taken_ahead_begins_before_anything_is_read(monkeypatch):
+    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
+    ledger = Mock()
+    ledger.begin.side_effect = LeaseLost("it is another's")
+    objects = Mock()
+    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), lambda: 0.0)
+    with pytest.raises(LeaseLost):
+        pipeline.run(Run(MagicMock(), lease, threading.Event(), lambda: None, ahead=True))
+    pipeline.close()
+    objects.open.assert_not_called()
+    ledger.give_back.assert_not_called()

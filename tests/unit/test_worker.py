@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from engine.errors import LeaseLost, Transient
+from engine.errors import LeaseLost, Permanent, Transient
 from engine.model import JobState
 from engine.pipeline import Ended
 from engine.worker import _Worker
@@ -14,8 +14,9 @@ from engine.worker import _Worker
 @pytest.fixture
 def worker() -> Any:
     worker = _Worker.__new__(_Worker)
-    for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity"):
+    for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity", "_lookout"):
         setattr(worker, name, Mock())
+    worker._lookout.holds.return_value = []
     worker._queue.settle.return_value = Mock(state=JobState.FAILED)
     return worker
 
@@ -30,6 +31,21 @@ def test_small_jobs_that_are_done_end_whatever_becomes_of_one_beside_them(worker
     with pytest.raises(Transient):
         worker._run_together(pipeline, [lost, done])
     worker._queue.finish_all.assert_called_once_with([(done.job, "tally")])
+
+
+def test_a_job_is_not_asked_about_while_the_worker_has_more_to_do_on_it(worker: Any) -> None:
+    run = Mock()
+    worker._lookout.holds.side_effect = lambda job_id: [run] if job_id == run.job.id else []
+    worker._settle(run.job)
+    worker._ledger.busy.assert_not_called()
+    worker._queue.settle.assert_not_called()
+
+
+def test_what_is_leased_ahead_of_a_job_that_is_stopped_is_called_off(worker: Any) -> None:
+    run, ahead = Mock(), Mock()
+    worker._lookout.holds.side_effect = lambda job_id: [ahead] if job_id == run.job.id else []
+    worker._failed(run, Permanent("no such key"))
+    ahead.cancelled.set.assert_called_once_with()
 
 
 @pytest.mark.parametrize("error", [LeaseLost("it is another's"), Transient("S3 is away")])

@@ -1,0 +1,54 @@
+"""One look ahead at a time, and what it found waits for whoever takes it."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from engine.errors import Transient
+from engine.lookout import Lookout
+
+
+def run_of(job):
+    return SimpleNamespace(job=SimpleNamespace(id=job))
+
+
+def test_what_was_found_is_taken_once_and_looked_for_again_only_then():
+    looks = []
+
+    def look():
+        looks.append(threading.current_thread().name)
+        return [run_of("a")]
+
+    lookout = Lookout(look)
+    assert lookout.take() == []
+    lookout.begin()
+    lookout.begin()
+    assert [run.job.id for run in lookout.take()] == ["a"]
+    assert lookout.take() == []
+    lookout.begin()
+    assert lookout.close()
+    assert len(looks) == 2
+    assert threading.current_thread().name not in looks
+
+
+def test_a_look_that_fails_is_told_to_whoever_takes_it_and_holds_nothing():
+    lookout = Lookout(lambda: (_ for _ in ()).throw(Transient("no primary")))
+    lookout.begin()
+    lookout._found.exception(10)
+    assert lookout.holds("a") == []
+    with pytest.raises(Transient):
+        lookout.take()
+    assert not lookout.close()
+
+
+def test_what_is_found_is_known_when_the_look_is_over():
+    go = threading.Event()
+    lookout = Lookout(lambda: [run_of("a")] if go.wait(10) else [])
+    lookout.begin()
+    assert lookout.holds("a") == []
+    go.set()
+    lookout._found.result(10)
+    assert [run.job.id for run in lookout.holds("a")] == ["a"]
+    assert lookout.holds("b") == []
+    assert lookout.close()
