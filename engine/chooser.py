@@ -80,10 +80,10 @@ class Chooser:
         soon = time.monotonic() + HELD_SECONDS
         self._barren = {of: until for of, until in self._barren.items() if until > soon}
 
-    def settle_doubt(self) -> None:
-        """Free what the worker may hold unknowingly. Raises Transient, and the doubt stays."""
+    def settle_doubt(self, held: Sequence[Run] = ()) -> None:
+        """Free what the worker may hold unknowingly, besides these. Raises Transient, and the doubt stays."""
         if self._doubtful:
-            self._ledger.release_idle(self._holder)
+            self._ledger.release_idle(self._holder, [run.lease.token for run in held])
             self._doubtful = False
 
     def take(self, *, ahead: bool = False) -> list[Run]:

@@ -54,7 +54,7 @@ class Keeper(threading.Thread):
         self._report = report
         self._runs: tuple[Run, ...] = ()
         self._next: Run | None = None
-        self._prolonged_at = 0.0
+        self._next_at = 0.0
         self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
         self._holding = threading.Event()  # an idle worker's keeper sleeps through
@@ -67,15 +67,22 @@ class Keeper(threading.Thread):
         self._holding.set()
 
     def hold_next(self, run: Run) -> None:
-        """Keep the lease of the run that comes next, too, until it is held itself."""
+        """Keep the lease of the run that comes next, too, until it is held itself, or dropped."""
+        self._next_at = time.monotonic()
         self._next = run
         self._holding.set()
 
+    def drop_next(self) -> None:
+        """Let go of the run that was to come next: it is given back."""
+        self._next = None
+
     def drop(self) -> None:
         """Let go of what is held; when it returns, no tick of a run is under way."""
-        if self._next is None:
-            self._holding.clear()
+        self._holding.clear()
         runs, self._runs = self._runs, ()
+        if (run := self._next) is not None:  # perhaps since a moment ago
+            self._holding.set()
+            runs = (*runs, run)
         # Its commands are no movement, and may take long: who waits for them lives all the same.
         while not self._busy.acquire(timeout=STIR_SECONDS):
             for run in runs:
@@ -92,8 +99,10 @@ class Keeper(threading.Thread):
     def turn(self) -> None:
         """Tick the runs at hand, where it is time for that."""
         with self._busy:
-            if run := self._next:
-                self._prolong(run)
+            ahead = self._next
+            if ahead and not ahead.lost.is_set() and time.monotonic() - self._next_at >= TICK_SECONDS:
+                self._next_at = time.monotonic()
+                self.tick(ahead, begun=False)
             if (runs := self._runs) and time.monotonic() - self._since(runs) >= TICK_SECONDS:
                 self._ticked_at = time.monotonic()
                 for run in runs:
@@ -109,7 +118,7 @@ class Keeper(threading.Thread):
         """
         return max(self._ticked_at, self._held_at) if len(runs) > 1 else self._ticked_at
 
-    def tick(self, run: Run) -> None:
+    def tick(self, run: Run, *, begun: bool = True) -> None:
         """Renew, record progress, look at the signals of the job. Errors that pass are left to the next tick."""
         if self._still() >= self._lease_seconds:
             return
@@ -122,7 +131,8 @@ class Keeper(threading.Thread):
                 run.cancelled.set()
             elif signals.stale:
                 self._queue.roll_up(run.job.id)
-            self._report(run)
+            if begun:
+                self._report(run)
         except LeaseLost:
             run.lost.set()
         except HeadraceError as error:
@@ -130,20 +140,6 @@ class Keeper(threading.Thread):
         except Exception:
             # A thread that ends here would leave every lease from now on to itself.
             log.exception("unexpected error", action="renew", job=run.job.id)
-
-    def _prolong(self, run: Run) -> None:
-        """Renew the lease of a run that has not begun, long before it runs out: mostly the run begins before that."""
-        now = time.monotonic()
-        early = now - run.renewed_at < self._lease_seconds / 3 or now - self._prolonged_at < TICK_SECONDS
-        if early or self._still() >= self._lease_seconds:
-            return
-        self._prolonged_at = now
-        try:
-            self.renew(run)
-        except LeaseLost:
-            run.lost.set()
-        except HeadraceError as error:
-            log.warning("the lease could not be renewed", action="renew", job=run.job.id, cause=str(error))
 
     def renew(self, run: Run) -> None:
         """Renew the lease of a run at its mark. Raises LeaseLost."""

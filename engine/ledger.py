@@ -1,7 +1,8 @@
 """Ranges in MongoDB: open, lease, renew, close, give back, release, sum.
 
-Only the holder of a lease's token may speak for its range: every write of a holder matches `{_id, state, token}`, and
-no match means that the lease was lost. All times are the server's (`$$NOW`), so no worker's clock can steal or stall.
+Only the holder of a lease's token may speak for its range: every write of a holder matches `{_id, state, token}`, and no
+match means that the lease was lost, or that its end was heard already. All times are the server's (`$$NOW`), so no
+worker's clock can steal or stall.
 """
 
 import random
@@ -112,7 +113,7 @@ class Ledger:
         with translated("leasing a range"):
             found = self._ranges.find_one_and_update(
                 {"job": job_key(job_id), "state": RangeState.READY, "$expr": {"$lte": ["$notBefore", "$$NOW"]}},
-                [{"$set": self._held(token, holder) | {"ahead": ahead or "$$REMOVE"}}],
+                [{"$set": self._held(token, holder) | {"ahead": token if ahead else "$$REMOVE"}}],
                 return_document=ReturnDocument.BEFORE,
                 hint=LEASABLE,
             )
@@ -182,10 +183,11 @@ class Ledger:
             return []
         return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths")
 
-    def release_idle(self, holder: str) -> None:
-        """Free what a holder still holds that is alive and works on nothing: the answer to its last command was lost."""
+    def release_idle(self, holder: str, held: Sequence[str] = ()) -> None:
+        """Free what a holder that is alive holds without knowing, since the answer to its command was lost: all but the leases of
+        these tokens."""
         with translated("freeing leases"):
-            mine: Document = {"state": RangeState.LEASED, "holder": holder}
+            mine: Document = {"state": RangeState.LEASED, "holder": holder, "token": {"$nin": held}}
             tokens = [found["token"] for found in self._ranges.find(mine, {"token": True}, hint=LEASES)]
             if tokens:
                 # By their tokens: where this is answered too late, the server may get to it when the holder has the next lease.
@@ -337,7 +339,8 @@ class Ledger:
         Raises what kept it from freeing the first; where it is a later one, those before are told, and the rest are for the
         next time.
         """
-        begun: Document = {"$cond": [{"$ifNull": ["$ahead", False]}, 0, 1]}
+        # The token, since versions that know no `ahead` leave it where it is.
+        begun: Document = {"$cond": [{"$eq": ["$ahead", "$token"]}, 0, 1]}
         count: Document = {name: f"${name}" for name in ("deaths", "vanished")}
         count[counter] = {"$add": [f"${counter}", begun]}
         in_all = {"$add": list(count.values())}

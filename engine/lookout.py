@@ -37,7 +37,6 @@ class Lookout:
             return []
         return [run for run in found.result() if run.job.id == job_id]
 
-    def close(self) -> bool:
-        """Let the thread end; returns whether it may have found something that nobody has taken."""
+    def close(self) -> None:
+        """Let the thread end."""
         self._thread.shutdown()
-        return self._found is not None

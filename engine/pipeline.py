@@ -134,10 +134,15 @@ class Pipeline:
         if run.told_to_end():
             return _ended_early(run)
         if run.ahead:
-            self._ledger.begin(run.lease)
+            _insist(run, lambda: self._ledger.begin(run.lease))
         if run.lease.resumed:
             self._rejects.forget(run.lease)
         return self._work_in_turn(run) if run.cautious else self._work(run)
+
+    def give_back(self, run: Run) -> None:
+        """Give a lease back that was taken ahead and is not to begin."""
+        self.keeper.drop_next()
+        self._hand_back(run)
 
     def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
         """Work on leases of small objects, whose bytes are all there, side by side.
@@ -216,6 +221,7 @@ class Pipeline:
         settings = self._settings
         sink, splitter, batcher = self._begin(run)
         flying: _Flying = deque()
+        room = (settings.engine_writers + 1) * settings.engine_batch_bytes  # however many there are: it is memory
         exhausted = looked = False
         started = time.monotonic()
         try:
@@ -225,17 +231,18 @@ class Pipeline:
                         break
                     size = len(batch.data)
                     began = time.perf_counter()
-                    most = self._window.size + 1
-                    _make_room(flying, most, most * settings.engine_batch_bytes - size)
+                    _make_room(flying, self._window.size + 1, room - size)
                     self._stats.add(seconds_stall=time.perf_counter() - began)
                     closed = run.opened(batch)
                     future = self._writers.submit(self._write, run, sink, batch, closed)
                     flying.append((future, size))
-                    if not looked and self._seconds_left(run, batch.end, started) <= self._ahead_seconds():
+                    if not looked and self._seconds_left(run, started) <= self._ahead_seconds():
                         looked = True
                         self._near_end()
                 else:
                     exhausted = splitter.done
+            if exhausted and not looked:
+                self._near_end()
             # Told apart from the waits above: until the last batch is written, this thread reads nothing.
             began = time.perf_counter()
             _make_room(flying, 1)
@@ -248,10 +255,12 @@ class Pipeline:
             raise
         return Ended.DONE if exhausted else _ended_early(run)
 
-    def _seconds_left(self, run: Run, at: int, started: float) -> float:
-        """How long the rest of a range takes at the pace so far."""
-        lease = run.lease
-        return (lease.range.end - at) * (time.monotonic() - started) / max(at - lease.confirmed, 1)
+    def _seconds_left(self, run: Run, started: float) -> float:
+        """How long the rest of a range takes at the pace at which it was acknowledged so far."""
+        lease, (confirmed, _) = run.lease, run.mark()
+        if confirmed == lease.confirmed:
+            return float("inf")
+        return (lease.range.end - confirmed) * (time.monotonic() - started) / (confirmed - lease.confirmed)
 
     def _ahead_seconds(self) -> float:
         """How long before the end of a range the next one is looked for."""
@@ -312,7 +321,8 @@ class Pipeline:
     def _write(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
         """One batch, in a writer thread, when its turn has come."""
         with self._window:
-            self._write_now(run, sink, batch, close)
+            if not run.failed.is_set():
+                self._write_now(run, sink, batch, close)
 
     def _write_now(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
         """One batch: decode, write, write its rejects, confirm."""

@@ -229,14 +229,19 @@ class _Worker:
                     with suppress(HeadraceError):
                         self._store.prepare()
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
-        if self._lookout.close():
-            self._chooser.doubt()  # it is freed unbegun
+        try:
+            with expected("giving back what was leased ahead"):
+                for run in self._lookout.take():
+                    self._run_one(pipeline, run)  # it is told to stop
+        except HeadraceError:
+            self._chooser.doubt()
+        self._lookout.close()
         pipeline.close()
         self._planner.close()
         try:
             with pymongo.timeout(LAST_SECONDS):
-                reporter.report(last=True)
                 self._chooser.settle_doubt()
+                reporter.report(last=True)
         except HeadraceError:
             return EXIT_NOW  # something may be held, which the successor frees
         finally:
@@ -246,10 +251,9 @@ class _Worker:
     def _turn(self, pipeline: Pipeline) -> None:
         """See to what is due; then work on what there is to do, or wait for it."""
         self._collect()
-        began = time.perf_counter()
-        found = self._lookout.take()
-        looked = time.perf_counter() - began
         waited = self._store.waited()
+        found = self._found_ahead(pipeline)
+        self._upkeep.prune()
         found = found or self._look(ahead=False)
         if not found:
             self._wait()
@@ -257,13 +261,11 @@ class _Worker:
             self._run(pipeline, found)
             # But where it writes documents itself, what this thread waited for was the queue.
             if not found[0].cautious:
-                self._stats.add(seconds_queue=looked + self._store.waited() - waited)
+                self._stats.add(seconds_queue=self._store.waited() - waited)
 
     def _look(self, *, ahead: bool) -> list[Run]:
         """See to what is due by the clock, and look for something to do."""
         self._upkeep.keep_time()
-        if not ahead:
-            self._upkeep.prune()
         return self._chooser.take(ahead=ahead)
 
     def _look_ahead(self) -> list[Run]:
@@ -271,6 +273,19 @@ class _Worker:
         found = self._look(ahead=True)
         for run in found:
             self._keeper.hold_next(run)
+        return found
+
+    def _found_ahead(self, pipeline: Pipeline) -> list[Run]:
+        """What was leased ahead, if anything, and is to begin: the queue may be paused by now."""
+        began = time.perf_counter()
+        found = self._lookout.take()
+        self._stats.add(seconds_queue=time.perf_counter() - began)  # for what the other thread waits for
+        if found:
+            self._chooser.settle_doubt(found)
+            if self._queue.paused():
+                for run in found:
+                    pipeline.give_back(run)
+                return []
         return found
 
     def _boot(self) -> bool:

@@ -109,6 +109,25 @@ def test_a_range_has_one_holder_at_a_time_and_the_next_begins_where_it_stopped(l
     assert (lease.confirmed, lease.tally.lines, lease.number, lease.resumed) == (400, 4, 2, True)
 
 
+def test_what_an_older_version_has_leased_again_was_not_leased_ahead(store, ledger, opened):
+    """It knows no `ahead`, and leaves that of the lease before."""
+    ledger.lease(opened, "dead", ahead=True)
+    ledger.release(["dead"])
+    ledger.lease(opened, "of an older version")
+    store.ranges.update_one({"job": ObjectId(opened)}, {"$set": {"ahead": "another token"}})
+    ledger.release(["of an older version"])
+    assert stored(store, opened)["deaths"] == 1
+
+
+def test_what_is_held_knowingly_is_not_freed(store, ledger, job):
+    ledger.open(job, [ByteRange(0, 0, 10), ByteRange(1, 10, 20)])
+    known, unknown = ledger.lease(job, "holder"), ledger.lease(job, "holder")
+    ledger.release_idle("holder", [known.token])
+    ledger.renew(known, known.confirmed, Tally())
+    with pytest.raises(LeaseLost):
+        ledger.renew(unknown, unknown.confirmed, Tally())
+
+
 @pytest.mark.parametrize("free", ["died", "vanished"])
 def test_a_range_that_was_leased_ahead_is_not_what_its_holder_died_over_until_it_begins(store, ledger, opened, free):
     for begun in (False, True):
@@ -131,7 +150,7 @@ def test_a_range_that_was_leased_ahead_is_not_what_its_holder_died_over_until_it
 def test_a_lease_that_was_taken_ahead_is_as_good_as_any(store, ledger, opened):
     lease = ledger.lease(opened, "holder", ahead=True)
     ledger.renew(lease, 0, Tally())
-    assert stored(store, opened)["ahead"] is True
+    assert stored(store, opened)["ahead"] == lease.token
     ledger.begin(lease)
     ledger.close(lease, Tally(lines=9))
     found = stored(store, opened)

@@ -78,47 +78,64 @@ def test_nothing_is_renewed_that_was_let_go(keeper: Keeper, clock: list[float]) 
     assert renewed(keeper) == []
 
 
-def test_the_lease_that_comes_next_is_renewed_between_two_runs_too(keeper: Keeper, clock: list[float]) -> None:
-    keeper.renew.side_effect = lambda run: setattr(run, "renewed_at", clock[0])  # type: ignore[attr-defined]
-    run, ahead = Mock(), Mock(renewed_at=clock[0])
+def test_the_lease_that_comes_next_is_kept_between_two_runs_too(keeper: Keeper, clock: list[float]) -> None:
+    told = Mock()
+    keeper._report = told
+    run, ahead = Mock(), Mock(lost=threading.Event())
     keeper.hold(run)
     keeper.hold_next(ahead)
     keeper.drop()
     keeper.turn()
     assert renewed(keeper) == []
     for _ in range(2):
-        clock[0] += 10.1
+        clock[0] += TICK_SECONDS
         keeper.turn()
         keeper.turn()
     assert renewed(keeper) == [ahead, ahead]
+    told.assert_not_called()  # the worker is at work on another one
     keeper.hold(ahead)
     keeper.drop()
-    clock[0] += 10.1
+    clock[0] += TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == [ahead, ahead]
 
 
-@pytest.mark.parametrize("error", [LeaseLost("it is another's"), Transient("no primary")])
+def test_the_lease_that_comes_next_is_called_off_with_its_job(keeper: Keeper, clock: list[float]) -> None:
+    keeper._queue.look.return_value = JobSignals(stopping=True, overdue=False, stale=False)  # type: ignore[attr-defined]
+    ahead = Mock(lost=threading.Event(), cancelled=threading.Event())
+    keeper.hold_next(ahead)
+    clock[0] += TICK_SECONDS
+    keeper.turn()
+    assert ahead.cancelled.is_set()
+
+
+@pytest.mark.parametrize("error", [LeaseLost("it is another's"), Transient("no primary"), RuntimeError("a bug")])
 def test_a_lease_that_comes_next_and_cannot_be_renewed_is_tried_again_or_is_lost(
     keeper: Keeper, clock: list[float], error: Exception
 ) -> None:
     keeper.renew.side_effect = error  # type: ignore[attr-defined]
-    ahead = Mock(renewed_at=clock[0], lost=threading.Event())
+    ahead = Mock(lost=threading.Event())
     keeper.hold_next(ahead)
-    clock[0] += 10.1
-    for _ in range(3):
+    for _ in range(2):
+        clock[0] += TICK_SECONDS
         keeper.turn()
-    assert len(renewed(keeper)) == 1
+        keeper.turn()
+    lost = isinstance(error, LeaseLost)
+    assert (len(renewed(keeper)), ahead.lost.is_set()) == (1 if lost else 2, lost)
+
+
+def test_a_lease_that_does_not_come_next_any_more_is_not_kept(keeper: Keeper, clock: list[float]) -> None:
+    keeper.hold_next(Mock(lost=threading.Event()))
+    keeper.drop_next()
     clock[0] += TICK_SECONDS
     keeper.turn()
-    assert len(renewed(keeper)) == 2
-    assert ahead.lost.is_set() == isinstance(error, LeaseLost)
+    assert renewed(keeper) == []
 
 
 def test_a_worker_that_hangs_does_not_renew_what_comes_next(keeper: Keeper, clock: list[float]) -> None:
     keeper._still = lambda: 30.0
-    keeper.hold_next(Mock(renewed_at=clock[0]))
-    clock[0] += 10.1
+    keeper.hold_next(Mock(lost=threading.Event()))
+    clock[0] += TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == []
 

@@ -105,36 +105,56 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
     assert (counts["seconds_stall"], counts["seconds_drain"]) == (1.0, 4.0)
 
 
-def worked(monkeypatch, seconds_each, round_trip, batches=100):
-    """After how many batches of a range, each of which takes so long, the next range is looked for."""
+def worked(monkeypatch, seconds_each, round_trip, batches=100, at_once=1):
+    """After how many batches of a range, each of which takes so long to write, the next range is looked for; so many are read
+    before the first of them is written."""
     lease = Lease("0" * 24, ByteRange(0, 0, batches * 10), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
-    store, now, done, looks = Mock(), [50.0], [], []
+    store, now, read, unwritten, looks = Mock(), [50.0], [], [], []
     store.round_trip.return_value = round_trip
     pipeline = Pipeline(
-        Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0, near_end=lambda: looks.append(len(done))
+        Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0, near_end=lambda: looks.append(len(read))
     )
     monkeypatch.setattr("engine.pipeline.time.monotonic", lambda: now[0])
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
+    real = run.opened
+    monkeypatch.setattr(run, "opened", lambda batch: unwritten.append(real(batch)))
     monkeypatch.setattr(pipeline, "_write", lambda *what: None)
 
-    def read(*what):
+    def batches_of(*what):
         for n in range(batches):
-            now[0] += seconds_each
-            done.append(n)
+            if len(unwritten) == at_once:
+                now[0] += seconds_each
+                unwritten.pop(0)(Tally(lines=1))
+            read.append(n)
             yield Batch(n * 10, n * 10 + 10, n, b"{}\n", np.array([2]))
 
-    monkeypatch.setattr(pipeline, "_batches", read)
+    monkeypatch.setattr(pipeline, "_batches", batches_of)
     assert pipeline._work(run) is Ended.DONE
     pipeline.close()
     return looks
 
 
 def test_the_next_range_is_looked_for_once_shortly_before_the_end_of_this_one(monkeypatch):
-    assert worked(monkeypatch, 0.0101, 0.0003) == [81]
-    assert worked(monkeypatch, 0.101, 0.0003) == [99]
-    assert worked(monkeypatch, 0.0101, 0.020) == [69]
-    assert worked(monkeypatch, 0.0001, 0.0003) == [1]
+    assert worked(monkeypatch, 0.0101, 0.0003) == [82]
+    assert worked(monkeypatch, 0.101, 0.0003) == [100]
+    assert worked(monkeypatch, 0.0101, 0.020) == [70]
+    assert worked(monkeypatch, 0.0001, 0.0003) == [2]
+
+
+def test_how_fast_a_range_is_read_says_nothing_of_how_soon_it_ends(monkeypatch):
+    assert worked(monkeypatch, 0.0101, 0.0003, at_once=5) == [86]
+    assert worked(monkeypatch, 0.0101, 0.0003, batches=4, at_once=5) == [4]
+
+
+def test_what_waits_for_its_turn_when_another_batch_has_failed_is_not_written():
+    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    run.failed.set()
+    pipeline, sink = Pipeline(Settings(), *[Mock()] * 5, Stats(), lambda: 0.0), Mock()
+    pipeline._write(run, sink, Batch(0, 3, 0, b"{}\n", np.array([2])), Mock())
+    pipeline.close()
+    sink.write.assert_not_called()
 
 
 @pytest.mark.parametrize(("flag", "ended"), [("stop", Ended.STOPPED), ("cancelled", Ended.CANCELLED)])

@@ -1,7 +1,7 @@
 """What a worker does when leases have ended. No servers."""
 
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -55,3 +55,13 @@ def test_a_job_is_settled_where_no_range_of_it_is_left_to_wait_for(worker: Any, 
     worker._ledger.busy.return_value = busy
     worker._failed(run, error)
     assert worker._queue.settle.call_count == (not busy)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_was_leased_ahead_begins_unless_the_queue_is_paused_by_now(worker: Any, paused: bool) -> None:
+    run, pipeline = Mock(), Mock()
+    worker._lookout.take.return_value = [run]
+    worker._queue.paused.return_value = paused
+    assert worker._found_ahead(pipeline) == ([] if paused else [run])
+    worker._chooser.settle_doubt.assert_called_once_with([run])
+    assert pipeline.give_back.call_args_list == ([call(run)] if paused else [])
