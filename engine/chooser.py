@@ -160,7 +160,7 @@ class Chooser:
         head = b""
         if job.state is JobState.PENDING:
             prepared = self._prepare([job, *self._small_ones_like(job)])
-            runs = [self._begun(p.job, p.lease, p.head, ahead) for p in prepared if p.lease is not None]
+            runs = [self._begun(p.job, p.lease, p.head) for p in prepared if p.lease is not None]
             if runs or len(prepared) != 1 or prepared[0].job.state in TERMINAL:
                 return runs
             job, head = prepared[0].job, prepared[0].head
@@ -178,9 +178,9 @@ class Chooser:
             self._ledger.give_back(lease, lease.confirmed, lease.tally)
             self._queue.settle(job.id)
             return []
-        return [self._begun(job, lease, head, ahead)]
+        return [self._begun(job, lease, head, ahead=ahead)]
 
-    def _begun(self, job: Job, lease: Lease, head: bytes, ahead: bool) -> Run:
+    def _begun(self, job: Job, lease: Lease, head: bytes, *, ahead: bool = False) -> Run:
         reach(Step.LEASED)
         return Run(job, lease, self._stop, self._moved, head, ahead=ahead)
 

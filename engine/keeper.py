@@ -54,7 +54,7 @@ class Keeper(threading.Thread):
         self._report = report
         self._runs: tuple[Run, ...] = ()
         self._next: Run | None = None
-        self._next_at = 0.0
+        self._next_since = self._next_at = 0.0
         self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
         self._holding = threading.Event()  # an idle worker's keeper sleeps through
@@ -67,14 +67,11 @@ class Keeper(threading.Thread):
         self._holding.set()
 
     def hold_next(self, run: Run) -> None:
-        """Keep the lease of the run that comes next, too, until it is held itself, or dropped."""
-        self._next_at = time.monotonic()
+        """Keep the lease of the run that comes next, too, until it is held itself; but no longer than a lease lasts, since it may
+        be free for others where the present one does not come to its end."""
+        self._next_since = self._next_at = time.monotonic()
         self._next = run
         self._holding.set()
-
-    def drop_next(self) -> None:
-        """Let go of the run that was to come next: it is given back."""
-        self._next = None
 
     def drop(self) -> None:
         """Let go of what is held; when it returns, no tick of a run is under way."""
@@ -99,16 +96,25 @@ class Keeper(threading.Thread):
     def turn(self) -> None:
         """Tick the runs at hand, where it is time for that."""
         with self._busy:
-            ahead = self._next
-            if ahead and not ahead.lost.is_set() and time.monotonic() - self._next_at >= TICK_SECONDS:
-                self._next_at = time.monotonic()
-                self.tick(ahead, begun=False)
             if (runs := self._runs) and time.monotonic() - self._since(runs) >= TICK_SECONDS:
                 self._ticked_at = time.monotonic()
                 for run in runs:
                     if self._runs is not runs:
                         break  # they have ended, and somebody waits
                     self.tick(run)
+            if (ahead := self._next) and self._runs is runs:
+                self._turn_next(ahead)
+
+    def _turn_next(self, run: Run) -> None:
+        now = time.monotonic()
+        if run.told_to_end() or now - self._next_since >= self._lease_seconds:
+            self._next = None
+            self._holding.clear()
+            if self._runs or self._next:  # since a moment ago
+                self._holding.set()
+        elif now - self._next_at >= TICK_SECONDS:
+            self._next_at = now
+            self.tick(run, begun=False)
 
     def _since(self, runs: Sequence[Run]) -> float:
         """From when on the time to the next tick counts.

@@ -31,11 +31,11 @@ class Lookout:
         return [] if found is None else found.result()
 
     def holds(self, job_id: str) -> list[Run]:
-        """The runs of a job among what is known to be found by now."""
+        """The runs of a job among what is known to be found by now, and held still."""
         found = self._found
         if found is None or not found.done() or found.exception():
             return []
-        return [run for run in found.result() if run.job.id == job_id]
+        return [run for run in found.result() if run.job.id == job_id and not run.lost.is_set()]
 
     def close(self) -> None:
         """Let the thread end."""

@@ -97,12 +97,15 @@ class Pipeline:
         self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, report)
         self.keeper.start()
         self._window = Window(settings.engine_writers)
-        self._writers = ThreadPoolExecutor(MOST_TIMES * settings.engine_writers, thread_name_prefix="writer")
+        self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
+        # Apart, so that where MongoDB is near no more threads take turns: each has memory of its own, and a core's cache.
+        self._more = ThreadPoolExecutor((MOST_TIMES - 1) * settings.engine_writers, thread_name_prefix="more")
 
     def close(self) -> None:
         """Let the writer threads end."""
         self.keeper.drop()
-        self._writers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._writers, self._more):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def run(self, run: Run) -> Ended:
         """Work on a lease until it is done, or is given back.
@@ -138,11 +141,6 @@ class Pipeline:
         if run.lease.resumed:
             self._rejects.forget(run.lease)
         return self._work_in_turn(run) if run.cautious else self._work(run)
-
-    def give_back(self, run: Run) -> None:
-        """Give a lease back that was taken ahead and is not to begin."""
-        self.keeper.drop_next()
-        self._hand_back(run)
 
     def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
         """Work on leases of small objects, whose bytes are all there, side by side.
@@ -217,7 +215,7 @@ class Pipeline:
         return Ended.DONE if splitter.done else _ended_early(run)
 
     def _work(self, run: Run) -> Ended:
-        """As many batches at a time as the window lets through."""
+        """As many batches at a time as the window has room for."""
         settings = self._settings
         sink, splitter, batcher = self._begin(run)
         flying: _Flying = deque()
@@ -234,7 +232,9 @@ class Pipeline:
                     _make_room(flying, self._window.size + 1, room - size)
                     self._stats.add(seconds_stall=time.perf_counter() - began)
                     closed = run.opened(batch)
-                    future = self._writers.submit(self._write, run, sink, batch, closed)
+                    under_way = sum(not future.done() for future, _ in flying)
+                    pool = self._writers if under_way <= settings.engine_writers else self._more
+                    future = pool.submit(self._write, run, sink, batch, closed)
                     flying.append((future, size))
                     if not looked and self._seconds_left(run, started) <= self._ahead_seconds():
                         looked = True
@@ -319,13 +319,7 @@ class Pipeline:
                 return
 
     def _write(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
-        """One batch, in a writer thread, when its turn has come."""
-        with self._window:
-            if not run.failed.is_set():
-                self._write_now(run, sink, batch, close)
-
-    def _write_now(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
-        """One batch: decode, write, write its rejects, confirm."""
+        """One batch, in a writer thread: decode, write, write its rejects, confirm."""
         job, plan = run.job, run.job.plan
         assert plan is not None
         began, waited, backed_off = time.perf_counter(), self._store.waited(), 0.0

@@ -14,10 +14,10 @@ __all__ = ["Run"]
 class Run:
     """The state that the threads at work on one lease share.
 
-    `move()` is called whenever bytes or batches move. `stop`: the worker is to stop. `cancelled`: the job is being stopped.
-    `lost`: the lease is no longer this worker's. `failed`: a read or another batch of this run has failed. `cautious`: earlier
-    holders died here. `renewed_at`: the start of the last renewal, or of the run, seconds of the monotonic clock. `head`: first
-    bytes of the object, if already read. `ahead`: leased while another one was at work.
+    `move()` is called whenever bytes or batches move. `stop`: the worker is to stop. `cancelled`: the job is being stopped, or
+    this is not to begin. `lost`: the lease is no longer this worker's. `failed`: a read or another batch of this run has failed.
+    `cautious`: earlier holders died here. `renewed_at`: the start of the last renewal, or of the run, seconds of the monotonic
+    clock. `head`: first bytes of the object, if already read. `ahead`: leased while another one was at work.
     """
 
     def __init__(

@@ -44,8 +44,8 @@ _KEY: Final = visible("copy the key alone, with nothing around it")
 
 
 def _writers(found: dict[str, Any]) -> int:
-    """Enough writes under way to bridge the database's waits for its journal, and no more than 128 of one engine. With more of
-    them mongod takes more CPU for the same documents."""
+    """Enough writes under way to bridge the database's waits for its journal, and no more than 128 of one engine (twice as many
+    where it is far away). With more of them at work on, mongod takes more CPU for the same documents."""
     return max(2, min(4, 128 // int(found["engine_workers"])))
 
 

@@ -231,8 +231,10 @@ class _Worker:
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         try:
             with expected("giving back what was leased ahead"):
-                for run in self._lookout.take():
-                    self._run_one(pipeline, run)  # it is told to stop
+                found = self._lookout.take()
+                with pymongo.timeout(LAST_SECONDS):
+                    for run in found:
+                        self._run_one(pipeline, run)  # it is told to stop
         except HeadraceError:
             self._chooser.doubt()
         self._lookout.close()
@@ -251,10 +253,9 @@ class _Worker:
     def _turn(self, pipeline: Pipeline) -> None:
         """See to what is due; then work on what there is to do, or wait for it."""
         self._collect()
-        waited = self._store.waited()
-        found = self._found_ahead(pipeline)
         self._upkeep.prune()
-        found = found or self._look(ahead=False)
+        waited = self._store.waited()
+        found = self._found_ahead(pipeline) or self._look(ahead=False)
         if not found:
             self._wait()
         else:
@@ -284,7 +285,8 @@ class _Worker:
             self._chooser.settle_doubt(found)
             if self._queue.paused():
                 for run in found:
-                    pipeline.give_back(run)
+                    run.cancelled.set()
+                    self._run_one(pipeline, run)
                 return []
         return found
 

@@ -227,7 +227,8 @@ def profile_table(workers: Sequence[dict[str, Any]]) -> Table:
         Column("lines", justify="right", no_wrap=True),
         *(Column(stage, justify="right", no_wrap=True) for stage in STAGES),
         title="microseconds per line",
-        caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time, while it goes on with others: "
+        caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time (twice as many where MongoDB is far away), while it "
+        "goes on with others: "
         "`wait` / ENGINE_WRITERS is what compares with the other stages. `stall` is the reader's wait for room among them, and "
         "has no share; `drain` its wait at the end of a range until all of it is written.",
         box=None,

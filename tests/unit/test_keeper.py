@@ -10,6 +10,7 @@ import pytest
 from engine.errors import LeaseLost, Transient
 from engine.keeper import TICK_SECONDS, Keeper
 from engine.queue import JobSignals
+from engine.run import Run
 from tests.running import until
 
 SHORT = 0.26 * TICK_SECONDS
@@ -38,6 +39,10 @@ def keeper(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Keeper:
     keeper = Keeper(Mock(), queue, 30, lambda: 0.0, lambda run: None)
     monkeypatch.setattr(keeper, "renew", Mock())
     return keeper
+
+
+def waiting() -> Run:
+    return Run(Mock(), Mock(deaths=0), threading.Event(), lambda: None, ahead=True)
 
 
 def renewed(keeper: Keeper) -> list[Any]:
@@ -81,7 +86,7 @@ def test_nothing_is_renewed_that_was_let_go(keeper: Keeper, clock: list[float]) 
 def test_the_lease_that_comes_next_is_kept_between_two_runs_too(keeper: Keeper, clock: list[float]) -> None:
     told = Mock()
     keeper._report = told
-    run, ahead = Mock(), Mock(lost=threading.Event())
+    run, ahead = Mock(), waiting()
     keeper.hold(run)
     keeper.hold_next(ahead)
     keeper.drop()
@@ -102,7 +107,7 @@ def test_the_lease_that_comes_next_is_kept_between_two_runs_too(keeper: Keeper, 
 
 def test_the_lease_that_comes_next_is_called_off_with_its_job(keeper: Keeper, clock: list[float]) -> None:
     keeper._queue.look.return_value = JobSignals(stopping=True, overdue=False, stale=False)  # type: ignore[attr-defined]
-    ahead = Mock(lost=threading.Event(), cancelled=threading.Event())
+    ahead = waiting()
     keeper.hold_next(ahead)
     clock[0] += TICK_SECONDS
     keeper.turn()
@@ -114,7 +119,7 @@ def test_a_lease_that_comes_next_and_cannot_be_renewed_is_tried_again_or_is_lost
     keeper: Keeper, clock: list[float], error: Exception
 ) -> None:
     keeper.renew.side_effect = error  # type: ignore[attr-defined]
-    ahead = Mock(lost=threading.Event())
+    ahead = waiting()
     keeper.hold_next(ahead)
     for _ in range(2):
         clock[0] += TICK_SECONDS
@@ -124,17 +129,52 @@ def test_a_lease_that_comes_next_and_cannot_be_renewed_is_tried_again_or_is_lost
     assert (len(renewed(keeper)), ahead.lost.is_set()) == (1 if lost else 2, lost)
 
 
-def test_a_lease_that_does_not_come_next_any_more_is_not_kept(keeper: Keeper, clock: list[float]) -> None:
-    keeper.hold_next(Mock(lost=threading.Event()))
-    keeper.drop_next()
-    clock[0] += TICK_SECONDS
+@pytest.mark.parametrize("why", ["stop", "cancelled", "lost", "too long"])
+def test_a_lease_that_comes_next_is_not_kept_for_ever(keeper: Keeper, clock: list[float], why: str) -> None:
+    ahead = waiting()
+    keeper.hold_next(ahead)
+    if why == "too long":
+        clock[0] += 30.0
+    else:
+        getattr(ahead, why).set()
+        clock[0] += TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == []
+    assert not keeper._holding.is_set()  # and the thread sleeps
+
+
+def test_what_is_at_work_is_renewed_before_what_comes_next(keeper: Keeper, clock: list[float]) -> None:
+    run, ahead = Mock(), waiting()
+    keeper.hold(run)
+    keeper.hold_next(ahead)
+    clock[0] += TICK_SECONDS
+    keeper.turn()
+    assert renewed(keeper) == [run, ahead]
+    # And where it ends meanwhile, nobody waits for the other.
+    keeper.renew.side_effect = lambda run: setattr(keeper, "_runs", ())  # type: ignore[attr-defined]
+    clock[0] += TICK_SECONDS
+    keeper.turn()
+    assert renewed(keeper) == [run, ahead, run]
+
+
+def test_a_keeper_of_what_comes_next_is_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.keeper.TICK_SECONDS", 0.05)
+    keeper = Keeper(Mock(), Mock(), 30, lambda: 0.0, lambda run: None)
+    ticked = threading.Event()
+    monkeypatch.setattr(keeper, "tick", lambda run, begun: ticked.set())
+    keeper.start()
+    keeper.hold_next(waiting())
+    assert ticked.wait(10)
+    keeper.hold(Mock())
+    keeper.hold_next(waiting())
+    keeper.drop()
+    ticked.clear()
+    assert ticked.wait(10)
 
 
 def test_a_worker_that_hangs_does_not_renew_what_comes_next(keeper: Keeper, clock: list[float]) -> None:
     keeper._still = lambda: 30.0
-    keeper.hold_next(Mock(lost=threading.Event()))
+    keeper.hold_next(waiting())
     clock[0] += TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == []

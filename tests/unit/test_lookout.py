@@ -10,7 +10,7 @@ from engine.lookout import Lookout
 
 
 def run_of(job):
-    return SimpleNamespace(job=SimpleNamespace(id=job))
+    return SimpleNamespace(job=SimpleNamespace(id=job), lost=threading.Event())
 
 
 def test_what_was_found_is_taken_once_and_looked_for_again_only_then():
@@ -50,6 +50,8 @@ def test_what_is_found_is_known_when_the_look_is_over():
     assert lookout.holds("a") == []
     go.set()
     lookout._found.result(10)
-    assert [run.job.id for run in lookout.holds("a")] == ["a"]
+    [run] = lookout.holds("a")
     assert lookout.holds("b") == []
+    run.lost.set()
+    assert lookout.holds("a") == []
     lookout.close()

@@ -147,16 +147,6 @@ def test_how_fast_a_range_is_read_says_nothing_of_how_soon_it_ends(monkeypatch):
     assert worked(monkeypatch, 0.0101, 0.0003, batches=4, at_once=5) == [4]
 
 
-def test_what_waits_for_its_turn_when_another_batch_has_failed_is_not_written():
-    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
-    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
-    run.failed.set()
-    pipeline, sink = Pipeline(Settings(), *[Mock()] * 5, Stats(), lambda: 0.0), Mock()
-    pipeline._write(run, sink, Batch(0, 3, 0, b"{}\n", np.array([2])), Mock())
-    pipeline.close()
-    sink.write.assert_not_called()
-
-
 @pytest.mark.parametrize(("flag", "ended"), [("stop", Ended.STOPPED), ("cancelled", Ended.CANCELLED)])
 def test_a_lease_taken_ahead_of_a_job_that_has_ended_is_given_back_unread(flag, ended):
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
@@ -182,3 +172,44 @@ def test_a_lease_taken_ahead_begins_before_anything_is_read(monkeypatch):
     pipeline.close()
     objects.open.assert_not_called()
     ledger.give_back.assert_not_called()
+
+
+@pytest.mark.parametrize(("round_trip", "size"), [(0.0003, 4), (0.020, 8)])
+def test_more_batches_are_sent_at_a_time_where_the_way_takes_much_of_what_one_takes(monkeypatch, round_trip, size):
+    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    sink, store, waited = Mock(), Mock(), iter((0.0, 0.040))
+    sink.write.return_value = (Tally(lines=1), [])
+    store.waited.side_effect = lambda: next(waited)
+    store.round_trip.return_value = round_trip
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
+    monkeypatch.setattr("engine.pipeline.decode", lambda *what: Mock(seconds=0.0))
+    pipeline._write(run, sink, Batch(0, 3, 0, b"{}\n", np.array([2])), Mock())
+    assert pipeline._window.size == size
+    pipeline.close()
+
+
+@pytest.mark.parametrize("size", [4, 7, 8])
+def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkeypatch, size):
+    lease = Lease("0" * 24, ByteRange(0, 0, 300), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    store = Mock()
+    store.round_trip.return_value = 0.0
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
+    pipeline._window.size = size
+    monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
+    begun, all_at_work = [], threading.Event()
+
+    def write(*what):
+        begun.append(what)
+        if len(begun) == size:
+            all_at_work.set()
+        assert all_at_work.wait(10)
+
+    monkeypatch.setattr(pipeline, "_write", write)
+    monkeypatch.setattr(
+        pipeline, "_batches", lambda *what: (Batch(n, n + 1, n, b"{}\n", np.array([2])) for n in range(20))
+    )
+    assert pipeline._work(run) is Ended.DONE
+    pipeline.close()
+    assert len(begun) == 20

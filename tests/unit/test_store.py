@@ -61,3 +61,10 @@ def test_each_thread_has_waited_for_itself(clock):
     thread.join(30)
     moves.succeeded(EVENT)
     assert (found, moves.waited) == ([0.0, 0.0], 5.0)
+
+
+def test_the_way_to_the_server_takes_what_the_shortest_answer_of_late_took():
+    moves = _Moves(lambda: None)
+    for micros in (30_000, 21_000, 90_000):
+        moves.succeeded(Mock(duration_micros=micros))
+    assert moves.answers.seconds() == 0.021

@@ -1,7 +1,5 @@
 """How many batches are sent at a time, by how much of their time the way takes."""
 
-import threading
-
 import pytest
 
 from engine.store import OF_LATE_SECONDS, _Shortest
@@ -35,44 +33,6 @@ def test_it_follows_what_becomes_slow_and_quick_again():
             window.fit(waited, 0.020)
         sizes.append(window.size)
     assert sizes == [8, 4, 8]
-
-
-def test_no_more_are_let_through_than_its_size_and_all_of_them_in_the_end():
-    window = Window(2)
-    inside, most, go = [], [], threading.Semaphore(0)
-
-    def batch():
-        with window:
-            inside.append(1)
-            most.append(len(inside))
-            go.acquire()
-            inside.pop()
-
-    threads = [threading.Thread(target=batch, daemon=True) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for _ in threads:
-        go.release()
-    for thread in threads:
-        thread.join(10)
-    assert (len(most), max(most), inside) == (6, 2, [])
-
-
-def test_a_window_that_becomes_larger_lets_those_in_that_wait():
-    window = Window(1)
-    entered = threading.Event()
-
-    def batch():
-        with window:
-            entered.set()
-
-    with window:
-        waiting = threading.Thread(target=batch, daemon=True)
-        waiting.start()
-        assert not entered.wait(0.1)
-        window.fit(0.040, 0.020)
-        assert entered.wait(10)
-    waiting.join(10)
 
 
 def test_the_shortest_answer_counts_for_a_while():

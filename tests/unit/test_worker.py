@@ -1,14 +1,15 @@
 """What a worker does when leases have ended. No servers."""
 
+import threading
 from typing import Any
-from unittest.mock import Mock, call
+from unittest.mock import MagicMock, Mock, call
 
 import pytest
 
 from engine.errors import LeaseLost, Permanent, Transient
 from engine.model import JobState
-from engine.pipeline import Ended
-from engine.worker import _Worker
+from engine.pipeline import Ended, Pipeline
+from engine.worker import WorkerIdentity, _Worker
 
 
 @pytest.fixture
@@ -60,8 +61,48 @@ def test_a_job_is_settled_where_no_range_of_it_is_left_to_wait_for(worker: Any, 
 @pytest.mark.parametrize("paused", [False, True])
 def test_what_was_leased_ahead_begins_unless_the_queue_is_paused_by_now(worker: Any, paused: bool) -> None:
     run, pipeline = Mock(), Mock()
+    pipeline.run.return_value = Ended.CANCELLED
     worker._lookout.take.return_value = [run]
     worker._queue.paused.return_value = paused
     assert worker._found_ahead(pipeline) == ([] if paused else [run])
     worker._chooser.settle_doubt.assert_called_once_with([run])
-    assert pipeline.give_back.call_args_list == ([call(run)] if paused else [])
+    assert pipeline.run.call_args_list == ([call(run)] if paused else [])
+    assert run.cancelled.set.called == paused
+
+
+def test_what_is_leased_ahead_of_a_job_that_is_cancelled_is_called_off(worker: Any) -> None:
+    run, ahead, pipeline = Mock(), Mock(), Mock()
+    run.job.state = JobState.PROCESSING
+    pipeline.run.return_value = Ended.CANCELLED
+    worker._lookout.holds.side_effect = lambda job_id: [ahead] if job_id == run.job.id else []
+    worker._run_one(pipeline, run)
+    ahead.cancelled.set.assert_called_once_with()
+
+
+def test_what_a_look_ahead_has_found_is_kept_until_it_begins(worker: Any) -> None:
+    run = Mock()
+    worker._upkeep, worker._keeper = Mock(), Mock()
+    worker._chooser.take.return_value = [run]
+    assert worker._look_ahead() == [run]
+    worker._chooser.take.assert_called_once_with(ahead=True)
+    worker._keeper.hold_next.assert_called_once_with(run)
+    worker._upkeep.prune.assert_not_called()
+
+
+def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings: Any, monkeypatch: Any) -> None:
+    stop, run = threading.Event(), Mock()
+    monkeypatch.setattr("engine.worker.Store", MagicMock())
+    monkeypatch.setattr("engine.worker.Reporter", Mock())
+    worker = _Worker(settings, WorkerIdentity("here", "boot", 0, 0, (), 0), Mock(), stop)
+    monkeypatch.setattr(worker, "_boot", lambda: True)
+    monkeypatch.setattr(worker, "_look", lambda ahead: [run] if ahead else [])
+    ran = []
+
+    def turn(pipeline: Pipeline) -> None:
+        pipeline._near_end()  # as it does when a range comes to its end
+        monkeypatch.setattr(pipeline, "run", lambda run: (ran.append(run), Ended.STOPPED)[1])
+        stop.set()
+
+    monkeypatch.setattr(worker, "_turn", turn)
+    assert worker.loop() == 0
+    assert ran == [run]
