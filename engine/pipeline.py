@@ -1,30 +1,31 @@
-"""A lease from its start to its end: ranged reads, lines, batches, bulk writes, confirmation.
+"""A lease from its start to its end: batches, bulk writes, confirmation.
 
 Knows nothing of processes. The calling thread reads and splits; a few writer threads decode and write one batch each,
 so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease all the while.
 """
 
-import random
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from enum import Enum, auto
-from typing import Final, TypeVar
+from typing import Final
 
 from engine.batches import Batch, Batcher
 from engine.decode import decode
 from engine.dryrun import DryRun
 from engine.errors import HeadraceError, LeaseLost, Severed, Transient
-from engine.keeper import STIR_SECONDS, Keeper
+from engine.keeper import Keeper
 from engine.ledger import Ledger
 from engine.lines import Splitter
 from engine.logs import expected, get_logger
 from engine.model import Tally
 from engine.objects import Objects
 from engine.queue import Queue
+from engine.reading import Reading
 from engine.rejects import Rejects
+from engine.retries import TRIES, back_off, insist
 from engine.run import Run
 from engine.settings import Settings
 from engine.sink import Sink
@@ -36,17 +37,6 @@ from engine.window import MOST_TIMES, Window
 __all__ = ["Ended", "Pipeline"]
 
 log = get_logger()
-
-T = TypeVar("T")
-
-TRIES: Final = 6
-"""How often a read or write is tried, without progress between, before its range goes back."""
-
-BACKOFF_SECONDS: Final = 0.1
-"""The first wait between tries; each further one is twice as long, give or take a half."""
-
-BEYOND_BYTES: Final = 64 * 1024
-"""How far past the end of its range the first read goes, so that the last line mostly needs no second."""
 
 AHEAD_SECONDS: Final = 0.2
 """So long before the end of a range, at the least, the next one is looked for: no longer, since others may be idle."""
@@ -89,7 +79,7 @@ class Pipeline:
     ) -> None:
         self._settings = settings
         self._store = store
-        self._objects = objects
+        self._reading = Reading(objects, stats, settings.engine_read_bytes)
         self._ledger = ledger
         self._rejects = rejects
         self._stats = stats
@@ -127,7 +117,7 @@ class Pipeline:
             self.keeper.drop()
         if ended is Ended.DONE:
             reach(Step.CLOSE)
-            _insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
+            insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
             reach(Step.CLOSED)
         else:
             self._hand_back(run)
@@ -137,7 +127,7 @@ class Pipeline:
         if run.told_to_end():
             return _ended_early(run)
         if run.ahead:
-            _insist(run, lambda: self._ledger.begin(run.lease))
+            insist(run, lambda: self._ledger.begin(run.lease))
         if run.lease.resumed:
             self._rejects.forget(run.lease)
         return self._work_in_turn(run) if run.cautious else self._work(run)
@@ -156,7 +146,7 @@ class Pipeline:
         closed = True
         if done:
             reach(Step.CLOSE)
-            closed = _insist(done[0], lambda: self._ledger.close_all([(run.lease, run.mark()[1]) for run in done]))
+            closed = insist(done[0], lambda: self._ledger.close_all([(run.lease, run.mark()[1]) for run in done]))
             reach(Step.CLOSED)
         results: list[tuple[Run, Ended | HeadraceError]] = []
         for run, outcome in outcomes:
@@ -175,9 +165,9 @@ class Pipeline:
             return
         if isinstance(error, Transient):
             failure, spend = error.failure(), error.spends
-            _insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure, spend=spend))
+            insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure, spend=spend))
         else:
-            _insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
+            insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
 
     def _work_alone(self, run: Run) -> Ended | HeadraceError:
         """Work on the lease of a small object in this thread."""
@@ -204,7 +194,7 @@ class Pipeline:
         most = batcher.max_lines
         if run.cautious:
             batcher.max_lines = min(CAUTIOUS_LINES, most)
-        with closing(self._batches(run, splitter, batcher)) as batches:
+        with closing(self._reading.batches(run, splitter, batcher)) as batches:
             for batch in batches:
                 if run.stop.is_set() or run.cancelled.is_set():
                     return _ended_early(run)
@@ -223,7 +213,7 @@ class Pipeline:
         exhausted = looked = False
         started = time.monotonic()
         try:
-            with closing(self._batches(run, splitter, batcher)) as batches:
+            with closing(self._reading.batches(run, splitter, batcher)) as batches:
                 for batch in batches:
                     if run.stop.is_set() or run.cancelled.is_set():
                         break
@@ -266,58 +256,6 @@ class Pipeline:
         """How long before the end of a range the next one is looked for."""
         return max(AHEAD_SECONDS, AHEAD_ROUND_TRIPS * self._store.round_trip())
 
-    def _batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:
-        for chunk in self._chunks(run, splitter):
-            began = time.perf_counter()
-            blocks = splitter.feed(chunk)
-            self._stats.add(seconds_split=time.perf_counter() - began)
-            for block in blocks:
-                yield from batcher.add(block)
-        if splitter.position >= run.job.source.size:
-            for block in splitter.finish():
-                yield from batcher.add(block)
-        elif not splitter.done:
-            return  # told to stop: what is carried may be half a line
-        yield from batcher.flush()
-
-    def _chunks(self, run: Run, splitter: Splitter) -> Generator[bytes, None, None]:
-        """The bytes of the object from where the splitter starts until it has enough, or the object ends."""
-        source, end = run.job.source, run.lease.range.end
-        at = splitter.read_from
-        stop = min(source.size, end + BEYOND_BYTES)
-        tries = 0
-        if at == 0 and run.head:
-            at = len(run.head)
-            yield run.head
-        while not splitter.done and at < source.size:
-            if at >= stop:
-                # The last line goes on: ever larger reads, so that a line of gigabytes costs few requests.
-                stop = min(source.size, at + max(2 * (stop - end), BEYOND_BYTES))
-            try:
-                run.move()
-                began = time.perf_counter()
-                with self._objects.open(source, at, stop) as reader:
-                    self._stats.add(seconds_read=time.perf_counter() - began)
-                    while not splitter.done and not run.told_to_end():
-                        began = time.perf_counter()
-                        chunk = reader.read(self._settings.engine_read_bytes, run.move)
-                        self._stats.add(seconds_read=time.perf_counter() - began)
-                        if not chunk:
-                            break
-                        at += len(chunk)
-                        tries = 0
-                        run.move()
-                        reach(Step.READ)
-                        yield chunk
-            except Transient:
-                tries += 1
-                self._stats.add(retries=1)
-                if tries >= TRIES:
-                    raise
-                self._stats.add(seconds_backoff=_back_off(run, tries))
-            if run.told_to_end():
-                return
-
     def _write(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
         """One batch, in a writer thread: decode, write, write its rejects, confirm."""
         job, plan = run.job, run.job.plan
@@ -344,7 +282,7 @@ class Pipeline:
                     raise
                 if isinstance(error, Severed):
                     at_a_time = max(1, (at_a_time or batch.count) // 4)
-                backed_off += _back_off(run, tries)
+                backed_off += back_off(run, tries)
         close(tally)
         run.move()
         waited = self._store.waited() - waited
@@ -383,24 +321,3 @@ def _make_room(flying: _Flying, most: int, room: int = 0) -> None:
 def _ended_early(run: Run) -> Ended:
     """Why the work on a run ended before its range did."""
     return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED
-
-
-def _insist(run: Run, speak: Callable[[], T]) -> T:
-    """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out."""
-    for tries in range(1, TRIES):
-        try:
-            return speak()
-        except Transient:
-            _back_off(run, tries)
-    return speak()
-
-
-def _back_off(run: Run, tries: int) -> float:
-    """Wait before the next try, less when the worker is to stop; returns the seconds that it took."""
-    began = time.monotonic()
-    end = began + BACKOFF_SECONDS * 2**tries * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
-    while (left := end - time.monotonic()) > 0:
-        run.move()  # it does not hang
-        if run.stop.wait(min(left, STIR_SECONDS)):
-            break
-    return time.monotonic() - began

@@ -4,8 +4,6 @@ Documents of users live in the database that `MONGO_URI` names; jobs, ranges and
 so that no line of a file can become a job. Build a Store after the fork, never before: a client does not survive one.
 """
 
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, cast
@@ -29,21 +27,12 @@ from pymongo.errors import (
     WriteConcernError,
     WTimeoutError,
 )
-from pymongo.monitoring import (
-    CommandFailedEvent,
-    CommandListener,
-    CommandStartedEvent,
-    CommandSucceededEvent,
-    ConnectionCheckedOutEvent,
-    ConnectionCheckOutFailedEvent,
-    ConnectionCheckOutStartedEvent,
-    ConnectionPoolListener,
-)
 from pymongo.read_concern import ReadConcern
 
 from engine.errors import AccessDenied, HeadraceError, NotFound, Permanent, Refused, StartError, Transient
 from engine.schema import prepare
 from engine.settings import Settings
+from engine.waits import Waits
 
 __all__ = [
     "DUPLICATE_KEY",
@@ -94,92 +83,6 @@ _ATLAS: Final = 8000
 _DENIED_CODES: Final = frozenset({13, 18, 33})
 
 
-OF_LATE_SECONDS: Final = 30.0
-"""How long the shortest answer counts, and as long again: the way to a server may become a longer one."""
-
-
-class _Waited(threading.local):
-    """Of one thread: how many seconds it has waited, since when it waits for an answer, and for a connection (None: not)."""
-
-    seconds: float = 0.0
-    answer: float = 0.0
-    connection: float | None = None
-
-
-class _Shortest:
-    """The shortest of what took so long of late: between one and two times `OF_LATE_SECONDS`."""
-
-    def __init__(self) -> None:
-        self._seconds = self._before = float("inf")
-        self._until = 0.0
-
-    def add(self, seconds: float, now: float) -> None:
-        if now >= self._until:
-            self._before, self._seconds, self._until = self._seconds, seconds, now + OF_LATE_SECONDS
-        elif seconds < self._seconds:
-            self._seconds = seconds
-
-    def seconds(self) -> float:
-        """0 where there was none."""
-        shortest = min(self._seconds, self._before)
-        return shortest if shortest < float("inf") else 0.0
-
-
-class _Moves(CommandListener, ConnectionPoolListener):
-    """Counts every command as a sign of life: a worker that waits for a slow database does not hang.
-
-    And sums up, for each thread, the seconds that it waited: for answers, since a command is encoded before it is `started`, and
-    sent after that; and before that for a connection, which holds the handshake of a new one.
-    """
-
-    def __init__(self, moved: Callable[[], None]) -> None:
-        self._moved = moved
-        self._of_thread = _Waited()
-        self.answers = _Shortest()
-
-    @property
-    def waited(self) -> float:
-        return self._of_thread.seconds
-
-    def started(self, event: CommandStartedEvent) -> None:
-        self._moved()
-        self._of_thread.answer = time.perf_counter()
-
-    def succeeded(self, event: CommandSucceededEvent) -> None:
-        self.answers.add(event.duration_micros / 1e6, time.monotonic())
-        self._ended()
-
-    def failed(self, event: CommandFailedEvent) -> None:
-        self._ended()
-
-    def _ended(self) -> None:
-        mine = self._of_thread
-        if mine.connection is None:  # else it belongs to the handshake, which is counted as a whole
-            mine.seconds += time.perf_counter() - mine.answer
-        self._moved()
-
-    def connection_check_out_started(self, event: ConnectionCheckOutStartedEvent) -> None:
-        self._of_thread.connection = time.perf_counter()
-
-    def connection_checked_out(self, event: ConnectionCheckedOutEvent) -> None:
-        self._connected()
-
-    def connection_check_out_failed(self, event: ConnectionCheckOutFailedEvent) -> None:
-        self._connected()
-
-    def _connected(self) -> None:
-        mine = self._of_thread
-        if mine.connection is not None:
-            mine.seconds += time.perf_counter() - mine.connection
-            mine.connection = None
-
-    def _pass(self, event: object) -> None:
-        """What becomes of pools and of connections that no thread waits for is nobody's wait."""
-
-    pool_created = pool_ready = pool_cleared = pool_closed = _pass
-    connection_created = connection_ready = connection_closed = connection_checked_in = _pass
-
-
 class Store:
     """A client and the collections of Headrace.
 
@@ -192,7 +95,7 @@ class Store:
     def __init__(self, settings: Settings, pool: int = 16, moved: Callable[[], None] | None = None) -> None:
         if settings.mongo_uri is None:
             raise StartError("MONGO_URI is not set: name the MongoDB that keeps the queue and takes the documents")
-        self._moves = _Moves(moved or (lambda: None))
+        self._waits = Waits(moved or (lambda: None))
         concern = WriteConcern(w="majority", wtimeout=int(settings.write_timeout_seconds * 1000))
         try:
             self.client: MongoClient[Document] = MongoClient(
@@ -205,7 +108,7 @@ class Store:
                 # A server that says that it stops or steps down is asked again at once; a stream would leave it out for ten
                 # seconds, until its next word.
                 serverMonitoringMode="poll",
-                event_listeners=[self._moves] if moved is not None else [],
+                event_listeners=[self._waits] if moved is not None else [],
                 socketTimeoutMS=int(settings.socket_timeout_seconds * 1000),
                 retryWrites=True,
                 w="majority",
@@ -273,12 +176,12 @@ class Store:
 
     def waited(self) -> float:
         """Seconds that this thread has waited for connections and answers so far; counted where `moved` was given."""
-        return self._moves.waited
+        return self._waits.waited
 
     def round_trip(self) -> float:
         """Seconds that the way to MongoDB and back takes: the shortest answer of late, however busy the server is. 0 where it is
         not known; counted where `moved` was given."""
-        return self._moves.answers.seconds()
+        return self._waits.answers.seconds()
 
     def close(self) -> None:
         """Close the client's connections."""

@@ -4,8 +4,6 @@ Clients are built here, after the fork. One worker works on one lease at a time,
 comes to the end of one, it takes the next.
 """
 
-import ctypes
-import gc
 import os
 import random
 import signal
@@ -27,6 +25,7 @@ from engine.keeper import KEEPER
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
 from engine.lookout import Lookout
+from engine.memory import Garbage, settle
 from engine.model import TERMINAL, Job, JobState, Stop
 from engine.objects import Objects, warn_if_away
 from engine.pipeline import Ended, Pipeline
@@ -53,18 +52,6 @@ EXIT_AGAIN: Final = 5
 
 EXIT_NOW: Final = 4
 """Told to exit at once: what it held is freed by its successor, or when its lease runs out."""
-
-COLLECT_SECONDS: Final = 10.0
-"""How often, at most, between two ranges, garbage that holds cycles is looked for."""
-
-M_TRIM_THRESHOLD: Final = -1
-M_MMAP_THRESHOLD: Final = -3
-
-KEPT_BLOCK_BYTES: Final = 8 * 1024 * 1024
-"""A larger block of memory goes back to the kernel when it is freed: it holds a line of megabytes, of which there are few."""
-
-KEPT_BYTES: Final = 32 * 1024 * 1024
-"""Free memory above this, at the end of what has been used, goes back to the kernel."""
 
 LAST_SECONDS: Final = 3.0
 """How long a worker that stops tries to tell the database what it still has to: a service manager may not wait for long."""
@@ -118,11 +105,7 @@ def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> 
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGQUIT, handle)
-    # Documents die young and hold no cycles: counting their births to look for cycles is all cost. It is done between
-    # ranges, and what is there at the start (the libraries) is left out of it.
-    gc.disable()
-    gc.freeze()
-    _keep_memory()
+    settle()
     setproctitle(f"headrace: worker {identity.slot} starting")
     try:
         return _Worker(settings, identity, heartbeat, stop).loop()
@@ -135,18 +118,6 @@ def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> 
         return EXIT_AGAIN
 
 
-def _keep_memory() -> None:
-    """Let the allocator keep what a batch gave back for the next one, up to a bound.
-
-    By default it returns every large block to the kernel at once, and each page of the next one is faulted in and cleared
-    anew: with records of 20 KiB that takes more time than parsing them.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; others do without
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
 class _Worker:
     def __init__(
         self, settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat, stop: threading.Event
@@ -155,6 +126,7 @@ class _Worker:
         self._identity = identity
         self._heartbeat = heartbeat
         self._stop = stop
+        self._garbage = Garbage()
         self._store = Store(settings, MOST_TIMES * settings.engine_writers + 5, self._moved)
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
@@ -182,13 +154,11 @@ class _Worker:
             stop,
             self._heartbeat.touch,
         )
-        self._collect_at = 0.0
         self._wakeups = Wakeups(self._store, stop)
         self._lookout = Lookout(self._look_ahead)
         self._doing: dict[str, Any] = {}
         self._last_error = ""
         self._errors = 0
-        self._collected = 0
 
     def _moved(self) -> None:
         # The commands of these two say nothing of the work.
@@ -231,10 +201,9 @@ class _Worker:
                 self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
         try:
             with expected("giving back what was leased ahead"):
-                found = self._lookout.take()
-                with pymongo.timeout(LAST_SECONDS):
-                    for run in found:
-                        self._run_one(pipeline, run)  # it is told to stop
+                if (ahead := self._lookout.take()) is not None:
+                    with pymongo.timeout(LAST_SECONDS):
+                        self._run_one(pipeline, ahead)  # it is told to stop
         except HeadraceError:
             self._chooser.doubt()
         self._lookout.close()
@@ -252,10 +221,13 @@ class _Worker:
 
     def _turn(self, pipeline: Pipeline) -> None:
         """See to what is due; then work on what there is to do, or wait for it."""
-        self._collect()
+        self._garbage.collect(self._errors + self._chooser.tried)
         self._upkeep.prune()
+        ahead = self._found_ahead(pipeline)
+        if ahead is None:
+            self._upkeep.keep_time()
         waited = self._store.waited()
-        found = self._found_ahead(pipeline) or self._look(ahead=False)
+        found = self._chooser.take() if ahead is None else [ahead]
         if not found:
             self._wait()
         else:
@@ -264,31 +236,27 @@ class _Worker:
             if not found[0].cautious:
                 self._stats.add(seconds_queue=self._store.waited() - waited)
 
-    def _look(self, *, ahead: bool) -> list[Run]:
-        """See to what is due by the clock, and look for something to do."""
+    def _look_ahead(self) -> Run | None:
+        """See to what is due by the clock, and look for something to do, while this worker comes to the end of a range."""
         self._upkeep.keep_time()
-        return self._chooser.take(ahead=ahead)
-
-    def _look_ahead(self) -> list[Run]:
-        """The same, while this worker comes to the end of a range."""
-        found = self._look(ahead=True)
-        for run in found:
+        for run in self._chooser.take(ahead=True):
             self._keeper.hold_next(run)
-        return found
+            return run
+        return None
 
-    def _found_ahead(self, pipeline: Pipeline) -> list[Run]:
+    def _found_ahead(self, pipeline: Pipeline) -> Run | None:
         """What was leased ahead, if anything, and is to begin: the queue may be paused by now."""
         began = time.perf_counter()
-        found = self._lookout.take()
-        self._stats.add(seconds_queue=time.perf_counter() - began)  # for what the other thread waits for
-        if found:
-            self._chooser.settle_doubt(found)
-            if self._queue.paused():
-                for run in found:
-                    run.cancelled.set()
-                    self._run_one(pipeline, run)
-                return []
-        return found
+        run, paused = self._lookout.take(), False
+        if run is not None:
+            self._chooser.settle_doubt([run])
+            paused = self._queue.paused()
+        self._stats.add(seconds_queue=time.perf_counter() - began)  # what the other thread waits for, too
+        if run is None or not paused:
+            return run
+        run.cancelled.set()
+        self._run_one(pipeline, run)
+        return None
 
     def _boot(self) -> bool:
         """Reach MongoDB and free what the predecessors held; False when told to stop before that."""
@@ -326,13 +294,6 @@ class _Worker:
         if str(error) != self._last_error:
             self._last_error = str(error)
             log.warning(str(error), action="wait", worker=self._identity.name)
-
-    def _collect(self) -> None:
-        # An idle worker has left no cycles, and does not look for them.
-        done = self._errors + self._chooser.tried
-        if done != self._collected and time.monotonic() >= self._collect_at:
-            self._collect_at, self._collected = time.monotonic() + COLLECT_SECONDS, done
-            gc.collect()
 
     def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
         """Work on leases to their end, and bring their jobs to an end where that was the last of them."""
@@ -397,14 +358,14 @@ class _Worker:
 
     def _call_off(self, job: Job) -> None:
         """What was leased ahead of a job that is being stopped is given back as soon as its turn comes."""
-        for run in self._lookout.holds(job.id):
+        if (run := self._lookout.holds(job.id)) is not None:
             run.cancelled.set()
 
     def _settle(self, job: Job) -> None:
         """Bring a job to its end where this was the last of its ranges, which may have been given up, or be DONE and the answer
         lost: under a stream of jobs of a higher priority nobody would look at it for long."""
         # Where this worker has more to do on it, it is not at its end.
-        if not self._lookout.holds(job.id) and not self._ledger.busy(job.id):
+        if self._lookout.holds(job.id) is None and not self._ledger.busy(job.id):
             self._ended(self._queue.settle(job.id))
 
     def _ended(self, job: Job) -> None:

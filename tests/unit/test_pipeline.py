@@ -1,7 +1,6 @@
 """What one lease does between its reads."""
 
 import threading
-from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 from engine.batches import Batch
 from engine.errors import LeaseLost, Transient
-from engine.lines import Splitter
 from engine.model import ByteRange, Lease, Tally
 from engine.pipeline import Ended, Pipeline
 from engine.run import Run
@@ -17,56 +15,9 @@ from engine.settings import Settings
 from engine.stats import Stats
 
 
-def test_what_was_read_ahead_may_reach_beyond_all_of_a_range(monkeypatch):
-    size, head = 10 * 2**20, b" " * 4 * 2**20
-    lease = Lease("0" * 24, ByteRange(0, 0, 2**20), "token", 1, 0, Tally(), 0, 0, False)
-    job = SimpleNamespace(source=SimpleNamespace(size=size))
-    run = Run(job, lease, threading.Event(), lambda: None, head)
-    asked = []
-
-    def answer(source, start, stop):
-        asked.append((start, stop))
-        reader = MagicMock()
-        reader.__enter__.return_value = reader
-        reader.read.side_effect = [b" " * (stop - start), b""]
-        return reader
-
-    pipeline = Pipeline(Settings(), Mock(), Mock(open=answer), *[Mock()] * 3, Mock(), lambda: 0.0)
-    chunks = []
-    splitter = Splitter(0, 2**20, 2**30)
-    for chunk in pipeline._chunks(run, splitter):
-        splitter.feed(chunk)
-        chunks.append(chunk)
-    pipeline.close()
-    assert sum(map(len, chunks)) == size
-    assert asked[0][0] == len(head)
-    assert all(start < stop <= size for start, stop in asked)
-
-
-@pytest.mark.parametrize("flag", ["stop", "cancelled", "lost"])
-def test_a_line_without_an_end_is_read_no_further_when_the_work_is_to_end(flag):
-    lease = Lease("0" * 24, ByteRange(0, 0, 2**40), "token", 1, 0, Tally(), 0, 0, False)
-    run = Run(SimpleNamespace(source=SimpleNamespace(size=2**40)), lease, threading.Event(), lambda: None)
-    reads = []
-    reader = MagicMock()
-    reader.__enter__.return_value = reader
-
-    def read(size, moved):
-        reads.append(size)
-        if len(reads) == 3:
-            getattr(run, flag).set()
-        return b"x" * 1000
-
-    reader.read = read
-    pipeline = Pipeline(Settings(), Mock(), Mock(open=lambda *where: reader), *[Mock()] * 3, Mock(), lambda: 0.0)
-    chunks = list(pipeline._chunks(run, Splitter(0, 2**40, 2**20)))
-    pipeline.close()
-    assert len(chunks) == len(reads) == 3
-
-
 def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
     pauses = iter((1.5, 2.5))
-    monkeypatch.setattr("engine.pipeline._back_off", lambda run, tries: next(pauses))
+    monkeypatch.setattr("engine.pipeline.back_off", lambda run, tries: next(pauses))
     clock = iter((0.0, 4.5))
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
@@ -96,7 +47,7 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
     monkeypatch.setattr("engine.pipeline.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
     monkeypatch.setattr(pipeline, "_ahead_seconds", lambda: 0.2)
-    monkeypatch.setattr(pipeline, "_batches", lambda *what: (one for one in [batch]))
+    monkeypatch.setattr(pipeline._reading, "batches", lambda *what: (one for one in [batch]))
     monkeypatch.setattr(pipeline, "_write", lambda *what: written.set())
     assert pipeline._work(run) is Ended.DONE
     pipeline.close()
@@ -129,7 +80,7 @@ def worked(monkeypatch, seconds_each, round_trip, batches=100, at_once=1):
             read.append(n)
             yield Batch(n * 10, n * 10 + 10, n, b"{}\n", np.array([2]))
 
-    monkeypatch.setattr(pipeline, "_batches", batches_of)
+    monkeypatch.setattr(pipeline._reading, "batches", batches_of)
     assert pipeline._work(run) is Ended.DONE
     pipeline.close()
     return looks
@@ -208,7 +159,7 @@ def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkey
 
     monkeypatch.setattr(pipeline, "_write", write)
     monkeypatch.setattr(
-        pipeline, "_batches", lambda *what: (Batch(n, n + 1, n, b"{}\n", np.array([2])) for n in range(20))
+        pipeline._reading, "batches", lambda *what: (Batch(n, n + 1, n, b"{}\n", np.array([2])) for n in range(20))
     )
     assert pipeline._work(run) is Ended.DONE
     pipeline.close()

@@ -2,7 +2,6 @@
 
 import pytest
 
-from engine.store import OF_LATE_SECONDS, _Shortest
 from engine.window import MOST_TIMES, Window
 
 
@@ -33,16 +32,3 @@ def test_it_follows_what_becomes_slow_and_quick_again():
             window.fit(waited, 0.020)
         sizes.append(window.size)
     assert sizes == [8, 4, 8]
-
-
-def test_the_shortest_answer_counts_for_a_while():
-    shortest = _Shortest()
-    assert shortest.seconds() == 0
-    shortest.add(0.3, 0.0)
-    shortest.add(0.1, 1.0)
-    shortest.add(0.2, 2.0)
-    assert shortest.seconds() == 0.1
-    shortest.add(0.5, OF_LATE_SECONDS)
-    assert shortest.seconds() == 0.1
-    shortest.add(0.4, 2 * OF_LATE_SECONDS)
-    assert shortest.seconds() == 0.4

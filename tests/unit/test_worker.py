@@ -7,6 +7,7 @@ from unittest.mock import MagicMock, Mock, call
 import pytest
 
 from engine.errors import LeaseLost, Permanent, Transient
+from engine.lookout import Lookout
 from engine.model import JobState
 from engine.pipeline import Ended, Pipeline
 from engine.worker import WorkerIdentity, _Worker
@@ -17,7 +18,7 @@ def worker() -> Any:
     worker = _Worker.__new__(_Worker)
     for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity", "_lookout"):
         setattr(worker, name, Mock())
-    worker._lookout.holds.return_value = []
+    worker._lookout.holds.return_value = None
     worker._queue.settle.return_value = Mock(state=JobState.FAILED)
     return worker
 
@@ -36,7 +37,7 @@ def test_small_jobs_that_are_done_end_whatever_becomes_of_one_beside_them(worker
 
 def test_a_job_is_not_asked_about_while_the_worker_has_more_to_do_on_it(worker: Any) -> None:
     run = Mock()
-    worker._lookout.holds.side_effect = lambda job_id: [run] if job_id == run.job.id else []
+    worker._lookout.holds.side_effect = lambda job_id: run if job_id == run.job.id else None
     worker._settle(run.job)
     worker._ledger.busy.assert_not_called()
     worker._queue.settle.assert_not_called()
@@ -44,7 +45,7 @@ def test_a_job_is_not_asked_about_while_the_worker_has_more_to_do_on_it(worker: 
 
 def test_what_is_leased_ahead_of_a_job_that_is_stopped_is_called_off(worker: Any) -> None:
     run, ahead = Mock(), Mock()
-    worker._lookout.holds.side_effect = lambda job_id: [ahead] if job_id == run.job.id else []
+    worker._lookout.holds.side_effect = lambda job_id: ahead if job_id == run.job.id else None
     worker._failed(run, Permanent("no such key"))
     ahead.cancelled.set.assert_called_once_with()
 
@@ -62,9 +63,9 @@ def test_a_job_is_settled_where_no_range_of_it_is_left_to_wait_for(worker: Any, 
 def test_what_was_leased_ahead_begins_unless_the_queue_is_paused_by_now(worker: Any, paused: bool) -> None:
     run, pipeline = Mock(), Mock()
     pipeline.run.return_value = Ended.CANCELLED
-    worker._lookout.take.return_value = [run]
+    worker._lookout.take.return_value = run
     worker._queue.paused.return_value = paused
-    assert worker._found_ahead(pipeline) == ([] if paused else [run])
+    assert worker._found_ahead(pipeline) is (None if paused else run)
     worker._chooser.settle_doubt.assert_called_once_with([run])
     assert pipeline.run.call_args_list == ([call(run)] if paused else [])
     assert run.cancelled.set.called == paused
@@ -74,7 +75,7 @@ def test_what_is_leased_ahead_of_a_job_that_is_cancelled_is_called_off(worker: A
     run, ahead, pipeline = Mock(), Mock(), Mock()
     run.job.state = JobState.PROCESSING
     pipeline.run.return_value = Ended.CANCELLED
-    worker._lookout.holds.side_effect = lambda job_id: [ahead] if job_id == run.job.id else []
+    worker._lookout.holds.side_effect = lambda job_id: ahead if job_id == run.job.id else None
     worker._run_one(pipeline, run)
     ahead.cancelled.set.assert_called_once_with()
 
@@ -83,7 +84,7 @@ def test_what_a_look_ahead_has_found_is_kept_until_it_begins(worker: Any) -> Non
     run = Mock()
     worker._upkeep, worker._keeper = Mock(), Mock()
     worker._chooser.take.return_value = [run]
-    assert worker._look_ahead() == [run]
+    assert worker._look_ahead() is run
     worker._chooser.take.assert_called_once_with(ahead=True)
     worker._keeper.hold_next.assert_called_once_with(run)
     worker._upkeep.prune.assert_not_called()
@@ -95,7 +96,8 @@ def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings:
     monkeypatch.setattr("engine.worker.Reporter", Mock())
     worker = _Worker(settings, WorkerIdentity("here", "boot", 0, 0, (), 0), Mock(), stop)
     monkeypatch.setattr(worker, "_boot", lambda: True)
-    monkeypatch.setattr(worker, "_look", lambda ahead: [run] if ahead else [])
+    monkeypatch.setattr(worker, "_look_ahead", lambda: run)
+    worker._lookout = Lookout(worker._look_ahead)
     ran = []
 
     def turn(pipeline: Pipeline) -> None:
@@ -106,3 +108,24 @@ def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings:
     monkeypatch.setattr(worker, "_turn", turn)
     assert worker.loop() == 0
     assert ran == [run]
+
+
+def test_what_is_due_by_the_clock_is_no_wait_for_the_queue(worker: Any) -> None:
+    waited = [0.0]
+
+    def wait(seconds: float, result: object) -> Any:
+        def waits(*args: object, **named: object) -> object:
+            waited[0] += seconds
+            return result
+
+        return waits
+
+    run = Mock(cautious=False)
+    worker._upkeep, worker._garbage, worker._errors, worker._store = Mock(), Mock(), 0, Mock()
+    worker._lookout.take.return_value = None
+    worker._store.waited = lambda: waited[0]
+    worker._upkeep.keep_time = wait(5.0, None)
+    worker._chooser.take = wait(2.0, [run])
+    worker._run = wait(1.0, None)
+    worker._turn(Mock())
+    assert worker._stats.add.call_args_list[-1] == call(seconds_queue=3.0)

@@ -1,0 +1,107 @@
+"""How long the threads of this process wait for MongoDB, as the driver tells it."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from pymongo.monitoring import (
+    CommandFailedEvent,
+    CommandListener,
+    CommandStartedEvent,
+    CommandSucceededEvent,
+    ConnectionCheckedOutEvent,
+    ConnectionCheckOutFailedEvent,
+    ConnectionCheckOutStartedEvent,
+    ConnectionPoolListener,
+)
+
+__all__ = ["OF_LATE_SECONDS", "Shortest", "Waits"]
+
+OF_LATE_SECONDS: Final = 30.0
+"""How long the shortest answer counts, and as long again: the way to a server may become a longer one."""
+
+
+class _OfThread(threading.local):
+    """Of one thread: how many seconds it has waited, since when it waits for an answer, and for a connection (None: not)."""
+
+    seconds: float = 0.0
+    answer: float = 0.0
+    connection: float | None = None
+
+
+class Shortest:
+    """The shortest of what took so long of late: between one and two times `OF_LATE_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._seconds = self._before = float("inf")
+        self._until = 0.0
+
+    def add(self, seconds: float, now: float) -> None:
+        """It took so long; `now` are seconds of a clock that only goes forward."""
+        if now >= self._until:
+            self._before, self._seconds, self._until = self._seconds, seconds, now + OF_LATE_SECONDS
+        elif seconds < self._seconds:
+            self._seconds = seconds
+
+    def seconds(self) -> float:
+        """0 where there was none."""
+        shortest = min(self._seconds, self._before)
+        return shortest if shortest < float("inf") else 0.0
+
+
+class Waits(CommandListener, ConnectionPoolListener):
+    """Sums up, for each thread, the seconds that it waited: for answers, since a command is encoded before it is `started`, and
+    sent after that; and before that for a connection, which holds the handshake of a new one.
+
+    `moved` is called for every command and every answer, as a sign of life: a worker that waits for a slow database does not
+    hang. `answers` has the shortest answer of late, which is how long the way takes, however busy the server is.
+    """
+
+    def __init__(self, moved: Callable[[], None]) -> None:
+        self._moved = moved
+        self._of_thread = _OfThread()
+        self.answers = Shortest()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this thread has waited so far."""
+        return self._of_thread.seconds
+
+    def started(self, event: CommandStartedEvent) -> None:
+        self._moved()
+        self._of_thread.answer = time.perf_counter()
+
+    def succeeded(self, event: CommandSucceededEvent) -> None:
+        self.answers.add(event.duration_micros / 1e6, time.monotonic())
+        self._ended()
+
+    def failed(self, event: CommandFailedEvent) -> None:
+        self._ended()
+
+    def _ended(self) -> None:
+        mine = self._of_thread
+        if mine.connection is None:  # else it belongs to the handshake, which is counted as a whole
+            mine.seconds += time.perf_counter() - mine.answer
+        self._moved()
+
+    def connection_check_out_started(self, event: ConnectionCheckOutStartedEvent) -> None:
+        self._of_thread.connection = time.perf_counter()
+
+    def connection_checked_out(self, event: ConnectionCheckedOutEvent) -> None:
+        self._connected()
+
+    def connection_check_out_failed(self, event: ConnectionCheckOutFailedEvent) -> None:
+        self._connected()
+
+    def _connected(self) -> None:
+        mine = self._of_thread
+        if mine.connection is not None:
+            mine.seconds += time.perf_counter() - mine.connection
+            mine.connection = None
+
+    def _pass(self, event: object) -> None:
+        """What becomes of pools and of connections that no thread waits for is nobody's wait."""
+
+    pool_created = pool_ready = pool_cleared = pool_closed = _pass
+    connection_created = connection_ready = connection_closed = connection_checked_in = _pass

@@ -1,0 +1,34 @@
+"""When a worker looks for garbage that holds cycles."""
+
+import pytest
+
+from engine.memory import COLLECT_SECONDS, Garbage
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The clock's seconds, which a test sets, and the looks so far."""
+    clock, found = [100.0], []
+    monkeypatch.setattr("engine.memory.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("engine.memory.gc.collect", lambda: found.append(clock[0]))
+    return clock, found
+
+
+def test_garbage_is_looked_for_now_and_then(looks):
+    clock, found = looks
+    garbage = Garbage()
+    for done in range(1, 31):
+        garbage.collect(done)
+        clock[0] += COLLECT_SECONDS / 10
+    assert found == [100.0, 100.0 + COLLECT_SECONDS, 100.0 + 2 * COLLECT_SECONDS]
+
+
+def test_a_worker_that_has_done_nothing_since_the_last_look_looks_for_none(looks):
+    clock, found = looks
+    garbage = Garbage()
+    garbage.collect(0)
+    garbage.collect(1)
+    clock[0] += 10 * COLLECT_SECONDS
+    garbage.collect(1)
+    garbage.collect(2)
+    assert found == [100.0, 100.0 + 10 * COLLECT_SECONDS]
