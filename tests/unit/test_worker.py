@@ -125,7 +125,7 @@ def test_what_is_due_by_the_clock_is_no_wait_for_the_queue(worker: Any) -> None:
     worker._lookout.take.return_value = None
     worker._store.waited = lambda: waited[0]
     worker._upkeep.keep_time = wait(5.0, None)
-    worker._chooser.take = wait(2.0, [run])
+    worker._chooser.take, worker._chooser.tried = wait(2.0, [run]), 0
     worker._run = wait(1.0, None)
     worker._turn(Mock())
     assert worker._stats.add.call_args_list[-1] == call(seconds_queue=3.0)
