@@ -16,6 +16,7 @@ from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
 from engine.objects import Objects
 from engine.parts import MAX_PARTS
+from engine.replies import field, readable
 from engine.s3 import PART_TYPE, S3_ERRORS, code_of, s3_translated
 from engine.store import Document, Store, translated
 
@@ -39,6 +40,8 @@ UNFINISHED_HOURS: Final = 24
 SHOWN_SECONDS: Final = 1.0
 """How long `complete` looks for the object of an upload that S3 does not know, or whose parts are missing: SeaweedFS drops both
 a moment before it shows the object."""
+
+_PART_FIELDS: Final = ("PartNumber", "Size", "ETag", "LastModified")
 
 SWEEP_UPLOADS: Final = 1000
 
@@ -107,13 +110,14 @@ class DirectUploads:
             )
         with s3_translated(f"starting the upload of {key}"):
             made = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)
-        fields = {"key": key, "uploadId": made["UploadId"], "size": size, "partBytes": chosen}
+            upload = field(made, "UploadId", key)
+        fields = {"key": key, "uploadId": upload, "size": size, "partBytes": chosen}
         try:
             self._record(upload_id, fields)
         except BaseException:
             # Nobody would know of it, and no sweep find it.
             with suppress(*S3_ERRORS):
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=made["UploadId"])
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
             raise
         return self.get(upload_id)
 
@@ -150,16 +154,17 @@ class DirectUploads:
         upload = _upload(found)
         parts: dict[int, tuple[tuple[bool, datetime], Part]] = {}
         marker = 0
-        with s3_translated(f"listing the parts of {found['key']}"), _known(upload_id):
+        of = f"the parts of {found['key']}"
+        with readable(of), s3_translated(f"listing {of}"), _known(upload_id):
             while True:
                 page: Any = self._client.list_parts(
                     Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
                 )
                 for part in page.get("Parts", ()):
-                    number, size = part["PartNumber"], part["Size"]
-                    rank = (size == upload.size_of(number), part["LastModified"])
+                    number, size, etag, modified = (field(part, name, of) for name in _PART_FIELDS)
+                    rank = (size == upload.size_of(number), modified)
                     if number not in parts or rank >= parts[number][0]:
-                        parts[number] = (rank, Part(number, size, part["ETag"]))
+                        parts[number] = (rank, Part(number, size, etag))
                 following = int(page.get("NextPartNumberMarker") or 0)
                 if not page.get("IsTruncated") or following <= marker:
                     break

@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from engine.errors import Conflict, Transient
-from engine.jobs import readable
+from engine.errors import Transient
+from engine.jobs import known, readable
 from engine.model import Job, JobState, RangeState
 from engine.schema import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS
 from engine.store import Document, Store, job_key, jobs_of, parse_id, ranges_of, translated
@@ -181,8 +181,4 @@ class History:
         with translated("looking for jobs of a file"):
             query = {"source.key": key, "source.bucket": bucket, "open": True}
             found = self._jobs.find_one(query, hint=BY_FILE)
-        if found is None:
-            return None
-        if (job := readable(found)) is None:
-            raise Conflict(f"job {found['_id']}, which is open, is of a later version of Headrace: upgrade this one")
-        return job
+        return None if found is None else known(found)

@@ -5,6 +5,7 @@ from typing import Final
 
 from bson import Binary
 
+from engine.errors import Conflict
 from engine.model import (
     Event,
     Failure,
@@ -28,6 +29,7 @@ __all__ = [
     "from_now",
     "happened",
     "job_of",
+    "known",
     "new_job",
     "planned",
     "progress_document",
@@ -155,6 +157,15 @@ def readable(found: Document) -> Job | None:
         return job_of(found)
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def known(found: Document) -> Job:
+    """The job that a document of `jobs` holds. Raises Conflict: it is of a later version, as in `readable`."""
+    if (job := readable(found)) is None:
+        raise Conflict(
+            f"job {found['_id']} is of a later version of Headrace, which knows what it holds: upgrade this one"
+        )
+    return job
 
 
 def job_of(found: Document) -> Job:

@@ -6,8 +6,8 @@ range that was asked for.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from engine.errors import (
@@ -31,6 +30,7 @@ from engine.errors import (
 from engine.logs import get_logger
 from engine.model import Source
 from engine.parts import Parts, Recorded, Stream
+from engine.replies import LOOK, field, readable
 from engine.s3 import code_of, s3_translated, status_of, translate
 
 if TYPE_CHECKING:
@@ -56,12 +56,6 @@ SLICE_SECONDS: Final = 1.0
 
 _LISTING: Final = frozenset(("Name", "MaxKeys", "KeyCount", "IsTruncated", "Contents"))
 """Elements of a listing, of which even an empty one has some."""
-
-_HEADERS: Final = {"ContentLength": "Content-Length"}
-"""Headers that boto3 names otherwise."""
-
-_LOOK: Final = "check the S3 server, and that AWS_ENDPOINT_URL leads to it"
-"""What to do about an answer that S3 would not give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +156,7 @@ class Objects:
         Raises:
             NotFound, AccessDenied, WrongClock, Transient.
         """
-        with _readable(key), s3_translated(f"looking for {key}"):
+        with readable(key), s3_translated(f"looking for {key}"):
             try:
                 found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
@@ -173,7 +167,7 @@ class Objects:
                     raise NotFound(f"there is no object {key!r} in bucket {self.bucket}") from None
                 raise
         version = found.get("VersionId", "")
-        etag, size = _field(found, "ETag", key), _field(found, "ContentLength", key)
+        etag, size = field(found, "ETag", key), field(found, "ContentLength", key)
         return Source(self.bucket, key, etag, "" if version == "null" else version, size)
 
     def _tell_why(self, key: str) -> None:
@@ -193,7 +187,7 @@ class Objects:
             Transient, WrongClock: may be tried again.
         """
         version = {"VersionId": source.version} if source.version else {}
-        with _readable(source.key), s3_translated(f"reading {source.key}"):
+        with readable(source.key), s3_translated(f"reading {source.key}"):
             try:
                 answer = self._client.get_object(
                     Bucket=source.bucket,
@@ -221,7 +215,7 @@ class Objects:
         reader = RangeReader(answer, source.key, start, stop)
         content_range = answer.get("ContentRange", "")
         try:
-            etag, size = _field(answer, "ETag", source.key), _field(answer, "ContentLength", source.key)
+            etag, size = field(answer, "ETag", source.key), field(answer, "ContentLength", source.key)
         except Transient:
             reader.drop()
             raise
@@ -276,12 +270,12 @@ class Objects:
         """
         more: dict[str, Any] = {"ContinuationToken": after} if after else {}
         listing = f"the listing of bucket {self.bucket}"
-        with _readable(listing), s3_translated(f"listing bucket {self.bucket}"):
+        with readable(listing), s3_translated(f"listing bucket {self.bucket}"):
             page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=limit, **more)
         if not _LISTING.intersection(page):
-            raise Transient(f"S3's answer for {listing} is no listing: {_LOOK}")
+            raise Transient(f"S3's answer for {listing} is no listing: {LOOK}")
         found = [_listed(told, listing) for told in page.get("Contents", ())]
-        return found, _field(page, "NextContinuationToken", listing) if page.get("IsTruncated") else None
+        return found, field(page, "NextContinuationToken", listing) if page.get("IsTruncated") else None
 
     def delete(self, key: str) -> None:
         """Delete an object. Raises NotFound where there is none."""
@@ -301,9 +295,9 @@ class Objects:
 
     def time(self) -> datetime:
         """What time it is by the clock of S3, to the second."""
-        with _readable("its time"), s3_translated("reading the time of S3"):
+        with readable("its time"), s3_translated("reading the time of S3"):
             answer = self._head_bucket()
-            return parsedate_to_datetime(_field(answer["ResponseMetadata"]["HTTPHeaders"], "date", "its time"))
+            return parsedate_to_datetime(field(answer["ResponseMetadata"]["HTTPHeaders"], "date", "its time"))
 
     def _head_bucket(self) -> Any:
         try:
@@ -323,30 +317,10 @@ class Objects:
                     raise
 
 
-@contextmanager
-def _readable(of: str) -> Iterator[None]:
-    """Within it, an answer of S3 that the client cannot read comes out as Transient; `of` says what it is about."""
-    try:
-        yield
-    except (ValueError, ResponseParserError) as error:
-        why = str(error).partition("\n")[0].rstrip(":")  # what follows is the whole answer
-        raise Transient(f"S3's answer for {of} cannot be read ({why}): {_LOOK}") from error
-
-
-def _field(answer: Any, name: str, of: str) -> Any:
-    """What an answer has under `name`. Raises Transient where that is nothing, or a negative number."""
-    value, header = answer.get(name), _HEADERS.get(name, name)
-    if value is None or value == "":
-        raise Transient(f"S3's answer for {of} lacks {header}: {_LOOK}")
-    if isinstance(value, int) and value < 0:
-        raise Transient(f"S3's answer for {of} has {header} {value}: {_LOOK}")
-    return value
-
-
 def _listed(told: Any, listing: str) -> Listed:
-    key = _field(told, "Key", listing)
+    key = field(told, "Key", listing)
     of = f"{key} in {listing}"
-    return Listed(key, _field(told, "Size", of), _field(told, "ETag", of), _field(told, "LastModified", of))
+    return Listed(key, field(told, "Size", of), field(told, "ETag", of), field(told, "LastModified", of))
 
 
 def warn_if_away(objects: Objects) -> None:

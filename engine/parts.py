@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine.errors import HeadraceError
 from engine.model import Source
+from engine.replies import field
 from engine.s3 import PART_TYPE, S3_ERRORS, s3_translated
 
 if TYPE_CHECKING:
@@ -69,9 +70,8 @@ class Parts:
 
     def _in_parts(self, stream: Stream, key: str, before_complete: Callable[[], None], recorded: Recorded) -> None:
         with s3_translated(f"storing {key}"):
-            upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)[
-                "UploadId"
-            ]
+            made = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)
+            upload = field(made, "UploadId", key)
             try:
                 with recorded(key, upload):
                     parts = self._send(stream, key, upload)
@@ -105,7 +105,7 @@ class Parts:
                 sent = self._client.upload_part(
                     Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
                 )
-                return {"PartNumber": number, "ETag": sent["ETag"]}
+                return {"PartNumber": number, "ETag": field(sent, "ETag", f"part {number} of {key}")}
             except BaseException:
                 broken.set()
                 raise

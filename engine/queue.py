@@ -23,6 +23,7 @@ from engine.jobs import (
     from_now,
     happened,
     job_of,
+    known,
     new_job,
     progress_document,
     put_off,
@@ -123,7 +124,7 @@ class Queue:
         if found is None:
             return None
         check_ticket(found, ticket)
-        return job_of(found)
+        return known(found)
 
     def depth(self, most: int) -> int:
         """How many jobs are open; counted no further than `most`, which is not 0."""
@@ -147,12 +148,12 @@ class Queue:
             return self._store.switches.find_one({"_id": PAUSED}) is not None
 
     def get(self, job_id: str) -> Job:
-        """The job. Raises NotFound."""
+        """The job. Raises NotFound; Conflict where it is of a later version."""
         with translated("reading a job"):
             found = self._jobs.find_one({"_id": job_key(job_id)})
         if found is None:
             raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
-        return job_of(found)
+        return known(found)
 
     def open_ranges(self, job: Job) -> None:
         """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""

@@ -265,6 +265,9 @@ def test_a_job_of_a_later_version_hides_no_other_from_those_who_ask(store, queue
     queue.cancel(jobs[4].id)
     with pytest.raises(Conflict, match="a later version"):
         history.open_job_of(source.bucket, source.key)
+    for job in jobs[1:4]:
+        with pytest.raises(Conflict, match=f"{job.id} is of a later version"):
+            queue.get(job.id)
 
 
 def test_a_batch_whose_last_job_was_deleted_by_a_process_that_died_over_it_is_gone(

@@ -23,6 +23,7 @@ FLOORS = (
         "engine.schema",
         "engine.waits",
         "engine.memory",
+        "engine.replies",
     ),
     ("engine.batches",),
     ("engine.decode",),

@@ -1,15 +1,19 @@
 """What is told of answers that S3 would not give. No servers: each answer is what a test says."""
 
+import contextlib
 import io
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import urllib3
 from botocore.awsrequest import AWSResponse
 
+from engine.direct import DirectUploads
 from engine.errors import Transient
 from engine.model import Source
 from engine.objects import Objects
+from engine.parts import Parts
 from engine.s3 import connect
 from engine.settings import Settings
 
@@ -25,19 +29,21 @@ ENTRY = {"Key": "k", "Size": "4", "ETag": '"e"', "LastModified": "2026-11-29T17:
 
 @pytest.fixture
 def s3():
-    """Objects, and a function that sets what each call is answered with."""
+    """A client, the objects of a bucket, and a function that sets what each call is answered with, or those to such URLs."""
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
     client = connect(Settings.model_validate(keys | {"aws_endpoint_url": "http://127.0.0.1:1"}))
 
-    def answer(headers, body=b""):
+    def answer(headers, body=b"", where=""):
         def send(request, **_):
+            if where not in request.url:
+                return None
             sent = io.BytesIO(b"" if request.method == "HEAD" else body)
             raw = urllib3.HTTPResponse(sent, headers, 200, preload_content=False, request_method=request.method)
             return AWSResponse(request.url, 200, raw.headers, raw)
 
         client.meta.events.register_first("before-send.s3", send)
 
-    return SimpleNamespace(objects=Objects(client, "bucket"), answer=answer)
+    return SimpleNamespace(client=client, objects=Objects(client, "bucket"), answer=answer)
 
 
 def listing(*entries, **told):
@@ -111,3 +117,54 @@ def test_a_clock_that_cannot_be_read_is_told(s3, headers, told):
     s3.answer(headers)
     with pytest.raises(Transient, match=f"answer for its time {told}"):
         s3.objects.time()
+
+
+BEGUN = b"<R><UploadId>u</UploadId></R>"
+
+
+def send(s3):
+    """Two parts of an upload."""
+    parts = Parts(s3.client, "bucket", 1, 2, s3.objects.head)
+    parts.store(io.BytesIO(b"ab"), "some/key", lambda: None, lambda key, upload: contextlib.nullcontext())
+
+
+def direct(s3):
+    """Direct uploads, of which one is under way."""
+    store = MagicMock()
+    upload = {"_id": "n", "key": "some/key", "uploadId": "u", "size": 4, "partBytes": 5, "createdAt": None}
+    store.uploads.find_one.return_value = upload
+    return DirectUploads(store, s3.client, s3.objects, 5 * 2**20)
+
+
+@pytest.mark.parametrize(("body", "told"), [(b"<R/>", "answer for some/key lacks UploadId"), (b"<html>", r"\(500\)")])
+def test_an_upload_that_s3_does_not_name_has_not_begun(s3, body, told):
+    s3.answer({}, body)
+    with pytest.raises(Transient, match=f"{told}: check the S3 server"):
+        send(s3)
+    with pytest.raises(Transient, match=f"{told}: check the S3 server"):
+        direct(s3).begin("n", "some/key", None, None)
+
+
+def test_a_part_without_a_digest_is_told_by_its_number_and_the_upload_is_aborted(s3):
+    asked = []
+    s3.client.meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+    s3.answer({}, BEGUN)
+    s3.answer({}, b"", "partNumber=")
+    with pytest.raises(Transient, match="answer for part 1 of some/key lacks ETag: check"):
+        send(s3)
+    assert asked[-1] == "AbortMultipartUpload"
+
+
+@pytest.mark.parametrize("missing", ["PartNumber", "Size", "ETag", "LastModified"])
+def test_of_a_part_that_is_not_whole_it_is_told_what_it_lacks(s3, missing):
+    whole = {"PartNumber": "1", "Size": "4", "ETag": '"e"', "LastModified": "2026-11-29T17:17:59Z"}
+    fields = "".join(f"<{name}>{value}</{name}>" for name, value in whole.items() if name != missing)
+    s3.answer({}, f"<R><Part>{fields}</Part></R>".encode())
+    with pytest.raises(Transient, match=f"answer for the parts of some/key lacks {missing}: check"):
+        direct(s3).parts("n")
+
+
+def test_parts_whose_times_cannot_be_read_are_told(s3):
+    s3.answer({}, b"<R><Part><PartNumber>1</PartNumber><LastModified>yesterday or so</LastModified></Part></R>")
+    with pytest.raises(Transient, match="answer for the parts of some/key cannot be read .*yesterday or so"):
+        direct(s3).parts("n")
