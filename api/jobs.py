@@ -40,7 +40,7 @@ class Status:
             200: Answer("The job", JobStatus, headers=RESPONSE_HEADERS),
             304: Answer("It is as If-None-Match says", headers=RESPONSE_HEADERS),
         },
-        errors=(404, 429),
+        errors=(404, 409, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """200 with everything about the job; 304 where nothing has changed."""
@@ -65,7 +65,7 @@ class Detail:
             200: Answer("The job", JobDetail, headers=RESPONSE_HEADERS),
             304: Answer("It is as If-None-Match says", headers=RESPONSE_HEADERS),
         },
-        errors=(404, 429),
+        errors=(404, 409, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """200 with all that is known of the job."""
@@ -171,7 +171,7 @@ class RejectLines:
                 headers={"Content-Disposition": "With format=ndjson, the name of a file for them"},
             )
         },
-        errors=(404, 422, 429),
+        errors=(404, 409, 422, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """200 with `rejects` and `next`; with `format=ndjson`, the raw lines to mend and load again."""

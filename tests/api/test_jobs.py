@@ -7,6 +7,7 @@ from urllib.parse import quote
 import orjson
 import pytest
 
+from engine.store import job_key
 from tests.api.conftest import slow_inserts
 
 
@@ -206,6 +207,16 @@ def test_an_unknown_or_malformed_job_is_not_found(live, job):
     ):
         answer = live.http.request(method, path)
         assert (answer.status_code, answer.headers["Content-Type"]) == (404, "application/problem+json")
+
+
+def test_of_a_job_of_a_later_version_it_is_told_that_it_is_one(live, finish):
+    put(live, b"{}\n", "later.ndjson")
+    job = finish(process(live, "later.ndjson").json()["jobId"])["jobId"]
+    live.store.jobs.update_one({"_id": job_key(job)}, {"$set": {"options.format": "parquet"}})
+    for path in (f"/status/{job}", f"/jobs/{job}", f"/jobs/{job}/rejects"):
+        answer = live.http.get(path)
+        assert answer.status_code == 409
+        assert "later version" in answer.json()["detail"]
 
 
 def test_rejects_are_complete_paged_and_downloadable(live, finish):

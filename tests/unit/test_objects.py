@@ -166,5 +166,5 @@ def test_of_a_part_that_is_not_whole_it_is_told_what_it_lacks(s3, missing):
 
 def test_parts_whose_times_cannot_be_read_are_told(s3):
     s3.answer({}, b"<R><Part><PartNumber>1</PartNumber><LastModified>yesterday or so</LastModified></Part></R>")
-    with pytest.raises(Transient, match="answer for the parts of some/key cannot be read .*yesterday or so"):
+    with pytest.raises(Transient, match=r"answer for the parts of some/key cannot be read .*yesterday or so"):
         direct(s3).parts("n")
