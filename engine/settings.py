@@ -5,6 +5,7 @@ The environment wins over `.env`; an empty value counts as unset. No other modul
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -125,7 +126,9 @@ class Settings(BaseSettings):
     )
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
 
-    api_host: Annotated[str, AfterValidator(str.strip)] = _setting("127.0.0.1", "Address that the HTTP API listens on")
+    api_host: Annotated[
+        str, AfterValidator(str.strip), like(re.compile(r"\S+"), "write an address such as 127.0.0.1 or 0.0.0.0")
+    ] = _setting("127.0.0.1", "Address that the HTTP API listens on")
     api_threads: int = _setting(32, "Requests that the HTTP API handles at a time", "threads", ge=4, le=256)
     api_tokens: SecretStr | None = _setting(
         None, "Token entries that the HTTP API accepts, as `headrace token` prints them, separated by spaces or commas"

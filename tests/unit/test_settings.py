@@ -221,3 +221,10 @@ def test_a_database_of_mongodbs_own_takes_no_documents_and_no_jobs(name, monkeyp
 def test_spaces_around_a_host_are_no_part_of_it(monkeypatch):
     monkeypatch.setenv("API_HOST", " 127.0.0.1 ")
     assert load()[0].api_host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", [" ", "here and there"])
+def test_an_address_to_listen_on_has_no_spaces_and_is_one(monkeypatch, host):
+    monkeypatch.setenv("API_HOST", host)
+    with pytest.raises(SettingsError, match=r"API_HOST=.*write an address"):
+        load()
