@@ -340,7 +340,8 @@ def top(
     try:
         with Live(console=screen, auto_refresh=False) as live:
             while True:
-                live.update(workers_table(client.ask("GET", "/workers")["workers"]), refresh=True)
+                workers = client.ask("GET", "/workers")["workers"]
+                live.update(workers_table(workers) if workers else NO_WORKER, refresh=True)
                 time.sleep(TOP_SECONDS)
     except KeyboardInterrupt:
         pass

@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from api.commands import remote as module
@@ -26,6 +27,18 @@ def test_where_no_worker_is_alive_that_is_told(run, arguments):
     assert done.stderr == "headrace: no worker is alive: start `headrace engine`\n"
     told = run(*arguments, "--json")
     assert (told.exit_code, told.stdout, told.stderr) == (0, '{"workers":[]}\n', "")
+
+
+def test_who_watches_while_no_worker_is_alive_is_told_that(run, monkeypatch):
+    monkeypatch.setattr(module, "console", lambda: Console(force_terminal=True, width=100))
+
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    done = run("top")
+    assert done.exit_code == 0
+    assert "no worker is alive: start `headrace engine`" in done.stdout
 
 
 @pytest.mark.parametrize("seconds", ["-1", "1", "3601", "nan"])
