@@ -201,12 +201,12 @@ class Queue:
         lately = {
             "$divide": [{"$subtract": [summary.tally.lines, "$progress.tally.lines"]}, {"$max": [seconds, 0.001]}]
         }
-        known = {"$gt": ["$progress.at", None]}
+        summed = {"$gt": ["$progress.at", None]}
         blend = {"$avg": ["$progress.rate", {"$max": [lately, 0]}]}
         since_start = {"$divide": [{"$subtract": ["$$NOW", "$startedAt"]}, 1000]}
         first = {"$divide": [summary.tally.lines, {"$max": [since_start, 0.001]}]}
         progress = progress_document(summary.tally, job.plan.range_count, summary.done) | {
-            "rate": {"$cond": [known, blend, first]},
+            "rate": {"$cond": [summed, blend, first]},
             "at": "$$NOW",
         }
         # Whoever was elected since has a later sum.
