@@ -115,9 +115,10 @@ class Durations(Collector):
         req.context.began = time.perf_counter()
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
-        """Note how long it took; an unknown path is one route, whatever it is."""
+        """Note how long it took, unless it waited for a job; an unknown path is one route, whatever it is."""
         began = getattr(req.context, "began", None)
-        if began is None:
+        # How long a client chose to wait says nothing of the API.
+        if began is None or resp.get_header("Preference-Applied"):
             return
         self.count(req.method, req.uri_template or "unknown", resp.status_code, time.perf_counter() - began)
 

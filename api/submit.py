@@ -88,7 +88,7 @@ class Process:
         body=ProcessRequest,
         headers={"Idempotency-Key": KEY_HEADER},
         answers={202: Answer("The job was made", ProcessAnswer, headers={"Location": "Where its status is"})},
-        errors=(404, 422, 503),
+        errors=(404, 409, 422, 503),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, file_key: str) -> None:
         """202 with the job's id, whatever the size of the object."""

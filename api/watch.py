@@ -144,7 +144,7 @@ class Events:
             ),
             204: Answer("The job has ended, and Last-Event-ID is that of its `end` event: nothing more will come"),
         },
-        errors=(404, 429),
+        errors=(404, 409, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """200 with a stream; 204, upon which a browser asks no more, where its end has been told."""

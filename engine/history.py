@@ -164,8 +164,8 @@ class History:
             # The index alone is read, and no job.
             groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}], hint=BY_STATE)
             states = {group["_id"]: group["count"] for group in groups}
-            # A job that was not to begin before its time has waited since then only.
-            since = {"$max": ["$createdAt", "$options.runAt"]}
+            # One that was not to begin before its time has waited since then only, and one that is tried again since that.
+            since = {"$max": ["$createdAt", "$options.runAt", "$retriedAt"]}
             age = {"$divide": [{"$subtract": ["$$NOW", since]}, 1000]}
             due = {"state": JobState.PENDING, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
             # Those whose time has come, and that no worker has let in yet: there may be no worker.

@@ -350,7 +350,7 @@ class Queue:
         self._ledger.reopen(job_id)
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt")
-        changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1}
+        changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1, "retriedAt": "$$NOW"}
         # What was put off begins at once; what was not to begin before its time still is not.
         changes |= put_off("$options.runAt")
         if job.options.timeout_seconds is not None and job.plan is not None:

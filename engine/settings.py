@@ -91,7 +91,8 @@ class Settings(BaseSettings):
     )
     engine_range_bytes: Bytes = _setting(
         64 * MIB,
-        "Maximum size of one range of an object; larger where it would have over 100,000 of them",
+        "Maximum size of one range of an object; larger where it would have over 100,000 of them, and smaller where it would "
+        "have under 4 for each worker",
         "bytes",
         ge=64 * KIB,
     )

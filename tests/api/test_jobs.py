@@ -213,7 +213,7 @@ def test_of_a_job_of_a_later_version_it_is_told_that_it_is_one(live, finish):
     put(live, b"{}\n", "later.ndjson")
     job = finish(process(live, "later.ndjson").json()["jobId"])["jobId"]
     live.store.jobs.update_one({"_id": job_key(job)}, {"$set": {"options.format": "parquet"}})
-    for path in (f"/status/{job}", f"/jobs/{job}", f"/jobs/{job}/rejects"):
+    for path in (f"/status/{job}", f"/jobs/{job}", f"/jobs/{job}/rejects", f"/jobs/{job}/events"):
         answer = live.http.get(path)
         assert answer.status_code == 409
         assert "later version" in answer.json()["detail"]

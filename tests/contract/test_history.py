@@ -252,6 +252,16 @@ def test_the_rejects_of_an_old_job_go_slice_by_slice_and_one_worker_at_a_time(
         assert collection.count_documents({}) == count
 
 
+def test_a_job_that_is_tried_again_has_waited_since_then(store, queue, source):
+    job = queue.submit(source, JobOptions())
+    queue.cancel(job.id)
+    store.jobs.update_one({}, [{"$set": {"createdAt": {"$subtract": ["$$NOW", 3_600_000]}}}])
+    queue.retry(job.id)
+    assert History(store).backlog().oldest_seconds < 600
+    store.jobs.update_one({}, [{"$set": {"retriedAt": {"$subtract": ["$$NOW", 1_800_000]}}}])
+    assert 1800 <= History(store).backlog().oldest_seconds < 2400
+
+
 def test_a_job_of_a_later_version_hides_no_other_from_those_who_ask(store, queue, source):
     jobs = [queue.submit(source, JobOptions()) for _ in range(5)]
     strange = ({"state": "RESTING"}, {"options.format": "parquet"}, {"options.priority": "high"})

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import falcon
+import falcon.testing
 from pymongo.errors import AutoReconnect
 
 from api.metrics import BOUNDS, Durations
@@ -40,3 +42,21 @@ def test_a_database_that_is_away_is_asked_once_and_told_all_later():
     assert {key: row[f"row.{len(BOUNDS)}"] for key, row in sums.rows.items()} == {
         ("GET", "/x", str(status)): 2 if status == 200 else 1 for status in range(200, 210)
     }
+
+
+def test_what_waited_for_a_job_is_not_counted_as_slow():
+    sums = Sums()
+    durations = Durations(SimpleNamespace(requests=sums))
+    app = falcon.App(middleware=[durations])
+
+    class Waits:
+        def on_get(self, req, resp):
+            if req.params:
+                resp.set_header("Preference-Applied", "wait=20")
+
+    app.add_route("/status", Waits())
+    client = falcon.testing.TestClient(app)
+    for query in ("", "?wait", ""):
+        assert client.simulate_get(f"/status{query}").status_code == 200
+    durations.flush()
+    assert [row[f"row.{len(BOUNDS)}"] for row in sums.rows.values()] == [2]
