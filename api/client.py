@@ -154,11 +154,16 @@ class Client:
     def __init__(self, url: str, token: str | None = None) -> None:
         self.url = url.rstrip("/")
         try:
-            httpx.URL(self.url).host.encode("idna")  # as is done to connect, where it would end in a traceback
+            parsed = httpx.URL(self.url)
+            parsed.host.encode("idna")  # as is done to connect, where it would end in a traceback
         except (httpx.InvalidURL, UnicodeError):
             raise CommandError(
                 f"{self.url} is no valid address: check API_URL, or API_HOST where that is not set"
             ) from None
+        if token and parsed.userinfo:
+            raise CommandError(
+                "API_URL has a user, and there is API_TOKEN: only one of them can be sent: leave out the user, or the token"
+            )
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(30, read=READ_SECONDS, write=SLOW_SECONDS)
         self._http = httpx.Client(
@@ -324,6 +329,8 @@ class Client:
         except ValueError:
             body = {}
         detail = body.get("detail") if isinstance(body, dict) else None
+        if not isinstance(detail, str):  # it is not Headrace that answers
+            detail = None
         if answer.status_code == 401 and detail:
             detail += "; set API_TOKEN"
         if answer.has_redirect_location and not detail:

@@ -4,6 +4,7 @@ It keeps callers who may not upload from filling the spool, and refuses an uploa
 refused here, or by waitress itself, is answered as the application's problems are.
 """
 
+import re
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from api.auth import Guard, Head
 from api.limits import LEAVE, Slots
 from api.metrics import Durations
 from api.operations import MAX_BODY_BYTES, Scope, check_encoding, check_form
-from api.problems import Problem, problem_body, problem_headers, request_id_of
+from api.problems import Problem, logged_path, problem_body, problem_headers, request_id_of
 from engine.logs import get_logger
 from engine.settings import Settings
 
@@ -35,6 +36,11 @@ MAX_CHUNK_LINE_BYTES: Final = 1024
 
 MAX_TRAILER_BYTES: Final = 16 * 1024
 """What may follow the last chunk."""
+
+_REQUEST_LINE: Final = re.compile(rb"[^ ]+ [^ ]+(?: HTTP/[0-9]\.[0-9])?")
+
+# Or, at the beginning of a line, a header that goes on there, which a server may refuse (RFC 9112, 5.2).
+_BLANKS: Final = re.compile(rb"[ \t]{100}|^[ \t]", re.MULTILINE)
 
 log = get_logger()
 
@@ -66,6 +72,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     """As the server's, but for the size of a body."""
 
     def parse_header(self, header_plus: bytes) -> None:
+        _check_head(header_plus)
         try:
             super().parse_header(header_plus)
         except ValueError:
@@ -79,6 +86,9 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         if self.chunked and "CONTENT_LENGTH" in self.headers:
             # A proxy before this may go by the other of the two, and take what follows for a request of its own.
             raise ParsingError("it has both Content-Length and Transfer-Encoding")
+        if self.version != "1.1" and "TRANSFER_ENCODING" in self.headers:
+            # It would be passed over, and the body be taken for a request.
+            raise ParsingError("it has Transfer-Encoding, and is not HTTP/1.1")
         if self.proxy_netloc:
             self.headers["HOST"] = self.proxy_netloc  # which goes before the header
         if self.command != "POST" or self._route() != UPLOAD:
@@ -148,7 +158,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         self.error = self._refusal = _Refusal(problem, request_id)
         self.completed = True
         self.expect_continue = False  # or the client would be asked for the body after all
-        path = getattr(self, "path", "")
+        path = logged_path(getattr(self, "path", ""))
         log.info("refused", action="request", request=request_id, path=path, status=problem.status)
         # The application never sees it, which is where the others are counted.
         self.durations.count(getattr(self, "command", ""), self._route(), problem.status, 0.0)
@@ -163,6 +173,16 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         """Make room for another upload, where this was one."""
         if give_back := getattr(self, "_give_back", None):
             give_back()
+
+
+def _check_head(head: bytes) -> None:
+    """Raises ParsingError of what waitress would look at for seconds or minutes, in which nobody else is served: its patterns go
+    back over a request line with more than three words, and over a run of blanks, from each of their bytes on."""
+    line, _, headers = head.partition(b"\r\n")
+    if not _REQUEST_LINE.fullmatch(line.rstrip()):
+        raise ParsingError("its first line is not METHOD TARGET HTTP/1.1")
+    if _BLANKS.search(headers):
+        raise ParsingError("a header has over a hundred blanks in a row, or goes on in another line")
 
 
 class _Task(WSGITask):  # type: ignore[misc]

@@ -118,7 +118,7 @@ class Durations(Collector):
         """Note how long it took, unless it waited for a job; an unknown path is one route, whatever it is."""
         began = getattr(req.context, "began", None)
         # How long a client chose to wait says nothing of the API.
-        if began is None or resp.get_header("Preference-Applied"):
+        if began is None or getattr(req.context, "waited", False):
             return
         self.count(req.method, req.uri_template or "unknown", resp.status_code, time.perf_counter() - began)
 

@@ -21,6 +21,7 @@ __all__ = [
     "body_of",
     "check_encoding",
     "check_form",
+    "not_a_form",
     "operation",
     "operation_of",
     "query_of",
@@ -163,7 +164,12 @@ def check_encoding(encoding: str | None) -> None:
 def check_form(media_type: str | None) -> None:
     """Raises Problem where a body is no form, as its Content-Type says."""
     if (media_type or "").split(";", 1)[0].strip().lower() != "multipart/form-data":
-        raise Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
+        raise not_a_form()
+
+
+def not_a_form() -> Problem:
+    """What is told of a body that is no form, or not said to be one."""
+    return Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
 
 
 def _checked(model: type[Model], given: object, kind: str, *, strict: bool | None = None) -> Model:

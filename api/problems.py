@@ -27,6 +27,7 @@ __all__ = [
     "RequestIds",
     "install",
     "invalid",
+    "logged_path",
     "problem_body",
     "problem_headers",
     "request_id_of",
@@ -36,6 +37,7 @@ TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5
 MAX_FAULTS: Final = 20
 MAX_NAME_LENGTH: Final = 100
+MAX_LOGGED: Final = 1000
 METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 SECURITY_HEADERS: Final = {
@@ -87,7 +89,12 @@ class RequestIds:
         """Log what was answered; what was only looked at, and found, at debug."""
         quiet = resp.status_code < 400 and req.method in ("GET", "HEAD")
         record = log.debug if quiet or req.path in ("/healthz", "/readyz") else log.info
-        record("answered", action="request", method=req.method, path=req.path, status=resp.status_code)
+        record("answered", action="request", method=req.method, path=logged_path(req.path), status=resp.status_code)
+
+
+def logged_path(path: str) -> str:
+    """As much of a path as a line of the log shows: keys of objects have up to 1024 bytes."""
+    return path[:MAX_LOGGED]
 
 
 def install(app: "falcon.App[Any, Any]") -> None:

@@ -15,7 +15,7 @@ from ulid import ULID
 from api.answers import UploadAnswer
 from api.limits import LEAVE, gone_of
 from api.models import FileForm
-from api.operations import Answer, Scope, check_form, operation
+from api.operations import Answer, Scope, check_form, not_a_form, operation
 from api.problems import Problem
 from api.views import stored_file
 from engine.model import Source
@@ -101,7 +101,10 @@ class FormUploads:
         try:
             if not req.content_length:
                 raise Problem(400, "missing_file", MISSING)
-            form: MultipartForm = req.get_media()
+            try:
+                form: MultipartForm = req.get_media()
+            except falcon.HTTPUnsupportedMediaType:
+                raise not_a_form() from None  # with a parameter that says that it is unwanted
             stored = self._store(form, gone_of(req))
         except (MultipartParseError, falcon.HTTPBadRequest) as error:
             detail = error.description or "the form cannot be read"
@@ -179,5 +182,7 @@ def _check_is_file(part: BodyPart) -> None:
 def _finish(parts: Iterator[BodyPart]) -> None:
     """Read the form to its final boundary: one that was cut short in transit otherwise reads as whole."""
     for part in parts:
+        if not part.name:
+            raise Problem(400, "malformed_form", "the form has a part without a name: send one part, named `file`")
         _check_is_file(part)
         raise Problem(400, "two_files", "the form has two parts named `file`: send one file per form")

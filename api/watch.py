@@ -77,6 +77,7 @@ class Watch:
         seconds = _wait(req)
         if seconds and not ended and (not known or tag in known):
             self.slots.take()
+            req.context.waited = True
             gone = gone_of(req)
             try:
                 seen, end = "", time.monotonic() + seconds

@@ -26,8 +26,9 @@ FULL_SECONDS: Final = 0.2
 
 CONTEXT: Final = ("action", "job", "range", "worker")
 
-# A password of MongoDB is cut at the last @, whatever should have been written as % and was not.
-_CREDENTIALS: Final = re.compile(r"(\bmongodb(?:\+srv)?://)\S+@|(\b[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
+# A password of MongoDB is cut at the last @, whatever should have been written as % and was not. No scheme is longer than that,
+# and without a bound each word of a long text would be looked at to the end of it.
+_CREDENTIALS: Final = re.compile(r"(\bmongodb(?:\+srv)?://)\S+@|(\b[a-z][a-z0-9+.-]{0,31}://)[^\s/@]+@", re.IGNORECASE)
 _secrets: list[str] = []
 
 

@@ -97,7 +97,7 @@ class Loader:
     def run(self, files: list[str]) -> list[Loaded]:
         """Load them; returns what became of each. One that fails does not keep the others."""
         forget_old()
-        console = Console(highlight=False, stderr=True)
+        console = Console(highlight=False, emoji=False, stderr=True)
         pool = ThreadPoolExecutor(min(FILES_AT_A_TIME, len(files)), thread_name_prefix="file")
         loads = [Loaded(file) for file in files]
         try:

@@ -189,7 +189,7 @@ def show_status(
     if wait:
         client.status(job_id)  # one that is not there, or an API that is away, is told at once
         try:
-            watch(client, job_id, Console(highlight=False, stderr=True))
+            watch(client, job_id, Console(highlight=False, emoji=False, stderr=True))
         except KeyboardInterrupt:
             print(f"headrace: the job goes on: `headrace status {job_id} --wait`", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None

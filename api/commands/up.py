@@ -23,6 +23,7 @@ from engine import sample
 from engine.children import die_with_parent, exit_code, held_back, signal_name, stop_signals
 from engine.errors import HeadraceError, StartError
 from engine.local import LocalServers
+from engine.logs import printable
 from engine.ports import check_port
 from engine.settings import Settings
 from engine.store import Store, leniently, translated
@@ -125,7 +126,7 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
     Raises:
         StartError: something cannot be started, and nothing is left running.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = _console()
     if file is not None:
         check_file(file)
         if is_stream(file):
@@ -285,6 +286,11 @@ def _check_all(children: list[_Child], servers: LocalServers) -> None:
         raise StartError(f"{error}. All the rest was stopped; a job that had not ended {GOES_ON}") from None
 
 
+def _console() -> Console:
+    """Shows texts as they are."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
 def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, Any], console: Console) -> None:
     progress = status["progress"]
     console.print()
@@ -294,9 +300,9 @@ def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, An
         f"{progress['blank']:,} blank; {progress['recordsPerSecond']:,.0f} records/s"
     )
     if status["error"]:
-        console.print(f"Error: {status['error']['message']}")
+        console.print(f"Error: {printable(status['error']['message'])}")
     for reject in status["errors"]:
-        console.print(f"Rejected at byte {reject['offset']}: {reject['reason']}: {reject['detail']}")
+        console.print(f"Rejected at byte {reject['offset']}: {reject['reason']}: {printable(reject['detail'])}")
     try:
         _show_documents(settings, overrides, status, console)
     except HeadraceError as error:  # how the job ended is known all the same
@@ -320,4 +326,4 @@ def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[
     )
     for document in found:
         text = orjson.dumps(document, default=str).decode()
-        console.print("  " + (text if len(text) < 1000 else text[:1000] + " …"))
+        console.print("  " + printable(text if len(text) < 1000 else text[:1000] + " …"))

@@ -57,6 +57,30 @@ def test_a_head_that_cannot_be_read_is_answered(live, head):
     assert "Traceback" not in live.log()
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET a://" + b"9" * 30_000 + b" x\r\nHost: localhost\r\n", b"400"),  # a minute, in which nobody was served
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX:" + b" " * 100 + b"a\r\n", b"400"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX:" + b"\t " * 15_000 + b"\0\r\n", b"400"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n", b"400"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX:" + b" " * 99 + b"a" + b" " * 99 + b"b\r\n", b"200"),
+        (b"GET http://localhost:%d/healthz HTTP/1.1\r\nHost: localhost\r\n" % 3000, b"200"),
+    ],
+)
+def test_a_head_that_would_take_long_to_look_at_is_refused(live, head, status):
+    answer = sent(live.port, head + b"Connection: close\r\n\r\n")
+    assert answer.split(b" ", 2)[1] == status, answer[:200]
+
+
+def test_a_path_of_any_length_makes_a_short_line_of_the_log(live):
+    mark = uuid.uuid4().hex
+    for answer in (live.http.get(f"/{mark}" + "/a" * 10_000), live.http.get(f"/{mark}" + ".a" * 10_000)):
+        assert answer.status_code == 404
+    lines = until(lambda: [x for x in live.log().splitlines() if mark in x][1:], what="its lines in the log")
+    assert max(map(len, lines)) < 2000
+
+
 @pytest.mark.parametrize("begin", [b"1" * 8000, b"0\r\n" + b"a: b\r\n" * 3000])
 def test_a_chunk_whose_head_has_no_end_is_refused_before_it_costs_anything(live, begin):
     head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
@@ -267,6 +291,8 @@ def test_a_call_that_takes_no_body_is_not_made_with_one(live):
         (b"GET /queue HTTP/1.0\r\n", b"403"),
         (b"GET /queue HTTP/1.0\r\nHost: localhost\r\n", b"200"),
         (b"POST /process HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n", b"400"),
+        (b"POST /process HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n", b"400"),
+        (b"POST /process HTTP/1.2\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n", b"400"),
     ],
 )
 def test_whom_a_request_is_for_and_where_it_ends_is_never_in_doubt(live, head, status):

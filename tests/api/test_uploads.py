@@ -219,6 +219,16 @@ def test_a_form_without_a_body_has_no_file(live, raw):
     assert b"missing_file" in raw(request(b""))
 
 
+def test_what_is_wrong_beside_the_file_is_not_told_as_its_being_missing(raw):
+    nameless = b"\r\n--" + BOUNDARY + b"\r\nContent-Disposition: form-data\r\n\r\ny\r\n--" + BOUNDARY + b"--\r\n"
+    answer = raw(request(form(b"x")[: -len(BOUNDARY) - 8] + nameless))
+    assert b"malformed_form" in answer
+    assert b"a part without a name" in answer
+    answer = raw(request(form(b"x"), kind=b"multipart/form-data; q=0; boundary=" + BOUNDARY))
+    assert b" 415 " in answer.split(b"\r\n", 1)[0]
+    assert b"not_a_form" in answer
+
+
 def test_a_name_that_is_not_utf_8_is_told_without_words_of_python(raw):
     answer = raw(request(form(b"x", filename=b'filename="\xff\xfe"')))
     assert b"Error" not in answer

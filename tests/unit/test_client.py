@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from api.client import CallFailed, Client
+from engine.errors import CommandError
 from tests.answering import client_of, problem
 
 
@@ -182,3 +183,15 @@ def test_an_authority_of_ones_own_is_trusted_where_it_is_named(tmp_path, monkeyp
             Client(url.replace("localhost", "127.0.0.1")).ask("GET", "/jobs")
         assert "SSL_CERT_FILE" not in str(other.value)  # it would not help
         server.shutdown()
+
+
+@pytest.mark.parametrize("detail", [{"a": 1}, ["a"], 5, None])
+def test_a_problem_that_is_not_of_headrace_is_told_as_it_came(detail):
+    client = client_of(lambda request: httpx.Response(401, json={"detail": detail}))
+    with pytest.raises(CallFailed, match="GET /queue was answered with 401"):
+        client.ask("GET", "/queue")
+
+
+def test_a_token_is_not_left_out_because_the_address_has_a_user():
+    with pytest.raises(CommandError, match="API_URL has a user, and there is API_TOKEN"):
+        Client("http://user:pw@api.example", "hr_token")

@@ -116,3 +116,8 @@ def test_what_a_client_asked_for_is_shown_and_not_obeyed(capsys):
     assert r"/a\x1b]0;b\x07\u202ec" in said
     assert not set(said) & set("\x1b\x07\u202e")
     assert len([line for line in said.splitlines() if "ValueError" in line]) == 2  # a traceback has lines
+
+
+def test_a_long_text_is_masked_in_one_pass():
+    text = "a." * 1_000_000  # from each word to the end of it, that would be hours
+    assert mask(f"{text} redis://me:secret@h") == f"{text} redis://***@h"

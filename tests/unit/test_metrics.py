@@ -52,7 +52,7 @@ def test_what_waited_for_a_job_is_not_counted_as_slow():
     class Waits:
         def on_get(self, req, resp):
             if req.params:
-                resp.set_header("Preference-Applied", "wait=20")
+                req.context.waited = True
 
     app.add_route("/status", Waits())
     client = falcon.testing.TestClient(app)

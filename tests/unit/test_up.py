@@ -54,3 +54,15 @@ def test_a_part_that_has_ended_ends_the_wait(wait):
 )
 def test_an_api_is_called_where_it_listens(host, url):
     assert local_url(Settings.model_construct(api_host=host, port=3000)) == f"http://{url}:3000"
+
+
+def test_what_a_file_says_does_nothing_to_the_terminal_and_is_shown_as_it_is(monkeypatch, capsys):
+    shown = "\x1b[2J:smile:\u009b[bold]"
+    progress = dict.fromkeys(("lines", "inserted", "duplicates", "rejected", "blank", "recordsPerSecond"), 1)
+    reject = {"offset": 0, "reason": "duplicate_key", "detail": f"E11000 {shown}"}
+    status = {"status": "FAILED", "progress": progress, "error": {"message": shown}, "errors": [reject]}
+    monkeypatch.setattr(up, "_show_documents", lambda *what: None)
+    up._summary(Settings.model_construct(), {}, status, up._console())
+    said = capsys.readouterr().out
+    assert "Error: \\x1b[2J:smile:\\x9b[bold]\n" in said
+    assert "duplicate_key: E11000 \\x1b[2J:smile:\\x9b[bold]\n" in said
