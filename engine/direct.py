@@ -260,8 +260,8 @@ class DirectUploads:
         self._forget(upload_id)
 
     def sweep(self, goes_on: Callable[[], bool] = lambda: True) -> int:
-        """Abort the uploads that have been unfinished for a day, and forget those that were finished then; returns how many
-        there were. One that S3 does not let us abort is left to the next day.
+        """Abort the uploads that have been unfinished for a day; returns how many there were. One that S3 does not let us abort
+        is left to the next day. Those that were begun then, and finished, are forgotten.
 
         Args:
             goes_on: asked before each of them; with False the others are left to the next time.
@@ -272,17 +272,16 @@ class DirectUploads:
         old = {"$subtract": ["$$NOW", UNFINISHED_HOURS * 3_600_000]}
         due = {"$expr": {"$and": [{"$lt": ["$createdAt", old]}, {"$lt": ["$keptAt", old]}]}}  # a missing time is less
         with translated("looking for unfinished uploads"):
+            # Of these there may be tens of thousands a day.
+            self._uploads.delete_many({"done": {"$ne": None}, "$expr": {"$lt": ["$createdAt", old]}})
             found = list(self._uploads.find(due).sort("createdAt", 1).limit(SWEEP_UPLOADS))
         swept = 0
         for document in found:
             if not goes_on():
                 break
             try:
-                if document.get("done"):
-                    self._forget(document["_id"])
-                else:
-                    self._free(document)
-                    self._forget(document["_id"])
+                self._free(document)
+                self._forget(document["_id"])
                 swept += 1
             except Transient:
                 raise

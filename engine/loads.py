@@ -5,7 +5,7 @@ from typing import Final
 from engine.jobs import same_source
 from engine.ledger import Ledger
 from engine.model import Format, Job, JobState
-from engine.schema import BY_FILE
+from engine.schema import BY_VERSION
 from engine.store import Document, Store, job_key, translated
 
 __all__ = ["Loads"]
@@ -34,7 +34,7 @@ class Loads:
             "$or": [{"unread": None}, {"alreadyLoadedBy": {"$ne": None}}],
         }
         with translated("looking for earlier loads"):
-            found = self._jobs.find_one(query, {"unread": 1, "alreadyLoadedBy": 1}, sort=[("_id", -1)], hint=BY_FILE)
+            found = self._jobs.find_one(query, {"unread": 1, "alreadyLoadedBy": 1}, sort=[("_id", -1)], hint=BY_VERSION)
         if found is None:
             return None
         return str(found["alreadyLoadedBy"] if found.get("unread") else found["_id"])
@@ -65,5 +65,5 @@ class Loads:
         with translated("looking for other loads"):
             return [
                 str(found["_id"])
-                for found in self._jobs.find(query, {"_id": 1}, hint=BY_FILE).sort("_id", -1).limit(most)
+                for found in self._jobs.find(query, {"_id": 1}, hint=BY_VERSION).sort("_id", -1).limit(most)
             ]

@@ -10,6 +10,9 @@ __all__ = ["Garbage", "settle"]
 COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
 
+IDLE_SECONDS: Final = 300.0
+"""How often where nothing was done: the driver leaves some each time that it finds a member down."""
+
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 
@@ -41,10 +44,12 @@ class Garbage:
 
     def __init__(self) -> None:
         self._next_at = 0.0
+        self._idle_at = time.monotonic() + IDLE_SECONDS
         self._done = 0
 
     def collect(self, done: int) -> None:
-        """Look for it where the time has come, and `done`, which counts what was tried, has changed: who is idle leaves none."""
-        if done != self._done and time.monotonic() >= self._next_at:
-            self._next_at, self._done = time.monotonic() + COLLECT_SECONDS, done
+        """Look for it where the time has come; `done` counts what was tried: who is idle leaves little."""
+        now = time.monotonic()
+        if now >= (self._idle_at if done == self._done else self._next_at):
+            self._next_at, self._idle_at, self._done = now + COLLECT_SECONDS, now + IDLE_SECONDS, done
             gc.collect()

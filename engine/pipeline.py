@@ -129,7 +129,7 @@ class Pipeline:
         if run.ahead:
             insist(run, lambda: self._ledger.begin(run.lease))
         if run.lease.resumed:
-            self._rejects.forget(run.lease)
+            insist(run, lambda: self._rejects.forget(run.lease))
         return self._work_in_turn(run) if run.cautious else self._work(run)
 
     def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
@@ -200,7 +200,7 @@ class Pipeline:
                     return _ended_early(run)
                 self._write(run, sink, batch, run.opened(batch))
                 if run.cautious:
-                    self.keeper.renew(run)
+                    insist(run, lambda: self.keeper.renew(run))
                     batcher.max_lines = min(2 * batcher.max_lines, most)
         return Ended.DONE if splitter.done else _ended_early(run)
 
@@ -264,10 +264,10 @@ class Pipeline:
         documents = decode(batch, plan.format, plan.tag, job.source.key)
         if documents.any():
             reach(Step.PARSED)
-        at_a_time: int | None = None
+        at_a_time, severed = None, 0
         for tries in range(1, TRIES + 1):
-            self._guard(run)
             try:
+                self._guard(run)
                 run.move()
                 tally, rejects = sink.write(documents, at_a_time, lambda: self._guard(run))
                 reach(Step.WRITTEN)
@@ -280,7 +280,9 @@ class Pipeline:
                 self._stats.add(retries=1)
                 if tries == TRIES or run.failed.is_set():
                     raise
-                if isinstance(error, Severed):
+                severed += isinstance(error, Severed)
+                if severed and severed % 2 == 0:
+                    # Once it may have been the network; and of many commands one fails sooner.
                     at_a_time = max(1, (at_a_time or batch.count) // 4)
                 backed_off += back_off(run, tries)
         close(tally)

@@ -4,6 +4,7 @@ Every change of a job's state is one compare-and-set on the state that it comes 
 writes nothing. A job becomes terminal only when no range of it is leased.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -46,7 +47,7 @@ from engine.ranges import cut
 from engine.rejects import Rejects
 from engine.schema import DEADLINES, OPEN_JOBS, WAITING_JOBS
 from engine.steps import Step, reach
-from engine.store import Document, Store, claims_of, job_key, translated, with_ticket, write_all
+from engine.store import Document, Store, claims_of, delete_slices, job_key, translated, with_ticket, write_all
 
 __all__ = ["JobSignals", "Queue"]
 
@@ -56,6 +57,9 @@ ROLL_UP_MS: Final = 600
 _NEW: Final[Document] = {"$gte": ["$rolledAt", {"$subtract": ["$$NOW", ROLL_UP_MS]}]}
 # One that is still to come was written by a primary whose clock was ahead.
 _STALE: Final[Document] = {"$not": [{"$and": [_NEW, {"$lte": ["$rolledAt", "$$NOW"]}]}]}
+
+RELEASE_SECONDS: Final = 2.0
+"""How long the end of a dry run may take to release what it has claimed: the worker has more to do."""
 
 PAUSED: Final = "paused"
 """Name of the switch that holds up the whole queue."""
@@ -381,12 +385,13 @@ class Queue:
     def _release_dry_run_claims(self, job: Job, done: int) -> None:
         """Release what a dry run has claimed when it has ended with all its ranges done: nothing will ask for it again.
 
-        Where that fails, the job has ended all the same, and the rest is released when its history is deleted.
+        Where that fails, or takes long, the job has ended all the same, and the rest is released when its history is deleted.
         """
         if job.options.validate and job.plan is not None and done == job.plan.range_count:
             try:
+                end = time.monotonic() + RELEASE_SECONDS
                 with translated("releasing the claims of a dry run"):
-                    self._store.claims.delete_many(claims_of(job_key(job.id)))
+                    delete_slices(self._store.claims, claims_of(job_key(job.id)), lambda: time.monotonic() < end)
             except HeadraceError as error:
                 log.warning(str(error), action="finish", job=job.id)
 

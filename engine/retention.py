@@ -3,20 +3,15 @@
 from collections.abc import Callable
 from typing import Final
 
-from pymongo.collection import Collection
-
 from engine.errors import HeadraceError
 from engine.jobs import LOADED
 from engine.ledger import Ledger
 from engine.logs import get_logger
 from engine.model import TERMINAL
 from engine.schema import ENDED_JOBS, PRUNED_JOBS
-from engine.store import Document, Store, claims_of, jobs_of, translated
+from engine.store import Document, Store, claims_of, delete_slices, jobs_of, translated
 
 __all__ = ["Retention"]
-
-SLICE: Final = 5000
-"""Rejects, or keys of a dry run, that one command deletes: of one job there may be millions, and a command has to end in time."""
 
 ABANDONED_MS: Final = 60_000
 """A job that was begun so long ago, and is still there, is begun again by anyone."""
@@ -78,7 +73,10 @@ class Retention:
         self._ledger.delete(str(key))
         rejects = {"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}}
         store = self._store
-        if not (_deleted(store.rejects, rejects, goes_on) and _deleted(store.claims, claims_of(key), goes_on)):
+        parts = [(store.rejects, rejects)]
+        if job["options"].get("validate"):
+            parts.append((store.claims, claims_of(key)))
+        if not all(delete_slices(collection, query, goes_on) for collection, query in parts):
             jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may go on at once
             return True
         # The batch goes ahead of its last job, by which it is found again where this process dies in between; and behind it, for
@@ -99,14 +97,3 @@ class Retention:
             here = {"collection": job["options"]["collection"], "database": job["database"]}
             query = {"tag": job["plan"]["tag"], "loads": {"$elemMatch": here}}
             self._store.sources.update_one(query, {"$max": {"loads.$.completedBy": job["_id"]}})
-
-
-def _deleted(collection: Collection[Document], query: Document, goes_on: Callable[[], bool]) -> bool:
-    """Delete the documents of a range of `_id`s, slice by slice; returns whether all are."""
-    while True:
-        last = next(collection.find(query, {"_id": 1}).sort("_id", 1).skip(SLICE - 1).limit(1), None)
-        collection.delete_many(query if last is None else {"_id": query["_id"] | {"$lte": last["_id"]}})
-        if last is None:
-            return True
-        if not goes_on():
-            return False

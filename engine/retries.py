@@ -21,7 +21,8 @@ BACKOFF_SECONDS: Final = 0.2
 
 
 def insist(run: Run, speak: Callable[[], T]) -> T:
-    """Tell the ledger how a lease ended: untold, the range would stand still until the lease runs out."""
+    """Do what is safe to repeat, such as to tell the ledger how a lease ended: untold, the range would stand still until the
+    lease runs out. Raises what the last try raised."""
     for tries in range(1, TRIES):
         try:
             return speak()

@@ -12,6 +12,7 @@ from engine.errors import StartError
 __all__ = [
     "BY_FILE",
     "BY_STATE",
+    "BY_VERSION",
     "CLAIMED_JOBS",
     "DEADLINES",
     "ENDED_JOBS",
@@ -43,6 +44,7 @@ _NAMESPACE_EXISTS: Final = 48
 OPEN_JOBS: Final = "open_jobs"
 BY_FILE: Final = "by_file"
 BY_STATE: Final = "by_state"
+BY_VERSION: Final = "by_version"
 CLAIMED_JOBS: Final = "claimed_jobs"
 DEADLINES: Final = "deadlines"
 ENDED_JOBS: Final = "ended_jobs"
@@ -77,6 +79,8 @@ INDEXES: Final[dict[str, list[IndexModel]]] = {
         _BY_TICKET,
         _index("by_batch", "batch", "source.key", where={"batch": {"$type": "objectId"}}, unique=True),
         _index(BY_FILE, "source.key", "-_id"),
+        # Of a key that is overwritten each minute there are thousands of versions.
+        _index(BY_VERSION, "source.key", "source.etag", "-_id"),
         _index("by_collection", "options.collection", "-_id"),
         _index(BY_STATE, "state", "-_id"),
     ],

@@ -40,6 +40,7 @@ __all__ = [
     "Document",
     "Store",
     "claims_of",
+    "delete_slices",
     "described",
     "indexes_of",
     "job_key",
@@ -72,6 +73,9 @@ transaction too large for the cache, is one: of a single document with too many 
 
 Of the codes in MongoDB's src/mongo/base/error_codes.yml, from 6.0 on.
 """
+
+SLICE: Final = 5000
+"""Rejects, or keys of a dry run, that one command deletes: of one job there may be millions, and a command has to end in time."""
 
 _TRANSIENT_LABELS: Final = frozenset({"RetryableWriteError", "RetryableError", "SystemOverloadedError"})
 
@@ -302,6 +306,18 @@ def write_all(
             if fault["code"] != DUPLICATE_KEY:
                 raise OperationFailure(fault["errmsg"], fault["code"], fault) from None
         return dict(error.details)
+
+
+def delete_slices(collection: Collection[Document], query: Document, goes_on: Callable[[], bool]) -> bool:
+    """Delete the documents of a range of `_id`s, so many with each command; returns whether all are, or `goes_on`, which is
+    asked between two of them, said no. Raises PyMongoError."""
+    while True:
+        last = next(collection.find(query, {"_id": 1}).sort("_id", 1).skip(SLICE - 1).limit(1), None)
+        collection.delete_many(query if last is None else {"_id": query["_id"] | {"$lte": last["_id"]}})
+        if last is None:
+            return True
+        if not goes_on():
+            return False
 
 
 @contextmanager

@@ -24,14 +24,17 @@ DUE_JOBS: Final = 1000
 PRUNE_SECONDS: Final = 3600.0
 """How often, about, a worker looks for jobs whose history has been kept long enough."""
 
-PRUNE_JOBS: Final = 20
-"""Jobs that it deletes at a time."""
+PRUNE_JOBS: Final = 200
+"""Jobs that it looks up to delete at a time."""
 
 PRUNING_SECONDS: Final = 1.0
 """How long it does so at a time, about: jobs may wait."""
 
-PRUNE_PAUSE: Final = 4
-"""How soon it goes on where there are more, as a multiple of the time that this took, and no sooner than after a second."""
+PRUNE_PAUSE: Final = 2
+"""How soon it goes on where there are more, as a multiple of the time that this took."""
+
+SETTLE_SECONDS: Final = 5.0
+"""How often, about, it looks for jobs that are to stop, and at which nobody is any more."""
 
 TIME_SECONDS: Final = 1.0
 """How often, about, a worker sees to what is due by the clock."""
@@ -72,8 +75,8 @@ class Upkeep:
         self._name = name
         self._stop = stop
         self._moved = moved
-        self._kept_time_at = 0.0
-        self._prune_at = 0.0
+        self._kept_time_at = self._settled_at = 0.0
+        self._prune_at = self._sweep_at = 0.0
 
     def keep_time(self) -> None:
         """See to what is due by the clock: leases that ran out, jobs whose time has come, jobs that run for too long."""
@@ -91,12 +94,25 @@ class Upkeep:
             self._store.wake()
         if stopped := self._queue.stop_overdue():
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._name, jobs=stopped)
+        if time.monotonic() - self._settled_at >= SETTLE_SECONDS:
+            self._settled_at = time.monotonic() + random.uniform(0, SETTLE_SECONDS / 2)  # noqa: S311
+            # Whoever let go of its last range may not have known that it is to stop, and nobody comes to it under a stream of
+            # jobs of a higher priority.
+            for page in self._queue.open.stopping():
+                for job in page:
+                    if not self._goes_on():
+                        return
+                    self._queue.settle(job.id)
 
     def prune(self) -> None:
         """Delete the history of old jobs, and abort uploads that nobody goes on with, now and then."""
-        if time.monotonic() < self._prune_at:
-            return
+        self._prune()
+        self._sweep()
+
+    def _prune(self) -> None:
         began = time.monotonic()
+        if began < self._prune_at:
+            return
         self._prune_at = began + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
 
         def goes_on() -> bool:
@@ -105,9 +121,13 @@ class Upkeep:
         if pruned := self._retention.prune(self._keep_days, PRUNE_JOBS, goes_on):
             # There may be hundreds of thousands, and jobs that wait.
             now = time.monotonic()
-            self._prune_at = now + max(1.0, PRUNE_PAUSE * (now - began))
+            self._prune_at = now + PRUNE_PAUSE * (now - began)
             log.info("old jobs are deleted", action="prune", worker=self._name, jobs=pruned)
+
+    def _sweep(self) -> None:
+        if time.monotonic() < self._sweep_at:
             return
+        self._sweep_at = time.monotonic() + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
         if swept := self._uploads.sweep(self._goes_on):
             log.info("unfinished uploads were aborted", action="prune", worker=self._name, uploads=swept)
 

@@ -277,6 +277,8 @@ class _Worker:
                         worker=self._identity.name,
                     )
             except Transient as error:
+                self._errors += 1
+                self._garbage.collect(self._errors)  # MongoDB may be away for days
                 self._say_once(error)
                 self._stop.wait(wait)
                 wait = min(wait * 2, BOOT_WAIT_SECONDS)

@@ -54,6 +54,19 @@ def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_
     assert not {found["UploadId"] for found in there} & set(left)
 
 
+def test_what_was_completed_is_forgotten_a_day_later_however_much_there_is(live, monkeypatch):
+    monkeypatch.setattr("engine.direct.SWEEP_UPLOADS", 2)
+    uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
+    for number in range(5):
+        live.store.uploads.insert_one({"_id": f"done-{number}", "done": {"etag": "e", "size": 1}})
+    live.store.uploads.update_many({"_id": {"$regex": "^done-"}}, [{"$set": {"createdAt": "$$NOW"}}])
+    assert uploads.sweep() == 0
+    assert live.store.uploads.count_documents({"_id": {"$regex": "^done-"}}) == 5
+    a_day_later(live, {"_id": {"$regex": "^done-"}})
+    assert uploads.sweep() == 0
+    assert live.store.uploads.count_documents({"_id": {"$regex": "^done-"}}) == 0
+
+
 def test_a_sweep_ends_where_s3_does_not_answer(live, monkeypatch):
     uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
     for number in range(2):

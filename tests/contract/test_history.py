@@ -226,8 +226,8 @@ def test_a_request_for_a_batch_that_died_within_is_told_as_failed_when_nobody_re
 def test_the_rejects_of_an_old_job_go_slice_by_slice_and_one_worker_at_a_time(
     store, queue, ledger, source, monkeypatch
 ):
-    monkeypatch.setattr("engine.retention.SLICE", 10)
-    old, kept = (queue.submit(source, JobOptions()) for _ in range(2))
+    monkeypatch.setattr("engine.store.SLICE", 10)
+    old, kept = (queue.submit(source, JobOptions(validate=True)) for _ in range(2))
     queue.cancel(old.id)
     for job in (old, kept):
         key = job_key(job.id)

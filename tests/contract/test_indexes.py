@@ -124,6 +124,19 @@ def test_however_often_a_load_was_skipped_the_one_before_them_is_found_at_once(
     assert read_too_much() == []
 
 
+def test_however_often_an_object_was_overwritten_other_loads_of_this_version_are_found_at_once(
+    history, store, queue, planner, ledger, source, read_too_much
+):
+    store.jobs.update_many({}, [{"$set": {"source.key": source.key, "source.etag": {"$toString": "$_id"}}}])
+    [job] = [queue.submit(source, JobOptions(if_loaded="skip"))]
+    read_too_much()
+    loads = Loads(store, ledger)
+    assert loads.loaded_by(job, Format.NDJSON) is None
+    assert loads.others_may_load(job, Format.NDJSON) is False
+    assert loads.others_loaded(job, Format.NDJSON) is False
+    assert read_too_much() == []
+
+
 def test_what_is_old_goes_without_a_look_at_what_is_not(history, settings, store, ledger, objects, read_too_much):
     long_ago = {"$set": {"finishedAt": datetime(2020, 1, 1, tzinfo=UTC)}}
     store.jobs.update_many({"source.key": {"$in": ["7.ndjson", "8.ndjson"]}}, long_ago)

@@ -89,6 +89,17 @@ def test_a_dry_run_survives_a_majority_that_lags_while_it_lets_go_of_claims(stor
     assert (dry.state, dry.progress.tally.inserted, dry.progress.tally.rejected) == (JobState.COMPLETED, 1, 1)
 
 
+@pytest.mark.parametrize(("seconds", "left"), [(60.0, 0), (-1.0, 80)])
+def test_what_a_dry_run_has_claimed_is_let_go_slice_by_slice_while_that_takes_no_long(
+    store, submit, drain, monkeypatch, seconds, left
+):
+    monkeypatch.setattr("engine.store.SLICE", 20)
+    monkeypatch.setattr("engine.queue.RELEASE_SECONDS", seconds)
+    [dry] = drain(submit(b"".join(b'{"_id":%d}\n' % n for n in range(100)), validate=True).id)
+    assert (dry.state, dry.progress.tally.inserted) == (JobState.COMPLETED, 100)
+    assert store.claims.count_documents({}) == left
+
+
 @pytest.mark.parametrize("field", ["_id", "e"])
 def test_a_dry_run_of_keys_that_are_larger_as_bson_than_a_query_may_be(store, submit, drain, field):
     if field != "_id":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.memory import COLLECT_SECONDS, Garbage
+from engine.memory import COLLECT_SECONDS, IDLE_SECONDS, Garbage
 
 
 @pytest.fixture
@@ -23,12 +23,13 @@ def test_garbage_is_looked_for_now_and_then(looks):
     assert found == [100.0, 100.0 + COLLECT_SECONDS, 100.0 + 2 * COLLECT_SECONDS]
 
 
-def test_a_worker_that_has_done_nothing_since_the_last_look_looks_for_none(looks):
+def test_a_worker_that_has_done_nothing_since_the_last_look_looks_more_rarely(looks):
     clock, found = looks
     garbage = Garbage()
     garbage.collect(0)
     garbage.collect(1)
-    clock[0] += 10 * COLLECT_SECONDS
-    garbage.collect(1)
+    while clock[0] < 100.0 + 2.5 * IDLE_SECONDS:
+        clock[0] += COLLECT_SECONDS
+        garbage.collect(1)
     garbage.collect(2)
-    assert found == [100.0, 100.0 + 10 * COLLECT_SECONDS]
+    assert found == [100.0, 100.0 + IDLE_SECONDS, 100.0 + 2 * IDLE_SECONDS, 100.0 + 2.5 * IDLE_SECONDS]

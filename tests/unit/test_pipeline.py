@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.batches import Batch
-from engine.errors import LeaseLost, Transient
+from engine.errors import LeaseLost, Severed, Transient
 from engine.model import ByteRange, Lease, Tally
 from engine.pipeline import Ended, Pipeline
 from engine.run import Run
@@ -164,3 +164,50 @@ def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkey
     assert pipeline._work(run) is Ended.DONE
     pipeline.close()
     assert len(begun) == 20
+
+
+def tried(sink, monkeypatch, guard=None):
+    """What the sink was told to write at a time, try by try."""
+    lease = Lease("0" * 24, ByteRange(0, 0, 3000), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    store = Mock()
+    store.waited.return_value = store.round_trip.return_value = 0.0
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
+    monkeypatch.setattr("engine.pipeline.back_off", lambda run, tries: 0.0)
+    monkeypatch.setattr("engine.pipeline.decode", lambda *what: Mock(seconds=0.0))
+    if guard is not None:
+        monkeypatch.setattr(pipeline, "_guard", guard)
+    batch = Batch(0, 3000, 0, b"{}\n" * 1000, np.arange(2, 3000, 3))
+    pipeline._write(run, sink, batch, lambda tally: None)
+    pipeline.close()
+    return [call.args[1] for call in sink.write.call_args_list]
+
+
+def test_a_batch_is_parted_only_when_its_connection_was_closed_twice_in_a_row(monkeypatch):
+    sink = Mock()
+    sink.write.side_effect = [*[Severed("closed")] * 5, (Tally(lines=1), [])]
+    assert tried(sink, monkeypatch) == [None, None, 250, 250, 62, 62]
+
+
+def test_a_lease_that_cannot_be_asked_for_at_once_is_asked_for_again_before_anything_is_written(monkeypatch):
+    sink, answers = Mock(), iter((Transient("no primary"), None))
+    sink.write.return_value = (Tally(lines=1), [])
+
+    def guard(run):
+        if error := next(answers, None):
+            assert not sink.write.called
+            raise error
+
+    assert tried(sink, monkeypatch, guard=guard) == [None]
+
+
+def test_what_must_be_forgotten_before_a_range_is_gone_on_with_is_tried_again(monkeypatch):
+    lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, True)
+    rejects = Mock()
+    rejects.forget.side_effect = [Transient("no primary"), None]
+    pipeline = Pipeline(Settings(), Mock(), Mock(), Mock(), Mock(), rejects, Stats(), lambda: 0.0)
+    monkeypatch.setattr("engine.retries.back_off", lambda run, tries: 0.0)
+    monkeypatch.setattr(pipeline, "_work", lambda run: Ended.DONE)
+    assert pipeline.run(Run(MagicMock(), lease, threading.Event(), lambda: None)) is Ended.DONE
+    pipeline.close()
+    assert rejects.forget.call_count == 2

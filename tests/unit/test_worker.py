@@ -129,3 +129,13 @@ def test_what_is_due_by_the_clock_is_no_wait_for_the_queue(worker: Any) -> None:
     worker._run = wait(1.0, None)
     worker._turn(Mock())
     assert worker._stats.add.call_args_list[-1] == call(seconds_queue=3.0)
+
+
+def test_a_worker_that_waits_for_mongodb_keeps_nothing_of_what_failed(worker: Any) -> None:
+    stop = Mock()
+    stop.is_set.side_effect = [False] * 3 + [True]
+    worker._stop, worker._heartbeat, worker._errors, worker._last_error = stop, Mock(), 0, ""
+    worker._garbage, worker._store = Mock(), Mock()
+    worker._store.prepare.side_effect = Transient("no primary")
+    assert worker._boot() is False
+    assert worker._garbage.collect.call_args_list == [call(1), call(2), call(3)]
