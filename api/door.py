@@ -182,7 +182,7 @@ def _check_head(head: bytes) -> None:
     if not _REQUEST_LINE.fullmatch(line.rstrip()):
         raise ParsingError("its first line is not METHOD TARGET HTTP/1.1")
     if _BLANKS.search(headers):
-        raise ParsingError("a header has over a hundred blanks in a row, or goes on in another line")
+        raise ParsingError("a header has a hundred blanks in a row, or goes on in another line")
 
 
 class _Task(WSGITask):  # type: ignore[misc]

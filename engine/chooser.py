@@ -137,11 +137,7 @@ class Chooser:
         return []
 
     def _settle_while_paused(self) -> None:
-        """Bring to their end the jobs that are being stopped, and those of which nothing is left to do: whoever closed the last
-        range may have died over it."""
-        for page in self._queue.open.stopping():
-            for job in page:
-                self._queue.settle(job.id)
+        """Bring to their end the jobs of which nothing is left to do: whoever closed the last range may have died over it."""
         if time.monotonic() - self._settled_at < SETTLE_SECONDS:
             return  # there may be thousands
         self._settled_at = time.monotonic()

@@ -272,9 +272,9 @@ class DirectUploads:
         old = {"$subtract": ["$$NOW", UNFINISHED_HOURS * 3_600_000]}
         due = {"$expr": {"$and": [{"$lt": ["$createdAt", old]}, {"$lt": ["$keptAt", old]}]}}  # a missing time is less
         with translated("looking for unfinished uploads"):
-            # Of these there may be tens of thousands a day.
-            self._uploads.delete_many({"done": {"$ne": None}, "$expr": {"$lt": ["$createdAt", old]}})
-            found = list(self._uploads.find(due).sort("createdAt", 1).limit(SWEEP_UPLOADS))
+            # Of those that were finished there may be tens of thousands a day.
+            self._uploads.delete_many({"done": {"$ne": None}} | due)
+            found = list(self._uploads.find({"done": None} | due).sort("createdAt", 1).limit(SWEEP_UPLOADS))
         swept = 0
         for document in found:
             if not goes_on():

@@ -5,7 +5,7 @@ import gc
 import time
 from typing import Final
 
-__all__ = ["Garbage", "settle"]
+__all__ = ["Garbage", "tune"]
 
 COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
@@ -23,7 +23,7 @@ KEPT_BYTES: Final = 32 * 1024 * 1024
 """Free memory above this, at the end of what has been used, goes back to the kernel."""
 
 
-def settle() -> None:
+def tune() -> None:
     """Once in a process that is to work: let it spend less time on memory that comes and goes.
 
     Documents die young and hold no cycles: counting their births to look for cycles is all cost, so that from here on nothing

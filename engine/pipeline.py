@@ -264,7 +264,7 @@ class Pipeline:
         documents = decode(batch, plan.format, plan.tag, job.source.key)
         if documents.any():
             reach(Step.PARSED)
-        at_a_time, severed = None, 0
+        at_a_time, severed = None, 0  # in a row
         for tries in range(1, TRIES + 1):
             try:
                 self._guard(run)
@@ -280,10 +280,10 @@ class Pipeline:
                 self._stats.add(retries=1)
                 if tries == TRIES or run.failed.is_set():
                     raise
-                severed += isinstance(error, Severed)
-                if severed and severed % 2 == 0:
+                severed = severed + 1 if isinstance(error, Severed) else 0
+                if severed == 2:
                     # Once it may have been the network; and of many commands one fails sooner.
-                    at_a_time = max(1, (at_a_time or batch.count) // 4)
+                    at_a_time, severed = max(1, (at_a_time or batch.count) // 4), 0
                 backed_off += back_off(run, tries)
         close(tally)
         run.move()

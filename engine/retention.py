@@ -16,6 +16,9 @@ __all__ = ["Retention"]
 ABANDONED_MS: Final = 60_000
 """A job that was begun so long ago, and is still there, is begun again by anyone."""
 
+# Of a job that is deleted: not the rejects that its status shows, since there are hundreds of jobs.
+_NEEDED: Final = {"batch": 1, "database": 1, "options": 1, "plan.tag": 1}
+
 log = get_logger()
 
 
@@ -47,8 +50,8 @@ class Retention:
         begun: Document = {"pruned": True, "$expr": {"$lt": ["$prunedAt", {"$subtract": ["$$NOW", ABANDONED_MS]}]}}
         jobs = self._store.jobs
         with translated("pruning old jobs"):
-            left = list(jobs.find(begun).hint(PRUNED_JOBS).limit(most))
-            more = list(jobs.find(old).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
+            left = list(jobs.find(begun, _NEEDED).hint(PRUNED_JOBS).limit(most))
+            more = list(jobs.find(old, _NEEDED).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
         count = 0
         for job, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
             if count and not goes_on():

@@ -79,7 +79,7 @@ class Upkeep:
         self._prune_at = self._sweep_at = 0.0
 
     def keep_time(self) -> None:
-        """See to what is due by the clock: leases that ran out, jobs whose time has come, jobs that run for too long."""
+        """See to what is due by the clock: leases that ran out, jobs that may begin, run for too long or are to stop."""
         if time.monotonic() - self._kept_time_at < TIME_SECONDS:
             return
         # Apart, so that the workers of a fleet do not all ask at once.

@@ -25,7 +25,7 @@ from engine.keeper import KEEPER
 from engine.ledger import Ledger
 from engine.logs import expected, get_logger
 from engine.lookout import Lookout
-from engine.memory import Garbage, settle
+from engine.memory import Garbage, tune
 from engine.model import TERMINAL, Job, JobState, Stop
 from engine.objects import Objects, warn_if_away
 from engine.pipeline import Ended, Pipeline
@@ -105,7 +105,7 @@ def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> 
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGQUIT, handle)
-    settle()
+    tune()
     setproctitle(f"headrace: worker {identity.slot} starting")
     try:
         return _Worker(settings, identity, heartbeat, stop).loop()

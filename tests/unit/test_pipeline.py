@@ -183,10 +183,21 @@ def tried(sink, monkeypatch, guard=None):
     return [call.args[1] for call in sink.write.call_args_list]
 
 
-def test_a_batch_is_parted_only_when_its_connection_was_closed_twice_in_a_row(monkeypatch):
+SEVERED, AWAY = Severed("closed"), Transient("no primary")
+
+
+@pytest.mark.parametrize(
+    ("errors", "sizes"),
+    [
+        ([SEVERED] * 5, [None, None, 250, 250, 62, 62]),
+        ([SEVERED, SEVERED, AWAY, AWAY, AWAY], [None, None, 250, 250, 250, 250]),
+        ([SEVERED, AWAY, SEVERED, AWAY, SEVERED], [None] * 6),
+    ],
+)
+def test_a_batch_is_parted_only_when_its_connection_was_closed_twice_in_a_row(monkeypatch, errors, sizes):
     sink = Mock()
-    sink.write.side_effect = [*[Severed("closed")] * 5, (Tally(lines=1), [])]
-    assert tried(sink, monkeypatch) == [None, None, 250, 250, 62, 62]
+    sink.write.side_effect = [*errors, (Tally(lines=1), [])]
+    assert tried(sink, monkeypatch) == sizes
 
 
 def test_a_lease_that_cannot_be_asked_for_at_once_is_asked_for_again_before_anything_is_written(monkeypatch):
