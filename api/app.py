@@ -22,15 +22,15 @@ from api.queue import Pause, QueueNow, Resume, Workers
 from api.submit import Batches, Process, ProcessMany
 from api.uploads import FormUploads
 from api.watch import Events, Watch
-from engine.direct import DirectUploads
+from engine.control.history import History
+from engine.control.job_batches import JobBatches
+from engine.control.queue import Queue
+from engine.control.rejects import Rejects
+from engine.control.store import Store
 from engine.errors import NotFound
-from engine.history import History
-from engine.job_batches import JobBatches
-from engine.objects import Objects
-from engine.queue import Queue
-from engine.rejects import Rejects
+from engine.s3.direct import DirectUploads
+from engine.s3.objects import Objects
 from engine.settings import Settings
-from engine.store import Store
 
 __all__ = ["create_app"]
 

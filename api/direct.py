@@ -11,8 +11,8 @@ from api.models import PartsQuery, UploadBegin
 from api.operations import Answer, Scope, Wait, body_of, operation, query_of
 from api.uploads import key_for, location_of
 from api.views import stored_file
-from engine.direct import DirectUploads, Part, Upload
-from engine.s3 import PART_TYPE
+from engine.s3.client import PART_TYPE
+from engine.s3.direct import DirectUploads, Part, Upload
 
 __all__ = ["Abort", "Complete", "DirectUploadById", "NewDirectUpload"]
 

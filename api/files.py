@@ -7,9 +7,9 @@ from api.models import FilesQuery
 from api.operations import Answer, Scope, Wait, operation, query_of
 from api.submit import checked_key
 from api.views import job_status, moment
+from engine.control.history import History
 from engine.errors import Conflict
-from engine.history import History
-from engine.objects import Objects
+from engine.s3.objects import Objects
 
 __all__ = ["File", "Files"]
 

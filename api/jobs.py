@@ -13,12 +13,12 @@ from api.operations import Answer, Scope, operation, query_of
 from api.problems import Problem
 from api.views import is_idle, job_detail, job_status, waiting_for
 from api.watch import REQUEST_HEADERS, RESPONSE_HEADERS, Watch
-from engine.history import History
+from engine.control.history import History
+from engine.control.queue import Queue
+from engine.control.rejects import Rejects
+from engine.control.stats import live, serving
+from engine.control.store import Store
 from engine.model import TERMINAL, Format, Job, JobState
-from engine.queue import Queue
-from engine.rejects import Rejects
-from engine.stats import live, serving
-from engine.store import Store
 
 __all__ = ["Cancel", "Detail", "Jobs", "RejectLines", "Retry", "Status"]
 

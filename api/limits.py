@@ -10,8 +10,8 @@ import falcon
 
 from api.operations import Wait, operation_of
 from api.problems import Problem
+from engine.control.queue import Queue
 from engine.errors import KeyReused, Refused
-from engine.queue import Queue
 
 __all__ = ["LEAVE", "OpenJobsLimit", "S3Calls", "Slots", "gone_of"]
 

@@ -14,11 +14,11 @@ from pymongo import WriteConcern
 from pymongo.errors import PyMongoError
 
 from api.operations import Answer, Scope, operation
-from engine.history import History
+from engine.control.history import History
+from engine.control.queue import Queue
+from engine.control.stats import STAGES, live, place_of, serving, totals
+from engine.control.store import Store, translated
 from engine.model import TERMINAL
-from engine.queue import Queue
-from engine.stats import STAGES, live, place_of, serving, totals
-from engine.store import Store, translated
 
 __all__ = ["Durations", "Metrics"]
 

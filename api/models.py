@@ -15,9 +15,9 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from engine.direct import MAX_URLS
 from engine.model import Format, JobOptions
-from engine.parts import MAX_PARTS
+from engine.s3.direct import MAX_URLS
+from engine.s3.parts import MAX_PARTS
 from engine.values import like
 
 __all__ = [

@@ -6,10 +6,10 @@ import falcon
 
 from api.answers import QueueState, WorkerBody, WorkerPage
 from api.operations import Answer, Scope, operation
-from engine.history import History
-from engine.queue import Queue
-from engine.stats import live
-from engine.store import Store
+from engine.control.history import History
+from engine.control.queue import Queue
+from engine.control.stats import live
+from engine.control.store import Store
 
 __all__ = ["Pause", "QueueNow", "Resume", "Workers"]
 

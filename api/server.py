@@ -16,18 +16,18 @@ from api.door import open_door
 from api.metrics import Durations
 from api.uploads import spool_fault
 from engine.children import stop_signals
-from engine.direct import DirectUploads
+from engine.control.ledger import Ledger
+from engine.control.queue import Queue
+from engine.control.rejects import Rejects
+from engine.control.store import Store
 from engine.errors import SettingsError, StartError
-from engine.ledger import Ledger
 from engine.logs import get_logger
-from engine.objects import Objects, warn_if_away
-from engine.parts import MAX_PARTS
 from engine.ports import check_port, why_not
-from engine.queue import Queue
-from engine.rejects import Rejects
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.direct import DirectUploads
+from engine.s3.objects import Objects, warn_if_away
+from engine.s3.parts import MAX_PARTS
 from engine.settings import Settings
-from engine.store import Store
 
 __all__ = ["serve"]
 

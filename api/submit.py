@@ -14,12 +14,12 @@ from api.models import BatchRequest, ProcessRequest
 from api.operations import Answer, Scope, Wait, body_of, operation
 from api.problems import Problem
 from api.views import batch_status
+from engine.control.job_batches import JobBatches
+from engine.control.jobs import Ticket
+from engine.control.queue import Queue
 from engine.errors import NotFound
-from engine.job_batches import JobBatches
-from engine.jobs import Ticket
 from engine.model import Source
-from engine.objects import Objects
-from engine.queue import Queue
+from engine.s3.objects import Objects
 
 __all__ = ["Batches", "Process", "ProcessMany", "checked_key"]
 

@@ -19,8 +19,8 @@ from api.operations import Answer, Scope, check_form, not_a_form, operation
 from api.problems import Problem
 from api.views import stored_file
 from engine.model import Source
-from engine.objects import Objects
-from engine.parts import Recorded, Stream
+from engine.s3.objects import Objects
+from engine.s3.parts import Recorded, Stream
 from engine.settings import Settings
 
 __all__ = ["FormUploads", "key_for", "location_of", "reduced", "spool_fault"]

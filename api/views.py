@@ -4,9 +4,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, cast
 
 from api.answers import BatchStatus, JobDetail, JobStatus, RejectBody, UploadAnswer
-from engine.history import RangeReport
-from engine.job_batches import JobBatch
-from engine.jobs import PUT_OFF
+from engine.control.history import RangeReport
+from engine.control.job_batches import JobBatch
+from engine.control.jobs import PUT_OFF
 from engine.model import TERMINAL, Job, JobState, RangeState, Source
 
 __all__ = ["batch_status", "is_idle", "job_detail", "job_status", "moment", "stored_file", "waiting_for"]

@@ -16,9 +16,9 @@ import orjson
 from api.limits import Slots, gone_of
 from api.operations import Answer, Scope, operation
 from api.views import job_status
+from engine.control.queue import Queue
 from engine.errors import HeadraceError
 from engine.model import TERMINAL
-from engine.queue import Queue
 
 __all__ = ["REQUEST_HEADERS", "RESPONSE_HEADERS", "Events", "Watch"]
 

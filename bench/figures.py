@@ -8,9 +8,9 @@ from typing import Any
 
 from api.client import Client
 from bench.rig import Rig, Taken
+from engine.control.stats import STAGES, totals
 from engine.cores import cores
 from engine.model import Source
-from engine.stats import STAGES, totals
 
 __all__ = ["Load", "Spent", "Spread", "load"]
 

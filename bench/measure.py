@@ -24,10 +24,10 @@ from bench.baselines import Ceiling, base_cpu
 from bench.figures import Load, Spent, Spread, load
 from bench.rig import ROOT, Rig, cpu_of
 from engine.children import die_with_parent
+from engine.control.job_batches import JobBatches
+from engine.control.stats import totals
 from engine.cores import cores
-from engine.job_batches import JobBatches
 from engine.model import JobOptions, JobState
-from engine.stats import totals
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

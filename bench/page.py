@@ -15,9 +15,9 @@ from bench import measure
 from bench.figures import Spent, Spread
 from bench.rig import current_commit
 from bench.verdicts import bottleneck, fastest, scaling, shown
+from engine.control.stats import STAGES
 from engine.cores import cores
-from engine.local import mongod_path
-from engine.stats import STAGES
+from engine.local.servers import mongod_path
 
 __all__ = ["Judge", "Report", "write"]
 

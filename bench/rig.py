@@ -18,16 +18,16 @@ import orjson
 
 from api.client import Client
 from engine.children import die_with_parent, stop_signals
+from engine.control.ledger import Ledger
+from engine.control.queue import Queue
+from engine.control.store import Store, job_key
 from engine.cores import cores
-from engine.ledger import Ledger
-from engine.local import LocalServers
+from engine.local.servers import LocalServers
 from engine.model import Job, JobOptions, Source
-from engine.objects import Objects
 from engine.ports import free_port
-from engine.queue import Queue
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.objects import Objects
 from engine.settings import Settings
-from engine.store import Store, job_key
 
 __all__ = [
     "ROOT",

@@ -8,7 +8,7 @@ from typing import Final
 
 import orjson
 
-from engine import sample
+from engine.local import sample
 
 __all__ = ["SHAPES", "write"]
 

@@ -9,7 +9,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.rig import Rig, Taken
-from engine.stats import totals
+from engine.control.stats import totals
 
 Files = Callable[[str, int], Path]
 

@@ -15,13 +15,13 @@ from bson.raw_bson import RawBSONDocument
 from api.client import Client
 from bench.measure import plain_s3
 from bench.rig import Rig
-from engine.batches import Batcher
-from engine.decode import decode
-from engine.job_batches import JobBatches
-from engine.lines import Splitter
+from engine.control.job_batches import JobBatches
+from engine.control.plans import Plans
+from engine.load.sink import Sink
 from engine.model import ByteRange, Format, Job, JobOptions, Lease, Plan, Tally
-from engine.plans import Plans
-from engine.sink import Sink
+from engine.text.batches import Batcher
+from engine.text.decode import decode
+from engine.text.lines import Splitter
 
 MIB = 1024 * 1024
 TOGETHER = 16

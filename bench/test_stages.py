@@ -8,10 +8,10 @@ import bson
 import pytest
 
 from bench.shapes import SHAPES
-from engine.batches import Batch, Batcher
-from engine.decode import decode
-from engine.lines import Block, Splitter
 from engine.model import Format
+from engine.text.batches import Batch, Batcher
+from engine.text.decode import decode
+from engine.text.lines import Block, Splitter
 
 TAG = b"\0\0\0\0\0\0"
 BATCHES = [100, 1000, 10_000]

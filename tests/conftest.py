@@ -13,19 +13,19 @@ import hypothesis
 import numpy as np
 import pytest
 
-from engine.batches import Batch
-from engine.heartbeat import Heartbeat
-from engine.ledger import Ledger
-from engine.local import LocalServers
+from engine.control.ledger import Ledger
+from engine.control.queue import Queue
+from engine.control.rejects import Rejects
+from engine.control.store import Store
+from engine.fleet.heartbeat import Heartbeat
+from engine.fleet.worker import WorkerIdentity, _Worker
+from engine.local.servers import LocalServers
 from engine.model import TERMINAL, Job, JobOptions
-from engine.objects import Objects
 from engine.ports import free_port
-from engine.queue import Queue
-from engine.rejects import Rejects
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.objects import Objects
 from engine.settings import Settings
-from engine.store import Store
-from engine.worker import WorkerIdentity, _Worker
+from engine.text.batches import Batch
 
 # How long an example takes says something of the machine, and nothing of what is tested.
 hypothesis.settings.register_profile("any machine", deadline=None)

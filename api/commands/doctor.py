@@ -14,16 +14,16 @@ from typing import Final
 from api.auth import exposed, tokens_of
 from api.client import Client, url_of
 from api.uploads import spool_fault
-from engine import schema
+from engine.control import schema
+from engine.control.stats import live, serving
+from engine.control.store import Store, translated
 from engine.cores import cores
 from engine.errors import HeadraceError, WrongClock
 from engine.logs import mask
-from engine.objects import Objects
 from engine.ports import addresses
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.objects import Objects
 from engine.settings import Settings
-from engine.stats import live, serving
-from engine.store import Store, translated
 
 __all__ = ["Finding", "examine"]
 

@@ -32,11 +32,11 @@ from api.commands.show import (
 )
 from api.commands.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, settings_of
 from api.models import ProcessRequest
-from engine.admission import check_collection_name
+from engine.control.admission import check_collection_name
+from engine.control.stats import REPORT_SECONDS
 from engine.errors import CommandError, Refused
 from engine.logs import printable
 from engine.model import Format, JobState
-from engine.stats import REPORT_SECONDS
 from engine.values import http_url
 
 __all__ = ["remote"]

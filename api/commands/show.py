@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from api.client import Client
+from engine.control.stats import STAGES
 from engine.logs import mask, printable, printable_lines
 from engine.model import TERMINAL
-from engine.stats import STAGES
 
 __all__ = [
     "Bars",

@@ -19,14 +19,14 @@ from api.client import CallFailed, Client, check_file, is_stream, local_url
 from api.commands.show import watch
 from api.commands.terminal import EXIT_INTERRUPTED, EXIT_OF
 from api.operations import Scope
-from engine import sample
 from engine.children import die_with_parent, exit_code, held_back, signal_name, stop_signals
+from engine.control.store import Store, leniently, translated
 from engine.errors import HeadraceError, StartError
-from engine.local import LocalServers
+from engine.local import sample
+from engine.local.servers import LocalServers
 from engine.logs import printable
 from engine.ports import check_port
 from engine.settings import Settings
-from engine.store import Store, leniently, translated
 
 __all__ = ["up"]
 

@@ -15,9 +15,9 @@ import httpx
 import pytest
 from bson import ObjectId
 
-from engine.objects import Objects
 from engine.ports import free_port
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.objects import Objects
 from engine.settings import Settings
 from tests.conftest import drop, own_settings
 from tests.running import ROOT, Running, failing, taking, until
@@ -26,7 +26,7 @@ from tests.running import ROOT, Running, failing, taking, until
 @pytest.fixture(scope="session")
 def live(servers, tmp_path_factory):
     """A namespace: `http` (a client), `port`, `objects`, `s3`, `data` (the database), `store`, `settings`, `api`."""
-    from engine.store import Store
+    from engine.control.store import Store
 
     folder = tmp_path_factory.mktemp("live")
     base = own_settings(servers)

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from engine.job_batches import JobBatches
-from engine.jobs import Ticket
+from engine.control.job_batches import JobBatches
+from engine.control.jobs import Ticket
 from engine.model import JobOptions
 from engine.ports import free_port
 from tests.api.conftest import answers, put
@@ -105,8 +105,8 @@ def test_a_batch_whose_caller_died_over_it_is_made_whole_by_its_repeat(live):
 
 
 def test_a_batch_whose_history_is_pruned_is_over(live):
-    from engine.ledger import Ledger
-    from engine.retention import Retention
+    from engine.control.ledger import Ledger
+    from engine.control.retention import Retention
 
     keys = [put(live) for _ in range(2)]
     batch = live.http.post("/process", json={"fileKeys": keys, "collection": "pruned"}).json()["batchId"]

@@ -12,8 +12,8 @@ import pytest
 from botocore.exceptions import CredentialRetrievalError
 from bson import ObjectId
 
-from engine.direct import DirectUploads
 from engine.errors import TokenExpired, Transient
+from engine.s3.direct import DirectUploads
 
 MIB = 2**20
 

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import orjson
 import pytest
 
-from engine.store import job_key
+from engine.control.store import job_key
 from tests.api.conftest import slow_inserts
 
 

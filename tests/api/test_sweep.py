@@ -6,9 +6,9 @@ import uuid
 import pytest
 from botocore.exceptions import ClientError, ReadTimeoutError
 
-from engine.direct import DirectUploads
 from engine.errors import NotFound, Transient
-from engine.objects import Objects
+from engine.s3.direct import DirectUploads
+from engine.s3.objects import Objects
 
 MIB = 1024 * 1024
 
@@ -55,7 +55,7 @@ def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_
 
 
 def test_what_was_completed_is_forgotten_a_day_later_however_much_there_is(live, monkeypatch):
-    monkeypatch.setattr("engine.direct.SWEEP_UPLOADS", 2)
+    monkeypatch.setattr("engine.s3.direct.SWEEP_UPLOADS", 2)
     uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
     for number in range(5):
         live.store.uploads.insert_one({"_id": f"done-{number}", "done": {"etag": "e", "size": 1}})

@@ -17,9 +17,9 @@ import pytest
 from api.limits import Slots
 from api.problems import Problem
 from api.watch import Events, Watch
-from engine.ledger import Ledger
+from engine.control.ledger import Ledger
+from engine.control.queue import Queue
 from engine.ports import free_port
-from engine.queue import Queue
 from tests.api.conftest import answers as ready
 from tests.api.conftest import slow_inserts
 from tests.running import Running, until

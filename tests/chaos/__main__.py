@@ -14,7 +14,7 @@ import pytest
 
 from api.commands.terminal import EXIT_INTERRUPTED
 from bench.rig import isolate, on_leave
-from engine.local import LocalServers
+from engine.local.servers import LocalServers
 from engine.settings import Settings
 from tests.chaos.rig import Report
 from tests.chaos.scenarios import SCENARIOS

@@ -18,11 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+from engine.fleet.supervisor import Supervisor
+from engine.fleet.worker import work
 from engine.logs import configure
 from engine.settings import load
 from engine.steps import on_reach
-from engine.supervisor import Supervisor
-from engine.worker import work
 
 APP = "headrace under test"
 
@@ -64,7 +64,7 @@ def harm_at(step, nth, fired, harm):
 
 
 def poison(marker):
-    from engine import pipeline
+    from engine.load import pipeline
 
     real = pipeline.decode
 
@@ -77,7 +77,7 @@ def poison(marker):
 
 
 def slow(seconds):
-    from engine import pipeline
+    from engine.load import pipeline
 
     real = pipeline.decode
 
@@ -89,7 +89,7 @@ def slow(seconds):
 
 
 def rename():
-    from engine import store
+    from engine.control import store
 
     real = store.MongoClient
     store.MongoClient = lambda *given, **more: real(*given, **more | {"appname": APP})

@@ -5,10 +5,10 @@ import time
 
 import bson
 
-from engine.batches import Batcher
-from engine.decode import decode
-from engine.lines import Splitter
 from engine.model import Format
+from engine.text.batches import Batcher
+from engine.text.decode import decode
+from engine.text.lines import Splitter
 from tests.chaos import corpus
 from tests.chaos.checker import BLANK, Bad, document_of, lines_of
 from tests.chaos.rig import Report

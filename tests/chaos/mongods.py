@@ -9,7 +9,7 @@ from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 from engine.children import die_with_parent
-from engine.local import mongod_path
+from engine.local.servers import mongod_path
 from engine.ports import free_port
 
 SET = "chaos"

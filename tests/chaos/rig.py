@@ -11,15 +11,15 @@ from pathlib import Path
 
 from bson import ObjectId
 
+from engine.control.jobs import Ticket
+from engine.control.ledger import Ledger
+from engine.control.queue import Queue
+from engine.control.store import Store
 from engine.errors import Transient
-from engine.jobs import Ticket
-from engine.ledger import Ledger
 from engine.model import TERMINAL, JobOptions
-from engine.objects import Objects
-from engine.queue import Queue
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.objects import Objects
 from engine.settings import Settings
-from engine.store import Store
 from tests.chaos import corpus
 from tests.chaos.checker import check
 from tests.running import Running, title

@@ -5,9 +5,9 @@ import uuid
 
 import pytest
 
+from engine.control.plans import Plans
+from engine.load.planner import Planner
 from engine.model import Format, JobOptions, Plan, Tally
-from engine.planner import Planner
-from engine.plans import Plans
 
 
 @pytest.fixture

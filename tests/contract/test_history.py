@@ -10,12 +10,12 @@ import pytest
 from bson import Int64
 
 from api.views import batch_status
+from engine.control.history import History
+from engine.control.job_batches import JobBatches
+from engine.control.retention import Retention
+from engine.control.store import job_key
 from engine.errors import Conflict, Transient
-from engine.history import History
-from engine.job_batches import JobBatches
 from engine.model import Failure, JobOptions, JobState, RangeState, Tally
-from engine.retention import Retention
-from engine.store import job_key
 from tests.contract.conftest import loaded, plan
 
 
@@ -150,9 +150,9 @@ def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monk
         go_on.wait(30)
         return real()
 
-    monkeypatch.setattr("engine.history.FIRST_SECONDS", 0.05)
-    monkeypatch.setattr("engine.history.NEXT_SECONDS", 0.05)
-    monkeypatch.setattr("engine.history.BACKLOG_FACTOR", 0)
+    monkeypatch.setattr("engine.control.history.FIRST_SECONDS", 0.05)
+    monkeypatch.setattr("engine.control.history.NEXT_SECONDS", 0.05)
+    monkeypatch.setattr("engine.control.history.BACKLOG_FACTOR", 0)
     with ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(history, "_count", hang)
         first = pool.submit(history.backlog)
@@ -172,7 +172,7 @@ def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monk
 
 def test_who_asks_while_another_counts_is_told_of_no_older_count(store, queue, source, monkeypatch):
     history, counting = History(store), threading.Event()
-    monkeypatch.setattr("engine.history.CHEAP_SECONDS", 60)
+    monkeypatch.setattr("engine.control.history.CHEAP_SECONDS", 60)
     assert history.backlog().states[JobState.PENDING] == 0
     queue.submit(source, JobOptions())
     real = history._count
@@ -192,13 +192,13 @@ def test_who_asks_while_another_counts_is_told_of_no_older_count(store, queue, s
 
 def test_a_count_of_jobs_that_takes_long_is_not_made_at_every_call(store, queue, source, monkeypatch):
     history = History(store)
-    monkeypatch.setattr("engine.history.CHEAP_SECONDS", 60)
+    monkeypatch.setattr("engine.control.history.CHEAP_SECONDS", 60)
     queue.submit(source, JobOptions())
     assert history.backlog().states[JobState.PENDING] == 1
     queue.submit(source, JobOptions(run_at=datetime(2099, 1, 1, tzinfo=UTC)))
     assert history.backlog().states[JobState.PENDING] == 2
-    monkeypatch.setattr("engine.history.CHEAP_SECONDS", 0.0)
-    monkeypatch.setattr("engine.history.BACKLOG_FACTOR", 1e9)
+    monkeypatch.setattr("engine.control.history.CHEAP_SECONDS", 0.0)
+    monkeypatch.setattr("engine.control.history.BACKLOG_FACTOR", 1e9)
     assert history.backlog().states[JobState.PENDING] == 2
     queue.submit(source, JobOptions())
     assert history.backlog().states[JobState.PENDING] == 2
@@ -226,7 +226,7 @@ def test_a_request_for_a_batch_that_died_within_is_told_as_failed_when_nobody_re
 def test_the_rejects_of_an_old_job_go_slice_by_slice_and_one_worker_at_a_time(
     store, queue, ledger, source, monkeypatch
 ):
-    monkeypatch.setattr("engine.store.SLICE", 10)
+    monkeypatch.setattr("engine.control.store.SLICE", 10)
     old, kept = (queue.submit(source, JobOptions(validate=True)) for _ in range(2))
     queue.cancel(old.id)
     for job in (old, kept):

@@ -6,15 +6,15 @@ from datetime import UTC, datetime
 import pytest
 from bson import ObjectId
 
-from engine.direct import DirectUploads
+from engine.control.history import History
+from engine.control.job_batches import JobBatches
+from engine.control.jobs import Ticket
+from engine.control.loads import Loads
+from engine.control.retention import Retention
 from engine.errors import KeyReused
-from engine.history import History
-from engine.job_batches import JobBatches
-from engine.jobs import Ticket
-from engine.loads import Loads
 from engine.model import Format, JobOptions, JobState
-from engine.retention import Retention
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.direct import DirectUploads
 from tests.contract.conftest import loaded
 
 HISTORY = 1000

@@ -9,8 +9,8 @@ from bson import ObjectId
 from pymongo.collection import Collection
 from pymongo.errors import NotPrimaryError
 
+from engine.control.ledger import ATTEMPTS, DEATHS, VANISHED, Ledger
 from engine.errors import LeaseLost, Transient
-from engine.ledger import ATTEMPTS, DEATHS, VANISHED, Ledger
 from engine.model import ByteRange, Failure, Freed, Tally
 
 WHY = Failure("unavailable", "it was busy")
@@ -250,7 +250,7 @@ def test_line_numbers_are_known_where_all_before_is_done(ledger, job):
 
 
 def test_of_many_leases_that_ran_out_some_are_freed_at_a_time_and_all_of_a_dead_holder(store, ledger, job, monkeypatch):
-    monkeypatch.setattr("engine.ledger.EXPIRED_RANGES", 2)
+    monkeypatch.setattr("engine.control.ledger.EXPIRED_RANGES", 2)
     ledger.open(job, [ByteRange(index, index * 10, index * 10 + 10) for index in range(5)])
     for _ in range(5):
         ledger.lease(job, "silent")

@@ -26,8 +26,8 @@ from engine.errors import (
     WrongClock,
 )
 from engine.model import Source
-from engine.objects import Objects, RangeReader
-from engine.s3 import connect, s3_translated
+from engine.s3.client import connect, s3_translated
+from engine.s3.objects import Objects, RangeReader
 from engine.settings import Settings
 
 MIB = 1024 * 1024
@@ -341,7 +341,7 @@ def test_a_token_without_keys_does_not_hide_those_that_the_sdk_finds(monkeypatch
 
 def test_what_is_left_of_an_answer_that_has_become_slow_is_not_waited_for(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("engine.objects.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.s3.objects.time.monotonic", lambda: now[0])
 
     class Body:
         slow = closed = False
@@ -365,7 +365,7 @@ def test_what_is_left_of_an_answer_that_has_become_slow_is_not_waited_for(monkey
 
 def test_of_a_body_that_trickles_less_is_waited_for_at_a_time(monkeypatch):
     now, asked, moves = [0.0], [], []
-    monkeypatch.setattr("engine.objects.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.s3.objects.time.monotonic", lambda: now[0])
 
     class Body:
         def read(self, size):

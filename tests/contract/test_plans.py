@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from bson import ObjectId
 
-from engine.chooser import Chooser
+from engine.control.ledger import DEATHS, VANISHED
 from engine.errors import Conflict, Refused, Transient
-from engine.ledger import DEATHS, VANISHED
+from engine.fleet.chooser import Chooser
+from engine.load.planner import Planner
 from engine.model import Failure, JobOptions, JobState, Tally
-from engine.planner import Planner
 from tests.contract.conftest import loaded, plan
 
 

@@ -12,7 +12,9 @@ import pytest
 from pymongo.errors import AutoReconnect, NotPrimaryError
 from pymongo.monitoring import CommandListener, _Listeners
 
-from engine import loads
+from engine.control import loads
+from engine.control.queue import Queue
+from engine.control.store import Store, job_key
 from engine.errors import Conflict, LeaseLost, Refused, Transient
 from engine.model import (
     JOB_MOVES,
@@ -25,8 +27,6 @@ from engine.model import (
     Stop,
     Tally,
 )
-from engine.queue import Queue
-from engine.store import Store, job_key
 from tests.contract.conftest import plan
 
 

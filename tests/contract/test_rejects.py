@@ -7,8 +7,8 @@ import mongomock
 import pytest
 from bson import ObjectId
 
+from engine.control.rejects import Rejects
 from engine.model import ByteRange, Job, JobOptions, JobState, Lease, Reason, Reject, Source, Tally
-from engine.rejects import Rejects
 
 
 @pytest.fixture(params=["mongod", "mongomock"])
@@ -45,7 +45,7 @@ def test_rejects_are_paged_in_the_order_of_the_file_each_once(rejects, job):
 
 
 def test_a_page_of_long_lines_ends_before_its_limit(rejects, job, monkeypatch):
-    monkeypatch.setattr("engine.rejects.PAGE_BYTES", 2500)
+    monkeypatch.setattr("engine.control.rejects.PAGE_BYTES", 2500)
     rejects.write(job, lease(job), [made(1000 * number, head=b"x" * 1000) for number in range(4)])
     first, more = rejects.page(job.id, 1000)
     assert ([reject["offset"] for reject in first], more) == ([0, 1000, 2000], True)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import pytest
 from bson import ObjectId
 
-from engine.chooser import Chooser
+from engine.control.store import job_key
+from engine.fleet.chooser import Chooser
 from engine.model import Failure, JobOptions, JobState, Stop, Tally
-from engine.store import job_key
 from tests.contract.conftest import plan
 
 

@@ -93,8 +93,8 @@ def test_a_dry_run_survives_a_majority_that_lags_while_it_lets_go_of_claims(stor
 def test_what_a_dry_run_has_claimed_is_let_go_slice_by_slice_while_that_takes_no_long(
     store, submit, drain, monkeypatch, seconds, left
 ):
-    monkeypatch.setattr("engine.store.SLICE", 20)
-    monkeypatch.setattr("engine.queue.RELEASE_SECONDS", seconds)
+    monkeypatch.setattr("engine.control.store.SLICE", 20)
+    monkeypatch.setattr("engine.control.queue.RELEASE_SECONDS", seconds)
     [dry] = drain(submit(b"".join(b'{"_id":%d}\n' % n for n in range(100)), validate=True).id)
     assert (dry.state, dry.progress.tally.inserted) == (JobState.COMPLETED, 100)
     assert store.claims.count_documents({}) == left

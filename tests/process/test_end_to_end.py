@@ -10,10 +10,10 @@ from bson import ObjectId
 from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 
+from engine.control.ledger import Ledger
+from engine.control.retention import Retention
 from engine.errors import NotFound
-from engine.ledger import Ledger
 from engine.model import Format, JobState
-from engine.retention import Retention
 from tests.running import failing, taking
 
 BAD = {
@@ -238,7 +238,7 @@ def test_loads_of_one_object_that_come_together_are_told_of_each_other(store, su
 
 def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, drain, ledger, monkeypatch):
     """More of them than are written at a time, which takes longer than a lease lasts and is waited for."""
-    monkeypatch.setattr("engine.ledger.EXPIRY_GRACE_SECONDS", 0)
+    monkeypatch.setattr("engine.control.ledger.EXPIRY_GRACE_SECONDS", 0)
     store.data.create_collection("slow")
     jobs = [submit(b'{"n":1}\n' * 3000, collection="slow") for _ in range(3)]
     over, freed = threading.Event(), []

@@ -10,7 +10,7 @@ SCRIPT = """
 import os
 from pathlib import Path
 
-from engine.local import LocalServers
+from engine.local.servers import LocalServers
 from engine.settings import Settings
 
 with LocalServers(Settings(aws_bucket_name="elsewhere"), Path("data")):

@@ -6,9 +6,9 @@ import weakref
 
 import pytest
 
-from engine.decode import decode
+from engine.load.sink import Sink, Work
 from engine.model import Format, Plan
-from engine.sink import Sink, Work
+from engine.text.decode import decode
 from tests.conftest import batch_of
 
 TAG = b"\0" * 6

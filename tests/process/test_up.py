@@ -20,7 +20,7 @@ from pymongo import MongoClient
 from rich.console import Console
 
 from api.commands.up import _show_documents
-from engine.local import mongod_path
+from engine.local.servers import mongod_path
 from engine.ports import free_port
 from tests.running import ROOT, alive, until
 

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batches import Batcher
-from engine.lines import Splitter
+from engine.text.batches import Batcher
+from engine.text.lines import Splitter
 
 
 @given(st.lists(st.binary(max_size=60).map(lambda b: b.replace(b"\n", b"")), max_size=80), st.booleans(), st.data())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.budget import overspent
+from engine.control.budget import overspent
 from engine.model import JobOptions, Tally
 
 

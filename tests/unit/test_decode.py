@@ -9,8 +9,8 @@ from bson import ObjectId
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.decode import Identity, _has_wide_digits, _may_have_wide_digits, decode
 from engine.model import Format
+from engine.text.decode import Identity, _has_wide_digits, _may_have_wide_digits, decode
 from tests.conftest import batch_of
 
 TAG = b"tagtag"
@@ -208,7 +208,7 @@ LINE = st.sampled_from(FRAGMENTS) | st.binary(max_size=8).map(lambda b: b.replac
 @pytest.mark.parametrize("long", [0, 10**6])
 @pytest.mark.parametrize("lines", CONSPIRACIES)
 def test_lines_that_are_objects_only_together_are_rejects_each(lines, long, monkeypatch):
-    monkeypatch.setattr("engine.decode.LONG_LINE_BYTES", long)
+    monkeypatch.setattr("engine.text.decode.LONG_LINE_BYTES", long)
     decoded = run(b'{"n":1}', *lines, b'{"n":2}')
     assert [document["n"] for document in decoded.documents] == [1, 2]
     assert [r.ordinal for r in decoded.rejects] == list(range(1, 1 + len(lines)))
@@ -224,8 +224,8 @@ def test_lines_that_are_objects_only_together_are_rejects_each(lines, long, monk
 def test_what_becomes_of_a_line_does_not_depend_on_its_neighbours(lines, piece, long, format, terminated):
     terminated = terminated or not lines[-1]  # an empty last line is none
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.decode.PIECE_BYTES", piece)
-        patch.setattr("engine.decode.LONG_LINE_BYTES", long)
+        patch.setattr("engine.text.decode.PIECE_BYTES", piece)
+        patch.setattr("engine.text.decode.LONG_LINE_BYTES", long)
         together = run(*lines, format=Format(format), offset=7, terminated=terminated)
     at, documents, positions, own_ids, rejects, blank = 7, [], [], [], [], 0
     for position, line in enumerate(lines):

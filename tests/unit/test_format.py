@@ -9,8 +9,8 @@ from io import BytesIO
 import pytest
 
 from engine.errors import Refused
-from engine.formats import decide
 from engine.model import Format
+from engine.text.formats import decide
 
 TEXT = "".join(f'{{"n": {n}, "name": "Grüße {n}"}}\n' for n in range(50))
 

@@ -2,7 +2,7 @@
 
 import multiprocessing
 
-from engine.heartbeat import Heartbeat
+from engine.fleet.heartbeat import Heartbeat
 
 
 def _move(beat, moving):

@@ -7,10 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from engine.control.queue import JobSignals
 from engine.errors import LeaseLost, Transient
-from engine.keeper import TICK_SECONDS, Keeper
-from engine.queue import JobSignals
-from engine.run import Run
+from engine.load.keeper import TICK_SECONDS, Keeper
+from engine.load.run import Run
 from tests.running import until
 
 SHORT = 0.26 * TICK_SECONDS
@@ -19,7 +19,7 @@ SHORT = 0.26 * TICK_SECONDS
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr("engine.keeper.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.load.keeper.time.monotonic", lambda: now[0])
     return now
 
 
@@ -158,7 +158,7 @@ def test_what_is_at_work_is_renewed_before_what_comes_next(keeper: Keeper, clock
 
 
 def test_a_keeper_of_what_comes_next_is_awake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.keeper.TICK_SECONDS", 0.05)
+    monkeypatch.setattr("engine.load.keeper.TICK_SECONDS", 0.05)
     keeper = Keeper(Mock(), Mock(), 30, lambda: 0.0, lambda run: None)
     ticked = threading.Event()
     monkeypatch.setattr(keeper, "tick", lambda run, begun: ticked.set())
@@ -181,7 +181,7 @@ def test_a_worker_that_hangs_does_not_renew_what_comes_next(keeper: Keeper, cloc
 
 
 def test_who_waits_for_a_slow_renewal_shows_that_it_lives(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.keeper.STIR_SECONDS", 0.01)
+    monkeypatch.setattr("engine.load.keeper.STIR_SECONDS", 0.01)
     run, moved = Mock(), threading.Event()
     run.move.side_effect = moved.set
     keeper.hold(run)
@@ -197,7 +197,7 @@ def test_who_waits_for_a_slow_renewal_shows_that_it_lives(keeper: Keeper, monkey
 
 
 def test_a_keeper_of_nothing_sleeps_and_one_of_a_lease_looks_after_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.keeper.TICK_SECONDS", 0.05)
+    monkeypatch.setattr("engine.load.keeper.TICK_SECONDS", 0.05)
     keeper = Keeper(Mock(), Mock(), 30, lambda: 0.0, lambda run: None)
     ticked, turned = threading.Event(), threading.Event()
     monkeypatch.setattr(keeper, "tick", lambda run: ticked.set())

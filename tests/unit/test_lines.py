@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batches import Batcher
-from engine.lines import Block, Oversized, Splitter
 from engine.model import ByteRange
-from engine.ranges import count, cut
+from engine.text.batches import Batcher
+from engine.text.lines import Block, Oversized, Splitter
+from engine.text.ranges import count, cut
 
 pieces = st.sampled_from([b"\n", b"\r\n", b"\r", b"a", b"bc", "é€𝄞".encode(), b" ", b"{}", b"x" * 40, b"\xff", b"\0"])
 contents = st.lists(pieces, max_size=60).map(b"".join) | st.binary(max_size=200)
@@ -60,7 +60,7 @@ def lines(blocks: list[Block | Oversized]) -> list[tuple[int, bytes]]:
 )
 def test_any_cut_and_any_chunking_yield_each_line_once(data, range_bytes, sizes, few):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.lines.FEW_LINES", few)
+        patch.setattr("engine.text.lines.FEW_LINES", few)
         found = [line for r in ranges_of(len(data), range_bytes) for line in lines(read(data, r.start, r.end, sizes))]
     assert found == (whole(data) if data else [])
 

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import local
-from engine.local import LocalServers
+from engine.local.servers import LocalServers, _may_make_sockets, _write_private
 from engine.settings import Settings
 
 
@@ -58,19 +57,19 @@ def test_a_secret_that_a_full_disk_left_empty_is_drawn_anew(servers, tmp_path):
 
 def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path, monkeypatch):
     file = tmp_path / "s3.json"
-    local._write_private(file, json.dumps({"first": 1}))
+    _write_private(file, json.dumps({"first": 1}))
     with pytest.raises(TypeError):
-        local._write_private(file, None)
+        _write_private(file, None)
     assert json.loads(file.read_text()) == {"first": 1}
 
 
 def test_a_port_beside_which_another_user_left_a_socket_is_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "SOCKET_FOLDER", tmp_path)
+    monkeypatch.setattr("engine.local.servers.SOCKET_FOLDER", tmp_path)
     (tmp_path / "seaweedfs-s3-grpc-18833.sock").touch()
-    assert local._may_make_sockets(8833)  # one's own is replaced
+    assert _may_make_sockets(8833)  # one's own is replaced
     other = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: other)
-    assert not local._may_make_sockets(8833)
-    assert local._may_make_sockets(8834)
+    assert not _may_make_sockets(8833)
+    assert _may_make_sockets(8834)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert local._may_make_sockets(8833)
+    assert _may_make_sockets(8833)

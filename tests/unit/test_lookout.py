@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.errors import Transient
-from engine.lookout import Lookout
+from engine.load.lookout import Lookout
 
 
 def run_of(job):

@@ -2,15 +2,15 @@
 
 import pytest
 
-from engine.memory import COLLECT_SECONDS, IDLE_SECONDS, Garbage
+from engine.fleet.memory import COLLECT_SECONDS, IDLE_SECONDS, Garbage
 
 
 @pytest.fixture
 def looks(monkeypatch):
     """The clock's seconds, which a test sets, and the looks so far."""
     clock, found = [100.0], []
-    monkeypatch.setattr("engine.memory.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("engine.memory.gc.collect", lambda: found.append(clock[0]))
+    monkeypatch.setattr("engine.fleet.memory.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("engine.fleet.memory.gc.collect", lambda: found.append(clock[0]))
     return clock, found
 
 

@@ -9,12 +9,12 @@ import pytest
 import urllib3
 from botocore.awsrequest import AWSResponse
 
-from engine.direct import DirectUploads
 from engine.errors import Transient
 from engine.model import Source
-from engine.objects import Objects
-from engine.parts import Parts
-from engine.s3 import connect
+from engine.s3.client import connect
+from engine.s3.direct import DirectUploads
+from engine.s3.objects import Objects
+from engine.s3.parts import Parts
 from engine.settings import Settings
 
 WHOLE = {

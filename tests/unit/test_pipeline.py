@@ -6,18 +6,18 @@ from unittest.mock import MagicMock, Mock
 import numpy as np
 import pytest
 
-from engine.batches import Batch
+from engine.control.stats import Stats
 from engine.errors import LeaseLost, Severed, Transient
+from engine.load.pipeline import Ended, Pipeline
+from engine.load.run import Run
 from engine.model import ByteRange, Lease, Tally
-from engine.pipeline import Ended, Pipeline
-from engine.run import Run
 from engine.settings import Settings
-from engine.stats import Stats
+from engine.text.batches import Batch
 
 
 def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
     pauses = iter((1.5, 2.5))
-    monkeypatch.setattr("engine.pipeline.back_off", lambda run, tries: next(pauses))
+    monkeypatch.setattr("engine.load.pipeline.back_off", lambda run, tries: next(pauses))
     clock = iter((0.0, 4.5))
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
@@ -28,8 +28,8 @@ def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
     stats = Stats()
     pipeline = Pipeline(Settings(), store, *[Mock()] * 4, stats, lambda: 0.0)
     batch = Batch(0, 3, 0, b"{}\n", np.array([2]))
-    monkeypatch.setattr("engine.pipeline.decode", lambda *what: Mock(seconds=0.0))
-    monkeypatch.setattr("engine.pipeline.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("engine.load.pipeline.decode", lambda *what: Mock(seconds=0.0))
+    monkeypatch.setattr("engine.load.pipeline.time.perf_counter", lambda: next(clock))
     pipeline._write(run, sink, batch, lambda tally: None)
     pipeline.close()
     counts = stats.counts()
@@ -44,7 +44,7 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
     pipeline = Pipeline(Settings(), *[Mock()] * 5, stats, lambda: 0.0)
     batch, written = Batch(0, 3, 0, b"{}\n", np.array([2])), threading.Event()
     clock = iter((0.0, 1.0, 10.0, 14.0))
-    monkeypatch.setattr("engine.pipeline.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("engine.load.pipeline.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
     monkeypatch.setattr(pipeline, "_ahead_seconds", lambda: 0.2)
     monkeypatch.setattr(pipeline._reading, "batches", lambda *what: (one for one in [batch]))
@@ -66,7 +66,7 @@ def worked(monkeypatch, seconds_each, round_trip, batches=100, at_once=1):
     pipeline = Pipeline(
         Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0, near_end=lambda: looks.append(len(read))
     )
-    monkeypatch.setattr("engine.pipeline.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.load.pipeline.time.monotonic", lambda: now[0])
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
     real = run.opened
     monkeypatch.setattr(run, "opened", lambda batch: unwritten.append(real(batch)))
@@ -134,7 +134,7 @@ def test_more_batches_are_sent_at_a_time_where_the_way_takes_much_of_what_one_ta
     store.waited.side_effect = lambda: next(waited)
     store.round_trip.return_value = round_trip
     pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
-    monkeypatch.setattr("engine.pipeline.decode", lambda *what: Mock(seconds=0.0))
+    monkeypatch.setattr("engine.load.pipeline.decode", lambda *what: Mock(seconds=0.0))
     pipeline._write(run, sink, Batch(0, 3, 0, b"{}\n", np.array([2])), Mock())
     assert pipeline._window.size == size
     pipeline.close()
@@ -173,8 +173,8 @@ def tried(sink, monkeypatch, guard=None):
     store = Mock()
     store.waited.return_value = store.round_trip.return_value = 0.0
     pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
-    monkeypatch.setattr("engine.pipeline.back_off", lambda run, tries: 0.0)
-    monkeypatch.setattr("engine.pipeline.decode", lambda *what: Mock(seconds=0.0))
+    monkeypatch.setattr("engine.load.pipeline.back_off", lambda run, tries: 0.0)
+    monkeypatch.setattr("engine.load.pipeline.decode", lambda *what: Mock(seconds=0.0))
     if guard is not None:
         monkeypatch.setattr(pipeline, "_guard", guard)
     batch = Batch(0, 3000, 0, b"{}\n" * 1000, np.arange(2, 3000, 3))
@@ -217,7 +217,7 @@ def test_what_must_be_forgotten_before_a_range_is_gone_on_with_is_tried_again(mo
     rejects = Mock()
     rejects.forget.side_effect = [Transient("no primary"), None]
     pipeline = Pipeline(Settings(), Mock(), Mock(), Mock(), Mock(), rejects, Stats(), lambda: 0.0)
-    monkeypatch.setattr("engine.retries.back_off", lambda run, tries: 0.0)
+    monkeypatch.setattr("engine.load.retries.back_off", lambda run, tries: 0.0)
     monkeypatch.setattr(pipeline, "_work", lambda run: Ended.DONE)
     assert pipeline.run(Run(MagicMock(), lease, threading.Event(), lambda: None)) is Ended.DONE
     pipeline.close()

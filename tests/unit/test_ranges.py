@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.ranges import count, cut
+from engine.text.ranges import count, cut
 
 
 def ranges_of(size, range_bytes):

@@ -6,11 +6,11 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 
-from engine.lines import Splitter
+from engine.control.stats import Stats
+from engine.load.reading import Reading
+from engine.load.run import Run
 from engine.model import ByteRange, Lease, Tally
-from engine.reading import Reading
-from engine.run import Run
-from engine.stats import Stats
+from engine.text.lines import Splitter
 
 
 def test_what_was_read_ahead_may_reach_beyond_all_of_a_range(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.s3 import _core
+from engine.s3.client import _core
 from engine.settings import Settings
 
 

@@ -2,7 +2,7 @@
 
 import orjson
 
-from engine import sample
+from engine.local import sample
 
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_others():

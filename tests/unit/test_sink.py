@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from pymongo.errors import OperationFailure, WriteConcernError, WTimeoutError
 
-from engine.batches import Batch
-from engine.decode import decode
+from engine.control.store import translate
 from engine.errors import AccessDenied, Permanent, Refused, Transient
+from engine.load.sink import Sink
 from engine.model import Format, Plan, Reason
-from engine.sink import Sink
-from engine.store import translate
+from engine.text.batches import Batch
+from engine.text.decode import decode
 
 DATA = b'{"a":1}\n{"a":2}\n{"a":3}\n'
 BATCH = Batch(0, len(DATA), 0, DATA, np.array([7, 15, 23], np.intp))

@@ -3,7 +3,7 @@
 import threading
 from types import SimpleNamespace
 
-from engine.stats import Reporter, Stats
+from engine.control.stats import Reporter, Stats
 
 
 class Told:

@@ -5,14 +5,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from engine.upkeep import PRUNE_SECONDS, SETTLE_SECONDS, Upkeep
+from engine.fleet.upkeep import PRUNE_SECONDS, SETTLE_SECONDS, Upkeep
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("engine.upkeep.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("engine.upkeep.random.uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr("engine.fleet.upkeep.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.fleet.upkeep.random.uniform", lambda low, high: (low + high) / 2)
     return now
 
 

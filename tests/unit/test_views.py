@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from api.views import is_idle, waiting_for
-from engine.history import RangeReport
+from engine.control.history import RangeReport
 from engine.model import Event, Job, JobOptions, JobState, RangeState, Source, Stop
 
 MADE = datetime(2026, 11, 26, tzinfo=UTC)

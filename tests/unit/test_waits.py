@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from engine.waits import OF_LATE_SECONDS, Shortest, Waits
+from engine.control.waits import OF_LATE_SECONDS, Shortest, Waits
 
 EVENT = Mock(duration_micros=1000)
 
@@ -14,7 +14,7 @@ EVENT = Mock(duration_micros=1000)
 def clock(monkeypatch):
     """Stands still unless it is set."""
     now = Mock(return_value=0.0)
-    monkeypatch.setattr("engine.waits.time.perf_counter", now)
+    monkeypatch.setattr("engine.control.waits.time.perf_counter", now)
     return now
 
 

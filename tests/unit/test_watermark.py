@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.load.watermark import Watermark
 from engine.model import Tally
-from engine.watermark import Watermark
 
 
 @given(st.integers(1, 30).flatmap(lambda n: st.permutations(range(n))))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.window import MOST_TIMES, Window
+from engine.load.window import MOST_TIMES, Window
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from unittest.mock import MagicMock, Mock, call
 import pytest
 
 from engine.errors import LeaseLost, Permanent, Transient
-from engine.lookout import Lookout
+from engine.fleet.worker import WorkerIdentity, _Worker
+from engine.load.lookout import Lookout
+from engine.load.pipeline import Ended, Pipeline
 from engine.model import JobState
-from engine.pipeline import Ended, Pipeline
-from engine.worker import WorkerIdentity, _Worker
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_what_a_look_ahead_has_found_is_kept_until_it_begins(worker: Any) -> Non
 
 def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings: Any, monkeypatch: Any) -> None:
     stop, run = threading.Event(), Mock()
-    monkeypatch.setattr("engine.worker.Store", MagicMock())
-    monkeypatch.setattr("engine.worker.Reporter", Mock())
+    monkeypatch.setattr("engine.fleet.worker.Store", MagicMock())
+    monkeypatch.setattr("engine.fleet.worker.Reporter", Mock())
     worker = _Worker(settings, WorkerIdentity("here", "boot", 0, 0, (), 0), Mock(), stop)
     monkeypatch.setattr(worker, "_boot", lambda: True)
     monkeypatch.setattr(worker, "_look_ahead", lambda: run)

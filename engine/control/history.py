@@ -1,0 +1,184 @@
+"""Questions about jobs that people ask: lists, what became of a job's ranges, how long the queue is. All reads."""
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from engine.control.jobs import known, readable
+from engine.control.schema import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS
+from engine.control.store import Document, Store, job_key, jobs_of, parse_id, ranges_of, translated
+from engine.errors import Transient
+from engine.model import Job, JobState, RangeState
+
+__all__ = ["Backlog", "History", "RangeReport"]
+
+MAX_HOLDERS: Final = 100
+
+CHEAP_SECONDS: Final = 0.05
+"""A count of jobs that takes no longer is made anew whenever it is asked for."""
+
+FIRST_SECONDS: Final = 5.0
+"""How long a call waits for another that counts, where there is no count before."""
+
+NEXT_SECONDS: Final = 1.0
+"""The same where there is one that is out of date."""
+
+BACKLOG_FACTOR: Final = 20
+"""A count slower than `CHEAP_SECONDS` is reused for this many times the seconds that it took: the history may hold millions of
+jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeReport:
+    """A job's ranges: how many are in each state, the troubles they have had so far, and who has worked on them lately.
+
+    `kept` is how many are LEASED by somebody who renews the lease: those of a host that died stay LEASED until a worker frees
+    them. `put_off` is why the next one that is READY has to wait; None where one need not, or none is.
+    """
+
+    states: dict[RangeState, int]
+    kept: int
+    failures: int
+    deaths: int
+    holders: tuple[str, ...]
+    put_off: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Jobs by state, and for how many seconds the oldest of those that are due and not begun has waited; 0 without any."""
+
+    states: dict[JobState, int]
+    oldest_seconds: float
+
+
+class History:
+    """Reads of the control database that no worker needs."""
+
+    def __init__(self, store: Store) -> None:
+        self._jobs = store.jobs
+        self._ranges = store.ranges
+        self._counting = threading.Lock()
+        self._counted: Backlog | None = None
+        self._good_until = 0.0
+
+    def page(
+        self,
+        limit: int,
+        before: str | None = None,
+        state: JobState | None = None,
+        key: str | None = None,
+        collection: str | None = None,
+        batch: str | None = None,
+        bucket: str | None = None,
+    ) -> list[Job]:
+        """Jobs, newest first; those that this version cannot read are left out.
+
+        Args:
+            limit: the most to return.
+            before: only those older than the job of this id.
+            state, key, collection, batch, bucket: only jobs in this state, of this object, into this collection, of this batch,
+                of this bucket.
+        """
+        query: Document = {}
+        if before is not None:
+            query["_id"] = {"$lt": job_key(before)}
+        if state is not None:
+            query["state"] = state
+        if key is not None:
+            query["source.key"] = key
+        if bucket is not None:
+            query["source.bucket"] = bucket
+        if collection is not None:
+            query["options.collection"] = collection
+        if batch is not None:
+            query |= jobs_of(parse_id(batch, "batch"))
+        jobs: list[Job] = []
+        while (left := limit - len(jobs)) > 0:
+            with translated("listing jobs"):
+                page = list(self._jobs.find(query).sort("_id", -1).limit(left))
+            jobs += filter(None, map(readable, page))
+            if len(page) < left:
+                break
+            query["_id"] = {"$lt": page[-1]["_id"]}
+        return jobs
+
+    def ranges(self, job_id: str) -> RangeReport:
+        """What became of a job's ranges so far."""
+        stages: list[Document] = [
+            {"$match": ranges_of(job_key(job_id))},
+            {
+                "$group": {
+                    "_id": "$state",
+                    "count": {"$sum": 1},
+                    "kept": {"$sum": {"$cond": [{"$gt": ["$until", "$$NOW"]}, 1, 0]}},
+                    "failures": {"$sum": "$allFailures"},
+                    "deaths": {"$sum": "$allDeaths"},
+                    "holders": {"$addToSet": "$holders"},
+                    # Of all that wait, the first to be let in; before any of them come those that do not.
+                    "next": {
+                        "$top": {"sortBy": {"notBefore": 1}, "output": {"at": "$notBefore", "failure": "$failure"}}
+                    },
+                }
+            },
+            {"$set": {"next.late": {"$gt": ["$next.at", "$$NOW"]}}},
+        ]
+        with translated("summing the ranges of a job"):
+            groups = list(self._ranges.aggregate(stages))
+        holders = sorted({holder for group in groups for names in group["holders"] for holder in names})
+        late = [group["next"] for group in groups if group["_id"] == RangeState.READY and group["next"]["late"]]
+        return RangeReport(
+            {RangeState(group["_id"]): group["count"] for group in groups},
+            sum(group["kept"] for group in groups),
+            sum(group["failures"] for group in groups),
+            sum(group["deaths"] for group in groups),
+            tuple(holders[:MAX_HOLDERS]),
+            (late[0].get("failure") or {}).get("message") if late else None,
+        )
+
+    def backlog(self) -> Backlog:
+        """How long the queue is, and how old; where it takes long to count, as it was a little while ago.
+
+        One call counts, and the others are told of the count before: a database that does not answer must not make them queue
+        up behind each other. Raises Transient.
+        """
+        if self._counted is not None and time.monotonic() < self._good_until:
+            return self._counted
+        if not self._counting.acquire(timeout=FIRST_SECONDS if self._counted is None else NEXT_SECONDS):
+            if self._counted is None:
+                raise Transient("the jobs are being counted for the first time, which takes long: ask again in a while")
+            return self._counted
+        try:
+            began = time.monotonic()
+            if self._counted is None or began >= self._good_until:
+                self._counted = self._count()
+                took = time.monotonic() - began
+                self._good_until = began + took * BACKLOG_FACTOR if took > CHEAP_SECONDS else 0.0
+            return self._counted
+        finally:
+            self._counting.release()
+
+    def _count(self) -> Backlog:
+        with translated("counting jobs"):
+            # The index alone is read, and no job.
+            groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}], hint=BY_STATE)
+            states = {group["_id"]: group["count"] for group in groups}
+            # One that was not to begin before its time has waited since then only, and one that is tried again since that.
+            since = {"$max": ["$createdAt", "$options.runAt", "$retriedAt"]}
+            age = {"$divide": [{"$subtract": ["$$NOW", since]}, 1000]}
+            due = {"state": JobState.PENDING, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+            # Those whose time has come, and that no worker has let in yet: there may be no worker.
+            ways: dict[str, Document] = {READY_JOBS: {"open": True, "waiting": None}, WAITING_JOBS: {"waiting": True}}
+            oldest = 0.0
+            for hint, which in ways.items():
+                stages: list[Document] = [{"$match": which | due}, {"$group": {"_id": None, "age": {"$max": age}}}]
+                oldest = max([oldest, *(found["age"] for found in self._jobs.aggregate(stages, hint=hint))])
+        return Backlog({state: states.get(state, 0) for state in JobState}, oldest)
+
+    def open_job_of(self, bucket: str, key: str) -> Job | None:
+        """An open job of an object, if there is one. Raises Conflict: there is, and this version cannot read it."""
+        with translated("looking for jobs of a file"):
+            query = {"source.key": key, "source.bucket": bucket, "open": True}
+            found = self._jobs.find_one(query, hint=BY_FILE)
+        return None if found is None else known(found)

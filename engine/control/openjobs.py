@@ -1,0 +1,79 @@
+"""The jobs that have not ended, as workers look at them: by pages, those of this database alone, and without writing anything."""
+
+from collections.abc import Iterator
+from typing import Final
+
+from bson import ObjectId
+from pymongo.collection import Collection
+
+from engine.control.jobs import job_of
+from engine.control.schema import BY_STATE, READY_JOBS, STOPPING_JOBS
+from engine.control.store import Document, Store, translated
+from engine.logs import get_logger
+from engine.model import Job, JobState
+
+__all__ = ["PAGE_JOBS", "OpenJobs"]
+
+PAGE_JOBS: Final = 16
+"""Open jobs that a worker looks at together."""
+
+log = get_logger()
+
+
+class OpenJobs:
+    """The open jobs of a database, highest priority first, then oldest first, by pages."""
+
+    def __init__(self, store: Store) -> None:
+        self._jobs: Collection[Document] = store.jobs
+        self._database = store.data.name
+        self._strange: set[ObjectId] = set()
+
+    def ready(self, holder: str = "") -> Iterator[list[Job]]:
+        """Jobs that may have work.
+
+        Left out are those that anyone but `holder` is about to plan: of small ones there may be many at a time.
+        """
+        theirs = {"$and": [{"$gt": ["$planner.until", "$$NOW"]}, {"$ne": ["$planner.holder", holder]}]}
+        due = {"$and": [{"$lte": ["$notBefore", "$$NOW"]}, {"$not": theirs}]}
+        # What is being stopped has nothing to wait for, whatever it was put off to.
+        query = {"waiting": None, "$or": [{"$expr": due}, {"stopping": {"$ne": None}}]}
+        return self._pages(query, READY_JOBS)
+
+    def stopping(self) -> Iterator[list[Job]]:
+        """Those that are being stopped."""
+        return self._pages({"stopping.to": {"$type": "string"}}, STOPPING_JOBS)
+
+    def processing(self) -> Iterator[list[Job]]:
+        """Those that have been planned."""
+        return self._pages({"state": JobState.PROCESSING}, BY_STATE)
+
+    def _pages(self, query: Document, hint: str) -> Iterator[list[Job]]:
+        with translated("looking for jobs"):
+            order = [("options.priority", -1), ("_id", 1)]
+            mine: Document = {"open": True, "database": self._database}
+            cursor = self._jobs.find(mine | query, batch_size=PAGE_JOBS).sort(order).hint(hint)
+            page: list[Job] = []
+            with cursor:
+                for found in cursor:
+                    if (job := self.readable(found)) is not None:
+                        page.append(job)
+                    if len(page) == PAGE_JOBS:
+                        yield page
+                        page = []
+            if page:
+                yield page
+
+    def readable(self, found: Document) -> Job | None:
+        """A job; None where it is of a later version, and asks for what this one does not know."""
+        try:
+            return job_of(found)
+        except (KeyError, TypeError, ValueError) as error:
+            if found["_id"] not in self._strange:
+                self._strange.add(found["_id"])
+                log.error(
+                    "a job cannot be read, and is left to others: an engine of a later version has perhaps made it",
+                    action="look",
+                    job=str(found["_id"]),
+                    cause=repr(error),
+                )
+            return None

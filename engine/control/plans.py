@@ -1,0 +1,139 @@
+"""Jobs that have no plan yet: who is about to make it, which one holds, and those that are put off."""
+
+from collections.abc import Sequence
+
+from pymongo import UpdateOne, WriteConcern
+
+from engine.control.jobs import PUT_OFF, from_now, happened, job_of, planned, put_off
+from engine.control.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait_ms
+from engine.control.queue import Queue
+from engine.control.schema import CLAIMED_JOBS
+from engine.control.store import Document, Store, job_key, translated, write_all
+from engine.errors import HeadraceError
+from engine.logs import get_logger
+from engine.model import Failure, Job, JobState, Plan, Stop
+
+__all__ = ["Plans"]
+
+log = get_logger()
+
+
+class Plans:
+    """What becomes of PENDING jobs.
+
+    Args:
+        store: the databases.
+        queue, ledger: the jobs and their ranges.
+    """
+
+    def __init__(self, store: Store, queue: Queue, ledger: Ledger) -> None:
+        self._jobs = store.jobs
+        self._database = store.data.name
+        self._queue = queue
+        self._ledger = ledger
+
+    def claim(self, jobs: Sequence[Job], holder: str) -> list[Job]:
+        """Those of these jobs that `holder` is to plan: nobody else begins to within a lease's time.
+
+        It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
+        majority. A job whose planners have died in a row too often is stopped.
+        """
+        # What these jobs were when they were looked at may be past: another worker has put one off since, or stopped it.
+        pending: Document = {"state": JobState.PENDING, "stopping": None, "waiting": None}
+        ids: Document = {"_id": {"$in": [job_key(job.id) for job in jobs]}} | pending
+        mine = {"$eq": ["$planner.holder", holder]}  # claimed before, and the answer was lost
+        # A missing time is less than any.
+        due = {"$lte": ["$notBefore", "$$NOW"]}
+        free = {"$and": [due, {"$or": [{"$lte": ["$planner.until", "$$NOW"]}, mine]}]}
+        lapsed = {"$cond": [{"$or": [mine, {"$lt": ["$planner.holder", ""]}]}, 0, 1]}
+        counts = {name: {"$ifNull": [f"$planner.{name}", 0]} for name in ("deaths", "lapses")}
+        counts["lapses"] = {"$add": [counts["lapses"], lapsed]}
+        claim = {"holder": holder, "until": self._ledger.until(), **counts}
+        with translated("claiming jobs"):
+            quick = self._jobs.with_options(write_concern=WriteConcern(1))
+            if not quick.update_many(ids | {"$expr": free}, [{"$set": {"planner": claim}}]).matched_count:
+                return []
+            found = list(self._jobs.find(ids | {"planner.holder": holder}).sort("_id", 1))
+        left: list[Job] = []
+        for job, planner in ((job_of(document), document["planner"]) for document in found):
+            # A claim that lapsed may be of one who only waits: more of these are needed than of known deaths.
+            if planner["deaths"] < DEATHS and job.planner_deaths < VANISHED:
+                left.append(job)
+                continue
+            message = f"{job.planner_deaths} workers in a row died while they planned the job: look at the object, then retry it"
+            try:
+                self._queue.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
+            except HeadraceError as error:
+                # The others are claimed by now. This one is looked at again when the claim on it has lapsed.
+                log.warning(str(error), action="plan", job=job.id, worker=holder)
+        return left
+
+    def release_claims(self, jobs: Sequence[Job], holder: str) -> None:
+        """Let anyone plan these jobs at once, which `holder` has claimed and not looked at."""
+        ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING, "planner.holder": holder}
+        with translated("giving jobs back"):
+            self._jobs.update_many(ids, {"$unset": {"planner.until": "", "planner.holder": ""}})
+
+    def release_claims_of_dead(self, holders: Sequence[str]) -> None:
+        """Let others plan at once what these, who are dead, were about to plan."""
+        if holders:
+            theirs = {"$in": list(holders), "$type": "string"}  # the type is what lets the server use the index
+            mine = {"open": True, "database": self._database, "planner.holder": theirs}
+            dead = {"planner.deaths": {"$add": [{"$ifNull": ["$planner.deaths", 0]}, 1]}}
+            with translated("freeing the jobs of a dead worker"):
+                free = {"$unset": ["planner.until", "planner.holder"]}
+                self._jobs.update_many(mine, [{"$set": dead}, free], hint=CLAIMED_JOBS)
+
+    def fix(self, plans: Sequence[tuple[Job, Plan, str | None]]) -> list[Job]:
+        """Fix plans, PENDING → PROCESSING, all with one command; the third of each is who has loaded the source before.
+
+        Returns the jobs as they are then, in the same order, with the plans that hold, whoever made them.
+        """
+        writes = []
+        for job, plan, already_loaded_by in plans:
+            changes = planned(plan, JobState.PROCESSING, already_loaded_by) | {"planner": "$$REMOVE"}
+            if job.options.timeout_seconds is not None:
+                changes["deadline"] = from_now(job.options.timeout_seconds)
+            changes |= happened(f"planned: {plan.range_count} range{'s' if plan.range_count != 1 else ''}")
+            writes.append(UpdateOne(_unplanned(job), [{"$set": changes}]))
+        if not writes:
+            return []
+        with translated("planning jobs"):
+            write_all(self._jobs, writes)
+            found = self._jobs.find({"_id": {"$in": [job_key(job.id) for job, _, _ in plans]}})
+            now = {job.id: job for job in map(job_of, found)}
+        return [now[job.id] for job, _, _ in plans if job.id in now]
+
+    def complete_unread(self, job: Job, plan: Plan, already_loaded_by: str | None) -> None:
+        """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
+        changes = planned(plan, JobState.COMPLETED, already_loaded_by)
+        times = {"unread": True, "finishedAt": "$$NOW", "open": "$$REMOVE", "planner": "$$REMOVE"} | happened(
+            JobState.COMPLETED
+        )
+        with translated("ending a job"):
+            self._jobs.update_one(_unplanned(job), [{"$set": changes | times}])
+
+    def postpone(self, job: Job, failure: Failure, *, spend: bool = True) -> None:
+        """A job that could not be planned waits n⁴ seconds (±10 %); after the last attempt it fails.
+
+        With `spend` false it costs no attempt, and waits for a fixed time.
+        """
+        attempts = job.attempts + spend
+        changes: Document = {
+            "attempts": attempts,
+            "planner": "$$REMOVE",
+            **put_off({"$add": ["$$NOW", wait_ms(attempts if spend else UNSPENT_WAIT)]}),
+        }
+        with translated("putting a job off"):
+            found = self._jobs.update_one(
+                # Whoever put it off since has counted the attempt, and who has planned it needs none.
+                _unplanned(job) | {"attempts": job.attempts},
+                [{"$set": changes | happened(f"{PUT_OFF}{failure.message}")}],
+            )
+        if attempts > ATTEMPTS and found.matched_count:
+            self._queue.stop(job, Stop(JobState.FAILED, failure))
+
+
+def _unplanned(job: Job) -> Document:
+    """Matches a job that nobody has planned, stopped or retried since it was read."""
+    return {"_id": job_key(job.id), "state": JobState.PENDING, "round": job.round, "stopping": None}

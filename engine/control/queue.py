@@ -1,0 +1,441 @@
+"""Jobs in MongoDB: submit, find, stop, end, cancel, retry.
+
+Every change of a job's state is one compare-and-set on the state that it comes from. Looking for work is a read and
+writes nothing. A job becomes terminal only when no range of it is leased.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Final
+
+from bson import ObjectId
+from pymongo import ReturnDocument, UpdateOne
+from pymongo.collection import Collection
+from pymongo.errors import DuplicateKeyError
+
+from engine.control.admission import check_collection, check_ticket
+from engine.control.budget import overspent
+from engine.control.jobs import (
+    Ticket,
+    failure_document,
+    from_now,
+    happened,
+    job_of,
+    known,
+    new_job,
+    progress_document,
+    put_off,
+)
+from engine.control.ledger import Ledger
+from engine.control.loads import Loads
+from engine.control.openjobs import PAGE_JOBS, OpenJobs
+from engine.control.rejects import Rejects
+from engine.control.schema import DEADLINES, OPEN_JOBS, WAITING_JOBS
+from engine.control.store import Document, Store, claims_of, delete_slices, job_key, translated, with_ticket, write_all
+from engine.errors import Conflict, HeadraceError, NotFound, Refused
+from engine.logs import get_logger
+from engine.model import (
+    TERMINAL,
+    Failure,
+    Job,
+    JobOptions,
+    JobState,
+    Source,
+    Stop,
+    Tally,
+)
+from engine.steps import Step, reach
+from engine.text.ranges import cut
+
+__all__ = ["JobSignals", "Queue"]
+
+ROLL_UP_MS: Final = 600
+"""A job's numbers are summed anew when they are older than this, by whichever worker notices."""
+
+_NEW: Final[Document] = {"$gte": ["$rolledAt", {"$subtract": ["$$NOW", ROLL_UP_MS]}]}
+# One that is still to come was written by a primary whose clock was ahead.
+_STALE: Final[Document] = {"$not": [{"$and": [_NEW, {"$lte": ["$rolledAt", "$$NOW"]}]}]}
+
+RELEASE_SECONDS: Final = 2.0
+"""How long the end of a dry run may take to release what it has claimed: the worker has more to do."""
+
+PAUSED: Final = "paused"
+"""Name of the switch that holds up the whole queue."""
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class JobSignals:
+    """What the holder of a range needs to know of its job, whenever it renews."""
+
+    stopping: bool
+    overdue: bool
+    stale: bool
+
+
+class Queue:
+    """The jobs.
+
+    Args:
+        store: the databases.
+        ledger: the ranges of these jobs.
+
+    `open` looks at those that have not ended.
+    """
+
+    def __init__(self, store: Store, ledger: Ledger) -> None:
+        self._store = store
+        self._jobs: Collection[Document] = store.jobs
+        self._ledger = ledger
+        self._rejects = Rejects(store, ledger)
+        self._loads = Loads(store, ledger)
+        self._database = store.data.name
+        self.open = OpenJobs(store)
+
+    def submit(self, source: Source, options: JobOptions, ticket: Ticket | None = None) -> Job:
+        """Put a job on the queue, PENDING; with a ticket that was handed in before, the job of then.
+
+        Raises:
+            Refused: the collection cannot take documents.
+            KeyReused: the ticket's key came before with another request.
+        """
+        check_collection(self._store.data, options.collection)
+        with translated("submitting a job"):
+            try:
+                # An update with a pipeline is what lets the server write its own time; upsert makes it an insert.
+                created = self._jobs.find_one_and_update(
+                    {"_id": ObjectId()},
+                    [{"$set": new_job(source, options, self._database, {"ticket": asdict(ticket)} if ticket else {})}],
+                    upsert=True,
+                    return_document=ReturnDocument.AFTER,
+                )
+            except DuplicateKeyError:
+                # Of all that is unique, only the ticket's key can have been there.
+                if ticket is None or (found := self.redeem(ticket)) is None:
+                    raise
+                return found
+        assert created is not None  # an upsert returns what it made
+        self._store.wake()
+        return job_of(created)
+
+    def redeem(self, ticket: Ticket) -> Job | None:
+        """The job that was submitted with this ticket, if one was. Raises KeyReused."""
+        with translated("looking for an idempotency key"):
+            found = self._jobs.find_one(with_ticket(ticket.key))
+        if found is None:
+            return None
+        check_ticket(found, ticket)
+        return known(found)
+
+    def depth(self, most: int) -> int:
+        """How many jobs are open; counted no further than `most`, which is not 0."""
+        with translated("counting open jobs"):
+            return self._jobs.count_documents({"open": True}, hint=OPEN_JOBS, limit=most)
+
+    def pause(self) -> None:
+        """No worker begins another range until `resume`; those under way are finished."""
+        with translated("pausing the queue"):
+            self._store.switches.update_one({"_id": PAUSED}, [{"$set": {"at": "$$NOW"}}], upsert=True)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        with translated("resuming the queue"):
+            self._store.switches.delete_one({"_id": PAUSED})
+        self._store.wake()
+
+    def paused(self) -> bool:
+        """Whether the queue is paused."""
+        with translated("looking whether the queue is paused"):
+            return self._store.switches.find_one({"_id": PAUSED}) is not None
+
+    def get(self, job_id: str) -> Job:
+        """The job. Raises NotFound; Conflict where it is of a later version."""
+        with translated("reading a job"):
+            found = self._jobs.find_one({"_id": job_key(job_id)})
+        if found is None:
+            raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
+        return known(found)
+
+    def open_ranges(self, job: Job) -> None:
+        """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
+        assert job.plan is not None
+        of = job.plan.range_count
+        reach(Step.PLANNED)
+        self._ledger.open(job.id, (cut(job.source.size, of, index) for index in range(of)))
+        reach(Step.OPENED)
+
+    def look(self, job_id: str) -> JobSignals:
+        """What a holder must know: is the job being stopped, has it run for too long, are its numbers old? One read."""
+        stages: list[Document] = [
+            {"$match": {"_id": job_key(job_id)}},
+            {
+                "$project": {
+                    "stopping": 1,
+                    "state": 1,
+                    "overdue": {"$lt": [{"$ifNull": ["$deadline", "$$NOW"]}, "$$NOW"]},
+                    "stale": _STALE,
+                }
+            },
+        ]
+        with translated("reading the signals of a job"):
+            found = next(iter(self._jobs.aggregate(stages)), None)
+        if found is None:
+            return JobSignals(stopping=True, overdue=False, stale=False)
+        stopping = bool(found.get("stopping")) or found["state"] != JobState.PROCESSING
+        return JobSignals(stopping, found["overdue"], found["stale"])
+
+    def roll_up(self, job_id: str) -> None:
+        """Sum the job's ranges into its progress, unless another worker has just done so; judge its error budget."""
+        key = job_key(job_id)
+        elected = {"_id": key, "state": JobState.PROCESSING, "$expr": _STALE}
+        with translated("summing a job"):
+            found = self._jobs.find_one_and_update(
+                elected, [{"$set": {"rolledAt": "$$NOW"}}], return_document=ReturnDocument.AFTER
+            )
+        if found is None:
+            return
+        job = job_of(found)
+        if job.plan is None:
+            return
+        summary = self._ledger.summarize(job_id)
+        seconds = {"$divide": [{"$subtract": ["$$NOW", "$progress.at"]}, 1000]}
+        lately = {
+            "$divide": [{"$subtract": [summary.tally.lines, "$progress.tally.lines"]}, {"$max": [seconds, 0.001]}]
+        }
+        summed = {"$gt": ["$progress.at", None]}
+        blend = {"$avg": ["$progress.rate", {"$max": [lately, 0]}]}
+        since_start = {"$divide": [{"$subtract": ["$$NOW", "$startedAt"]}, 1000]}
+        first = {"$divide": [summary.tally.lines, {"$max": [since_start, 0.001]}]}
+        progress = progress_document(summary.tally, job.plan.range_count, summary.done) | {
+            "rate": {"$cond": [summed, blend, first]},
+            "at": "$$NOW",
+        }
+        # Whoever was elected since has a later sum.
+        still = {"_id": key, "state": JobState.PROCESSING, "round": job.round, "rolledAt": found["rolledAt"]}
+        changes = {"progress": progress, "errors": self._first_errors(job_id, summary.tally)}
+        with translated("summing a job"):
+            self._jobs.update_one(still, [{"$set": changes}])
+        if (failure := overspent(job.options, summary.tally, final=False)) is not None:
+            self.stop(job, Stop(JobState.FAILED, failure))
+
+    def stop(self, job: Job, stop: Stop) -> None:
+        """Stamp a job so that the holders of its ranges let go; the first stamp holds. Terminal jobs stay as they are, and
+        so does one that has been retried since `job` was read."""
+        stamp: Document = {"to": stop.to, "failure": failure_document(stop.failure)}
+        with translated("stopping a job"):
+            self._jobs.update_one(
+                {"_id": job_key(job.id), "open": True, "stopping": None, "round": job.round},
+                [
+                    {
+                        "$set": {"stopping": {"$literal": stamp}, "waiting": "$$REMOVE"}
+                        | happened(f"told to stop: {stop.to}")
+                    }
+                ],
+            )
+        self.settle(job.id)
+
+    def stop_overdue(self) -> int:
+        """Stop the jobs that have run for longer than they may; returns how many there were."""
+        late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
+        with translated("looking for overdue jobs"), self._jobs.find(late).hint(DEADLINES) as cursor:
+            found = list(islice(filter(None, map(self.open.readable, cursor)), PAGE_JOBS))
+        for job in found:
+            message = (
+                f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: retry the job to go on from here, or "
+                "submit a new one that may run for longer"
+            )
+            self.stop(job, Stop(JobState.FAILED, Failure("timeout", message)))
+        return len(found)
+
+    def admit_due(self, most: int) -> int:
+        """Let the workers see the jobs that waited for a time which has come, the earliest first; returns how many."""
+        due = {"waiting": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
+        with translated("looking for jobs whose time has come"):
+            found = self._jobs.find(due, {"_id": True}).sort("notBefore", 1).hint(WAITING_JOBS).limit(most)
+            if not (keys := [job["_id"] for job in found]):
+                return 0
+            return self._jobs.update_many({"_id": {"$in": keys}} | due, {"$unset": {"waiting": ""}}).modified_count
+
+    def settle(self, job_id: str) -> Job:
+        """Bring a job to its end where nothing holds it back any more; returns the job. Safe to repeat by anyone."""
+        return self._settle(self.get(job_id))
+
+    def _settle(self, job: Job) -> Job:
+        if job.state in TERMINAL or (job.stopping is None and job.plan is None):
+            return job
+        if job.plan is None:
+            assert job.stopping is not None
+            return self._end(job, job.stopping, None)
+        summary = self._ledger.summarize(job.id)
+        if summary.ranges < job.plan.range_count:
+            # Whoever planned the job died over it, or is about to lease its only range: afterwards it is there for all to see.
+            self.open_ranges(job)
+            summary = self._ledger.summarize(job.id)
+        complete = summary.done == job.plan.range_count
+        if job.stopping is not None and not (complete and job.stopping.to is JobState.CANCELLED):
+            return job if summary.leased else self._end(job, job.stopping, (summary.tally, summary.done))
+        if summary.done + summary.failed < job.plan.range_count:
+            return job
+        if not summary.failed:
+            return self.finish(job, summary.tally)
+        failure = summary.failures[0] if summary.failures else Failure("failed", "a range failed")
+        if summary.failed > 1:
+            failure = Failure(failure.code, f"{summary.failed} ranges failed; the first: {failure.message}")
+        return self._end(job, Stop(JobState.FAILED, failure), (summary.tally, summary.done))
+
+    def finish(self, job: Job, tally: Tally) -> Job:
+        """Every range of the job is DONE and `tally` is their sum: it is COMPLETED, or over its budget and FAILED."""
+        assert job.plan is not None
+        reach(Step.FINISH)
+        return self._end(job, _judged(job, tally), (tally, job.plan.range_count))
+
+    def finish_all(self, ended: Sequence[tuple[Job, Tally]]) -> list[Job]:
+        """Finish jobs of one range each, all with one command; returns them as they are then."""
+        reach(Step.FINISH)
+        judged = [(job, _judged(job, tally), (tally, 1)) for job, tally in ended]
+        writes = [UpdateOne(query, [{"$set": changes}]) for query, changes in (self._ending(*each) for each in judged)]
+        with translated("ending jobs"):
+            matched = write_all(self._jobs, writes)["nMatched"]
+        reach(Step.FINISHED)
+        for job, _ in ended:
+            self._release_dry_run_claims(job, 1)
+        if matched == len(ended):
+            return [replace(job, state=stop.to) for job, stop, _ in judged]
+        return [self.settle(job.id) for job, _ in ended]
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel a job: at once where no range of it is leased, else as soon as the holders let go. Safe to repeat.
+
+        Raises:
+            NotFound: no such job.
+            Conflict: it has COMPLETED or FAILED, or is about to.
+        """
+        job = self.get(job_id)
+        if job.state is JobState.PENDING and job.stopping is None:
+            # Nothing of it is leased, so that one write ends it: nobody sees it between the stamp and the end.
+            job = self._end(job, Stop(JobState.CANCELLED), None)
+        if job.state not in TERMINAL:
+            self.stop(job, Stop(JobState.CANCELLED))
+            job = self.get(job_id)
+        if job.state in TERMINAL and job.state is not JobState.CANCELLED:
+            raise Conflict(f"job {job_id} is {job.state} already: there is nothing to cancel")
+        if job.stopping is not None and job.stopping.to is not JobState.CANCELLED:
+            raise Conflict(
+                f"job {job_id} is being stopped already, and will be {job.stopping.to}: there is nothing to cancel"
+            )
+        return job
+
+    def retry(self, job_id: str) -> Job:
+        """Work again on the ranges of a FAILED or CANCELLED job that are not DONE. Safe to repeat while it is open.
+
+        Raises:
+            NotFound: no such job.
+            Conflict: it has COMPLETED, or is being deleted, or its collection cannot take documents any more.
+        """
+        job = self.get(job_id)
+        if job.state is JobState.COMPLETED:
+            raise Conflict(f"job {job_id} is COMPLETED: every range of it is done, there is nothing to retry")
+        if job.state not in TERMINAL:
+            if job.stopping is not None:
+                raise Conflict(f"job {job_id} is still stopping: retry it when it is {job.stopping.to}")
+            return job
+        with translated("retrying a job"):
+            pruned = self._jobs.find_one({"_id": job_key(job_id), "pruned": True}, {"_id": True})
+        if pruned is not None:
+            raise Conflict(f"the history of job {job_id} is being deleted: submit a new job")
+        try:
+            check_collection(self._store.data, job.options.collection)
+        except Refused as error:
+            raise Conflict(f"{error} in a new job") from None
+        shared = job.plan is not None and job.plan.sole and self._loads.others_loaded(job, job.plan.format)
+        self._ledger.reopen(job_id)
+        to = JobState.PENDING if job.plan is None else JobState.PROCESSING
+        gone = ("stopping", "failure", "finishedAt")
+        changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1, "retriedAt": "$$NOW"}
+        # What was put off begins at once; what was not to begin before its time still is not.
+        changes |= put_off("$options.runAt")
+        if job.options.timeout_seconds is not None and job.plan is not None:
+            changes["deadline"] = from_now(job.options.timeout_seconds)
+        if job.started_at is not None:
+            since = {"$subtract": ["$$NOW", "$finishedAt"]}
+            changes["idleMilliseconds"] = {"$add": [{"$ifNull": ["$idleMilliseconds", 0]}, since]}
+        if shared:
+            changes["plan.sole"] = False
+        changes |= happened("retried")
+        changes |= dict.fromkeys(gone, "$$REMOVE")
+        # Where somebody else was quicker, what they made of it is told.
+        as_it_was = {"_id": job_key(job_id), "state": job.state, "round": job.round, "pruned": None}
+        with translated("retrying a job"):
+            self._jobs.update_one(as_it_was, [{"$set": changes}])
+        self._store.wake()
+        return self.get(job_id)
+
+    def _end(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> Job:
+        query, changes = self._ending(job, stop, numbers)
+        with translated("ending a job"):
+            found = self._jobs.find_one_and_update(query, [{"$set": changes}], return_document=ReturnDocument.AFTER)
+        reach(Step.FINISHED)
+        if numbers is not None:
+            self._release_dry_run_claims(job, numbers[1])
+        return self.get(job.id) if found is None else job_of(found)
+
+    def _release_dry_run_claims(self, job: Job, done: int) -> None:
+        """Release what a dry run has claimed when it has ended with all its ranges done: nothing will ask for it again.
+
+        Where that fails, or takes long, the job has ended all the same, and the rest is released when its history is deleted.
+        """
+        if job.options.validate and job.plan is not None and done == job.plan.range_count:
+            try:
+                end = time.monotonic() + RELEASE_SECONDS
+                with translated("releasing the claims of a dry run"):
+                    delete_slices(self._store.claims, claims_of(job_key(job.id)), lambda: time.monotonic() < end)
+            except HeadraceError as error:
+                log.warning(str(error), action="finish", job=job.id)
+
+    def _ending(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> tuple[Document, Document]:
+        """What matches a job that is to end, and what is set then; `numbers` are its tally and ranges done."""
+        changes: Document = {
+            "state": stop.to,
+            "open": "$$REMOVE",
+            "stopping": "$$REMOVE",
+            "deadline": "$$REMOVE",
+            "planner": "$$REMOVE",
+            "waiting": "$$REMOVE",
+            "finishedAt": "$$NOW",
+            "failure": {"$literal": failure_document(stop.failure)},
+        } | happened(stop.to)
+        if numbers is not None and job.plan is not None:
+            tally, done = numbers
+            changes["progress"] = progress_document(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
+            changes["errors"] = self._first_errors(job.id, tally)
+        # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round; and a retry since begins
+        # another round, of which what was summed here says nothing.
+        stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
+        return {"_id": job_key(job.id), "open": True, "state": job.state, "round": job.round} | stamped, changes
+
+    def _first_errors(self, job_id: str, tally: Tally) -> Document:
+        """What sets the rejects that a status shows, so that to look at it reads no more than the job."""
+        return {"$literal": self._rejects.first(job_id) if tally.rejected else []}
+
+    def freed(self, job_id: str, what: str) -> None:
+        """Tell that ranges of a job were freed, and bring it to its end where it waited for nothing else: under a stream of jobs
+        of a higher priority, nobody would look at it for long."""
+        self.note(job_id, what)
+        with translated("looking for a job"):
+            found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})
+        if found is not None and (job := self.open.readable(found)) is not None:
+            self._settle(job)
+
+    def note(self, job_id: str, what: str) -> None:
+        """Write an event into a job's timeline."""
+        with translated("writing down what happened to a job"):
+            self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
+
+
+def _judged(job: Job, tally: Tally) -> Stop:
+    """How a job ends whose ranges are all DONE."""
+    failure = overspent(job.options, tally, final=True)
+    return Stop(JobState.COMPLETED) if failure is None else Stop(JobState.FAILED, failure)

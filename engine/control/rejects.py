@@ -1,0 +1,162 @@
+"""Rejects in MongoDB: the lines that did not become documents, with where they are and why.
+
+A reject's `_id` is `{job, offset}`, so writing it again changes nothing. Each carries the number of the lease under which it was
+written: a holder takes away what earlier ones left beyond `confirmed`, and never what a later one wrote.
+"""
+
+import base64
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from bson import Int64
+from pymongo import InsertOne
+
+from engine.control.ledger import Ledger
+from engine.control.store import Document, Store, job_key, translated, write_all
+from engine.model import Job, Lease, Reject
+
+__all__ = ["Rejects"]
+
+FIRST_REJECTS: Final = 5
+"""Rejects that a job's status shows."""
+
+FIRST_RAW: Final = 1000
+"""Characters of a raw line that a job's status shows; a multiple of four, since these may be base64."""
+
+PAGE_BYTES: Final = 4 * 1024 * 1024
+"""A page of rejects ends when its raw lines have so many."""
+
+_LAST: Final = Int64(2**63 - 1)
+
+
+class Rejects:
+    """The rejects of all jobs."""
+
+    def __init__(self, store: Store, ledger: Ledger) -> None:
+        self._rejects = store.rejects
+        self._ledger = ledger
+
+    def write(self, job: Job, lease: Lease, rejects: Sequence[Reject]) -> None:
+        """Write rejects down, in the place of what an earlier holder said of the same lines. Acknowledged by a majority when
+        it returns."""
+        documents = [_document(job, lease, reject) for reject in rejects]
+        with translated("writing rejects"):
+            result = write_all(self._rejects, [InsertOne(document) for document in documents])
+            refused = [documents[fault["index"]] for fault in result["writeErrors"]]
+            if there := {document["_id"]["offset"]: document for document in refused}:
+                # Most are of this lease, where a batch is written again, and stay as they are.
+                earlier = {"lease": {"$lt": lease.number}}
+                ids = {"_id": {"$in": [document["_id"] for document in there.values()]}}
+                for found in list(self._rejects.find(ids | earlier, {"_id": 1})):
+                    self._rejects.replace_one({"_id": found["_id"]} | earlier, there[found["_id"]["offset"]])
+
+    def forget(self, lease: Lease) -> None:
+        """Delete what earlier holders of this range wrote beyond `confirmed`: those lines are judged anew."""
+        job = job_key(lease.job_id)
+        query = {
+            "_id": {
+                "$gte": {"job": job, "offset": Int64(lease.confirmed)},
+                "$lt": {"job": job, "offset": Int64(lease.range.end)},
+            },
+            "lease": {"$lt": lease.number},
+        }
+        with translated("forgetting unconfirmed rejects"):
+            self._rejects.delete_many(query)
+
+    def page(self, job_id: str, limit: int, after: int | None = None) -> tuple[list[Document], bool]:
+        """Rejects of a job in the order of the file, as they are told to a client, and whether there are more of them.
+
+        Args:
+            job_id: 24 hexadecimal digits.
+            limit: the most to return; fewer where their raw lines are long.
+            after: only those whose line starts beyond this offset.
+
+        `line` is the 1-based line number, or None while ranges before it are not done.
+        """
+        job = job_key(job_id)
+        lower = {"$gte": {"job": job, "offset": Int64(0)}}
+        if after is not None:
+            lower = {"$gt": {"job": job, "offset": Int64(after)}}
+        query = {"_id": lower | {"$lte": {"job": job, "offset": _LAST}}}
+        found: list[Document] = []
+        size, more = 0, False
+        with translated("reading rejects"), self._rejects.find(query).sort("_id", 1).limit(limit + 1) as cursor:
+            for reject in cursor:
+                if more := len(found) == limit or size >= PAGE_BYTES:
+                    break
+                found.append(reject)
+                size += len(reject["raw"])
+        if not found:
+            return [], False
+        before = self._ledger.first_lines(job_id, {reject["range"] for reject in found})
+        return [_public(reject, before) for reject in found], more
+
+    def first(self, job_id: str) -> list[Document]:
+        """The first few rejects of a job as they are told to a client, with raw lines cut short."""
+        return [_cut_short(reject) for reject in self.page(job_id, FIRST_REJECTS)[0]]
+
+    def lines(self, job_id: str) -> Iterator[bytes]:
+        """What is kept of the raw line of every reject of a job, in the order of the file."""
+        job = job_key(job_id)
+        query = {"_id": {"$gte": {"job": job, "offset": Int64(0)}, "$lte": {"job": job, "offset": _LAST}}}
+        with translated("reading rejects"):
+            for found in self._rejects.find(query, {"raw": 1, "encoding": 1}).sort("_id", 1):
+                raw = found["raw"]
+                yield base64.b64decode(raw) if "encoding" in found else raw.encode()
+
+
+def _document(job: Job, lease: Lease, reject: Reject) -> Document:
+    document: Document = {
+        # Always 64 bits wide, so that offsets compare as they should whatever their size.
+        "_id": {"job": job_key(job.id), "offset": Int64(reject.offset)},
+        "fileKey": job.source.key,
+        "etag": job.source.etag,
+        "range": lease.range.index,
+        "lease": lease.number,
+        "ordinal": reject.ordinal,
+        "length": reject.length,
+        "reason": reject.reason,
+        "detail": reject.detail,
+    }
+    if reject.code is not None:
+        document["code"] = reject.code
+    head = reject.head
+    if reject.length > len(head):
+        document["rawLength"] = reject.length
+        # The cut may have gone through a character.
+        for spare in range(4):
+            if _is_text(head[: len(head) - spare]):
+                head = head[: len(head) - spare]
+                break
+    if _is_text(head):
+        document["raw"] = head.decode()
+    else:
+        document["raw"], document["encoding"] = base64.b64encode(head).decode(), "base64"
+    return document
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _cut_short(reject: Document) -> Document:
+    if len(reject["raw"]) <= FIRST_RAW:
+        return reject
+    return reject | {"raw": reject["raw"][:FIRST_RAW], "rawLength": reject["length"]}
+
+
+def _public(found: Document, before: dict[int, int]) -> Document:
+    first = before.get(found["range"])
+    reject: dict[str, Any] = {
+        "line": None if first is None else first + found["ordinal"] + 1,
+        "offset": found["_id"]["offset"],
+        "length": found["length"],
+        "reason": found["reason"],
+        "detail": found["detail"],
+        "raw": found["raw"],
+    }
+    return reject | {name: found[name] for name in ("encoding", "rawLength", "code") if name in found}

@@ -1,0 +1,102 @@
+"""The history of jobs: how long it is kept, and what is left of a job when it goes."""
+
+from collections.abc import Callable
+from typing import Final
+
+from engine.control.jobs import LOADED
+from engine.control.ledger import Ledger
+from engine.control.schema import ENDED_JOBS, PRUNED_JOBS
+from engine.control.store import Document, Store, claims_of, delete_slices, jobs_of, translated
+from engine.errors import HeadraceError
+from engine.logs import get_logger
+from engine.model import TERMINAL
+
+__all__ = ["Retention"]
+
+ABANDONED_MS: Final = 60_000
+"""A job that was begun so long ago, and is still there, is begun again by anyone."""
+
+# Of a job that is deleted: not the rejects that its status shows, since there are hundreds of jobs.
+_NEEDED: Final = {"batch": 1, "database": 1, "options": 1, "plan.tag": 1}
+
+log = get_logger()
+
+
+class Retention:
+    """Deletes jobs that have ended long ago.
+
+    Args:
+        store: the databases.
+        ledger: the ranges of these jobs.
+    """
+
+    def __init__(self, store: Store, ledger: Ledger) -> None:
+        self._store = store
+        self._ledger = ledger
+
+    def prune(self, days: float, most: int, goes_on: Callable[[], bool] = lambda: True) -> int:
+        """Delete the oldest of the jobs that ended so long ago, with their ranges and rejects; returns how many were seen to: one
+        with millions of rejects is seen to several times.
+
+        What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
+        killed within.
+        One that cannot be deleted now is left to the next time, and so is what is left when `goes_on`, asked between two steps,
+        says no.
+        """
+        since = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
+        ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$type": "date"}}
+        old = ended | {"pruned": None, "$expr": {"$lt": ["$finishedAt", since]}}
+        # Somebody began, and did not get to the end.
+        begun: Document = {"pruned": True, "$expr": {"$lt": ["$prunedAt", {"$subtract": ["$$NOW", ABANDONED_MS]}]}}
+        jobs = self._store.jobs
+        with translated("pruning old jobs"):
+            left = list(jobs.find(begun, _NEEDED).hint(PRUNED_JOBS).limit(most))
+            more = list(jobs.find(old, _NEEDED).hint(ENDED_JOBS).limit(most - len(left))) if len(left) < most else []
+        count = 0
+        for job, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
+            if count and not goes_on():
+                break  # of the first one something is done, however long it took to find
+            try:
+                with translated("deleting an old job"):
+                    count += self._prune(job, why, goes_on)
+            except HeadraceError as error:
+                log.warning(str(error), action="prune", job=str(job["_id"]))
+        return count
+
+    def _prune(self, job: Document, why: Document, goes_on: Callable[[], bool]) -> bool:
+        """Delete a job that is still as it was found, and that nobody else is at; returns whether it was so."""
+        key, jobs = job["_id"], self._store.jobs
+        # From here on it cannot be retried: a job whose ranges are half gone must not come back.
+        begin = [{"$set": {"pruned": True, "prunedAt": "$$NOW"}}]
+        if not jobs.update_one({"_id": key} | why, begin).matched_count:
+            return False
+        self._keep_loaded(job)
+        if "batch" in job:
+            self._store.batches.update_one({"_id": job["batch"]}, {"$set": {"pruned": True}})
+        self._ledger.delete(str(key))
+        rejects = {"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}}
+        store = self._store
+        parts = [(store.rejects, rejects)]
+        if job["options"].get("validate"):
+            parts.append((store.claims, claims_of(key)))
+        if not all(delete_slices(collection, query, goes_on) for collection, query in parts):
+            jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may go on at once
+            return True
+        # The batch goes ahead of its last job, by which it is found again where this process dies in between; and behind it, for
+        # two last ones that go at a time.
+        self._drop_empty(job, {"_id": {"$ne": key}})
+        jobs.delete_one({"_id": key, "pruned": True})
+        self._drop_empty(job, {})
+        return True
+
+    def _drop_empty(self, job: Document, others: Document) -> None:
+        """Delete the batch of a job where it has no others."""
+        if "batch" in job and not self._store.jobs.find_one(jobs_of(job["batch"]) | others, {"_id": 1}):
+            self._store.batches.delete_one({"_id": job["batch"]})
+
+    def _keep_loaded(self, job: Document) -> None:
+        """Write into its source that a job, which is about to be deleted, has loaded it."""
+        if self._store.jobs.count_documents({"_id": job["_id"]} | LOADED, limit=1):
+            here = {"collection": job["options"]["collection"], "database": job["database"]}
+            query = {"tag": job["plan"]["tag"], "loads": {"$elemMatch": here}}
+            self._store.sources.update_one(query, {"$max": {"loads.$.completedBy": job["_id"]}})

@@ -1,0 +1,1 @@
+"""The processes: what a worker does next, the worker, and its supervisor."""

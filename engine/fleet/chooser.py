@@ -1,0 +1,255 @@
+"""What a worker does next: it looks at the queue, and takes a lease on a range of some job, or leases on several small jobs."""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from engine.control.ledger import HELD_SECONDS, Ledger
+from engine.control.plans import Plans
+from engine.control.queue import Queue
+from engine.errors import HeadraceError, Transient, Unexpected
+from engine.load.planner import SMALL_BYTES, Planner, Prepared
+from engine.load.run import Run
+from engine.logs import expected, get_logger
+from engine.model import TERMINAL, Job, JobState, Lease, Source, Stop
+from engine.steps import Step, reach
+
+__all__ = ["Chooser"]
+
+MAX_TOGETHER: Final = 16
+"""Small jobs that a worker takes on together."""
+
+BARREN_SECONDS: Final = 700.0
+"""How long, at most, a job is passed over whose ranges are all put off, which is longer than any is: after an outage there may
+be thousands, and each look at one takes two round trips."""
+
+SETTLE_SECONDS: Final = 20.0
+"""How often a worker looks, while the queue is paused, for jobs of which nothing is left to do but to end them."""
+
+LOOK_SECONDS: Final = 0.5
+"""How long a look at the queue stays good for taking the next job from it."""
+
+log = get_logger()
+
+
+class Chooser:
+    """Takes leases for one worker.
+
+    Args:
+        queue, plans, ledger, planner: where jobs and ranges are, and who plans them.
+        holder: the worker's name.
+        stop: is set when the worker is to stop.
+        moved: called whenever something moves.
+
+    `tried` counts the jobs that it has tried to take on.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        plans: Plans,
+        ledger: Ledger,
+        planner: Planner,
+        holder: str,
+        stop: threading.Event,
+        moved: Callable[[], None],
+    ) -> None:
+        self.tried = 0
+        self._queue = queue
+        self._plans = plans
+        self._ledger = ledger
+        self._planner = planner
+        self._holder = holder
+        self._stop = stop
+        self._moved = moved
+        self._looked_at = 0.0
+        self._settled_at = float("-inf")
+        self._seen: deque[Job] = deque()
+        self._barren: dict[tuple[str, int], float] = {}  # jobs, in their rounds, that have nothing to lease until then
+        self._doubtful = False
+
+    def doubt(self) -> None:
+        """An error may have hidden from the worker what it holds: it is to be freed before anything else is taken."""
+        self._doubtful = True
+
+    def awake(self) -> None:
+        """Somebody has called: what others held a moment ago may be free."""
+        soon = time.monotonic() + HELD_SECONDS
+        self._barren = {of: until for of, until in self._barren.items() if until > soon}
+
+    def settle_doubt(self, held: Sequence[Run] = ()) -> None:
+        """Free what the worker may hold unknowingly, besides these. Raises Transient, and the doubt stays."""
+        if self._doubtful:
+            self._ledger.release_idle(self._holder, [run.lease.token for run in held])
+            self._doubtful = False
+
+    def take(self, *, ahead: bool = False) -> list[Run]:
+        """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
+        to do now.
+
+        `ahead`: the worker is still at work, so that nothing that it holds may be freed. It gets no more than one lease, and none
+        where the job whose turn it is has to be planned: should the worker die meanwhile, that would be taken for the reason.
+        """
+        if not ahead:
+            self.settle_doubt()
+        elif self._doubtful:
+            return []
+        paused = self._queue.paused()
+        if not paused and time.monotonic() - self._looked_at < LOOK_SECONDS:
+            # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
+            runs = self._first_seen(ahead)
+            if runs or self._seen:
+                return runs
+        self._looked_at = time.monotonic()
+        self._seen.clear()
+        if paused:
+            if not ahead:
+                self._settle_while_paused()
+            return []
+        self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
+        for whole in self._queue.open.ready(self._holder):
+            page = [job for job in whole if job.stopping is not None or (job.id, job.round) not in self._barren]
+            if not page:
+                continue
+            leased = self._ledger.leased(job.id for job in page)
+            # Workers that look at the same page begin at different jobs of it.
+            random.shuffle(page)
+            # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
+            page.sort(key=lambda job: (-job.options.priority, leased.get(job.id, 0)))
+            self._seen = deque(job for job in page if not _all_held(job, leased.get(job.id, 0)))
+            runs = self._first_seen(ahead)
+            if runs or self._seen:
+                return runs
+        return []
+
+    def _first_seen(self, ahead: bool) -> list[Run]:
+        """What there is to do on the first of the jobs seen that has something. Some are left where the worker stops, or the next
+        one is to be planned and it looks ahead."""
+        while self._seen and not self._stop.is_set():
+            self._moved()
+            if ahead and self._seen[0].state is JobState.PENDING:
+                break
+            if runs := self._enter(self._seen.popleft(), ahead=ahead):
+                return runs
+        return []
+
+    def _settle_while_paused(self) -> None:
+        """Bring to their end the jobs of which nothing is left to do: whoever closed the last range may have died over it."""
+        if time.monotonic() - self._settled_at < SETTLE_SECONDS:
+            return  # there may be thousands
+        self._settled_at = time.monotonic()
+        for page in self._queue.open.processing():
+            for job in page:
+                if self._stop.is_set():
+                    return
+                if self._ledger.idle_seconds(job.id, BARREN_SECONDS) is None:
+                    self._queue.settle(job.id)
+
+    def _enter(self, job: Job, *, ahead: bool) -> list[Run]:
+        self.tried += 1
+        if job.stopping is not None:
+            self._queue.settle(job.id)
+            return []
+        head = b""
+        if job.state is JobState.PENDING:
+            prepared = self._prepare([job, *self._small_ones_like(job)])
+            runs = [self._begun(p.job, p.lease, p.head) for p in prepared if p.lease is not None]
+            if runs or len(prepared) != 1 or prepared[0].job.state in TERMINAL:
+                return runs
+            job, head = prepared[0].job, prepared[0].head
+        lease = self._ledger.lease(job.id, self._holder, ahead=ahead)
+        if lease is None:
+            seconds = self._ledger.idle_seconds(job.id, BARREN_SECONDS)
+            if seconds is None:
+                self._queue.settle(job.id)
+            elif seconds > 0:
+                self._barren[job.id, job.round] = time.monotonic() + seconds
+            return []
+        # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
+        job = self._queue.get(job.id)
+        if job.stopping is not None or job.state is not JobState.PROCESSING:
+            self._ledger.give_back(lease, lease.confirmed, lease.tally)
+            self._queue.settle(job.id)
+            return []
+        return [self._begun(job, lease, head, ahead=ahead)]
+
+    def _begun(self, job: Job, lease: Lease, head: bytes, *, ahead: bool = False) -> Run:
+        reach(Step.LEASED)
+        return Run(job, lease, self._stop, self._moved, head, ahead=ahead)
+
+    def _small_ones_like(self, job: Job) -> list[Job]:
+        """Other small jobs of the last look at the queue that may go along with a small one: each by itself would spend its
+        time waiting for the journal.
+
+        Alone go one whose planners died, since it may kill the next one, too; and of several that load the same object into
+        the same collection each, so that the later ones are told of the first.
+        """
+        together = [job]
+        places = {_place(job)}
+        for other in list(self._seen) if _may_go_along(job) else ():
+            if len(together) == MAX_TOGETHER:
+                break
+            like = other.options.priority == job.options.priority and _may_go_along(other)
+            if like and _place(other) not in places:
+                places.add(_place(other))
+                together.append(other)
+                self._seen.remove(other)
+        return together[1:]
+
+    def _prepare(self, jobs: list[Job]) -> list[Prepared]:
+        """Plan those of these jobs that nobody else is about to; what cannot be planned is put off or stopped."""
+        jobs = self._plans.claim(jobs, self._holder)
+        if not jobs:
+            return []
+        prepared = self._planned(jobs)
+        for job, trouble in ((p.job, p.error) for p in prepared):
+            if trouble is None:
+                continue
+            (log.warning if isinstance(trouble, Transient) else log.error)(
+                str(trouble), action="plan", job=job.id, worker=self._holder
+            )
+            try:
+                if isinstance(trouble, Transient):
+                    self._plans.postpone(job, trouble.failure(), spend=trouble.spends)
+                else:
+                    self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
+            except HeadraceError as error:
+                # The others are leased by now. This one is planned again when the claim on it has lapsed.
+                log.warning(str(error), action="plan", job=job.id, worker=self._holder)
+        return [p for p in prepared if p.error is None]
+
+    def _planned(self, jobs: Sequence[Job]) -> list[Prepared]:
+        try:
+            with expected("planning jobs"):
+                return self._planner.prepare(jobs, self._holder)
+        except HeadraceError as error:
+            self.doubt()
+            if len(jobs) == 1 or (isinstance(error, Transient) and not isinstance(error, Unexpected)):
+                return [Prepared(job, error=error) for job in jobs]
+        # Whose fault it is shows when each is planned by itself.
+        return [prepared for job in jobs for prepared in self._planned([job])]
+
+
+def _all_held(job: Job, leased: int) -> bool:
+    """Whether there is nothing to do on a job but what its holders do.
+
+    What was DONE when the job was read is so for ever, and not among what was leased after that. Without a holder there is its
+    end to bring about.
+    """
+    if job.stopping is not None or job.plan is None or not leased:
+        return False
+    return leased + job.progress.ranges_done >= job.plan.range_count
+
+
+def _may_go_along(job: Job) -> bool:
+    """Whether a job is small, and nothing is known against working it off together with others."""
+    small = job.source.size <= SMALL_BYTES
+    trouble = job.stopping is not None or job.planner_deaths or job.attempts
+    return small and job.state is JobState.PENDING and not trouble
+
+
+def _place(job: Job) -> tuple[Source, str]:
+    return job.source, job.options.collection

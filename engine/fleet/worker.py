@@ -1,0 +1,391 @@
+"""The loop of one child: look for a job, plan it where nobody has, lease a range, run it; idle cheaply; stop softly.
+
+Clients are built here, after the fork. One worker works on one lease at a time, or on up to 16 of small objects; when it
+comes to the end of one, it takes the next.
+"""
+
+import os
+import random
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Final
+
+import pymongo
+from setproctitle import setproctitle
+
+from engine.control.ledger import Ledger
+from engine.control.plans import Plans
+from engine.control.queue import Queue
+from engine.control.rejects import Rejects
+from engine.control.stats import REPORTER, Reporter, Stats
+from engine.control.store import Store
+from engine.control.wakeups import Wakeups
+from engine.errors import HeadraceError, LeaseLost, Permanent, StartError, Transient
+from engine.fleet.chooser import Chooser
+from engine.fleet.heartbeat import Heartbeat
+from engine.fleet.memory import Garbage, tune
+from engine.fleet.upkeep import Upkeep
+from engine.load.keeper import KEEPER
+from engine.load.lookout import Lookout
+from engine.load.pipeline import Ended, Pipeline
+from engine.load.planner import Planner
+from engine.load.run import Run
+from engine.load.window import MOST_TIMES
+from engine.logs import expected, get_logger
+from engine.model import TERMINAL, Job, JobState, Stop
+from engine.s3.client import connect
+from engine.s3.direct import DirectUploads
+from engine.s3.objects import Objects, warn_if_away
+from engine.settings import Settings
+
+__all__ = ["EXIT_AGAIN", "EXIT_BOOT", "WorkerIdentity", "work"]
+
+EXIT_BOOT: Final = 3
+"""This child can never boot: the supervisor stops the whole."""
+
+EXIT_AGAIN: Final = 5
+"""It could not make its clients, for a reason that may pass."""
+
+EXIT_NOW: Final = 4
+"""Told to exit at once: what it held is freed by its successor, or when its lease runs out."""
+
+LAST_SECONDS: Final = 3.0
+"""How long a worker that stops tries to tell the database what it still has to: a service manager may not wait for long."""
+
+BOOT_WAIT_SECONDS: Final = 2.0
+"""The longest wait between tries to reach the servers at the start."""
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """A worker's place: what its supervisor tells it at the fork.
+
+    `boot` is drawn anew by each supervisor; `predecessors` are names of dead workers whose leases it must free first;
+    `parent` is the supervisor's pid.
+    """
+
+    host: str
+    boot: str
+    slot: int
+    incarnation: int
+    predecessors: tuple[str, ...]
+    parent: int
+
+    @property
+    def name(self) -> str:
+        """The holder's name on its leases; never used twice."""
+        return f"{self.host}:{self.boot}:{self.slot}:{self.incarnation}"
+
+
+def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> int:
+    """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
+    stop = threading.Event()
+    signals: SimpleQueue[int] = SimpleQueue()
+
+    def handle(number: int, frame: object) -> None:
+        if number == signal.SIGQUIT:
+            os._exit(EXIT_NOW)
+        # Not set here: this thread may be in the midst of a wait for the event, and hold its lock.
+        signals.put(number)
+
+    def set_when_told() -> None:
+        signals.get()
+        stop.set()
+
+    threading.Thread(target=set_when_told, name="stop", daemon=True).start()
+    # What a terminal or a service manager sends to all processes is for the supervisor, whose word counts. It may well send
+    # TERM to all of them, and the supervisor's own comes on top.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGQUIT, handle)
+    tune()
+    setproctitle(f"headrace: worker {identity.slot} starting")
+    try:
+        return _Worker(settings, identity, heartbeat, stop).loop()
+    except (StartError, Permanent) as error:
+        log.error(str(error), action="boot", worker=identity.name)
+        return EXIT_BOOT
+    except Transient as error:
+        # Without clients it can do nothing; the next one in its place may have better luck.
+        log.error(str(error), action="boot", worker=identity.name)
+        return EXIT_AGAIN
+
+
+class _Worker:
+    def __init__(
+        self, settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat, stop: threading.Event
+    ) -> None:
+        self._settings = settings
+        self._identity = identity
+        self._heartbeat = heartbeat
+        self._stop = stop
+        self._garbage = Garbage()
+        self._store = Store(settings, MOST_TIMES * settings.engine_writers + 5, self._moved)
+        self._ledger = Ledger(self._store, settings.engine_lease_seconds)
+        self._queue = Queue(self._store, self._ledger)
+        self._plans = Plans(self._store, self._queue, self._ledger)
+        # One attempt: two would outlast a lease, and perhaps the watchdog.
+        s3 = connect(settings, attempts=1)
+        self._objects = Objects(s3, settings.aws_bucket_name or "")
+        uploads = DirectUploads(self._store, s3, self._objects, settings.api_part_bytes)
+        self._rejects = Rejects(self._store, self._ledger)
+        self._planner = Planner(
+            self._store, self._queue, self._plans, self._ledger, self._objects, settings, self._heartbeat.touch
+        )
+        self._chooser = Chooser(
+            self._queue, self._plans, self._ledger, self._planner, identity.name, stop, self._heartbeat.touch
+        )
+        self._stats = Stats()
+        self._upkeep = Upkeep(
+            self._store,
+            self._ledger,
+            self._queue,
+            uploads,
+            self._stats,
+            settings.engine_keep_jobs_days,
+            identity.name,
+            stop,
+            self._heartbeat.touch,
+        )
+        self._wakeups = Wakeups(self._store, stop)
+        self._lookout = Lookout(self._look_ahead)
+        self._doing: dict[str, Any] = {}
+        self._last_error = ""
+        self._errors = 0
+
+    def _moved(self) -> None:
+        # The commands of these two say nothing of the work.
+        if threading.current_thread().name not in (KEEPER, REPORTER):
+            self._heartbeat.touch()
+
+    def loop(self) -> int:
+        if not self._boot():
+            return 0
+        stats = self._stats
+        pipeline = Pipeline(
+            self._settings,
+            self._store,
+            self._objects,
+            self._queue,
+            self._ledger,
+            self._rejects,
+            stats,
+            self._heartbeat.age,
+            self._report,
+            self._lookout.begin,
+        )
+        self._keeper = pipeline.keeper
+        reporter = Reporter(self._store, self._identity.name, self._identity.slot, stats, lambda: self._doing)
+        reporter.start()
+        while not self._stop.is_set():
+            self._heartbeat.touch()
+            try:
+                with expected("looking for work and doing it"):
+                    self._turn(pipeline)
+                self._last_error = ""
+            except HeadraceError as error:
+                self._errors += 1
+                self._chooser.doubt()
+                self._say_once(error)
+                if type(error) is Permanent:
+                    # Somebody has perhaps dropped the control database, and its indexes with it.
+                    with suppress(HeadraceError):
+                        self._store.prepare()
+                self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
+        try:
+            with expected("giving back what was leased ahead"):
+                if (ahead := self._lookout.take()) is not None:
+                    with pymongo.timeout(LAST_SECONDS):
+                        self._run_one(pipeline, ahead)  # it is told to stop
+        except HeadraceError:
+            self._chooser.doubt()
+        self._lookout.close()
+        pipeline.close()
+        self._planner.close()
+        try:
+            with pymongo.timeout(LAST_SECONDS):
+                self._chooser.settle_doubt()
+                reporter.report(last=True)
+        except HeadraceError:
+            return EXIT_NOW  # something may be held, which the successor frees
+        finally:
+            self._store.close()
+        return 0
+
+    def _turn(self, pipeline: Pipeline) -> None:
+        """See to what is due; then work on what there is to do, or wait for it."""
+        self._garbage.collect(self._errors + self._chooser.tried)
+        self._upkeep.prune()
+        ahead = self._found_ahead(pipeline)
+        if ahead is None:
+            self._upkeep.keep_time()
+        waited = self._store.waited()
+        found = self._chooser.take() if ahead is None else [ahead]
+        if not found:
+            self._wait()
+        else:
+            self._run(pipeline, found)
+            # But where it writes documents itself, what this thread waited for was the queue.
+            if not found[0].cautious:
+                self._stats.add(seconds_queue=self._store.waited() - waited)
+
+    def _look_ahead(self) -> Run | None:
+        """See to what is due by the clock, and look for something to do, while this worker comes to the end of a range."""
+        self._upkeep.keep_time()
+        for run in self._chooser.take(ahead=True):
+            self._keeper.hold_next(run)
+            return run
+        return None
+
+    def _found_ahead(self, pipeline: Pipeline) -> Run | None:
+        """What was leased ahead, if anything, and is to begin: the queue may be paused by now."""
+        began = time.perf_counter()
+        run, paused = self._lookout.take(), False
+        if run is not None:
+            self._chooser.settle_doubt([run])
+            paused = self._queue.paused()
+        self._stats.add(seconds_queue=time.perf_counter() - began)  # what the other thread waits for, too
+        if run is None or not paused:
+            return run
+        run.cancelled.set()
+        self._run_one(pipeline, run)
+        return None
+
+    def _boot(self) -> bool:
+        """Reach MongoDB and free what the predecessors held; False when told to stop before that."""
+        wait, released = 0.1, 0
+        while not self._stop.is_set():
+            self._heartbeat.touch()
+            try:
+                self._store.prepare()
+                while freed := self._ledger.release(self._identity.predecessors):
+                    released += len(freed)
+                    self._upkeep.tell(freed, "died")
+                self._plans.release_claims_of_dead(self._identity.predecessors)
+                if self._identity.slot == 0 and self._store.standalone():
+                    log.warning(
+                        "this mongod is not a member of a replica set, so acknowledged writes are lost with it: "
+                        "make it a replica set of one or more members (--replSet, then rs.initiate())",
+                        action="boot",
+                        worker=self._identity.name,
+                    )
+            except Transient as error:
+                self._errors += 1
+                self._garbage.collect(self._errors)  # MongoDB may be away for days
+                self._say_once(error)
+                self._stop.wait(wait)
+                wait = min(wait * 2, BOOT_WAIT_SECONDS)
+                continue
+            self._heartbeat.mark_released()
+            self._heartbeat.mark_booted()
+            log.info("worker is ready", action="boot", worker=self._identity.name, released=released)
+            if self._identity.slot == 0:  # one tells it for all of them
+                warn_if_away(self._objects)
+            setproctitle(f"headrace: worker {self._identity.slot} idle")
+            return True
+        return False
+
+    def _say_once(self, error: HeadraceError) -> None:
+        if str(error) != self._last_error:
+            self._last_error = str(error)
+            log.warning(str(error), action="wait", worker=self._identity.name)
+
+    def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
+        """Work on leases to their end, and bring their jobs to an end where that was the last of them."""
+        self._report(runs[0])
+        try:
+            if len(runs) == 1:
+                self._run_one(pipeline, runs[0])
+            else:
+                self._run_together(pipeline, runs)
+        finally:
+            self._stats.add(ranges=len(runs))
+            self._doing = {}
+            setproctitle(f"headrace: worker {self._identity.slot} idle")
+
+    def _run_one(self, pipeline: Pipeline, run: Run) -> None:
+        try:
+            ended = pipeline.run(run)
+        except HeadraceError as error:
+            self._failed(run, error)
+            return
+        job = run.job
+        if ended is Ended.DONE and job.plan is not None and job.plan.range_count == 1:
+            job = self._queue.finish(job, run.mark()[1])
+        if job.state in TERMINAL:
+            self._ended(job)
+        elif ended is Ended.CANCELLED:
+            self._call_off(job)
+            self._ended(self._queue.settle(job.id))
+        else:
+            self._settle(job)
+
+    def _run_together(self, pipeline: Pipeline, runs: list[Run]) -> None:
+        outcomes, closed = pipeline.run_together(runs)
+        # First, since what is told of the others may fail.
+        done = [run for run, outcome in outcomes if outcome is Ended.DONE] if closed else []
+        if done:
+            for job in self._queue.finish_all([(run.job, run.mark()[1]) for run in done]):
+                self._ended(job)
+        for run, outcome in outcomes:
+            if isinstance(outcome, HeadraceError):
+                self._failed(run, outcome)
+            elif outcome is not Ended.DONE or not closed:
+                self._ended(self._queue.settle(run.job.id))
+
+    def _failed(self, run: Run, error: HeadraceError) -> None:
+        """A lease ended with an error."""
+        job, index = run.job, run.lease.range.index
+        context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._identity.name}
+        if isinstance(error, LeaseLost):
+            self._stats.add(leases_lost=1)
+            log.warning(str(error), action="lost", **context)
+            self._settle(job)
+        elif isinstance(error, Transient):
+            self._chooser.doubt()  # perhaps nobody could be told that the range goes back
+            log.warning(str(error), action="postpone", **context)
+            self._queue.note(job.id, f"range {index} put off: {error}")
+            self._settle(job)
+        else:
+            log.error(str(error), action="fail", **context)
+            self._call_off(job)
+            self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
+
+    def _call_off(self, job: Job) -> None:
+        """What was leased ahead of a job that is being stopped is given back as soon as its turn comes."""
+        if (run := self._lookout.holds(job.id)) is not None:
+            run.cancelled.set()
+
+    def _settle(self, job: Job) -> None:
+        """Bring a job to its end where this was the last of its ranges, which may have been given up, or be DONE and the answer
+        lost: under a stream of jobs of a higher priority nobody would look at it for long."""
+        # Where this worker has more to do on it, it is not at its end.
+        if self._lookout.holds(job.id) is None and not self._ledger.busy(job.id):
+            self._ended(self._queue.settle(job.id))
+
+    def _ended(self, job: Job) -> None:
+        if job.state in TERMINAL:
+            log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._identity.name)
+
+    def _report(self, run: Run) -> None:
+        """Show in the process list what this worker does."""
+        lease = run.lease
+        size = max(lease.range.end - lease.range.start, 1)
+        percent = min(100, 100 * (run.mark()[0] - lease.range.start) // size)
+        self._doing = {"job": run.job.id, "fileKey": run.job.source.key, "range": lease.range.index, "percent": percent}
+        setproctitle(f"headrace: worker {self._identity.slot} job {run.job.id} range {lease.range.index} {percent} %")
+
+    def _wait(self) -> None:
+        """Block until somebody submits a job, or a little while has passed."""
+        seconds = self._settings.engine_poll_seconds * random.uniform(0.75, 1.25)  # noqa: S311
+        # The answer must come before the socket is given up, and the watchdog looks on.
+        seconds = min(seconds, self._settings.socket_timeout_seconds / 2)
+        if self._wakeups.wait(seconds):
+            self._chooser.awake()

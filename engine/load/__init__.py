@@ -1,0 +1,1 @@
+"""One load: how a job is planned, and one lease from its first byte to its close."""

@@ -1,0 +1,325 @@
+"""A lease from its start to its end: batches, bulk writes, confirmation.
+
+Knows nothing of processes. The calling thread reads and splits; a few writer threads decode and write one batch each,
+so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease all the while.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from enum import Enum, auto
+from typing import Final
+
+from engine.control.ledger import Ledger
+from engine.control.queue import Queue
+from engine.control.rejects import Rejects
+from engine.control.stats import Stats
+from engine.control.store import Store
+from engine.errors import HeadraceError, LeaseLost, Severed, Transient
+from engine.load.dryrun import DryRun
+from engine.load.keeper import Keeper
+from engine.load.reading import Reading
+from engine.load.retries import TRIES, back_off, insist
+from engine.load.run import Run
+from engine.load.sink import Sink
+from engine.load.window import MOST_TIMES, Window
+from engine.logs import expected, get_logger
+from engine.model import Tally
+from engine.s3.objects import Objects
+from engine.settings import Settings
+from engine.steps import Step, reach
+from engine.text.batches import Batch, Batcher
+from engine.text.decode import decode
+from engine.text.lines import Splitter
+
+__all__ = ["Ended", "Pipeline"]
+
+log = get_logger()
+
+AHEAD_SECONDS: Final = 0.2
+"""So long before the end of a range, at the least, the next one is looked for: no longer, since others may be idle."""
+
+AHEAD_ROUND_TRIPS: Final = 16
+"""To MongoDB, about twice as many as it takes to look for a range."""
+
+CAUTIOUS_LINES: Final = 50
+"""Lines in the first batch of a range whose holders died. Each is confirmed before the next, of twice as many, begins:
+what kills a worker is found among few after a few deaths."""
+
+
+class Ended(Enum):
+    """How the work on a lease ended, where no error did."""
+
+    DONE = auto()
+    STOPPED = auto()  # the worker is told to stop; the range was given back
+    CANCELLED = auto()  # the job is being stopped; the range was given back
+
+
+_Flying = deque[tuple[Future[None], int]]
+"""Batches under way in the order of the file, each with its bytes: lines of megabytes must not add up."""
+
+
+class Pipeline:
+    """Takes leases through to their end: one at a time, or several of small objects side by side."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        objects: Objects,
+        queue: Queue,
+        ledger: Ledger,
+        rejects: Rejects,
+        stats: Stats,
+        still: Callable[[], float],
+        report: Callable[[Run], None] = lambda run: None,
+        near_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._reading = Reading(objects, stats, settings.engine_read_bytes)
+        self._ledger = ledger
+        self._rejects = rejects
+        self._stats = stats
+        self._near_end = near_end
+        self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, report)
+        self.keeper.start()
+        self._window = Window(settings.engine_writers)
+        self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
+        # Apart, so that where MongoDB is near no more threads take turns: each has memory of its own, and a core's cache.
+        self._more = ThreadPoolExecutor((MOST_TIMES - 1) * settings.engine_writers, thread_name_prefix="more")
+
+    def close(self) -> None:
+        """Let the writer threads end."""
+        self.keeper.drop()
+        for pool in (self._writers, self._more):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def run(self, run: Run) -> Ended:
+        """Work on a lease until it is done, or is given back.
+
+        Raises:
+            LeaseLost: somebody else owns the range; nothing more was written.
+            Transient: it was put off, and will be leased again later.
+            Permanent: the job cannot go on; the range was given back.
+        """
+        self.keeper.hold(run)
+        try:
+            with expected(f"working on range {run.lease.range.index}"):
+                ended = self._begin_and_work(run)
+        except HeadraceError as error:
+            self.keeper.drop()
+            self._hand_back(run, error)
+            raise
+        finally:
+            self.keeper.drop()
+        if ended is Ended.DONE:
+            reach(Step.CLOSE)
+            insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
+            reach(Step.CLOSED)
+        else:
+            self._hand_back(run)
+        return ended
+
+    def _begin_and_work(self, run: Run) -> Ended:
+        if run.told_to_end():
+            return _ended_early(run)
+        if run.ahead:
+            insist(run, lambda: self._ledger.begin(run.lease))
+        if run.lease.resumed:
+            insist(run, lambda: self._rejects.forget(run.lease))
+        return self._work_in_turn(run) if run.cautious else self._work(run)
+
+    def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
+        """Work on leases of small objects, whose bytes are all there, side by side.
+
+        Returns how each ended, and whether all those that are DONE were closed: with False, some lease was lost meanwhile.
+        """
+        self.keeper.hold(*runs)
+        futures = [self._writers.submit(self._work_alone, run) for run in runs]
+        wait(futures)
+        self.keeper.drop()
+        outcomes = [(run, future.result()) for run, future in zip(runs, futures, strict=True)]
+        done = [run for run, outcome in outcomes if outcome is Ended.DONE]
+        closed = True
+        if done:
+            reach(Step.CLOSE)
+            closed = insist(done[0], lambda: self._ledger.close_all([(run.lease, run.mark()[1]) for run in done]))
+            reach(Step.CLOSED)
+        results: list[tuple[Run, Ended | HeadraceError]] = []
+        for run, outcome in outcomes:
+            try:
+                if outcome is not Ended.DONE:
+                    self._hand_back(run, outcome if isinstance(outcome, HeadraceError) else None)
+            except HeadraceError as error:
+                results.append((run, error))
+            else:
+                results.append((run, outcome))
+        return results, closed
+
+    def _hand_back(self, run: Run, error: HeadraceError | None = None) -> None:
+        """Tell the ledger that a lease ended before its range did, and because of what."""
+        if isinstance(error, LeaseLost):
+            return
+        if isinstance(error, Transient):
+            failure, spend = error.failure(), error.spends
+            insist(run, lambda: self._ledger.postpone(run.lease, *run.mark(), failure, spend=spend))
+        else:
+            insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
+
+    def _work_alone(self, run: Run) -> Ended | HeadraceError:
+        """Work on the lease of a small object in this thread."""
+        try:
+            with expected(f"working on range {run.lease.range.index}"):
+                return self._work_in_turn(run)
+        except HeadraceError as error:
+            return error
+
+    def _begin(self, run: Run) -> tuple[Sink, Splitter, Batcher]:
+        """What the batches of a run go through."""
+        lease, job = run.lease, run.job
+        assert job.plan is not None
+        given = (self._store, job.options.collection, job.plan, self._settings.write_timeout_seconds)
+        return (
+            DryRun(*given, job.id) if job.options.validate else Sink(*given),
+            Splitter(lease.confirmed, lease.range.end, job.plan.max_line_bytes),
+            Batcher(self._settings.engine_batch_records, self._settings.engine_batch_bytes, lease.tally.lines),
+        )
+
+    def _work_in_turn(self, run: Run) -> Ended:
+        """One batch after the other, in this thread."""
+        sink, splitter, batcher = self._begin(run)
+        most = batcher.max_lines
+        if run.cautious:
+            batcher.max_lines = min(CAUTIOUS_LINES, most)
+        with closing(self._reading.batches(run, splitter, batcher)) as batches:
+            for batch in batches:
+                if run.stop.is_set() or run.cancelled.is_set():
+                    return _ended_early(run)
+                self._write(run, sink, batch, run.opened(batch))
+                if run.cautious:
+                    insist(run, lambda: self.keeper.renew(run))
+                    batcher.max_lines = min(2 * batcher.max_lines, most)
+        return Ended.DONE if splitter.done else _ended_early(run)
+
+    def _work(self, run: Run) -> Ended:
+        """As many batches at a time as the window has room for."""
+        settings = self._settings
+        sink, splitter, batcher = self._begin(run)
+        flying: _Flying = deque()
+        room = (settings.engine_writers + 1) * settings.engine_batch_bytes  # however many there are: it is memory
+        exhausted = looked = False
+        started = time.monotonic()
+        try:
+            with closing(self._reading.batches(run, splitter, batcher)) as batches:
+                for batch in batches:
+                    if run.stop.is_set() or run.cancelled.is_set():
+                        break
+                    size = len(batch.data)
+                    began = time.perf_counter()
+                    _make_room(flying, self._window.size + 1, room - size)
+                    self._stats.add(seconds_stall=time.perf_counter() - began)
+                    closed = run.opened(batch)
+                    under_way = sum(not future.done() for future, _ in flying)
+                    pool = self._writers if under_way <= settings.engine_writers else self._more
+                    future = pool.submit(self._write, run, sink, batch, closed)
+                    flying.append((future, size))
+                    if not looked and self._seconds_left(run, started) <= self._ahead_seconds():
+                        looked = True
+                        self._near_end()
+                else:
+                    exhausted = splitter.done
+            if exhausted and not looked:
+                self._near_end()
+            # Told apart from the waits above: until the last batch is written, this thread reads nothing.
+            began = time.perf_counter()
+            _make_room(flying, 1)
+            self._stats.add(seconds_drain=time.perf_counter() - began)
+        except BaseException:
+            run.failed.set()
+            # What flies may still be written, which changes nothing: wait, so that the mark tells all of it.
+            for future, _ in flying:
+                future.cancel() or future.exception()
+            raise
+        return Ended.DONE if exhausted else _ended_early(run)
+
+    def _seconds_left(self, run: Run, started: float) -> float:
+        """How long the rest of a range takes at the pace at which it was acknowledged so far."""
+        lease, (confirmed, _) = run.lease, run.mark()
+        if confirmed == lease.confirmed:
+            return float("inf")
+        return (lease.range.end - confirmed) * (time.monotonic() - started) / (confirmed - lease.confirmed)
+
+    def _ahead_seconds(self) -> float:
+        """How long before the end of a range the next one is looked for."""
+        return max(AHEAD_SECONDS, AHEAD_ROUND_TRIPS * self._store.round_trip())
+
+    def _write(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
+        """One batch, in a writer thread: decode, write, write its rejects, confirm."""
+        job, plan = run.job, run.job.plan
+        assert plan is not None
+        began, waited, backed_off = time.perf_counter(), self._store.waited(), 0.0
+        documents = decode(batch, plan.format, plan.tag, job.source.key)
+        if documents.any():
+            reach(Step.PARSED)
+        at_a_time, severed = None, 0  # in a row
+        for tries in range(1, TRIES + 1):
+            try:
+                self._guard(run)
+                run.move()
+                tally, rejects = sink.write(documents, at_a_time, lambda: self._guard(run))
+                reach(Step.WRITTEN)
+                if rejects:
+                    self._guard(run)
+                    self._rejects.write(job, run.lease, rejects)
+                    reach(Step.REJECTED)
+                break
+            except Transient as error:
+                self._stats.add(retries=1)
+                if tries == TRIES or run.failed.is_set():
+                    raise
+                severed = severed + 1 if isinstance(error, Severed) else 0
+                if severed == 2:
+                    # Once it may have been the network; and of many commands one fails sooner.
+                    at_a_time, severed = max(1, (at_a_time or batch.count) // 4), 0
+                backed_off += back_off(run, tries)
+        close(tally)
+        run.move()
+        waited = self._store.waited() - waited
+        if tries == 1:
+            self._window.fit(waited, self._store.round_trip())
+        self._stats.add(
+            lines=tally.lines,
+            inserted=0 if job.options.validate else tally.inserted,
+            rejected=tally.rejected,
+            bytes=tally.bytes,
+            batches=1,
+            seconds_decode=documents.seconds,
+            seconds_encode=time.perf_counter() - began - documents.seconds - waited - backed_off,
+            seconds_wait=waited,
+            seconds_backoff=backed_off,
+        )
+
+    def _guard(self, run: Run) -> None:
+        """Nothing is written without a lease: one that ran out while this process slept is asked for first."""
+        if not run.lost.is_set() and time.monotonic() - run.renewed_at >= self._settings.engine_lease_seconds:
+            try:
+                self.keeper.renew(run)
+            except LeaseLost:
+                run.lost.set()
+        if run.lost.is_set():
+            raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
+
+
+def _make_room(flying: _Flying, most: int, room: int = 0) -> None:
+    """Wait until fewer than `most` batches fly, of no more than `room` bytes; raises what a batch raised."""
+    while flying and (len(flying) >= most or flying[0][0].done() or sum(size for _, size in flying) > room):
+        flying[0][0].result()
+        flying.popleft()
+
+
+def _ended_early(run: Run) -> Ended:
+    """Why the work on a run ended before its range did."""
+    return Ended.CANCELLED if run.cancelled.is_set() else Ended.STOPPED

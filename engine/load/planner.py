@@ -1,0 +1,226 @@
+"""Decide, once, how a job is loaded: its format, the tag of its ids, its ranges.
+
+Anyone may plan a job at any time and as often as they like: the first compare-and-set holds, and the others follow it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Final
+
+from engine.control.admission import check_collection
+from engine.control.ledger import Ledger
+from engine.control.loads import Loads
+from engine.control.plans import Plans
+from engine.control.queue import Queue
+from engine.control.sources import Registered, Sources
+from engine.control.store import Store
+from engine.errors import HeadraceError, Refused, Transient
+from engine.logs import expected
+from engine.model import ByteRange, Format, Job, JobState, Lease, Plan, Source
+from engine.s3.objects import Objects
+from engine.settings import Settings
+from engine.steps import Step, reach
+from engine.text.formats import begins, decide
+from engine.text.ranges import count, cut
+
+__all__ = ["SMALL_BYTES", "Planner", "Prepared"]
+
+SNIFF_BYTES: Final = 64 * 1024
+"""How much of an object is looked at before it is loaded."""
+
+BLANK_BYTES: Final = 4 * 1024 * 1024
+"""How much of an object is looked at whose beginning is all blank."""
+
+SMALL_BYTES: Final = 256 * 1024
+"""An object that is no larger is read at once, when it is looked at."""
+
+READERS: Final = 16
+"""Objects that are looked at side by side: as many as are planned together, so that none waits for one that hangs."""
+
+LOOK_SHARE: Final = 0.5
+"""Share of a lease's time in which S3 must return the first bytes of the objects. A job whose object takes longer is put off."""
+
+RANGES_PER_WORKER: Final = 4
+"""So many, that the last ones to finish leave the others idle for a short time only."""
+
+SMALL_RANGE_BYTES: Final = 8 * 1024 * 1024
+"""A range is not made smaller than this only to have more of them: each costs a request and a few writes."""
+
+MAX_RANGES: Final = 100_000
+"""Ranges of one object, whatever the settings: each is a document, and they are summed once a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job that was planned, perhaps a lease on its only range, and what was read of the object's beginning; or the error
+    because of which it could not be planned."""
+
+    job: Job
+    lease: Lease | None = None
+    head: bytes = b""
+    error: HeadraceError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A job whose object has been looked at."""
+
+    job: Job
+    head: bytes
+    format: Format
+
+
+class Planner:
+    """Plans jobs.
+
+    Args:
+        store, queue, plans, ledger, objects: where things are.
+        settings: `engine_range_bytes` is the most that one range of a new plan holds; an object is cut so that each of
+            `engine_workers` gets several ranges, unless these were tiny.
+        moved: called while S3 is waited for, within a bound.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        queue: Queue,
+        plans: Plans,
+        ledger: Ledger,
+        objects: Objects,
+        settings: Settings,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._data = store.data
+        self._sources = Sources(store, Loads(store, ledger))
+        self._wake = store.wake
+        self._queue = queue
+        self._plans = plans
+        self._ledger = ledger
+        self._objects = objects
+        self._range_bytes = settings.engine_range_bytes
+        self._max_line_bytes = settings.engine_max_line_bytes
+        self._shares = RANGES_PER_WORKER * settings.engine_workers
+        self._look_seconds = LOOK_SHARE * settings.engine_lease_seconds
+        self._moved = moved
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="planner")
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def prepare(self, jobs: Sequence[Job], holder: str) -> list[Prepared]:
+        """Plan PENDING jobs, and lease the ranges of those that have but one; whoever is quicker plans a job.
+
+        Each step is one command for all of them, and their objects are looked at side by side: what a small job waits for is
+        the database's journal and S3's first byte. Nothing is told of a job whose turn to be looked at did not come: it is
+        given back, for anyone to plan.
+
+        Raises:
+            Transient, Permanent: of MongoDB; some of the jobs may be planned. What is wrong with one job or its object is told in
+                what is returned of it.
+        """
+        done: list[Prepared] = []
+        drafts: list[_Draft] = []
+        unseen: list[Job] = []
+        unfit = self._unfit(jobs)
+        for job, looked in zip(jobs, self._looks(jobs), strict=True):
+            if refusal := unfit.get(job.options.collection):
+                done.append(Prepared(job, error=refusal))
+            elif isinstance(looked, _Draft):
+                drafts.append(looked)
+            elif looked is None:
+                unseen.append(job)
+            else:
+                done.append(Prepared(job, error=looked))
+        if unseen:
+            self._plans.release_claims(unseen, holder)
+        plans: list[tuple[Job, Plan, str | None]] = []
+        for draft, source in zip(
+            drafts, self._sources.register([(draft.job, draft.format) for draft in drafts]), strict=True
+        ):
+            job, plan = draft.job, self._plan(draft, source)
+            skip = job.options.if_loaded == "skip" and not job.options.validate
+            if plan.range_count == 0 or (source.completed_by and skip):
+                self._plans.complete_unread(job, plan, source.completed_by)
+                done.append(Prepared(self._queue.get(job.id)))
+            else:
+                plans.append((job, plan, source.completed_by))
+        reach(Step.PLAN)
+        planned = {job.id: job for job in self._plans.fix(plans)}
+        heads = {draft.job.id: draft.head for draft in drafts}
+        single: dict[str, ByteRange] = {}
+        for before, plan, _ in plans:
+            job = planned.get(before.id, before)
+            holds = job.plan if job.state is JobState.PROCESSING and job.stopping is None else None
+            if holds is not None and holds.range_count == 1:
+                single[job.id] = cut(job.source.size, 1, 0)
+                continue
+            if holds == plan:
+                self._queue.open_ranges(job)
+                self._wake()  # the others have looked already, and found nothing to lease
+            done.append(Prepared(job, None, heads[job.id]))
+        if single:
+            reach(Step.PLANNED)
+            leases = self._ledger.open_leased(single, holder)
+            done += [Prepared(planned[id], leases.get(id), heads[id]) for id in single]
+        return done
+
+    def _unfit(self, jobs: Sequence[Job]) -> dict[str, Refused]:
+        """Why collections of these jobs cannot take documents: they may have been made, or made anew, since a job was submitted,
+        and a capped one takes all and keeps the last of them."""
+        refusals: dict[str, Refused] = {}
+        for name in {job.options.collection for job in jobs}:
+            try:
+                check_collection(self._data, name)
+            except Refused as error:
+                refusals[name] = error
+        return refusals
+
+    def _looks(self, jobs: Sequence[Job]) -> "list[_Draft | HeadraceError | None]":
+        """Look at all of them. One that S3 does not show in time must not hold up the others, nor this worker. None for those
+        that were not asked for at all: what hangs of earlier looks has all the threads."""
+        looks = [self._readers.submit(self._look, job) for job in jobs]
+        end = time.monotonic() + self._look_seconds
+        waiting = set(looks)
+        while waiting and (left := end - time.monotonic()) > 0:
+            _, waiting = wait(waiting, min(left, 1))
+            self._moved()
+        late = Transient(
+            f"S3 did not show the beginning of the object within {self._look_seconds:g} seconds: it is busy or hangs"
+        )
+        never = {look for look in waiting if look.cancel()}
+        return [None if look in never else late if look in waiting else look.result() for look in looks]
+
+    def _look(self, job: Job) -> "_Draft | HeadraceError":
+        """The beginning of a job's object, all of it where that is small, and the format that it has."""
+        try:
+            with expected(f"looking at {job.source.key}"):
+                head = b""
+                if size := job.source.size:
+                    size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)
+                    head = self._head(job.source, size)
+                    if job.options.format is Format.AUTO and size < job.source.size and not begins(head):
+                        # The first byte that is not blank decides, in small objects and in large ones.
+                        head = self._head(job.source, min(job.source.size, BLANK_BYTES))
+                return _Draft(job, head, decide(job.options.format, job.source.key, head))
+        except HeadraceError as error:
+            return error
+
+    def _head(self, source: Source, size: int) -> bytes:
+        """The first bytes of an object. A second try is for a connection that S3 had closed: it is worth no wait of the job."""
+        for last in (False, True):
+            try:
+                with self._objects.open(source, 0, size) as reader:
+                    return reader.read(size)
+            except Transient:
+                if last:
+                    raise
+        raise AssertionError  # the last try returns or raises
+
+    def _plan(self, draft: _Draft, source: Registered) -> Plan:
+        size = draft.job.source.size
+        share = max(-(-size // self._shares), SMALL_RANGE_BYTES)
+        range_bytes = max(min(self._range_bytes, share), -(-size // MAX_RANGES))
+        return Plan(draft.format, source.tag, range_bytes, count(size, range_bytes), source.sole, self._max_line_bytes)

@@ -1,0 +1,65 @@
+"""A lease that is worked on. No I/O: it only holds what its threads tell each other."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from engine.load.watermark import Watermark
+from engine.model import Job, Lease, Tally
+from engine.text.batches import Batch
+
+__all__ = ["Run"]
+
+
+class Run:
+    """The state that the threads at work on one lease share.
+
+    `move()` is called whenever bytes or batches move. `stop`: the worker is to stop. `cancelled`: the job is being stopped, or
+    this is not to begin. `lost`: the lease is no longer this worker's. `failed`: a read or another batch of this run has failed.
+    `cautious`: earlier holders died here. `renewed_at`: the start of the last renewal, or of the run, seconds of the monotonic
+    clock. `head`: first bytes of the object, if already read. `ahead`: leased while another one was at work.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        lease: Lease,
+        stop: threading.Event,
+        moved: Callable[[], None],
+        head: bytes = b"",
+        *,
+        ahead: bool = False,
+    ) -> None:
+        self.job = job
+        self.head = head
+        self.ahead = ahead
+        self.lease = lease
+        self.stop = stop
+        self.lost = threading.Event()
+        self.cancelled = threading.Event()
+        self.failed = threading.Event()
+        self.cautious = lease.deaths > 0
+        self.renewed_at = time.monotonic()
+        self.move = moved
+        self._lock = threading.Lock()
+        self._mark = Watermark(lease.confirmed, lease.tally)
+
+    def opened(self, batch: Batch) -> Callable[[Tally], None]:
+        """A batch is under way; returns what to call with its tally once it is acknowledged."""
+        with self._lock:
+            slot = self._mark.open(batch.end)
+
+        def close(tally: Tally) -> None:
+            with self._lock:
+                self._mark.close(slot, tally)
+
+        return close
+
+    def told_to_end(self) -> bool:
+        """Whether nothing more is to be read."""
+        return self.stop.is_set() or self.cancelled.is_set() or self.lost.is_set()
+
+    def mark(self) -> tuple[int, Tally]:
+        """The confirmed offset, and the tally up to there."""
+        with self._lock:
+            return self._mark.confirmed, self._mark.tally

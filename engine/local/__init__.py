@@ -1,0 +1,1 @@
+"""The embedded servers, and a sample to load."""

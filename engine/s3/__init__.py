@@ -1,0 +1,1 @@
+"""Objects in S3: what they are, reading and writing them."""

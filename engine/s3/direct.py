@@ -1,0 +1,330 @@
+"""Uploads whose bytes go straight from the client to S3: a multipart upload, and URLs that each sign one part of it.
+
+The state of an upload is S3's; `uploads` in the control database only keeps what S3 does not tell: its size and parts.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from botocore.exceptions import ClientError
+
+from engine.control.store import Document, Store, translated
+from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
+from engine.model import Source
+from engine.s3.client import PART_TYPE, S3_ERRORS, code_of, s3_translated
+from engine.s3.objects import Objects
+from engine.s3.parts import MAX_PARTS
+from engine.s3.replies import field, readable
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
+
+__all__ = ["MAX_URLS", "DirectUploads", "Part", "Upload"]
+
+MIN_PART_BYTES: Final = 5 * 1024 * 1024
+MAX_PART_BYTES: Final = 5 * 1024**3
+
+MAX_URLS: Final = 1000
+"""Signed URLs in one answer."""
+
+URL_SECONDS: Final = 3600
+"""How long a signed URL is good for."""
+
+UNFINISHED_HOURS: Final = 24
+"""An upload that is not completed within this is aborted."""
+
+SHOWN_SECONDS: Final = 1.0
+"""How long `complete` looks for the object of an upload that S3 does not know, or whose parts are missing: SeaweedFS drops both
+a moment before it shows the object."""
+
+_PART_FIELDS: Final = ("PartNumber", "Size", "ETag", "LastModified")
+
+SWEEP_UPLOADS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part that S3 has: its 1-based number, its size in bytes, its ETag with quotes."""
+
+    number: int
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An upload under way. `size` is that of the whole file in bytes, None where the client did not say."""
+
+    id: str
+    key: str
+    part_bytes: int
+    size: int | None
+    created_at: datetime
+
+    @property
+    def parts(self) -> int:
+        """How many parts it may have."""
+        return MAX_PARTS if self.size is None else max(1, -(-self.size // self.part_bytes))
+
+    def size_of(self, number: int) -> int | None:
+        """The bytes that a part must have, where the size of the file is known."""
+        if self.size is None:
+            return None
+        return self.part_bytes if number < self.parts else self.size - (self.parts - 1) * self.part_bytes
+
+
+class DirectUploads:
+    """Uploads under way in one bucket.
+
+    Args:
+        store: the databases.
+        client: as `connect` makes it.
+        objects: of the same client; uploads go to its bucket.
+        part_bytes: size of a part, where the client does not ask for another and the file does not need larger ones.
+    """
+
+    def __init__(self, store: Store, client: "S3Client", objects: Objects, part_bytes: int) -> None:
+        self._uploads = store.uploads
+        self._client = client
+        self._objects = objects
+        self._bucket = objects.bucket
+        self._here = {"bucket": {"$in": [objects.bucket, None]}}
+        self._part_bytes = part_bytes
+
+    def begin(self, upload_id: str, key: str, size: int | None, part_bytes: int | None) -> Upload:
+        """Start a multipart upload under `key`.
+
+        Raises:
+            Refused: the file is too large for S3, or the parts are too small for it.
+        """
+        chosen = part_bytes or max(self._part_bytes, -(-(size or 0) // MAX_PARTS))
+        if not MIN_PART_BYTES <= chosen <= MAX_PART_BYTES:
+            raise Refused(f"partBytes: S3 takes parts of {MIN_PART_BYTES} to {MAX_PART_BYTES} bytes")
+        if size is not None and size > chosen * MAX_PARTS:
+            raise Refused(
+                f"partBytes: {size} bytes in parts of {chosen} are more than the {MAX_PARTS} parts that S3 takes"
+            )
+        with s3_translated(f"starting the upload of {key}"):
+            made = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=PART_TYPE)
+            upload = field(made, "UploadId", key)
+        fields = {"key": key, "uploadId": upload, "size": size, "partBytes": chosen}
+        try:
+            self._record(upload_id, fields)
+        except BaseException:
+            # Nobody would know of it, and no sweep find it.
+            with suppress(*S3_ERRORS):
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+            raise
+        return self.get(upload_id)
+
+    def _record(self, name: str, fields: Document) -> None:
+        fields |= {"bucket": self._bucket}
+        changes = {field: {"$literal": value} for field, value in fields.items()} | {"createdAt": "$$NOW"}
+        with translated("starting an upload"):
+            self._uploads.update_one({"_id": name}, [{"$set": changes}], upsert=True)
+
+    def get(self, upload_id: str) -> Upload:
+        """An upload under way. Raises NotFound."""
+        return _upload(self._find(upload_id))
+
+    def urls(self, upload_id: str, first: int, count: int) -> list[tuple[int, str]]:
+        """Signed URLs for `count` parts from number `first` on, no more than the upload has."""
+        found = self._find(upload_id)
+        last = min(first + count - 1, _upload(found).parts)
+        where = {"Bucket": self._bucket, "Key": found["key"], "UploadId": found["uploadId"]}
+        with s3_translated(f"signing URLs for {found['key']}"):  # which may take new credentials
+            return [
+                (
+                    number,
+                    self._client.generate_presigned_url(
+                        "upload_part", Params=where | {"PartNumber": number}, ExpiresIn=URL_SECONDS
+                    ),
+                )
+                for number in range(first, last + 1)
+            ]
+
+    def parts(self, upload_id: str) -> list[Part]:
+        """The parts that S3 has, by number. Of one that was sent twice, which some servers list twice, the one that has
+        the size it must have, and else the last. Raises NotFound."""
+        found = self._find(upload_id)
+        upload = _upload(found)
+        parts: dict[int, tuple[tuple[bool, datetime], Part]] = {}
+        marker = 0
+        of = f"the parts of {found['key']}"
+        with readable(of), s3_translated(f"listing {of}"), _known(upload_id):
+            while True:
+                page: Any = self._client.list_parts(
+                    Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
+                )
+                for part in page.get("Parts", ()):
+                    number, size, etag, modified = (field(part, name, of) for name in _PART_FIELDS)
+                    rank = (size == upload.size_of(number), modified)
+                    if number not in parts or rank >= parts[number][0]:
+                        parts[number] = (rank, Part(number, size, etag))
+                following = int(page.get("NextPartNumberMarker") or 0)
+                if not page.get("IsTruncated") or following <= marker:
+                    break
+                marker = following
+        return [parts[number][1] for number in sorted(parts)]
+
+    def complete(self, upload_id: str) -> Source:
+        """Make the object of the parts that are there. Safe to repeat for a day: the object of then is told again.
+
+        Raises:
+            NotFound: it was aborted, or completed too long ago.
+            Conflict: parts are missing, or not of the size that was said.
+        """
+        with translated("looking for an upload"):
+            found = self._uploads.find_one({"_id": upload_id, **self._here})
+        if found is None:
+            raise _gone(upload_id)
+        if done := found.get("done"):
+            return Source(self._bucket, found["key"], done["etag"], "", done["size"])
+        try:
+            self._assemble(found)
+        except (NotFound, Conflict):
+            # S3 may have ended this upload, and nobody have got to write that down. No other has its key: where that is, it was
+            # completed. Another request may be about to: SeaweedFS forgets parts and upload a moment before it shows the object.
+            end = time.monotonic() + SHOWN_SECONDS
+            while time.monotonic() < end:
+                with suppress(NotFound):
+                    return self._completed(found)
+                time.sleep(0.05)
+            raise
+        return self._completed(found)
+
+    def _completed(self, found: Document) -> Source:
+        """The object of an upload, which is noted from now on. Raises NotFound where there is none."""
+        source = self._objects.head(found["key"])
+        done = {"done": {"etag": source.etag, "size": source.size}}
+        with translated("finishing an upload"):
+            self._uploads.update_one({"_id": found["_id"]}, {"$set": done})
+        return source
+
+    def _assemble(self, found: Document) -> None:
+        """Let S3 make the object of the parts. Raises NotFound where S3 does not know the upload any more."""
+        upload, parts = _upload(found), self.parts(found["_id"])
+        missing = sorted(set(range(1, (parts[-1].number if parts else 1) + 1)) - {part.number for part in parts})
+        if upload.size is not None:
+            missing = sorted(set(range(1, upload.parts + 1)) - {part.number for part in parts})
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
+            raise Conflict(f"parts are missing: {shown}; send them, then complete the upload again")
+        if wrong := [part for part in parts if upload.size_of(part.number) not in (None, part.size)]:
+            shown = ", ".join(f"{part.number} of {part.size}" for part in wrong[:10]) + (
+                " …" if len(wrong) > 10 else ""
+            )
+            raise Conflict(
+                f"parts are not as large as announced ({upload.part_bytes} bytes each, {upload.size} in all): {shown}; send them "
+                "again, then complete the upload again"
+            )
+        if small := [part.number for part in parts[:-1] if part.size < MIN_PART_BYTES]:
+            shown = ", ".join(map(str, small[:10])) + (" …" if len(small) > 10 else "")
+            raise Conflict(
+                f"parts are smaller than the {MIN_PART_BYTES} bytes that all but the last must have: {shown}; send larger ones"
+            )
+        with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
+            self._client.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=upload.key,
+                UploadId=found["uploadId"],
+                MultipartUpload={"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]},
+            )
+
+    @contextmanager
+    def recorded(self, key: str, upload_id: str) -> Iterator[None]:
+        """Within it, a multipart upload that passes through the API is under way: when its process dies, it is swept."""
+        name = f"through {upload_id}"
+        self._record(name, {"key": key, "uploadId": upload_id, "size": None, "partBytes": self._part_bytes})
+        yield
+        with suppress(HeadraceError):  # the object is there: what is kept of its upload is swept
+            self._forget(name)
+
+    def abort(self, upload_id: str) -> None:
+        """Give an upload up; S3 frees its parts.
+
+        Raises:
+            NotFound: there is none.
+            Conflict: S3 has made the object of it, which is noted from now on.
+        """
+        found = self._find(upload_id)
+        self._free(found)
+        # Some servers say of one that was completed what they say of one that they have aborted.
+        with suppress(NotFound):
+            key = self._completed(found).key
+            raise Conflict(f"upload {upload_id} was completed: its object is {key}")
+        self._forget(upload_id)
+
+    def sweep(self, goes_on: Callable[[], bool] = lambda: True) -> int:
+        """Abort the uploads that have been unfinished for a day; returns how many there were. One that S3 does not let us abort
+        is left to the next day. Those that were begun then, and finished, are forgotten.
+
+        Args:
+            goes_on: asked before each of them; with False the others are left to the next time.
+
+        Raises:
+            Transient: S3 or the database does not answer; the others are left to the next time.
+        """
+        old = {"$subtract": ["$$NOW", UNFINISHED_HOURS * 3_600_000]}
+        due = {"$expr": {"$and": [{"$lt": ["$createdAt", old]}, {"$lt": ["$keptAt", old]}]}}  # a missing time is less
+        with translated("looking for unfinished uploads"):
+            # Of those that were finished there may be tens of thousands a day.
+            self._uploads.delete_many({"done": {"$ne": None}} | due)
+            found = list(self._uploads.find({"done": None} | due).sort("createdAt", 1).limit(SWEEP_UPLOADS))
+        swept = 0
+        for document in found:
+            if not goes_on():
+                break
+            try:
+                self._free(document)
+                self._forget(document["_id"])
+                swept += 1
+            except Transient:
+                raise
+            except HeadraceError:
+                with translated("keeping an upload"):
+                    self._uploads.update_one({"_id": document["_id"]}, [{"$set": {"keptAt": "$$NOW"}}])
+        return swept
+
+    def _free(self, found: Document) -> None:
+        """Have S3 free the parts of an upload."""
+        with s3_translated(f"aborting the upload of {found['key']}"), suppress(NotFound), _known(found["_id"]):
+            # The sweep finds those of a bucket that was AWS_BUCKET_NAME before, too.
+            bucket = found.get("bucket", self._bucket)
+            self._client.abort_multipart_upload(Bucket=bucket, Key=found["key"], UploadId=found["uploadId"])
+
+    def _find(self, upload_id: str) -> Document:
+        with translated("looking for an upload"):
+            found = self._uploads.find_one({"_id": upload_id, "done": None, **self._here})
+        if found is None:
+            raise _gone(upload_id)
+        return found
+
+    def _forget(self, upload_id: str) -> None:
+        with translated("forgetting an upload"):
+            self._uploads.delete_one({"_id": upload_id})
+
+
+@contextmanager
+def _known(upload_id: str) -> Iterator[None]:
+    """Raises NotFound where S3 says that it does not know the upload."""
+    try:
+        yield
+    except ClientError as error:
+        if code_of(error) in ("NoSuchUpload", "NoSuchBucket"):
+            raise _gone(upload_id) from None
+        raise
+
+
+def _gone(upload_id: str) -> NotFound:
+    return NotFound(
+        f"there is no upload {upload_id[:64]!r} under way: it was completed or aborted, or never started here"
+    )
+
+
+def _upload(found: Document) -> Upload:
+    return Upload(found["_id"], found["key"], found["partBytes"], found["size"], found["createdAt"])

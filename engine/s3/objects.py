@@ -1,0 +1,336 @@
+"""The S3 side: what an object is now, ranged reads of one pinned version of it, and what is in the bucket.
+
+Every read carries `If-Match`, so two versions of an object are never mixed, and every answer is checked for being the
+range that was asked for.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
+from engine.errors import (
+    AccessDenied,
+    HeadraceError,
+    NotFound,
+    ObjectChanged,
+    ObjectGone,
+    TokenExpired,
+    Transient,
+    WrongClock,
+)
+from engine.logs import get_logger
+from engine.model import Source
+from engine.s3.client import code_of, s3_translated, status_of, translate
+from engine.s3.parts import Parts, Recorded, Stream
+from engine.s3.replies import LOOK, field, readable
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
+
+__all__ = [
+    "Listed",
+    "Objects",
+    "RangeReader",
+    "warn_if_away",
+]
+
+log = get_logger()
+
+DRAIN_BYTES: Final = 256 * 1024
+"""An answer with no more than this left is read to its end, so that its connection can be used again."""
+
+SLICE_BYTES: Final = 256 * 1024
+"""So many bytes of a read are waited for at a time, and fewer where these take longer than `SLICE_SECONDS`."""
+
+FIRST_SLICE_BYTES: Final = 16 * 1024
+SLICE_SECONDS: Final = 1.0
+
+_LISTING: Final = frozenset(("Name", "MaxKeys", "KeyCount", "IsTruncated", "Contents"))
+"""Elements of a listing, of which even an empty one has some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object as a listing tells of it: `etag` with its quotes, `size` in bytes."""
+
+    key: str
+    size: int
+    etag: str
+    modified: datetime
+
+
+class RangeReader:
+    """One answer to a ranged GET. Use it as a context manager."""
+
+    def __init__(self, answer: Any, key: str, start: int, stop: int) -> None:
+        self._body = answer["Body"]
+        self._key = key
+        self._at = start
+        self._stop = stop
+        self._slice = FIRST_SLICE_BYTES
+
+    def read(self, size: int, moved: Callable[[], None] = lambda: None) -> bytes:
+        """Exactly `size` bytes unless the range ends before; b"" at its end.
+
+        `moved` is called as bytes come: of a slow server, all of them may take longer than a worker may be silent.
+
+        Raises:
+            Transient: the answer broke off, or nothing came within the deadline.
+        """
+        size = min(size, self._stop - self._at)
+        if size <= 0:
+            return b""
+        pieces: list[bytes] = []
+        left = size
+        try:
+            while left > 0:
+                began = time.monotonic()
+                if not (piece := self._body.read(min(left, self._slice))):
+                    break
+                pieces.append(piece)
+                left -= len(piece)
+                moved()
+                quick = time.monotonic() - began < SLICE_SECONDS
+                self._slice = min(2 * self._slice, SLICE_BYTES) if quick else max(self._slice // 2, 1)
+        except (BotoCoreError, HTTPError, OSError) as error:
+            raise Transient(f"reading {self._key} broke off at byte {self._at} ({type(error).__name__})") from error
+        if left > 0:
+            raise Transient(f"reading {self._key} broke off at byte {self._at + size - left}: the answer was too short")
+        self._at += size
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        """Give the connection back, or drop it where much is left unread on it, or comes slowly."""
+        try:
+            if self._stop - self._at <= DRAIN_BYTES:
+                while self._at < self._stop and self._slice >= FIRST_SLICE_BYTES:
+                    self._slice = FIRST_SLICE_BYTES  # if the next one is slow, it is the last
+                    self.read(FIRST_SLICE_BYTES)
+        except Transient:
+            pass
+        # Read to its end, the connection has gone back by itself.
+        if self._at < self._stop:
+            self.drop()
+
+    def drop(self) -> None:
+        """Close the connection, whatever is still to come on it."""
+        self._body.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, Transient):
+            self.drop()
+        else:
+            self.close()
+
+
+class Objects:
+    """The objects of one bucket.
+
+    Args:
+        client: as `connect` makes it.
+        bucket: its name.
+        part_bytes: size of a part of an upload, of which S3 takes no more than `MAX_PARTS`.
+        parallel: parts under way at a time, of all uploads together.
+    """
+
+    def __init__(self, client: "S3Client", bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
+        self._client = client
+        self.bucket = bucket
+        self._parts = Parts(client, bucket, part_bytes, parallel, self.head)
+
+    def head(self, key: str) -> Source:
+        """The object as it is now, pinned.
+
+        Raises:
+            NotFound, AccessDenied, WrongClock, Transient.
+        """
+        with readable(key), s3_translated(f"looking for {key}"):
+            try:
+                found = self._client.head_object(Bucket=self.bucket, Key=key)
+            except ClientError as error:
+                if status_of(error) in (400, 403):
+                    self._tell_why(key)
+                # SeaweedFS and others answer 400 to keys that no object can have, such as a/../b.
+                if status_of(error) in (400, 404):
+                    raise NotFound(f"there is no object {key!r} in bucket {self.bucket}") from None
+                raise
+        version = found.get("VersionId", "")
+        etag, size = field(found, "ETag", key), field(found, "ContentLength", key)
+        return Source(self.bucket, key, etag, "" if version == "null" else version, size)
+
+    def _tell_why(self, key: str) -> None:
+        """Raises what the credentials or the clock are to blame for: an answer to HEAD has no body that would say so."""
+        try:
+            self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
+        except ClientError as error:
+            cause = translate(error, f"looking for {key}")
+            if isinstance(cause, AccessDenied | TokenExpired | WrongClock):
+                raise cause from error
+
+    def open(self, source: Source, start: int, stop: int) -> RangeReader:
+        """Begin to read bytes `start` to `stop` (exclusive) of the version that `source` pins.
+
+        Raises:
+            ObjectGone, ObjectChanged, AccessDenied: final.
+            Transient, WrongClock: may be tried again.
+        """
+        version = {"VersionId": source.version} if source.version else {}
+        with readable(source.key), s3_translated(f"reading {source.key}"):
+            try:
+                answer = self._client.get_object(
+                    Bucket=source.bucket,
+                    Key=source.key,
+                    Range=f"bytes={start}-{stop - 1}",
+                    IfMatch=source.etag,
+                    **version,  # type: ignore[arg-type]
+                )
+            except ClientError as error:
+                status = status_of(error)
+                if status == 412 or status == 416:
+                    raise ObjectChanged(
+                        f"{source.key} was overwritten after the job was submitted: submit a new job for what it is now"
+                    ) from None
+                if status == 404 and code_of(error) != "NoSuchBucket":
+                    raise ObjectGone(
+                        f"{source.key} was deleted after the job was submitted: upload it again and submit a new job"
+                    ) from None
+                if status == 403 and code_of(error) == "AccessDenied" and version:
+                    raise AccessDenied(
+                        f"S3 does not allow reading {source.key} by its version: give these credentials s3:GetObjectVersion, "
+                        "which a bucket with versions needs besides s3:GetObject"
+                    ) from None
+                raise
+        reader = RangeReader(answer, source.key, start, stop)
+        content_range = answer.get("ContentRange", "")
+        try:
+            etag, size = field(answer, "ETag", source.key), field(answer, "ContentLength", source.key)
+        except Transient:
+            reader.drop()
+            raise
+        if etag != source.etag:
+            reader.drop()
+            raise ObjectChanged(f"{source.key} was overwritten after the job was submitted: submit a new job")
+        if content_range != f"bytes {start}-{stop - 1}/{source.size}" or size != stop - start:
+            reader.drop()
+            raise Transient(
+                f"S3 answered a request for bytes {start}-{stop - 1} of {source.key} with {content_range or 'the whole object'!r}"
+            )
+        return reader
+
+    def upload(
+        self,
+        stream: Stream,
+        key: str,
+        before_complete: Callable[[], None] = lambda: None,
+        recorded: Recorded = lambda key, upload_id: nullcontext(),
+    ) -> Source:
+        """Store a stream of any length under `key`, at constant memory, in parallel parts.
+
+        Args:
+            stream: read to its end.
+            key: a new one. An object that is there is written over and, where that fails, deleted.
+            before_complete: called when every byte has been sent and before the object exists; when it raises, the
+                object never does.
+            recorded: a context for the time in which an unfinished multipart upload is in S3.
+
+        Raises:
+            AccessDenied, WrongClock, Transient: nothing is left behind, as far as S3 can be reached.
+        """
+        try:
+            self._parts.store(stream, key, before_complete, recorded)
+            return self.head(key)
+        except HeadraceError:
+            # The answer may have been lost, and not the object.
+            with suppress(HeadraceError), s3_translated(f"deleting {key}"):
+                self._client.delete_object(Bucket=self.bucket, Key=key)
+            raise
+
+    def page(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> tuple[list[Listed], str | None]:
+        """A page of the bucket's objects by key, and where the next one begins; None at the end.
+
+        Args:
+            prefix: only keys that begin so.
+            limit: the most to return, up to 1000.
+            after: as the page before told it.
+
+        Raises:
+            AccessDenied, Refused, WrongClock, Transient.
+        """
+        more: dict[str, Any] = {"ContinuationToken": after} if after else {}
+        listing = f"the listing of bucket {self.bucket}"
+        with readable(listing), s3_translated(f"listing bucket {self.bucket}"):
+            page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=limit, **more)
+        if not _LISTING.intersection(page):
+            raise Transient(f"S3's answer for {listing} is no listing: {LOOK}")
+        found = [_listed(told, listing) for told in page.get("Contents", ())]
+        return found, field(page, "NextContinuationToken", listing) if page.get("IsTruncated") else None
+
+    def delete(self, key: str) -> None:
+        """Delete an object. Raises NotFound where there is none."""
+        self.head(key)
+        with s3_translated(f"deleting {key}"):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def check(self) -> None:
+        """Raises unless S3 answers and the bucket is there."""
+        with s3_translated(f"looking at bucket {self.bucket}"):
+            try:
+                self._head_bucket()
+            except ClientError as error:
+                if status_of(error) == 404:
+                    raise NotFound(f"there is no bucket {self.bucket}: make it, or set AWS_BUCKET_NAME") from None
+                raise
+
+    def time(self) -> datetime:
+        """What time it is by the clock of S3, to the second."""
+        with readable("its time"), s3_translated("reading the time of S3"):
+            answer = self._head_bucket()
+            return parsedate_to_datetime(field(answer["ResponseMetadata"]["HTTPHeaders"], "date", "its time"))
+
+    def _head_bucket(self) -> Any:
+        try:
+            return self._client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            if status_of(error) in (400, 403):
+                self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)  # whose refusal says why
+            raise
+
+    def ensure_bucket(self) -> None:
+        """Make the bucket where it is missing; for the embedded server only."""
+        with s3_translated(f"making bucket {self.bucket}"):
+            try:
+                self._client.create_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if code_of(error) not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
+                    raise
+
+
+def _listed(told: Any, listing: str) -> Listed:
+    key = field(told, "Key", listing)
+    of = f"{key} in {listing}"
+    return Listed(key, field(told, "Size", of), field(told, "ETag", of), field(told, "LastModified", of))
+
+
+def warn_if_away(objects: Objects) -> None:
+    """Look, beside what goes on, whether the bucket can be used, and write into the log where it cannot: early, and not only when
+    the first call fails."""
+
+    def look() -> None:
+        try:
+            objects.check()
+        except HeadraceError as error:
+            log.warning("S3 cannot be used for now", action="start", cause=str(error))
+
+    threading.Thread(target=look, name="s3-check", daemon=True).start()

@@ -1,0 +1,112 @@
+"""Lines into batches, capped by count and by bytes. Pure.
+
+A batch is what one worker thread decodes and one unordered bulk write carries. The cap on bytes keeps a command, and
+a reply in which every document is an error that quotes it, within what the server takes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.text.lines import Block, Ends, Oversized
+
+__all__ = ["Batch", "Batcher"]
+
+NO_ENDS = np.empty(0, np.intp)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Lines of one range that follow each other.
+
+    `offset` is that of the first line's first byte, `end` the one after the last terminator; `ordinal` is the first
+    line's 0-based number within the range. `data` holds the lines with their newlines, and `ends` the position in it
+    of each of these; of a last line without one, the position after its last byte. An oversized line travels alone,
+    with `data` and `ends` empty.
+    """
+
+    offset: int
+    end: int
+    ordinal: int
+    data: bytes
+    ends: Ends
+    oversized: Oversized | None = None
+
+    @property
+    def count(self) -> int:
+        """Lines in it."""
+        return 1 if self.oversized is not None else len(self.ends)
+
+    @property
+    def terminated(self) -> bool:
+        """Whether the last line ends in a newline."""
+        return self.oversized is not None or int(self.ends[-1]) < len(self.data)
+
+    def start(self, position: int) -> int:
+        """Where line `position` begins in `data`."""
+        return int(self.ends[position - 1]) + 1 if position else 0
+
+    def line(self, position: int) -> bytes:
+        """Line `position` without its newline; a carriage return before that is still there."""
+        return self.data[self.start(position) : int(self.ends[position])]
+
+
+class Batcher:
+    """Gathers lines until a batch is full.
+
+    Args:
+        max_lines: lines in a batch.
+        max_bytes: bytes of lines in a batch, newlines included; a single longer line makes a batch of its own.
+        ordinal: the number, within the range, of the first line to come.
+    """
+
+    __slots__ = ("_bytes", "_ends", "_lines", "_max_bytes", "_offset", "_ordinal", "_pieces", "max_lines")
+
+    def __init__(self, max_lines: int, max_bytes: int, ordinal: int = 0) -> None:
+        self.max_lines = max_lines
+        """Lines in a batch; may be changed between calls."""
+        self._max_bytes = max_bytes
+        self._ordinal = ordinal
+        self._offset = 0
+        self._pieces: list[memoryview] = []  # what waits
+        self._ends: list[Ends] = []  # of its lines, counted from the first byte of the first piece
+        self._lines = 0
+        self._bytes = 0
+
+    def add(self, block: Block | Oversized) -> Iterator[Batch]:
+        """Take what the splitter handed out; yields the batches that it fills. Exhaust the iterator."""
+        if isinstance(block, Oversized):
+            yield from self.flush()
+            yield Batch(block.offset, block.end, self._ordinal, b"", NO_ENDS, block)
+            self._ordinal += 1
+            return
+        at, start = 0, block.start
+        while at < len(block.ends):
+            room = start + self._max_bytes - self._bytes  # the position that the last newline must lie before
+            fit = int(np.searchsorted(block.ends, room)) - at
+            take = min(self.max_lines - self._lines, fit)
+            if take <= 0 and not self._lines:
+                take = 1  # longer than a batch may be: it travels alone
+            if take > 0:
+                if not self._lines:
+                    self._offset = block.offset + start - block.start
+                stop = min(int(block.ends[at + take - 1]) + 1, len(block.data))
+                self._pieces.append(memoryview(block.data)[start:stop])
+                self._ends.append(block.ends[at : at + take] + (self._bytes - start))
+                self._lines += take
+                self._bytes += stop - start
+                at, start = at + take, stop
+            if at < len(block.ends) or self._lines >= self.max_lines:
+                yield from self.flush()
+
+    def flush(self) -> Iterator[Batch]:
+        """What is left, as a batch."""
+        if not self._lines:
+            return
+        end = self._offset + self._bytes
+        ends = self._ends[0] if len(self._ends) == 1 else np.concatenate(self._ends)
+        batch = Batch(self._offset, end, self._ordinal, b"".join(self._pieces), ends)
+        self._ordinal += self._lines
+        self._pieces, self._ends, self._lines, self._bytes = [], [], 0, 0
+        yield batch
