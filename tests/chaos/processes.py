@@ -149,7 +149,8 @@ def ranges(settings, folder, short):
     with Rig(settings, folder) as rig:
         path = made(rig, 60_000 if short else 1_000_000)
         jobs = [rig.submit(path) for _ in range(2 if short else 4)]
-        first = rig.engine(ready=False, engine_range_bytes="128KiB")
+        # It is slow, so that the other one is there before the end.
+        first = rig.engine(ready=False, engine_range_bytes="128KiB", CHAOS_SLOW=0.02)
         until(lambda: rig.store.ranges.find_one({"state": "LEASED"}), what="the first lease")
         rig.engine(engine_range_bytes="300KiB")
         report.faults["joins while running"] += rig.busy(jobs)
@@ -223,7 +224,7 @@ def supervisors(settings, folder, short):
     with Rig(settings, folder) as rig:
         path = made(rig, 60_000 if short else 1_000_000)
         jobs = [rig.submit(path)]
-        for _ in range(2 if short else 20):
+        for _ in rig.turns(report.faults, "kills", 2 if short else 20):
             rig.keep_busy(path, jobs)
             engine = rig.engine(engine_range_bytes="2MiB")
             until(lambda engine=engine: rig.holders(engine) or not rig.busy(jobs), what="a lease")
@@ -246,7 +247,7 @@ def terms(settings, folder, short):
         path = made(rig, 60_000 if short else 1_000_000)
         jobs = [rig.submit(path)]
         draw = random.Random(2)
-        for _ in range(2 if short else 50):
+        for _ in rig.turns(report.faults, "terms", 2 if short else 50):
             rig.keep_busy(path, jobs)
             engine = rig.engine(engine_range_bytes="2MiB")
             until(lambda engine=engine: rig.holders(engine) or not rig.busy(jobs), what="a lease")
@@ -271,7 +272,7 @@ def hups(settings, folder, short):
         path = made(rig, 150_000 if short else 1_000_000)
         jobs = [rig.submit(path)]
         engine = rig.engine(engine_range_bytes="1MiB")
-        for _ in range(2 if short else 10):
+        for _ in rig.turns(report.faults, "hups", 2 if short else 10):
             rig.keep_busy(path, jobs)
             before = set(engine.workers())
             report.faults["hups"] += rig.busy(jobs)

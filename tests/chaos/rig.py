@@ -140,6 +140,13 @@ class Rig:
         if not self.busy(jobs):
             jobs.append(self.submit(path))
 
+    def turns(self, faults, kind, wanted):
+        """As many turns as it takes to inject a fault this often, and five times as many at most: a load may end before it."""
+        for _ in range(5 * wanted):
+            if faults[kind] >= wanted:
+                return
+            yield
+
     def settle(self, report, path, jobs):
         """Wait for these jobs for one file, and let the checker judge each."""
         self.wait(*jobs)

@@ -102,7 +102,7 @@ def databases(settings, folder, short):
         rig.engine(engine_range_bytes="2MiB")
         jobs = [rig.submit(path)]
         draw = random.Random(3)
-        for _ in range(2 if short else 20):
+        for _ in rig.turns(report.faults, "kills", 2 if short else 20):
             rig.keep_busy(path, jobs)
             time.sleep(0.5 + draw.random())
             report.faults["kills"] += rig.busy(jobs)
