@@ -9,7 +9,7 @@ from typing import Any
 from api.client import Client
 from bench.rig import Rig, Taken
 from engine.control.stats import STAGES, totals
-from engine.cores import cores
+from engine.machine import cores
 from engine.model import Source
 
 __all__ = ["Load", "Spent", "Spread", "load"]

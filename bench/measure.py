@@ -26,7 +26,7 @@ from bench.rig import ROOT, Rig, cpu_of
 from engine.children import die_with_parent
 from engine.control.job_batches import JobBatches
 from engine.control.stats import totals
-from engine.cores import cores
+from engine.machine import cores
 from engine.model import JobOptions, JobState
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from bench.figures import Spent, Spread
 from bench.rig import current_commit
 from bench.verdicts import bottleneck, fastest, scaling, shown
 from engine.control.stats import STAGES
-from engine.cores import cores
 from engine.local.servers import mongod_path
+from engine.machine import cores
 
 __all__ = ["Judge", "Report", "write"]
 

@@ -21,8 +21,8 @@ from engine.children import die_with_parent, stop_signals
 from engine.control.ledger import Ledger
 from engine.control.queue import Queue
 from engine.control.store import Store, job_key
-from engine.cores import cores
 from engine.local.servers import LocalServers
+from engine.machine import cores
 from engine.model import Job, JobOptions, Source
 from engine.ports import free_port
 from engine.s3.client import connect

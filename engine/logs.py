@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import select
+import signal
 import stat
 import sys
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -103,7 +104,9 @@ class _Output:
     def write(self, text: str) -> None:
         """Write a line, or drop it."""
         if self._pipe is None:
-            self._stream.write(text)
+            with _as_in_the_foreground():
+                self._stream.write(text)
+                self._stream.flush()
             return
         left = text.encode(errors="backslashreplace")
         if self._cut:
@@ -125,8 +128,17 @@ class _Output:
 
     def flush(self) -> None:
         """What was written is on its way."""
-        if self._pipe is None:
-            self._stream.flush()
+
+
+@contextmanager
+def _as_in_the_foreground() -> Iterator[None]:
+    """A terminal with `tostop` answers what is written from the background with TTOU. Whoever has a handler for that, as the
+    supervisor has, would write the same again for ever; where the signal is blocked, the terminal takes it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def configure(level: str = "info", format: str = "auto", secrets: Iterable[str] = ()) -> None:

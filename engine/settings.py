@@ -15,8 +15,8 @@ from urllib.parse import quote, quote_plus
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from engine.cores import cores
 from engine.errors import SettingsError
+from engine.machine import cores
 from engine.values import (
     BUCKET,
     DEFAULT_DATABASE,

@@ -69,13 +69,22 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
     """A URI that can be read and names a database, or none. No message holds it: it may hold a password."""
     if value is None:
         return value
+    if re.search(r"\s", value.get_secret_value()):
+        raise ValueError(
+            "it has a blank or the end of a line in it, as files of secrets often have: take it out; one of a password is %20"
+        )
     try:
         parsed = parsed_uri(value.get_secret_value())
     except OSError as error:  # of a certificate
         raise ValueError(
             f"the file {error.filename} that it names cannot be read ({error.strerror}): name one that can"
         ) from None
-    except (PyMongoError, ValueError) as error:
+    except (
+        PyMongoError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # the last two of options that Python alone can give
         harmless = _HARMLESS.match(str(error))
         why = harmless.group() if harmless else type(error).__name__
         raise ValueError(
@@ -90,8 +99,10 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
 
 def parsed_uri(uri: str) -> Mapping[str, Any]:
     """What the driver reads in a URI; one of +srv is read without asking the DNS for its hosts."""
-    prefix = "mongodb+srv://"
-    return parse_uri("mongodb://" + uri[len(prefix) :] if uri.startswith(prefix) else uri, warn=False)
+    if uri.startswith("mongodb+srv://"):
+        # But for the options that such a URI alone may have.
+        uri = re.sub(r"(?<=[?&])srv\w+=[^&]*&?", "", uri.replace("+srv", "", 1), flags=re.IGNORECASE).rstrip("&")
+    return parse_uri(uri, warn=False)
 
 
 def _database_fault(name: str) -> str | None:
@@ -100,7 +111,7 @@ def _database_fault(name: str) -> str | None:
         return "its name has more than 63 bytes"
     if name.lower() in ("admin", "config", "local"):
         return f"{name} is MongoDB's own (to say where a user is defined, write authSource={name}): name another"
-    wrong = sorted(set(name) & set('/\\. "$*<>:|?\0'))
+    wrong = sorted(letter for letter in name if letter in '/\\. "$*<>:|?' or not letter.isprintable())
     return f"its name has {wrong[0]!r} in it" if wrong else None
 
 

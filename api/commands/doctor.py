@@ -17,9 +17,9 @@ from api.uploads import spool_fault
 from engine.control import schema
 from engine.control.stats import live, serving
 from engine.control.store import Store, translated
-from engine.cores import cores
 from engine.errors import HeadraceError, WrongClock
 from engine.logs import mask
+from engine.machine import cores
 from engine.ports import addresses
 from engine.s3.client import connect
 from engine.s3.objects import Objects

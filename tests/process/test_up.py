@@ -31,7 +31,7 @@ class Up:
     def __init__(self, folder, *arguments, limit=None, **changes):
         self.folder = folder / "run"  # not that of the tests themselves
         self.folder.mkdir(exist_ok=True)
-        data = folder / "data"
+        self.data = data = folder / "data, ours"
         for name in ("mongod.port", "s3.port"):  # other suites start servers beside this one
             if not (data / name).exists() and "ENGINE_DATA_DIR" not in changes:
                 data.mkdir(exist_ok=True)
@@ -39,7 +39,7 @@ class Up:
         self.port = int(changes.get("PORT", free_port()))
         environment = {
             "PORT": str(self.port),
-            "ENGINE_DATA_DIR": str(folder / "data"),
+            "ENGINE_DATA_DIR": str(data),
             "PYTHONPATH": str(ROOT),
         } | changes
         self.process = subprocess.Popen(
@@ -66,12 +66,12 @@ class Up:
         return self.process.returncode
 
     def left(self):
-        """Processes that were started in the folder of this run."""
+        """Processes that were started in the folders of this run."""
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit() and alive(int(folder.name)):
                 with suppress(OSError):
-                    if (folder / "cwd").readlink() == self.folder:
+                    if (folder / "cwd").readlink() in (self.folder, self.data):
                         found.append(int(folder.name))
         return found
 
@@ -196,7 +196,7 @@ def command_line(pid):
     return ""
 
 
-def test_a_second_ctrl_c_hurries_the_stop_and_harms_nothing(up, tmp_path):
+def test_a_second_ctrl_c_hurries_the_stop_and_harms_nothing(up):
     run = up("--records", "1000")
     run.wait_for("Serving.")
     for _ in range(3):
@@ -208,7 +208,7 @@ def test_a_second_ctrl_c_hurries_the_stop_and_harms_nothing(up, tmp_path):
     again = up("--once", "--records", "1000")
     assert again.finish() == 0
     assert "holds 2,000 documents" in again.said
-    assert "recovering from an unclean" not in (tmp_path / "data" / "mongod.log").read_text().lower()
+    assert "recovering from an unclean" not in (again.data / "mongod.log").read_text().lower()
 
 
 def test_ctrl_c_during_its_own_stop_does_not_change_what_became_of_the_job(up):
@@ -250,12 +250,12 @@ def test_ctrl_c_while_servers_are_started_is_never_lost(up):
     assert run.left() == []
 
 
-def test_a_sample_that_has_no_room_is_told_and_leaves_nothing(up, tmp_path):
+def test_a_sample_that_has_no_room_is_told_and_leaves_nothing(up):
     run = up("--once", "--records", "2000000", limit=(resource.RLIMIT_FSIZE, 200 * 2**20))
     assert run.finish() == 1
     assert "a sample of 2,000,000 records cannot be written to" in sentence(run)
     assert "ENGINE_DATA_DIR" in sentence(run)
-    assert list((tmp_path / "data").glob("sample*")) == []
+    assert list(run.data.glob("sample*")) == []
 
 
 def test_a_name_with_quotes_brackets_and_spaces_is_a_name_like_any_other(up, tmp_path):
@@ -280,7 +280,7 @@ def test_no_secret_is_shown_when_what_it_belongs_to_is_not_there(up):
     assert "MongoDB" in sentence(run)
     for secret in ("hunter", "s3cr3t-key"):
         assert secret not in run.said
-        for log in (run.folder.parent / "data").rglob("*.log"):
+        for log in run.data.rglob("*.log"):
             assert secret not in log.read_text()
 
 

@@ -1,9 +1,11 @@
 """Logs: JSON with the four words of context on every line, and never a secret."""
 
 import fcntl
+import io
 import json
 import logging
 import os
+import signal
 import sys
 
 import pytest
@@ -103,6 +105,26 @@ def test_a_line_that_a_full_pipe_cut_spoils_no_other(monkeypatch):
         assert os.read(read, size) == b"next\n"
         os.close(output._pipe)
     os.close(read)
+
+
+@pytest.mark.parametrize("before", [set(), {signal.SIGTTOU, signal.SIGHUP}])
+def test_a_line_written_from_the_background_is_not_answered_with_a_signal(monkeypatch, before):
+    """Where a terminal has `tostop`, the supervisor's handler of TTOU would let the write be tried again for ever."""
+    held = []
+
+    class Terminal(io.StringIO):
+        def write(self, text):
+            held.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    unchanged = signal.pthread_sigmask(signal.SIG_BLOCK, before)
+    try:
+        _Output().write("line\n")
+        assert signal.SIGTTOU in held[0]
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == unchanged | before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unchanged)
 
 
 def test_what_a_client_asked_for_is_shown_and_not_obeyed(capsys):

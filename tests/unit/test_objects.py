@@ -29,21 +29,40 @@ ENTRY = {"Key": "k", "Size": "4", "ETag": '"e"', "LastModified": "2026-11-29T17:
 
 @pytest.fixture
 def s3():
-    """A client, the objects of a bucket, and a function that sets what each call is answered with, or those to such URLs."""
+    """A client, the objects of a bucket, a function that sets what each call is answered with, or those to such URLs, and how
+    many were answered."""
+    asked = []
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
     client = connect(Settings.model_validate(keys | {"aws_endpoint_url": "http://127.0.0.1:1"}))
 
-    def answer(headers, body=b"", where=""):
+    def answer(headers, body=b"", where="", status=200):
         def send(request, **_):
             if where not in request.url:
                 return None
+            asked.append(request.url)
             sent = io.BytesIO(b"" if request.method == "HEAD" else body)
-            raw = urllib3.HTTPResponse(sent, headers, 200, preload_content=False, request_method=request.method)
-            return AWSResponse(request.url, 200, raw.headers, raw)
+            raw = urllib3.HTTPResponse(sent, headers, status, preload_content=False, request_method=request.method)
+            return AWSResponse(request.url, status, raw.headers, raw)
 
         client.meta.events.register_first("before-send.s3", send)
 
-    return SimpleNamespace(client=client, objects=Objects(client, "bucket"), answer=answer)
+    return SimpleNamespace(client=client, objects=Objects(client, "bucket"), answer=answer, asked=asked)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307])
+@pytest.mark.parametrize("call", ["check", "head", "time", "open", "ensure_bucket"])
+def test_a_server_that_sends_elsewhere_is_asked_once_and_where_it_leads_is_told(s3, status, call):
+    s3.answer({"Location": "https://s3.example/there"}, status=status)
+    calls = {
+        "check": s3.objects.check,
+        "head": lambda: s3.objects.head("some/key"),
+        "time": s3.objects.time,
+        "open": lambda: s3.objects.open(Source("bucket", "some/key", '"e"', "", 4), 0, 4),
+        "ensure_bucket": s3.objects.ensure_bucket,
+    }
+    with pytest.raises(Transient, match=r"elsewhere \(https://s3\.example/there\): set AWS_ENDPOINT_URL"):
+        calls[call]()
+    assert len(s3.asked) == 1
 
 
 def listing(*entries, **told):

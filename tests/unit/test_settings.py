@@ -41,6 +41,10 @@ def test_a_level_may_be_written_as_elsewhere(monkeypatch):
         ("mongodb://u:hidden@h/db?bogus=hidden", "Unknown option: bogus"),
         ("mongodb://u:hidden@h/db?maxPoolSize=hidden", "The value of maxpoolsize must be an integer"),
         ("mongodb://u:hid@den@h/db", "InvalidURI"),
+        ("mongodb://h/db?server_api=hidden", "TypeError"),
+        ("mongodb://h/db?datetime_conversion=hidden", "KeyError"),
+        ("mongodb://u:hidden@h/records\n", "the end of a line in it"),
+        ("mongodb://u:hid den@h/records", "a blank"),
         (
             "mongodb://u:hidden@h/db?tls=true&tlsCAFile=/no/ca.pem",
             "/no/ca.pem that it names cannot be read (No such file",
@@ -118,6 +122,8 @@ def test_what_is_wrong_alone_does_not_hide_what_is_wrong_together(monkeypatch):
         ("ENGINE_RANGE_BYTES", "-1"),
         ("ENGINE_CONTROL_DB", "a.b"),
         ("ENGINE_CONTROL_DB", "x" * 64),
+        ("ENGINE_CONTROL_DB", "control\n"),
+        ("MONGO_URI", "mongodb://h/records%0A"),
         ("AWS_REGION", "eu central"),
         ("AWS_BUCKET_NAME", "a/b"),
         ("AWS_ENDPOINT_URL", "http://h:0"),
@@ -141,6 +147,8 @@ def test_a_value_that_can_never_work_is_refused_by_its_name(monkeypatch, name, v
     ("uri", "database"),
     [
         ("mongodb+srv://me:pass%2Cword%23@cluster.example/shop", "shop"),
+        ("mongodb+srv://me:p@cluster.example/shop?srvMaxHosts=2&srvServiceName=db", "shop"),
+        ("mongodb+srv://me:p@cluster.example/shop?srvMaxHosts=2&tls=true", "shop"),
         ("mongodb://me:a%2Fb%40c@one.example,two.example:27018/shop?replicaSet=rs0", "shop"),
         ("mongodb://[::1]:27017/shop", "shop"),
         ("mongodb://%2Ftmp%2Fmongodb-27017.sock/shop", "shop"),

@@ -1,10 +1,10 @@
-"""How many cores a process may use, in containers of either version of control groups."""
+"""How many cores and how much memory a process may use, in containers of either version of control groups."""
 
 import os
 
 import pytest
 
-from engine.cores import cores
+from engine.machine import cores, memory
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,33 @@ def test_a_container_of_an_older_host_has_as_many_cores_as_its_quota_allows(monk
 def test_without_control_groups_all_cores_are_there(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     assert cores(tmp_path) == 4
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine of 16 GiB, and where its files are."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 * GIB // 4096}.__getitem__)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    (tmp_path / "sys/fs/cgroup/a/b").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("limits", "found"),
+    [({}, 16), ({"a/b": "max"}, 16), ({"a/b": 2 * GIB}, 2), ({"a": 3 * GIB, "a/b": "max"}, 3), ({"a": 99 * GIB}, 16)],
+)
+def test_a_container_has_as_much_memory_as_its_limit_or_one_above_it_allows(machine, limits, found):
+    for folder, limit in limits.items():
+        (machine / "sys/fs/cgroup" / folder / "memory.max").write_text(f"{limit}\n")
+    assert memory(machine) == found * GIB
+
+
+@pytest.mark.parametrize(("limit", "found"), [(2 * GIB, 2), (2**63 - 4096, 16)])
+def test_a_container_of_an_older_host_has_as_much_memory_as_its_limit_allows(machine, limit, found):
+    (machine / "sys/fs/cgroup/memory").mkdir()
+    (machine / "sys/fs/cgroup/memory/memory.limit_in_bytes").write_text(f"{limit}\n")
+    assert memory(machine) == found * GIB
