@@ -2,8 +2,9 @@
 
 What only an insert would tell is found out beside it: the collection's validator is asked about documents that are sent along
 with the question, and what must be unique is claimed in the control database, so that lines which fight over a key are told
-whichever workers read them. Not detected: conflicts on unique indexes over arrays or with options. Reported although a load
-would take it: a line whose rival is later rejected by another worker.
+whichever workers read them. Not detected: conflicts on unique indexes over arrays or with options; what an index cannot hold
+(geometry that is none, an array for a hashed one, two arrays for a compound one); an `_id` of more than 8 MiB. Reported although
+a load would take it: a line whose rival is later rejected by another worker.
 """
 
 import hashlib
@@ -140,12 +141,13 @@ class DryRun(Sink):
                 indexes = indexes_of(self._data, self._collection) if found else []
             options = found.get("options", {}) if found else {}
             self._collation = options.get("collation")
-            active = options.get("validationAction", "error") == "error" and options.get("validationLevel") != "off"
+            active = options.get("validationAction", "error") != "warn" and options.get("validationLevel") != "off"
             plain = {"name", "key", "v", "unique", "ns", "background"}
             unique = [
                 list(index["key"])
                 for index in indexes
-                if index["name"] != "_id_" and index.get("unique") and set(index) <= plain
+                if index["name"] != "_id_" and index.get("unique")
+                if {option for option, value in index.items() if value is not False} <= plain
             ]
             self._judge = (options.get("validator") if active else None, unique)
         return self._judge
@@ -322,12 +324,15 @@ def _value(document: Document, path: str) -> object:
 
 
 def _has_operators(value: object) -> bool:
-    """Whether an `_id` has a key that begins with $, at any depth."""
+    """Whether an `_id` has a key that begins with $, at any depth, but for those of a reference (DBRef)."""
     left = [value]  # and not by calls of itself: it may be nested deeper than these may be
     while left:
         item = left.pop()
         if isinstance(item, dict):
-            if any(key.startswith("$") for key in item):
+            names = list(item)
+            if names[:2] == ["$ref", "$id"] and isinstance(item["$ref"], str):
+                names = names[3 if names[2:3] == ["$db"] and isinstance(item["$db"], str) else 2 :]
+            if any(name.startswith("$") for name in names):
                 return True
             left += item.values()
         elif isinstance(item, list):
@@ -336,11 +341,12 @@ def _has_operators(value: object) -> bool:
 
 
 def _depth(document: Document) -> int:
+    """How deep a document is nested, as the server counts: it does not look into what is empty."""
     deepest = 0
     level: list[tuple[Any, int]] = [(document, 1)]
     while level:
         item, depth = level.pop()
         deepest = max(deepest, depth)
         children = item.values() if isinstance(item, dict) else item
-        level += [(child, depth + 1) for child in children if isinstance(child, dict | list)]
+        level += [(child, depth + 1) for child in children if isinstance(child, dict | list) and child]
     return deepest

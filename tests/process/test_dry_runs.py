@@ -40,6 +40,23 @@ JUDGED = {
         b'{"e":{"x":1}}\n{"e":{"x":1}}\n{"e":"there"}\n',
         (1, 2),
     ),
+    "a reference is no operator": (
+        {},
+        [],
+        (
+            b'{"_id":{"$ref":"c","$id":1}}\n{"_id":{"a":[{"$ref":"c","$id":1,"$db":"d","more":2}]}}\n{"_id":{"$id":1,"$ref":"c"}}\n'
+            b'{"_id":{"$ref":"c"}}\n{"_id":{"$ref":"c","$id":1,"more":1,"$db":"d"}}\n{"_id":{"$ref":1,"$id":1}}\n'
+        ),
+        (2, 4),
+    ),
+    "what is empty is not looked into": (
+        {},
+        [],
+        b"".join(
+            b'{"a":' * deep + inner + b"}" * deep + b"\n" for deep in (179, 180) for inner in (b"{}", b"[]", b"[1]")
+        ),
+        (5, 1),
+    ),
     "a validator that stumbles": (
         {"$expr": {"$gt": [{"$strLenCP": "$a"}, 3]}},
         [],
@@ -63,6 +80,12 @@ def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
     told = [(each.state, each.progress.tally.inserted, each.progress.tally.rejected) for each in (dry, load)]
     assert told == [(JobState.COMPLETED, *numbers)] * 2
     assert store.claims.count_documents({}) == 0
+
+
+def test_an_option_of_an_index_that_is_off_is_none(store, submit, drain):
+    store.data["records"].create_index("e", unique=True, sparse=False)
+    [dry] = drain(submit(b'{"e":1}\n{"e":1,"b":2}\n', validate=True).id)
+    assert (dry.progress.tally.inserted, dry.progress.tally.rejected) == (1, 1)
 
 
 def test_a_dry_run_compares_documents_with_dates_beyond_those_of_python(store, submit, drain):
