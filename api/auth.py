@@ -21,7 +21,7 @@ from engine.errors import SettingsError, StartError
 from engine.ports import addresses, is_loopback
 from engine.settings import Settings
 
-__all__ = ["Guard", "Head", "Token", "draw", "exposed", "tokens_of"]
+__all__ = ["Guard", "Head", "Token", "draw", "exposure_fault", "tokens_of"]
 
 _ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
 
@@ -81,7 +81,7 @@ def tokens_of(settings: Settings) -> list[Token]:
     return tokens
 
 
-def exposed(settings: Settings, tokens: Sequence[Token]) -> str | None:
+def exposure_fault(settings: Settings, tokens: Sequence[Token]) -> str | None:
     """Why an API with these tokens must not listen where it is to; None where it may."""
     if tokens or is_loopback(settings.api_host):
         return None

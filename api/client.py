@@ -28,9 +28,9 @@ __all__ = [
     "is_stream",
     "local_url",
     "path_of",
-    "readable",
     "trusted",
     "url_of",
+    "utf8_name",
     "version_of",
     "why_not_reached",
 ]
@@ -104,7 +104,7 @@ def version_of(content: IO[bytes]) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def readable(name: str) -> str:
+def utf8_name(name: str) -> str:
     """The name of a file as text, where it may hold bytes that are none."""
     return os.fsencode(name).decode(errors="replace")
 
@@ -196,7 +196,7 @@ class Client:
         with file.open("rb") as content:
             version = version_of(content)
             try:
-                answer = self.ask("POST", "/upload", timeout=SLOW, files={"file": (readable(file.name), content)})
+                answer = self.ask("POST", "/upload", timeout=SLOW, files={"file": (utf8_name(file.name), content)})
             except HeadraceError:
                 if version_of(content) != version:
                     raise CommandError(f"{file.name} {CHANGED}") from None
@@ -234,43 +234,43 @@ class Client:
         """
         path, detail = (f"/{of}/{quote(job_id, safe='')}" for of in ("status", "jobs"))
         headers: dict[str, str] = {}
-        failing: float | None = None
-        patience, due = 0, 0.0
+        failing_since: float | None = None
+        asked_seconds, early_until = 0, 0.0
         while True:
             check()
             try:
                 answer = self._http.get(path, headers=headers, timeout=wait + 30)
                 if not answer.is_success and answer.status_code != 304:
                     raise self._problem("GET", path, answer)
-                still = answer.status_code == 304
-                if still and time.monotonic() < due:
+                unchanged = answer.status_code == 304
+                if unchanged and time.monotonic() < early_until:
                     # Sooner than was asked for: as many wait already as may, or the API is about to stop. What a job waits
                     # for, which takes it a look at each range, is not asked more often for that.
-                    failing = None
-                    headers["Prefer"] = f"wait={patience}"
+                    failing_since = None
+                    headers["Prefer"] = f"wait={asked_seconds}"
                     time.sleep(POLL_SECONDS)
                     continue
-                status = self.ask("GET", detail) if still else self._body_of(answer)
+                status = self.ask("GET", detail) if unchanged else self._body_of(answer)
             except httpx.HTTPError as error:
                 failed = self._silent(error)
             except CallFailed as error:
                 failed = error
             else:
-                failing = None
-                if not still or status.get("waitingFor"):
+                failing_since = None
+                if not unchanged or status.get("waitingFor"):
                     yield status
-                if status["status"] in TERMINAL and not still:
+                if status["status"] in TERMINAL and not unchanged:
                     return
-                patience = wait if still else min(wait, QUIET_SECONDS)
-                due = time.monotonic() + patience
-                headers = {"Prefer": f"wait={patience}", "If-None-Match": answer.headers.get("ETag", "")}
+                asked_seconds = wait if unchanged else min(wait, QUIET_SECONDS)
+                early_until = time.monotonic() + asked_seconds
+                headers = {"Prefer": f"wait={asked_seconds}", "If-None-Match": answer.headers.get("ETag", "")}
                 continue
             if failed.status != 429 and not failed.passes:
                 raise failed
-            failing = failing or time.monotonic()
+            failing_since = failing_since or time.monotonic()
             if failed.status == 429:
                 headers.pop("Prefer", None)  # as many wait already as may: then it is asked now and then
-            elif time.monotonic() - failing > PATIENCE_SECONDS:
+            elif time.monotonic() - failing_since > PATIENCE_SECONDS:
                 raise failed
             time.sleep(POLL_SECONDS)
 
@@ -298,13 +298,13 @@ class Client:
 
     def insist(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         """As `ask`, for a call that is safe to repeat: an API that is being restarted is waited for."""
-        failing: float | None = None
+        failing_since: float | None = None
         while True:
             try:
                 return self.ask(method, path, **more)
             except CallFailed as error:
-                failing = failing or time.monotonic()
-                if not error.passes or time.monotonic() - failing > PATIENCE_SECONDS:
+                failing_since = failing_since or time.monotonic()
+                if not error.passes or time.monotonic() - failing_since > PATIENCE_SECONDS:
                     raise
             time.sleep(POLL_SECONDS)
 

@@ -71,6 +71,10 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     small: ClassVar[Adjustments]
     """As the server's, but for the size of a body."""
 
+    _refusal: "_Refusal | None" = None
+    give_back: "weakref.finalize[[], _Parser] | None" = None
+    """Gives the slot of an upload back, once."""
+
     def parse_header(self, header_plus: bytes) -> None:
         _check_head(header_plus)
         try:
@@ -91,14 +95,14 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("it has Transfer-Encoding, and is not HTTP/1.1")
         if self.proxy_netloc:
             self.headers["HOST"] = self.proxy_netloc  # which goes before the header
-        if self.command != "POST" or self._route() != UPLOAD:
-            # Waitress holds the server's bound against each body: all but uploads have a smaller one.
-            self.adj = self.small
-            look = self._look_at_caller if self.content_length or self.chunked else lambda: None
-        else:
-            look = self._look
         try:
-            look()
+            if self.command == "POST" and self._route() == UPLOAD:
+                self._admit_upload()
+            else:
+                # Waitress holds the server's bound against each body: all but uploads have a smaller one.
+                self.adj = self.small
+                if self.content_length or self.chunked:
+                    self._admit_body()
         except Problem as problem:
             self._refuse(problem)
 
@@ -106,30 +110,31 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         """Where the application will take the request, as far as it matters here: it drops slashes at the beginning."""
         return UPLOAD if getattr(self, "path", "").lstrip("/") == UPLOAD.lstrip("/") else UNKNOWN
 
-    def _check(self) -> None:
+    def _check_caller(self) -> None:
+        """Raises Problem unless this caller may upload."""
         get = self.headers.get
         self.guard.check(Head(get("AUTHORIZATION"), get("ORIGIN"), get("HOST")), Scope.SUBMIT)
 
-    def _look_at_caller(self) -> None:
+    def _admit_body(self) -> None:
         """Raises Problem where nobody is known who would send a body: a crowd of them would fill the memory. What a caller who is
         known may do is for the application to say."""
         try:
-            self._check()
+            self._check_caller()
         except Problem as problem:
             if problem.code != "forbidden":
                 raise
 
-    def _look(self) -> None:
+    def _admit_upload(self) -> None:
         """Raises Problem where this file is not to be taken in."""
         get = self.headers.get
-        self._check()
+        self._check_caller()
         check_encoding(get("CONTENT_ENCODING"))
         check_form(get("CONTENT_TYPE"))
         if self.content_length >= self.adj.max_request_body_size:
             raise _too_large(self.settings)
         self.uploads.take()
         # Given back when the application is done or the request is over; at the latest when nobody knows of it any more.
-        self._give_back = weakref.finalize(self, self.uploads.give)
+        self.give_back = weakref.finalize(self, self.uploads.give)
 
     def received(self, data: bytes) -> int:
         """Bytes of the request; what waitress refuses is told as a problem."""
@@ -147,8 +152,8 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             # Waitress looks at all of it again with every piece that comes.
             detail = "a chunk header or the trailer of the body is too long: send it as HTTP/1.1 says"
             self._refuse(Problem(400, "malformed_request", detail))
-        elif (refusal := getattr(self, "_refusal", None)) is not None:
-            self.error = refusal  # waitress has looked at the size since
+        elif self._refusal is not None:
+            self.error = self._refusal  # waitress has looked at the size since
         elif self.error is not None:
             self._refuse(_problem_of(self.error, self.settings, uploading=self.adj is not self.small))
         return taken if self.error is None else len(data)  # whatever came with what is refused is no other request
@@ -171,8 +176,8 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def leave(self) -> None:
         """Make room for another upload, where this was one."""
-        if give_back := getattr(self, "_give_back", None):
-            give_back()
+        if self.give_back is not None:
+            self.give_back()
 
 
 def _check_head(head: bytes) -> None:
@@ -196,7 +201,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 
     def get_environment(self) -> dict[str, Any]:
         environment: dict[str, Any] = super().get_environment()
-        environment[LEAVE] = getattr(self.request, "_give_back", None)
+        environment[LEAVE] = self.request.give_back
         if media := environment.get("CONTENT_TYPE"):
             kind, *parameters = media.split(";", 1)
             environment["CONTENT_TYPE"] = ";".join([kind.lower(), *parameters])  # case says nothing there

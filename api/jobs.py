@@ -100,7 +100,14 @@ class Jobs:
         query = query_of(req, JobsQuery)
         state = JobState(query.status) if query.status else None
         # One more than asked for tells whether there is a next page.
-        page = self._history.page(query.limit + 1, query.cursor, state, query.file, query.collection, query.batch)
+        page = self._history.page(
+            query.limit + 1,
+            before=query.cursor,
+            state=state,
+            key=query.file,
+            collection=query.collection,
+            batch=query.batch,
+        )
         more, page = len(page) > query.limit, page[: query.limit]
         body: JobPage = {"jobs": [job_status(job) for job in page], "next": page[-1].id if more else None}
         resp.media = body

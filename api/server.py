@@ -11,7 +11,7 @@ import waitress
 from waitress import wasyncore
 
 from api.app import create_app
-from api.auth import Guard, Token, exposed, tokens_of
+from api.auth import Guard, Token, exposure_fault, tokens_of
 from api.door import open_door
 from api.metrics import Durations
 from api.uploads import spool_fault
@@ -49,7 +49,7 @@ LAST_SECONDS: Final = 3.0
 log = get_logger()
 
 
-def _open_files() -> int:
+def _raise_file_limit() -> int:
     """Let this process open as many files as its connections may need, where the system lets it; returns how many it may."""
     wanted = MAX_CONNECTIONS + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -71,7 +71,7 @@ def _checked(settings: Settings) -> list[Token]:
     except SettingsError as error:
         wrong.append(str(error))
     else:
-        if fault := exposed(settings, tokens):
+        if fault := exposure_fault(settings, tokens):
             wrong.append(fault)
     if wrong:
         raise SettingsError("\n".join(wrong))
@@ -115,7 +115,7 @@ def serve(settings: Settings) -> int:
             max_request_header_size=MAX_HEAD_BYTES,
             channel_timeout=IDLE_SECONDS,
             # A crowd of idle clients must not keep others out.
-            connection_limit=max(100, _open_files() - SPARE_FILES),
+            connection_limit=max(100, _raise_file_limit() - SPARE_FILES),
             # So that a client which leaves is noticed while its request is worked on.
             channel_request_lookahead=1,
             ident=None,

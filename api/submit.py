@@ -133,12 +133,10 @@ class ProcessMany:
         """202 with the batch's id; no job is made where one of the objects does not exist."""
         request = body_of(req, BatchRequest)
         ticket = _ticket(req, request, "many", self._place)
-        known = self._batches.redeem(ticket) if ticket is not None else None
-        if known is not None and not known[1]:
-            batch = known[0]
-        else:
-            keys = known[1] if known is not None else self._asked(request)
-            sources = self._sources(keys)
+        redeemed = self._batches.redeem(ticket) if ticket is not None else None
+        batch, missing = redeemed or (None, self._asked(request))
+        if batch is None or missing:
+            sources = self._sources(missing)
             with self._open_jobs.let_in(len(sources)):
                 batch = self._batches.submit(sources, request.options(), ticket)
         resp.status = 202

@@ -23,7 +23,7 @@ from bench import importer, shapes
 from bench.baselines import Ceiling, base_cpu
 from bench.figures import Load, Spent, Spread, load
 from bench.rig import ROOT, Rig, cpu_of
-from engine.children import die_with_parent
+from engine.children import before_exec
 from engine.control.job_batches import JobBatches
 from engine.control.stats import totals
 from engine.machine import cores
@@ -309,7 +309,7 @@ def _delayed(port: int, milliseconds: float) -> Iterator[int]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        preexec_fn=die_with_parent,  # noqa: PLW1509 (what threads there are hold no lock)
+        preexec_fn=before_exec,  # noqa: PLW1509 (what threads there are hold no lock)
     )
     try:
         assert process.stdout is not None

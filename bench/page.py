@@ -32,6 +32,10 @@ Judge = Callable[[Any], tuple[str, bool | None]]
 """What was reached and whether that is enough (None: not measured), of what a section found."""
 
 
+Render = Callable[[Any], list[str]]
+"""Lines of the page, of what a section found."""
+
+
 @dataclass
 class Report:
     """How many records of each shape are loaded; rows of the table: what, target, reached, whether it is met (None: not
@@ -69,96 +73,7 @@ def write(
     report: Report, command: str, seconds: float, place: Path, cache_bytes: int, commit: str, *, kept: bool = True
 ) -> None:
     """Write REPORT.md and its pictures, of what was measured on this commit. Those that are not `kept` are not shown in it."""
-    from bench import pictures  # matplotlib is there for this alone
-
-    def section(name: str, lines: Callable[[Any], list[str]]) -> list[str]:
-        return lines(report.found[name]) if name in report.found else [report.wrong[name]]
-
-    def picture(what: str, name: str) -> list[str]:
-        return [f"![{what}]({name})", ""] if kept else []
-
-    def ladder(found: dict[str, Any]) -> list[str]:
-        pictures.ladder(found, place / "ladder.svg")
-        return [
-            *picture("wall seconds", "ladder.svg"),
-            f"The ceiling was sent over {found['connections']} connections. Import tool: {found['import note']}.",
-            "",
-            "| | seconds | CPU seconds: the client | the database | S3 |",
-            "|---|---|---|---|---|",
-            f"| ceiling | {found['ceiling'].text()} | | {_of(found, 'database cpu, ceiling')} | |",
-            (
-                f"| Headrace, S3 to documents | {found['headrace'].text()} | {_of(found, 'worker cpu')} | "
-                f"{_of(found, 'database cpu')} | {_of(found, 's3 cpu')} |"
-            ),
-            f"| import tool, from a local file | {_of(found, 'import')} | | | |",
-            f"| parsing and encoding alone, one core | | {_of(found, 'base cpu')} | | |",
-            f"| the same, garbage collector off | | {_of(found, 'base cpu, collector off')} | | |",
-        ]
-
-    def scale(found: dict[str, tuple[Spread, Spent]]) -> list[str]:
-        walls = {name: wall for name, (wall, _) in found.items()}
-        pictures.scale(walls, place / "scale.svg", cores())
-        programs = list(found["1"][1].cpu)
-        return [
-            *picture("scaling", "scale.svg"),
-            f"| processes | seconds | {' | '.join(f'% of all cores: {name}' for name in programs)} |",
-            "|---|---|" + "---|" * len(programs),
-            *(
-                f"| {name} | {wall.text()} | "
-                + " | ".join(f"{100 * spent.share(spent.cpu[program]):.0f}" for program in programs)
-                + " |"
-                for name, (wall, spent) in found.items()
-            ),
-            "",
-            *(f"- {told}" for told in scaling({name: (wall.median, spent) for name, (wall, spent) in found.items()})),
-        ]
-
-    def stages(found: dict[str, Any]) -> list[str]:
-        spent: Spent = found["spent"]
-        pictures.stages(spent.stages, place / "stages.svg", spent.writers)
-        return [
-            *picture("stages", "stages.svg"),
-            "| stage | microseconds of a thread for each line |",
-            "|---|---|",
-            *(f"| {stage} | {spent.stages[stage]:.2f} |" for stage in STAGES),
-            "",
-            "Stages overlap: one thread reads and splits while others decode, encode and wait. A stage's time holds its waits",
-            f"for the interpreter and for a core. Up to {spent.writers} batches of a worker `wait` at a time. `stall` is the",
-            "reader's wait for room among them, which costs nothing, and `drain` its wait at the end of a range until all of it",
-            f"is written. Beside the others, `wait` / {spent.writers} is what counts.",
-        ]
-
-    def latency(found: dict[str, Spread]) -> list[str]:
-        return [
-            f"Lines a second through a proxy at 0 ms: {found['0 ms'].text(0)};",
-            f"with {measure.ADDED_MILLISECONDS} ms added to MongoDB and to S3: {found['added'].text(0)}.",
-        ]
-
-    def upload(found: dict[str, Spread]) -> list[str]:
-        return [
-            f"MB a second: POST /upload {found['api'].text(0)}, boto3's own `upload_file` {found['boto3'].text(0)}, and with the",
-            (
-                f"settings that Headrace gives boto3 (no checksums that nobody asked for, and parts of a type "
-                f"that SeaweedFS does not gzip) {found['boto3, tuned'].text(0)}."
-            ),
-        ]
-
-    def defaults(found: dict[str, Any]) -> list[str]:
-        ratios: dict[tuple[str, int], Spread] = found["ratios"]
-        return [
-            "| setting | wall, over that with the defaults in the same round |",
-            "|---|---|",
-            *(f"| {shown(*which)} | {spread.text()} |" for which, spread in ratios.items()),
-            "",
-            fastest(ratios, found["noise"], found["others"]),
-        ]
-
-    def headline(found: dict[str, Any]) -> list[str]:
-        return [
-            f"**What limits it: {bottleneck(found['spent'])}.**",
-            f"The load takes {found['wall ratio'].median:.2f} times what the database needs for the same documents, ready made.",
-        ]
-
+    _draw(report.found, place)
     lines = [
         "# What Headrace reaches, against what the database can take",
         "",
@@ -181,18 +96,122 @@ def write(
         "|---|---|---|---|",
         *(f"| {what} | {target} | {reached} | {mark(target, met)} |" for what, target, reached, met in report.rows),
         "",
-        *section("ladder", headline),
+        *_section(report, "ladder", _headline),
     ]
-    for title, name, render in (
-        ("From the ceiling to the import tool", "ladder", ladder),
-        ("Processes", "scale", scale),
-        ("Where a worker's time goes", "ladder", stages),
-        (f"With {measure.ADDED_MILLISECONDS} ms of round-trip time on both sides", "latency", latency),
-        ("Upload", "upload", upload),
-        *((f"Defaults, {name} records", f"defaults, {name}", defaults) for name in measure.VARIED),
-    ):
-        lines += ["", f"## {title}", "", *section(name, render)]
+    for title, name, picture, render in SECTIONS:
+        image = [picture, ""] if picture and kept and name in report.found else []
+        lines += ["", f"## {title}", "", *image, *_section(report, name, render)]
     (place / "REPORT.md").write_text("\n".join([*lines, ""]))
+
+
+def _section(report: Report, name: str, render: Render) -> list[str]:
+    """The lines of a section, or why it was not measured."""
+    return render(report.found[name]) if name in report.found else [report.wrong[name]]
+
+
+def _draw(found: dict[str, Any], place: Path) -> None:
+    """The pictures of what was measured."""
+    from bench import pictures  # matplotlib is there for this alone
+
+    if ladder := found.get("ladder"):
+        spent: Spent = ladder["spent"]
+        pictures.ladder(ladder, place / "ladder.svg")
+        pictures.stages(spent.stages, place / "stages.svg", spent.writers)
+    if scale := found.get("scale"):
+        pictures.scale({name: wall for name, (wall, _) in scale.items()}, place / "scale.svg", cores())
+
+
+def _ladder(found: dict[str, Any]) -> list[str]:
+    return [
+        f"The ceiling was sent over {found['connections']} connections. Import tool: {found['import note']}.",
+        "",
+        "| | seconds | CPU seconds: the client | the database | S3 |",
+        "|---|---|---|---|---|",
+        f"| ceiling | {found['ceiling'].text()} | | {_of(found, 'database cpu, ceiling')} | |",
+        (
+            f"| Headrace, S3 to documents | {found['headrace'].text()} | {_of(found, 'worker cpu')} | "
+            f"{_of(found, 'database cpu')} | {_of(found, 's3 cpu')} |"
+        ),
+        f"| import tool, from a local file | {_of(found, 'import')} | | | |",
+        f"| parsing and encoding alone, one core | | {_of(found, 'base cpu')} | | |",
+        f"| the same, garbage collector off | | {_of(found, 'base cpu, collector off')} | | |",
+    ]
+
+
+def _scale(found: dict[str, tuple[Spread, Spent]]) -> list[str]:
+    programs = list(found["1"][1].cpu)
+    return [
+        f"| processes | seconds | {' | '.join(f'% of all cores: {name}' for name in programs)} |",
+        "|---|---|" + "---|" * len(programs),
+        *(
+            f"| {name} | {wall.text()} | "
+            + " | ".join(f"{100 * spent.share(spent.cpu[program]):.0f}" for program in programs)
+            + " |"
+            for name, (wall, spent) in found.items()
+        ),
+        "",
+        *(f"- {told}" for told in scaling({name: (wall.median, spent) for name, (wall, spent) in found.items()})),
+    ]
+
+
+def _stages(found: dict[str, Any]) -> list[str]:
+    spent: Spent = found["spent"]
+    return [
+        "| stage | microseconds of a thread for each line |",
+        "|---|---|",
+        *(f"| {stage} | {spent.stages[stage]:.2f} |" for stage in STAGES),
+        "",
+        "Stages overlap: one thread reads and splits while others decode, encode and wait. A stage's time holds its waits",
+        f"for the interpreter and for a core. Up to {spent.writers} batches of a worker `wait` at a time. `stall` is the",
+        "reader's wait for room among them, which costs nothing, and `drain` its wait at the end of a range until all of it",
+        f"is written. Beside the others, `wait` / {spent.writers} is what counts.",
+    ]
+
+
+def _latency(found: dict[str, Spread]) -> list[str]:
+    return [
+        f"Lines a second through a proxy at 0 ms: {found['0 ms'].text(0)};",
+        f"with {measure.ADDED_MILLISECONDS} ms added to MongoDB and to S3: {found['added'].text(0)}.",
+    ]
+
+
+def _upload(found: dict[str, Spread]) -> list[str]:
+    return [
+        f"MB a second: POST /upload {found['api'].text(0)}, boto3's own `upload_file` {found['boto3'].text(0)}, and with the",
+        (
+            f"settings that Headrace gives boto3 (no checksums that nobody asked for, and parts of a type "
+            f"that SeaweedFS does not gzip) {found['boto3, tuned'].text(0)}."
+        ),
+    ]
+
+
+def _defaults(found: dict[str, Any]) -> list[str]:
+    ratios: dict[tuple[str, int], Spread] = found["ratios"]
+    return [
+        "| setting | wall, over that with the defaults in the same round |",
+        "|---|---|",
+        *(f"| {shown(*which)} | {spread.text()} |" for which, spread in ratios.items()),
+        "",
+        fastest(ratios, found["noise"], found["others"]),
+    ]
+
+
+def _headline(found: dict[str, Any]) -> list[str]:
+    return [
+        f"**What limits it: {bottleneck(found['spent'])}.**",
+        f"The load takes {found['wall ratio'].median:.2f} times what the database needs for the same documents, ready made.",
+    ]
+
+
+SECTIONS: Final[tuple[tuple[str, str, str, Render], ...]] = (
+    ("From the ceiling to the import tool", "ladder", "![wall seconds](ladder.svg)", _ladder),
+    ("Processes", "scale", "![scaling](scale.svg)", _scale),
+    ("Where a worker's time goes", "ladder", "![stages](stages.svg)", _stages),
+    (f"With {measure.ADDED_MILLISECONDS} ms of round-trip time on both sides", "latency", "", _latency),
+    ("Upload", "upload", "", _upload),
+    *((f"Defaults, {name} records", f"defaults, {name}", "", _defaults) for name in measure.VARIED),
+)
+"""Title, name of what was measured, its picture, and what renders it."""
 
 
 def _of(ladder: dict[str, Any], name: str) -> str:

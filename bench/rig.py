@@ -17,7 +17,7 @@ from typing import Any, Self
 import orjson
 
 from api.client import Client
-from engine.children import die_with_parent, stop_signals
+from engine.children import before_exec, stop_signals
 from engine.control.ledger import Ledger
 from engine.control.queue import Queue
 from engine.control.store import Store, job_key
@@ -160,7 +160,7 @@ class Engine:
                 cwd=folder,  # where no .env is
                 stdout=output,
                 stderr=output,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
+                preexec_fn=before_exec,  # noqa: PLW1509 (no threads run yet)
             )
 
     def workers(self) -> list[int]:
@@ -262,7 +262,7 @@ class Rig:
                 cwd=self.folder,
                 stdout=output,
                 stderr=output,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads run yet)
+                preexec_fn=before_exec,  # noqa: PLW1509 (no threads run yet)
             )
         client = Client(f"http://127.0.0.1:{port}")
         try:

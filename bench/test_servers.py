@@ -131,7 +131,7 @@ def test_small_jobs(measure: Any, rig: Rig, quick: bool, what: str) -> None:
         for name in ("jobs", "ranges"):
             rig.store.control[name].delete_many({})
         JobBatches(rig.store).submit(sources, JobOptions(collection="queue"))
-        jobs[:] = next(rig.queue.open.ready())
+        jobs[:] = next(rig.queue.open_jobs.ready())
 
     def claim() -> int:
         jobs[:] = plans.claim(jobs, "bench")
@@ -171,9 +171,7 @@ def http(rig: Rig) -> Iterator[tuple[Client, int]]:
 
 @pytest.mark.benchmark(group="upload")
 @pytest.mark.parametrize("through", ["POST /upload", "boto3 upload_file", "boto3 upload_file, Headrace's settings"])
-def test_upload(
-    measure: Any, rig: Rig, http: tuple[Client, int], file: Files, quick: bool, through: str, records: int
-) -> None:
+def test_upload(measure: Any, rig: Rig, http: tuple[Client, int], file: Files, through: str, records: int) -> None:
     """A file into S3: through the API, as boto3 does it by itself, and as it does with the settings that Headrace gives it."""
     path = file("ordinary", records)
     client, pid = http
@@ -188,4 +186,4 @@ def test_upload(
         return key
 
     info = {"shape": "ordinary", "through": through, "pid": pid if posted else os.getpid()}
-    assert measure(upload, size=path.stat().st_size, records=records, rounds=3, **info)
+    measure(upload, size=path.stat().st_size, records=records, rounds=3, **info)

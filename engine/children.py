@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["be_killed_with_parent", "die_with_parent", "exit_code", "held_back", "signal_name", "stop_signals"]
+__all__ = ["be_killed_with_parent", "before_exec", "exit_code", "signal_name", "signals_blocked", "stop_signals"]
 
 _PR_SET_PDEATHSIG: Final = 1
-_HELD_BACK: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_BLOCKED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -26,23 +26,24 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def die_with_parent() -> None:
-    """As `be_killed_with_parent`, in a child that is about to become another program, and may have been forked in `held_back`."""
+def before_exec() -> None:
+    """For `preexec_fn`: be killed when the parent dies, and take signals as any program does, also where the fork was made within
+    `signals_blocked`."""
     be_killed_with_parent()
     # What came for the parent's handlers, which are here as well for a moment, must not be handled here.
     for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Within it, INT, TERM and HUP wait: an exception that a handler raises in the midst of a fork is printed there, and lost.
 
     A thread that is started within it holds them back for good, as must all that run beside such a fork: the kernel gives a
     signal to any thread that does not, and Python then runs its handler in the main thread all the same.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
         yield
     finally:

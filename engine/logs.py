@@ -18,7 +18,7 @@ import structlog
 
 from engine.errors import HeadraceError, Unexpected
 
-__all__ = ["configure", "expected", "get_logger", "mask", "printable", "printable_lines"]
+__all__ = ["configure", "get_logger", "mask", "printable", "printable_lines", "unexpected_translated"]
 
 MASK: Final = "***"
 
@@ -197,7 +197,7 @@ def get_logger() -> structlog.stdlib.BoundLogger:
 
 
 @contextmanager
-def expected(doing: str) -> Iterator[None]:
+def unexpected_translated(doing: str) -> Iterator[None]:
     """Within it, any error that is not the project's own is logged, and comes out as Unexpected."""
     try:
         yield

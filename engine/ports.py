@@ -38,7 +38,7 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def check_port(port: int, host: str = "127.0.0.1") -> None:
+def check_port(port: int, host: str) -> None:
     """Raises StartError, which says why, where nothing could listen at this port of this host's addresses now."""
     for family, kind, address in addresses(port, host):
         try:

@@ -244,21 +244,27 @@ def load(**overrides: Any) -> tuple[Settings, list[str]]:
         _check_dotenv()
         settings = Settings(**overrides)
     except ValidationError as error:
-        wrong = _sentences(error)
-        # What the others contradict is told as well: as if those that are wrong by themselves were not set.
-        alone = {str(fault["loc"][0]) for fault in error.errors(include_url=False) if fault["loc"]}
-        unset = {name: field.default for name, field in Settings.model_fields.items() if name in alone}
-        unset |= {"engine_workers": 1} if "engine_workers" in alone else {}
-        unset |= {"engine_writers": 1} if {"engine_workers", "engine_writers"} & alone else {}
-        unset |= dict.fromkeys(_PAIR) if not alone.isdisjoint(_PAIR) else {}
-        try:
-            Settings(**overrides | unset)
-        except ValidationError as more:
-            wrong += [sentence for sentence in _sentences(more) if sentence not in wrong]
-        raise SettingsError("\n".join(wrong)) from None
+        raise SettingsError("\n".join(_all_that_is_wrong(error, overrides))) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env cannot be read: {error}") from None
     return settings, _unknown()
+
+
+def _all_that_is_wrong(error: ValidationError, overrides: Mapping[str, Any]) -> list[str]:
+    """A sentence for each setting that is wrong by itself, and for each contradiction between the others, which are checked once
+    more with defaults in the place of the wrong ones."""
+    wrong = _sentences(error)
+    alone = {str(fault["loc"][0]) for fault in error.errors(include_url=False) if fault["loc"]}
+    unset = {name: field.default for name, field in Settings.model_fields.items() if name in alone}
+    # Of these two the default is worked out, from a setting that may be the wrong one.
+    unset |= {"engine_workers": 1} if "engine_workers" in alone else {}
+    unset |= {"engine_writers": 1} if {"engine_workers", "engine_writers"} & alone else {}
+    unset |= dict.fromkeys(_PAIR) if not alone.isdisjoint(_PAIR) else {}
+    try:
+        Settings(**{**overrides, **unset})
+    except ValidationError as more:
+        wrong += [sentence for sentence in _sentences(more) if sentence not in wrong]
+    return wrong
 
 
 def _sentences(error: ValidationError) -> list[str]:

@@ -91,8 +91,9 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
             f"it cannot be read ({why}): write mongodb://host:port/database, with user and password as the "
             "README shows, and special characters of a password percent-encoded"
         ) from None
-    if parsed["collection"] is not None or (fault := _database_fault(parsed["database"] or DEFAULT_DATABASE)):
-        fault = "it has a dot" if parsed["collection"] is not None else fault
+    dotted = parsed["collection"] is not None
+    fault = "it has a dot" if dotted else _database_fault(parsed["database"] or DEFAULT_DATABASE)
+    if fault:
         raise ValueError(f"the database that it names cannot be used: {fault}")
     return value
 

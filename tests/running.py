@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.children import die_with_parent
+from engine.children import before_exec
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def taking(milliseconds):
 def _as_anywhere():
     """In a child: HUP is not ignored, as it would be where the tests are run under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    die_with_parent()
+    before_exec()
 
 
 class Running:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
-from api.auth import exposed, tokens_of
+from api.auth import exposure_fault, tokens_of
 from api.client import Client, url_of
 from api.uploads import spool_fault
 from engine.control import schema
@@ -161,7 +161,7 @@ def _spool(settings: Settings) -> Finding:
 
 def _api(settings: Settings) -> Finding:
     tokens = tokens_of(settings)
-    if fault := exposed(settings, tokens):
+    if fault := exposure_fault(settings, tokens):
         return Finding("API", "wrong", f"`headrace api` will not start: {fault}")
     addresses(settings.port, settings.api_host)
     message = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens"

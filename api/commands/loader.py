@@ -14,7 +14,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import TaskID
 
-from api.client import AWAY, CallFailed, Client, is_stream, path_of, readable
+from api.client import AWAY, CallFailed, Client, is_stream, path_of, utf8_name
 from api.commands.show import Bars, bars, plainly
 from api.commands.terminal import EXIT_INTERRUPTED
 from api.commands.transfer import Note, Transfer, forget_old
@@ -48,8 +48,8 @@ class Loaded:
     """Whether the object of an earlier command is taken for it."""
     earlier: bool = False
     """Whether its job was made, and has COMPLETED, before."""
-    whole: str = ""
-    """How to make a job by hand of a stream that is all there: it is being made, and an interrupt does not keep it from that."""
+    by_hand: str = ""
+    """Of a stream whose end has come: how to make its job by hand. From then on an interrupt does not undo the upload."""
 
     def ended(self) -> bool:
         """Whether its job was watched to its end."""
@@ -59,15 +59,15 @@ class Loaded:
         """What an interrupt leaves of it, and what to do about that."""
         if self.job_id is not None:
             return f"its job goes on without you: watch it with `headrace status {self.job_id} --wait`"
-        if self.whole and self.error is not None:
+        if self.by_hand and self.error is not None:
             return str(self.error)
         if self.key is not None and self.note is None:
             return (
                 f"it is stored as {self.key}, but no answer says whether its job was made: look for it with "
                 f"`headrace jobs --file {self.key}`"
             )
-        if self.whole:
-            return f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {self.whole}"
+        if self.by_hand:
+            return f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {self.by_hand}"
         if self.note is not None and (self.key is not None or self.file.startswith("s3://")):
             return "no answer says whether its job was made: run the same command again, and there is one, and no second one"
         if self.note is not None:
@@ -79,8 +79,8 @@ class Loaded:
     def summary(self) -> dict[str, Any]:
         """For a script to read."""
         if self.status is not None and self.error is None:
-            return {"file": readable(self.file), **self.status}
-        known = {"file": readable(self.file), "jobId": self.job_id, "fileKey": self.key}
+            return {"file": utf8_name(self.file), **self.status}
+        known = {"file": utf8_name(self.file), "jobId": self.job_id, "fileKey": self.key}
         return known | ({"error": {"code": self.error.code, "message": mask(str(self.error))}} if self.error else {})
 
 
@@ -124,7 +124,7 @@ class Loader:
         self._transfer.stop()
         until = time.monotonic() + ANSWER_SECONDS
         for load in going:
-            while load.whole and load.job_id is None and load.error is None and time.monotonic() < until:
+            while load.by_hand and load.job_id is None and load.error is None and time.monotonic() < until:
                 time.sleep(0.02)
             if not load.ended():
                 name = "standard input" if load.file == STDIN else load.file
@@ -210,7 +210,7 @@ class Loader:
     def _object(self, load: Loaded) -> str:
         """An object that is there already; returns its key."""
         bucket, _, key = load.file.removeprefix("s3://").partition("/")
-        if readable(key) != key:
+        if utf8_name(key) != key:
             raise CommandError("its key is not UTF-8, as all keys are: write it so")
         there = self._client.insist("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
         if bucket != there:
@@ -223,15 +223,15 @@ class Loader:
     def _stream(self, load: Loaded, path: Path | None, sent: Callable[[int], None]) -> str:
         """A stream, of standard input where no path is named; returns its key."""
 
-        def whole(by_hand: str) -> None:
-            load.whole = by_hand
+        def at_end(by_hand: str) -> None:
+            load.by_hand = by_hand
 
         if path is not None:
             with path.open("rb") as content:
-                return self._transfer.stream(content, path.name, sent, whole)
+                return self._transfer.stream(content, path.name, sent, at_end)
         if sys.stdin is None:
             raise CommandError("standard input is closed: name a file, or pipe one")
-        return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, whole)
+        return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, at_end)
 
     def _file(self, load: Loaded, path: Path, size: int, sent: Callable[[int], None]) -> tuple[str, bool]:
         """A file; returns its key, and whether the object of an earlier command is taken for it."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from api.client import Client, check_file, is_stream, readable, url_of
+from api.client import Client, check_file, is_stream, url_of, utf8_name
 from api.commands.loader import STDIN, Loader
 from api.commands.show import (
     counted_since,
@@ -254,9 +254,9 @@ def rejects(
             why = getattr(error, "strerror", None) or error
             raise CommandError(f"{str(out)!r} cannot be written ({why}): name another file") from None
         if as_json:
-            print_json({"out": readable(str(out)), "bytes": size})
+            print_json({"out": utf8_name(str(out)), "bytes": size})
         else:
-            print(f"{readable(str(out))}: {size:,} bytes")
+            print(f"{utf8_name(str(out))}: {size:,} bytes")
         return
     asked = {"limit": limit} | ({} if cursor is None else {"cursor": cursor})
     page = client.ask("GET", f"/jobs/{quote(job_id, safe='')}/rejects", params=asked)

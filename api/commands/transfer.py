@@ -29,8 +29,8 @@ from api.client import (
     CallFailed,
     Client,
     path_of,
-    readable,
     trusted,
+    utf8_name,
     version_of,
     why_not_reached,
 )
@@ -189,7 +189,7 @@ class Transfer:
             sent(size)
             return note.stored(made)
         if state is None:
-            state = self._client.insist("POST", "/uploads", json={"fileName": readable(name), "size": size})
+            state = self._client.insist("POST", "/uploads", json={"fileName": utf8_name(name), "size": size})
             note.put(uploadId=state["uploadId"])
         there = {part["partNumber"]: part for part in state["stored"]}
         self._send(state, there, lambda number: _part(content, number, state["partBytes"], size), sent)
@@ -200,18 +200,18 @@ class Transfer:
             raise CommandError(f"{name} {CHANGED}")
         return note.stored(self._complete(state))
 
-    def stream(self, content: IO[bytes], name: str, sent: Sent, whole: Callable[[str], None]) -> str:
+    def stream(self, content: IO[bytes], name: str, sent: Sent, ended: Callable[[str], None]) -> str:
         """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed, unless all of them
         are there and may still become an object.
 
-        `whole` is called when its end is taken for the end, which a stop from then on does not undo, with a sentence that says
-        how to make a job of it by hand.
+        `ended` is called when the end of the stream has been taken for its end, with a sentence that says how to make its job by
+        hand: from then on a stop does not undo the upload.
 
         Raises:
             CommandError: it was stopped before, or S3 cannot be reached from here, or the stream is longer than an upload can be.
             CallFailed: of the API.
         """
-        asked = {"fileName": readable(name), "partBytes": STREAM_PART_BYTES}
+        asked = {"fileName": utf8_name(name), "partBytes": STREAM_PART_BYTES}
         # One that is begun twice, since an answer was lost, is aborted after a day.
         state = self._client.insist("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
@@ -220,8 +220,8 @@ class Transfer:
             f"and then POST /process/{path_of(state['fileKey'])} its job"
         )
         try:
-            ended = self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
-            if not ended and _exactly(content, 1):
+            all_read = self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
+            if not all_read and _exactly(content, 1):
                 most = state["parts"] * state["partBytes"]
                 raise CommandError(
                     f"a stream may have {most / 1e9:,.0f} GB at most: put it into a file, or send it in pieces"
@@ -231,7 +231,7 @@ class Transfer:
                 if self._stopped.is_set():
                     raise CommandError(STOPPED)
                 self._streams.discard(state["uploadId"])
-                whole(by_hand)
+                ended(by_hand)
         except BaseException:
             self._free(state)
             raise

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import orjson
 from bson import ObjectId
@@ -19,7 +20,7 @@ from api.client import CallFailed, Client, check_file, is_stream, local_url
 from api.commands.show import watch
 from api.commands.terminal import EXIT_INTERRUPTED, EXIT_OF
 from api.operations import Scope
-from engine.children import die_with_parent, exit_code, held_back, signal_name, stop_signals
+from engine.children import before_exec, exit_code, signal_name, signals_blocked, stop_signals
 from engine.control.store import Store, leniently, translated
 from engine.errors import HeadraceError, StartError
 from engine.local import sample
@@ -87,7 +88,7 @@ class _Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
-                preexec_fn=die_with_parent,  # noqa: PLW1509 (what threads there are hold no lock)
+                preexec_fn=before_exec,  # noqa: PLW1509 (what threads there are hold no lock)
                 env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
 
@@ -112,6 +113,35 @@ class _Child:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """All that runs: the embedded servers, and the API and the engine as children."""
+
+    servers: LocalServers
+    children: list[_Child] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises StartError when one of them has ended by itself."""
+        if died := self.servers.died():
+            raise StartError(died)
+        for child in self.children:
+            child.check()
+
+    def check_at_work(self) -> None:
+        """The same, while jobs may be at work, of which it says what becomes of them."""
+        try:
+            self.check()
+        except StartError as error:
+            raise StartError(f"{error}. All the rest was stopped; a job that had not ended {GOES_ON}") from None
+
+    def serve(self, console: Console) -> NoReturn:
+        """Go on until a signal comes or one of them ends."""
+        console.print("Serving. Ctrl-C stops it.")
+        while True:
+            time.sleep(0.5)
+            self.check_at_work()
 
 
 def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
@@ -180,22 +210,22 @@ def _run(
         environment["API_TOKENS"] = f"{known} {entry}"
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    children: list[_Child] = []
+    parts = _Parts(servers)
     for name in ("api", "engine"):  # stopped in the opposite order
-        with held_back():  # a child that is there is stopped as one
+        with signals_blocked():  # a child that is there is stopped as one
             child = _Child(name, logs / f"{name}.log", environment)
             stack.callback(_stop, child, servers, settings.engine_grace_seconds + 5, signals)
-        children.append(child)
+        parts.children.append(child)
     url = local_url(settings)
     client = Client(url, token)
-    _wait_ready(console, client, children, servers)
+    _wait_ready(console, client, parts)
     overrides = servers.overrides
     console.print(f"MongoDB  {overrides.get('mongo_uri', 'as MONGO_URI names it')}")
     console.print(f"S3       {overrides.get('aws_endpoint_url', 'as the AWS_ settings name it')}")
     console.print(f"API      {url}, engine with {settings.engine_workers} workers; logs in {logs}")
 
     if file is None and records == 0:
-        return 0 if once else _serve(console, children, servers)
+        return 0 if once else parts.serve(console)
     if file is None:
         file = folder / f"sample-{records}.ndjson"
         if not file.exists():
@@ -208,12 +238,12 @@ def _run(
         job_id, _ = client.process(key, {})
         try:
             console.print(f"Processing {key} as job {job_id} …")
-            status = watch(client, job_id, console, file.name, wait=1, check=lambda: _check_all(children, servers))
+            status = watch(client, job_id, console, file.name, wait=1, check=parts.check_at_work)
         except _Stopped:
             console.print(f"Job {job_id} has not ended: it {GOES_ON}")
             raise
     except CallFailed:
-        _check_all(children, servers)  # which says more of it, where one of them has ended
+        parts.check_at_work()  # which says more of it, where one of them has ended
         raise
     if once:
         signals.stopping()  # what became of the job is known, and how the command ends with it
@@ -229,14 +259,7 @@ def _run(
     console.print()
     if once:
         return EXIT_OF[status["status"]]
-    return _serve(console, children, servers)
-
-
-def _serve(console: Console, children: list[_Child], servers: LocalServers) -> int:
-    console.print("Serving. Ctrl-C stops it.")
-    while True:
-        time.sleep(0.5)
-        _check_all(children, servers)
+    return parts.serve(console)
 
 
 def _stop(child: _Child, servers: LocalServers, seconds: float, signals: _Signals) -> None:
@@ -258,32 +281,17 @@ def _write_sample(file: Path, records: int) -> None:
         part.unlink(missing_ok=True)
 
 
-def _wait_ready(console: Console, client: Client, children: list[_Child], servers: LocalServers) -> None:
+def _wait_ready(console: Console, client: Client, parts: _Parts) -> None:
     deadline = time.monotonic() + READY_SECONDS
     shown, show_from = "", time.monotonic() + QUIET_SECONDS
     while (why := client.not_ready()) is not None:
-        _check(children, servers)
+        parts.check()
         if why != shown and time.monotonic() > show_from:
             console.print(f"Not ready yet: {why}")
             shown = why
         if time.monotonic() > deadline:
-            raise StartError(f"not ready within {READY_SECONDS:g} seconds: {why} (log: {children[0].log})")
+            raise StartError(f"not ready within {READY_SECONDS:g} seconds: {why} (log: {parts.children[0].log})")
         time.sleep(0.1)
-
-
-def _check(children: list[_Child], servers: LocalServers) -> None:
-    if died := servers.died():
-        raise StartError(died)
-    for child in children:
-        child.check()
-
-
-def _check_all(children: list[_Child], servers: LocalServers) -> None:
-    """As `_check`, while jobs may be at work."""
-    try:
-        _check(children, servers)
-    except StartError as error:
-        raise StartError(f"{error}. All the rest was stopped; a job that had not ended {GOES_ON}") from None
 
 
 def _console() -> Console:

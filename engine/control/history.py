@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from engine.control.jobs import known, readable
+from engine.control.jobs import job_or_conflict, job_or_none
 from engine.control.schema import BY_FILE, BY_STATE, READY_JOBS, WAITING_JOBS
 from engine.control.store import Document, Store, job_key, jobs_of, parse_id, ranges_of, translated
 from engine.errors import Transient
@@ -66,6 +66,7 @@ class History:
     def page(
         self,
         limit: int,
+        *,
         before: str | None = None,
         state: JobState | None = None,
         key: str | None = None,
@@ -98,7 +99,7 @@ class History:
         while (left := limit - len(jobs)) > 0:
             with translated("listing jobs"):
                 page = list(self._jobs.find(query).sort("_id", -1).limit(left))
-            jobs += filter(None, map(readable, page))
+            jobs += filter(None, map(job_or_none, page))
             if len(page) < left:
                 break
             query["_id"] = {"$lt": page[-1]["_id"]}
@@ -181,4 +182,4 @@ class History:
         with translated("looking for jobs of a file"):
             query = {"source.key": key, "source.bucket": bucket, "open": True}
             found = self._jobs.find_one(query, hint=BY_FILE)
-        return None if found is None else known(found)
+        return None if found is None else job_or_conflict(found)

@@ -5,7 +5,7 @@ from typing import Final
 
 from bson import Binary
 
-from engine.control.store import Document
+from engine.control.store import Document, literals
 from engine.errors import Conflict
 from engine.model import (
     Event,
@@ -29,12 +29,12 @@ __all__ = [
     "from_now",
     "happened",
     "job_of",
-    "known",
+    "job_or_conflict",
+    "job_or_none",
     "new_job",
     "planned",
     "progress_document",
     "put_off",
-    "readable",
     "same_source",
 ]
 
@@ -77,8 +77,7 @@ def new_job(source: Source, options: JobOptions, database: str, more: Document) 
         "attempts": 0,
         "round": 0,
     } | more
-    fields = {name: {"$literal": value} for name, value in document.items()}
-    return {"createdAt": "$$NOW"} | fields | put_off({"$literal": options.run_at}) | happened("submitted")
+    return {"createdAt": "$$NOW"} | literals(document) | put_off({"$literal": options.run_at}) | happened("submitted")
 
 
 def same_source(source: Source) -> Document:
@@ -125,9 +124,15 @@ def planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Docum
     }
 
 
-def progress_document(tally: Tally, total: int, done: int) -> Document:
-    """A job's numbers as they are kept in it."""
-    return {"tally": {"$literal": tally.document()}, "rangesTotal": total, "rangesDone": done}
+def progress_document(progress: Progress) -> Document:
+    """A job's numbers as they are kept in it; their time is the server's."""
+    return {
+        "tally": {"$literal": progress.tally.document()},
+        "rangesTotal": progress.ranges_total,
+        "rangesDone": progress.ranges_done,
+        "rate": progress.rate,
+        "at": "$$NOW",
+    }
 
 
 def failure_document(failure: Failure | None) -> Document | None:
@@ -151,7 +156,7 @@ def _plan_of(found: Document) -> Plan:
     )
 
 
-def readable(found: Document) -> Job | None:
+def job_or_none(found: Document) -> Job | None:
     """The job that a document of `jobs` holds; None where one of a later version asks for what this one does not know."""
     try:
         return job_of(found)
@@ -159,9 +164,9 @@ def readable(found: Document) -> Job | None:
         return None
 
 
-def known(found: Document) -> Job:
-    """The job that a document of `jobs` holds. Raises Conflict: it is of a later version, as in `readable`."""
-    if (job := readable(found)) is None:
+def job_or_conflict(found: Document) -> Job:
+    """The job that a document of `jobs` holds. Raises Conflict: it is of a later version, as in `job_or_none`."""
+    if (job := job_or_none(found)) is None:
         raise Conflict(
             f"job {found['_id']} is of a later version of Headrace, which knows what it holds: upgrade this one"
         )
@@ -169,7 +174,7 @@ def known(found: Document) -> Job:
 
 
 def job_of(found: Document) -> Job:
-    """The job that a document of `jobs` holds. Raises KeyError, TypeError, ValueError: see `readable`."""
+    """The job that a document of `jobs` holds. Raises KeyError, TypeError, ValueError: see `job_or_none`."""
     options = found["options"]
     plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
     tally = Tally.from_document(progress.get("tally", {}))

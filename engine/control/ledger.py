@@ -17,7 +17,7 @@ from bson import ObjectId
 from pymongo import InsertOne, ReturnDocument, UpdateOne
 
 from engine.control.schema import LEASABLE, LEASES
-from engine.control.store import Document, Store, job_key, ranges_of, translated, write_all
+from engine.control.store import Document, Store, job_key, literals, ranges_of, translated, write_all
 from engine.errors import HeadraceError, LeaseLost
 from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
 
@@ -94,7 +94,7 @@ class Ledger:
         for lease in leases.values():
             new = _new(job_key(lease.job_id), lease.range)
             key = new.pop("_id")
-            fields = {name: {"$literal": value} for name, value in new.items()} | self._held(lease.token, holder)
+            fields = literals(new) | self._held(lease.token, holder)
             # A state that no range has: the update matches none, and an upsert of one that is there is refused.
             writes.append(UpdateOne({"_id": key, "state": None}, [{"$set": fields}], upsert=True))
         if not writes:
@@ -183,7 +183,7 @@ class Ledger:
             return []
         return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths")
 
-    def release_idle(self, holder: str, held: Sequence[str] = ()) -> None:
+    def release_strays(self, holder: str, held: Sequence[str] = ()) -> None:
         """Free what a holder that is alive holds without knowing, since the answer to its command was lost: all but the leases of
         these tokens."""
         with translated("freeing leases"):
@@ -339,39 +339,17 @@ class Ledger:
         Raises what kept it from freeing the first; where it is a later one, those before are told, and the rest are for the
         next time.
         """
-        # The token, since versions that know no `ahead` leave it where it is.
-        begun: Document = {"$cond": [{"$eq": ["$ahead", "$token"]}, 0, 1]}
-        count: Document = {name: f"${name}" for name in ("deaths", "vanished")}
-        count[counter] = {"$add": [f"${counter}", begun]}
-        in_all = {"$add": list(count.values())}
-        message: list[Any] = [
-            {"$toString": in_all},
-            " workers in a row died at byte ",
-            {"$toString": "$confirmed"},
-            " of the range from byte ",
-            {"$toString": "$start"},
-            " to ",
-            {"$toString": "$end"},
-            ": look at the lines there, then retry the job",
-        ]
-        poison = {"code": "workers_died", "message": {"$concat": message}}
-        spent = {"$or": [{"$gte": [count["deaths"], DEATHS]}, {"$gte": [in_all, VANISHED]}]}
-        changes = count | {
-            "allDeaths": {"$add": ["$allDeaths", begun]},
-            "state": {"$cond": [spent, RangeState.FAILED, RangeState.READY]},
-            "failure": {"$cond": [spent, poison, "$failure"]},
-            "resumed": True,
-        }
         freed: list[Freed] = []
         with translated("looking for leases to free"):
             if self._ranges.find_one(query, {"_id": True}, hint=LEASES) is None:
                 return freed
+        changes = _taken_away(counter)
         # One by one: what is told as freed was freed here, and by nobody else.
         try:
             with translated("releasing leases"):
                 while len(freed) < most and (
                     found := self._ranges.find_one_and_update(
-                        query, [{"$set": changes | _TAKE_AWAY}], projection={"holder": 1}, hint=LEASES
+                        query, [{"$set": changes}], projection={"holder": 1}, hint=LEASES
                     )
                 ):
                     freed.append(Freed(str(found["_id"]["job"]), found["_id"]["index"], found["holder"]))
@@ -421,10 +399,42 @@ def _come_to(confirmed: int, tally: Tally) -> Document:
 
 def wait_ms(attempts: int) -> int:
     """How long to wait after so many failures in a row: n⁴ seconds, ±10 % so that not all come back at once."""
-    return int(attempts**4 * 1000 * random.uniform(0.9, 1.1))  # noqa: S311 (jitter, not a secret)
+    return int(attempts**4 * 1000 * random.uniform(0.9, 1.1))
 
 
 _LET_GO: Final[Document] = {"holder": "$$REMOVE", "until": "$$REMOVE", "ahead": "$$REMOVE"}
 """The token stays until the next lease, so that a holder who was not answered sees that it was heard."""
 
 _TAKE_AWAY: Final[Document] = _LET_GO | {"token": "$$REMOVE"}
+
+
+def _taken_away(counter: str) -> Document:
+    """Sets what becomes of a range whose holder died (`counter` is "deaths") or did not renew its lease ("vanished"): READY, or
+    FAILED where this was one too many in a row. A holder that had leased it ahead, and not begun, is not counted."""
+    # The token, since versions that know no `ahead` leave it where it is.
+    begun: Document = {"$cond": [{"$eq": ["$ahead", "$token"]}, 0, 1]}
+    count: Document = {name: f"${name}" for name in ("deaths", "vanished")}
+    count[counter] = {"$add": [f"${counter}", begun]}
+    in_all = {"$add": list(count.values())}
+    message: list[Any] = [
+        {"$toString": in_all},
+        " workers in a row died at byte ",
+        {"$toString": "$confirmed"},
+        " of the range from byte ",
+        {"$toString": "$start"},
+        " to ",
+        {"$toString": "$end"},
+        ": look at the lines there, then retry the job",
+    ]
+    poison = {"code": "workers_died", "message": {"$concat": message}}
+    spent = {"$or": [{"$gte": [count["deaths"], DEATHS]}, {"$gte": [in_all, VANISHED]}]}
+    return (
+        count
+        | _TAKE_AWAY
+        | {
+            "allDeaths": {"$add": ["$allDeaths", begun]},
+            "state": {"$cond": [spent, RangeState.FAILED, RangeState.READY]},
+            "failure": {"$cond": [spent, poison, "$failure"]},
+            "resumed": True,
+        }
+    )

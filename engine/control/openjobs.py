@@ -55,7 +55,7 @@ class OpenJobs:
             page: list[Job] = []
             with cursor:
                 for found in cursor:
-                    if (job := self.readable(found)) is not None:
+                    if (job := self.read(found)) is not None:
                         page.append(job)
                     if len(page) == PAGE_JOBS:
                         yield page
@@ -63,7 +63,7 @@ class OpenJobs:
             if page:
                 yield page
 
-    def readable(self, found: Document) -> Job | None:
+    def read(self, found: Document) -> Job | None:
         """A job; None where it is of a later version, and asks for what this one does not know."""
         try:
             return job_of(found)

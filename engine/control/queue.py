@@ -23,12 +23,12 @@ from engine.control.jobs import (
     from_now,
     happened,
     job_of,
-    known,
+    job_or_conflict,
     new_job,
     progress_document,
     put_off,
 )
-from engine.control.ledger import Ledger
+from engine.control.ledger import Ledger, Summary
 from engine.control.loads import Loads
 from engine.control.openjobs import PAGE_JOBS, OpenJobs
 from engine.control.rejects import Rejects
@@ -42,6 +42,7 @@ from engine.model import (
     Job,
     JobOptions,
     JobState,
+    Progress,
     Source,
     Stop,
     Tally,
@@ -83,7 +84,7 @@ class Queue:
         store: the databases.
         ledger: the ranges of these jobs.
 
-    `open` looks at those that have not ended.
+    `open_jobs` looks at those that have not ended.
     """
 
     def __init__(self, store: Store, ledger: Ledger) -> None:
@@ -93,7 +94,7 @@ class Queue:
         self._rejects = Rejects(store, ledger)
         self._loads = Loads(store, ledger)
         self._database = store.data.name
-        self.open = OpenJobs(store)
+        self.open_jobs = OpenJobs(store)
 
     def submit(self, source: Source, options: JobOptions, ticket: Ticket | None = None) -> Job:
         """Put a job on the queue, PENDING; with a ticket that was handed in before, the job of then.
@@ -128,7 +129,7 @@ class Queue:
         if found is None:
             return None
         check_ticket(found, ticket)
-        return known(found)
+        return job_or_conflict(found)
 
     def depth(self, most: int) -> int:
         """How many jobs are open; counted no further than `most`, which is not 0."""
@@ -157,7 +158,7 @@ class Queue:
             found = self._jobs.find_one({"_id": job_key(job_id)})
         if found is None:
             raise NotFound(f"there is no job {job_id}: it was never submitted here, or its history has been pruned")
-        return known(found)
+        return job_or_conflict(found)
 
     def open_ranges(self, job: Job) -> None:
         """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
@@ -167,7 +168,7 @@ class Queue:
         self._ledger.open(job.id, (cut(job.source.size, of, index) for index in range(of)))
         reach(Step.OPENED)
 
-    def look(self, job_id: str) -> JobSignals:
+    def signals(self, job_id: str) -> JobSignals:
         """What a holder must know: is the job being stopped, has it run for too long, are its numbers old? One read."""
         stages: list[Document] = [
             {"$match": {"_id": job_key(job_id)}},
@@ -209,10 +210,7 @@ class Queue:
         blend = {"$avg": ["$progress.rate", {"$max": [lately, 0]}]}
         since_start = {"$divide": [{"$subtract": ["$$NOW", "$startedAt"]}, 1000]}
         first = {"$divide": [summary.tally.lines, {"$max": [since_start, 0.001]}]}
-        progress = progress_document(summary.tally, job.plan.range_count, summary.done) | {
-            "rate": {"$cond": [summed, blend, first]},
-            "at": "$$NOW",
-        }
+        progress = progress_document(_progress(job, summary)) | {"rate": {"$cond": [summed, blend, first]}}
         # Whoever was elected since has a later sum.
         still = {"_id": key, "state": JobState.PROCESSING, "round": job.round, "rolledAt": found["rolledAt"]}
         changes = {"progress": progress, "errors": self._first_errors(job_id, summary.tally)}
@@ -241,7 +239,7 @@ class Queue:
         """Stop the jobs that have run for longer than they may; returns how many there were."""
         late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
         with translated("looking for overdue jobs"), self._jobs.find(late).hint(DEADLINES) as cursor:
-            found = list(islice(filter(None, map(self.open.readable, cursor)), PAGE_JOBS))
+            found = list(islice(filter(None, map(self.open_jobs.read, cursor)), PAGE_JOBS))
         for job in found:
             message = (
                 f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: retry the job to go on from here, or "
@@ -264,11 +262,10 @@ class Queue:
         return self._settle(self.get(job_id))
 
     def _settle(self, job: Job) -> Job:
-        if job.state in TERMINAL or (job.stopping is None and job.plan is None):
+        if job.state in TERMINAL:
             return job
         if job.plan is None:
-            assert job.stopping is not None
-            return self._end(job, job.stopping, None)
+            return job if job.stopping is None else self._end(job, job.stopping)
         summary = self._ledger.summarize(job.id)
         if summary.ranges < job.plan.range_count:
             # Whoever planned the job died over it, or is about to lease its only range: afterwards it is there for all to see.
@@ -276,7 +273,7 @@ class Queue:
             summary = self._ledger.summarize(job.id)
         complete = summary.done == job.plan.range_count
         if job.stopping is not None and not (complete and job.stopping.to is JobState.CANCELLED):
-            return job if summary.leased else self._end(job, job.stopping, (summary.tally, summary.done))
+            return job if summary.leased else self._end(job, job.stopping, _progress(job, summary))
         if summary.done + summary.failed < job.plan.range_count:
             return job
         if not summary.failed:
@@ -284,24 +281,24 @@ class Queue:
         failure = summary.failures[0] if summary.failures else Failure("failed", "a range failed")
         if summary.failed > 1:
             failure = Failure(failure.code, f"{summary.failed} ranges failed; the first: {failure.message}")
-        return self._end(job, Stop(JobState.FAILED, failure), (summary.tally, summary.done))
+        return self._end(job, Stop(JobState.FAILED, failure), _progress(job, summary))
 
     def finish(self, job: Job, tally: Tally) -> Job:
         """Every range of the job is DONE and `tally` is their sum: it is COMPLETED, or over its budget and FAILED."""
         assert job.plan is not None
         reach(Step.FINISH)
-        return self._end(job, _judged(job, tally), (tally, job.plan.range_count))
+        return self._end(job, _judged(job, tally), Progress(tally, job.plan.range_count, job.plan.range_count))
 
     def finish_all(self, ended: Sequence[tuple[Job, Tally]]) -> list[Job]:
         """Finish jobs of one range each, all with one command; returns them as they are then."""
         reach(Step.FINISH)
-        judged = [(job, _judged(job, tally), (tally, 1)) for job, tally in ended]
+        judged = [(job, _judged(job, tally), Progress(tally, 1, 1)) for job, tally in ended]
         writes = [UpdateOne(query, [{"$set": changes}]) for query, changes in (self._ending(*each) for each in judged)]
         with translated("ending jobs"):
             matched = write_all(self._jobs, writes)["nMatched"]
         reach(Step.FINISHED)
         for job, _ in ended:
-            self._release_dry_run_claims(job, 1)
+            self._release_dry_run_claims(job)
         if matched == len(ended):
             return [replace(job, state=stop.to) for job, stop, _ in judged]
         return [self.settle(job.id) for job, _ in ended]
@@ -316,7 +313,7 @@ class Queue:
         job = self.get(job_id)
         if job.state is JobState.PENDING and job.stopping is None:
             # Nothing of it is leased, so that one write ends it: nobody sees it between the stamp and the end.
-            job = self._end(job, Stop(JobState.CANCELLED), None)
+            job = self._end(job, Stop(JobState.CANCELLED))
         if job.state not in TERMINAL:
             self.stop(job, Stop(JobState.CANCELLED))
             job = self.get(job_id)
@@ -373,21 +370,21 @@ class Queue:
         self._store.wake()
         return self.get(job_id)
 
-    def _end(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> Job:
-        query, changes = self._ending(job, stop, numbers)
+    def _end(self, job: Job, stop: Stop, progress: Progress | None = None) -> Job:
+        query, changes = self._ending(job, stop, progress)
         with translated("ending a job"):
             found = self._jobs.find_one_and_update(query, [{"$set": changes}], return_document=ReturnDocument.AFTER)
         reach(Step.FINISHED)
-        if numbers is not None:
-            self._release_dry_run_claims(job, numbers[1])
+        if progress is not None and progress.ranges_done == progress.ranges_total:
+            self._release_dry_run_claims(job)
         return self.get(job.id) if found is None else job_of(found)
 
-    def _release_dry_run_claims(self, job: Job, done: int) -> None:
+    def _release_dry_run_claims(self, job: Job) -> None:
         """Release what a dry run has claimed when it has ended with all its ranges done: nothing will ask for it again.
 
         Where that fails, or takes long, the job has ended all the same, and the rest is released when its history is deleted.
         """
-        if job.options.validate and job.plan is not None and done == job.plan.range_count:
+        if job.options.validate:
             try:
                 end = time.monotonic() + RELEASE_SECONDS
                 with translated("releasing the claims of a dry run"):
@@ -395,8 +392,8 @@ class Queue:
             except HeadraceError as error:
                 log.warning(str(error), action="finish", job=job.id)
 
-    def _ending(self, job: Job, stop: Stop, numbers: tuple[Tally, int] | None) -> tuple[Document, Document]:
-        """What matches a job that is to end, and what is set then; `numbers` are its tally and ranges done."""
+    def _ending(self, job: Job, stop: Stop, progress: Progress | None) -> tuple[Document, Document]:
+        """What matches a job that is to end, and what is set then; without a plan there is no `progress`."""
         changes: Document = {
             "state": stop.to,
             "open": "$$REMOVE",
@@ -407,10 +404,9 @@ class Queue:
             "finishedAt": "$$NOW",
             "failure": {"$literal": failure_document(stop.failure)},
         } | happened(stop.to)
-        if numbers is not None and job.plan is not None:
-            tally, done = numbers
-            changes["progress"] = progress_document(tally, job.plan.range_count, done) | {"rate": 0.0, "at": "$$NOW"}
-            changes["errors"] = self._first_errors(job.id, tally)
+        if progress is not None:
+            changes["progress"] = progress_document(progress)
+            changes["errors"] = self._first_errors(job.id, progress.tally)
         # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round; and a retry since begins
         # another round, of which what was summed here says nothing.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
@@ -426,13 +422,18 @@ class Queue:
         self.note(job_id, what)
         with translated("looking for a job"):
             found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})
-        if found is not None and (job := self.open.readable(found)) is not None:
+        if found is not None and (job := self.open_jobs.read(found)) is not None:
             self._settle(job)
 
     def note(self, job_id: str, what: str) -> None:
         """Write an event into a job's timeline."""
         with translated("writing down what happened to a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
+
+
+def _progress(job: Job, summary: Summary) -> Progress:
+    assert job.plan is not None
+    return Progress(summary.tally, job.plan.range_count, summary.done)
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

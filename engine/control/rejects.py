@@ -12,7 +12,7 @@ from bson import Int64
 from pymongo import InsertOne
 
 from engine.control.ledger import Ledger
-from engine.control.store import Document, Store, job_key, translated, write_all
+from engine.control.store import Document, Store, job_key, rejects_of, translated, write_all
 from engine.model import Job, Lease, Reject
 
 __all__ = ["Rejects"]
@@ -25,8 +25,6 @@ FIRST_RAW: Final = 1000
 
 PAGE_BYTES: Final = 4 * 1024 * 1024
 """A page of rejects ends when its raw lines have so many."""
-
-_LAST: Final = Int64(2**63 - 1)
 
 
 class Rejects:
@@ -73,11 +71,9 @@ class Rejects:
 
         `line` is the 1-based line number, or None while ranges before it are not done.
         """
-        job = job_key(job_id)
-        lower = {"$gte": {"job": job, "offset": Int64(0)}}
+        query = rejects_of(job_key(job_id))
         if after is not None:
-            lower = {"$gt": {"job": job, "offset": Int64(after)}}
-        query = {"_id": lower | {"$lte": {"job": job, "offset": _LAST}}}
+            query["_id"]["$gt"] = {"job": job_key(job_id), "offset": Int64(after)}
         found: list[Document] = []
         size, more = 0, False
         with translated("reading rejects"), self._rejects.find(query).sort("_id", 1).limit(limit + 1) as cursor:
@@ -97,10 +93,8 @@ class Rejects:
 
     def lines(self, job_id: str) -> Iterator[bytes]:
         """What is kept of the raw line of every reject of a job, in the order of the file."""
-        job = job_key(job_id)
-        query = {"_id": {"$gte": {"job": job, "offset": Int64(0)}, "$lte": {"job": job, "offset": _LAST}}}
         with translated("reading rejects"):
-            for found in self._rejects.find(query, {"raw": 1, "encoding": 1}).sort("_id", 1):
+            for found in self._rejects.find(rejects_of(job_key(job_id)), {"raw": 1, "encoding": 1}).sort("_id", 1):
                 raw = found["raw"]
                 yield base64.b64decode(raw) if "encoding" in found else raw.encode()
 

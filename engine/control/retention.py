@@ -6,7 +6,7 @@ from typing import Final
 from engine.control.jobs import LOADED
 from engine.control.ledger import Ledger
 from engine.control.schema import ENDED_JOBS, PRUNED_JOBS
-from engine.control.store import Document, Store, claims_of, delete_slices, jobs_of, translated
+from engine.control.store import Document, Store, claims_of, delete_slices, jobs_of, rejects_of, translated
 from engine.errors import HeadraceError
 from engine.logs import get_logger
 from engine.model import TERMINAL
@@ -74,11 +74,9 @@ class Retention:
         if "batch" in job:
             self._store.batches.update_one({"_id": job["batch"]}, {"$set": {"pruned": True}})
         self._ledger.delete(str(key))
-        rejects = {"_id": {"$gte": {"job": key}, "$lt": {"job": key, "offset": ""}}}
-        store = self._store
-        parts = [(store.rejects, rejects)]
+        parts = [(self._store.rejects, rejects_of(key))]
         if job["options"].get("validate"):
-            parts.append((store.claims, claims_of(key)))
+            parts.append((self._store.claims, claims_of(key)))
         if not all(delete_slices(collection, query, goes_on) for collection, query in parts):
             jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may go on at once
             return True

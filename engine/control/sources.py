@@ -63,14 +63,17 @@ class Sources:
             with translated("registering sources"):
                 made = {entry["index"] for entry in write_all(self._sources, writes)["upserted"]}
             ours = {id for index, id in enumerate(new) if index in made}
-        return [
-            Registered(bytes(new[job.id]["tag"]), True, self._loaded_before(job, format))
-            if job.id in ours
-            else self._known(job, format)
-            if job.options.validate
-            else self._registered(job, format)
-            for job, format in jobs
-        ]
+
+        def one(job: Job, format: Format) -> Registered:
+            if job.options.validate:
+                return self._known(job, format)
+            if job.id not in ours:
+                return self._registered(job, format)
+            # Only `force` can have loaded it here before: asked where it matters.
+            before = self._loaded_by(job, format) if job.options.if_loaded == "skip" else None
+            return Registered(bytes(new[job.id]["tag"]), True, before)
+
+        return [one(job, format) for job, format in jobs]
 
     def _registered(self, job: Job, format: Format) -> Registered:
         """As `register`, for one job whose source may be there already."""
@@ -97,11 +100,6 @@ class Sources:
             # Counted by the server: what others have stored, the driver may not be able to read.
             return not self._data[job.options.collection].count_documents({}, limit=1)
 
-    def _loaded_before(self, job: Job, format: Format) -> str | None:
-        """As `_loaded_by`, of a source that only `force` can have loaded here: asked where it matters, by `skip`."""
-        asked = job.options.if_loaded == "skip" and not job.options.force
-        return self._loaded_by(job, format) if asked else None
-
     def _loaded_by(self, job: Job, format: Format) -> str | None:
         """The latest job that has loaded this source, of any generation, into the same collection, its history kept or not."""
         if kept := self._others.loaded_by(job, format):
@@ -116,9 +114,7 @@ class Sources:
         """What is known of the source of a job that writes nothing, which leaves no trace of itself."""
         with translated("looking for a source"):
             found = self._sources.find_one(_identity(job, format) | {"generation": 0})
-        if found is None or job.options.force:
-            return Registered(UNREGISTERED, True, None)
-        if _entry(found, job) is None:
+        if job.options.force or found is None or _entry(found, job) is None:
             return Registered(UNREGISTERED, True, None)
         return Registered(bytes(found["tag"]), False, self._loaded_by(job, format))
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from pymongo import WriteConcern
 from pymongo.errors import PyMongoError
 
-from engine.control.store import Document, Store, translated
+from engine.control.store import Document, Store, literals, translated
 from engine.logs import get_logger
 
 __all__ = ["REPORTER", "REPORT_SECONDS", "STAGES", "Reporter", "Stats", "live", "place_of", "serving", "totals"]
@@ -131,8 +131,9 @@ class Reporter(threading.Thread):
                 **_memory(),
                 "doing": self._doing(),
             }
-            fields = {name: {"$literal": value} for name, value in document.items()} | {"at": "$$NOW"}
-            self._workers.update_one({"_id": self._holder}, [{"$set": fields}], upsert=True)
+            self._workers.update_one(
+                {"_id": self._holder}, [{"$set": literals(document) | {"at": "$$NOW"}}], upsert=True
+            )
         except PyMongoError:
             pass  # numbers for people: the work goes on without
 

@@ -4,11 +4,11 @@ Documents of users live in the database that `MONGO_URI` names; jobs, ranges and
 so that no line of a file can become a job. Build a Store after the fork, never before: a client does not survive one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, cast
 
-from bson import ObjectId
+from bson import Int64, ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import InvalidBSON, InvalidId
 from dns.exception import DNSException
@@ -47,8 +47,10 @@ __all__ = [
     "job_key",
     "jobs_of",
     "leniently",
+    "literals",
     "parse_id",
     "ranges_of",
+    "rejects_of",
     "translate",
     "translated",
     "with_ticket",
@@ -254,8 +256,19 @@ def with_ticket(key: str) -> Document:
     return {"ticket.key": {"$eq": key, "$type": "string"}}
 
 
+def rejects_of(job: ObjectId) -> Document:
+    """Matches all rejects of a job, by the bounds of their `_id`; in the order of that they are in the order of the file."""
+    first, last = ({"job": job, "offset": Int64(offset)} for offset in (0, 2**63 - 1))
+    return {"_id": {"$gte": first, "$lte": last}}
+
+
+def literals(fields: Mapping[str, object]) -> Document:
+    """Fields as an update with a pipeline sets them, where a value that begins with $ would be an expression."""
+    return {name: {"$literal": value} for name, value in fields.items()}
+
+
 def claims_of(job: ObjectId) -> Document:
-    """Matches all keys that the dry run of a job has claimed, likewise."""
+    """Matches all keys that the dry run of a job has claimed, by the bounds of their `_id`."""
     return {"_id": {"$gte": {"job": job, "what": ""}, "$lt": {"job": job, "what": []}}}
 
 

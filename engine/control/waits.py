@@ -16,9 +16,9 @@ from pymongo.monitoring import (
     ConnectionPoolListener,
 )
 
-__all__ = ["OF_LATE_SECONDS", "Shortest", "Waits"]
+__all__ = ["WINDOW_SECONDS", "RecentMinimum", "Waits"]
 
-OF_LATE_SECONDS: Final = 30.0
+WINDOW_SECONDS: Final = 30.0
 """How long the shortest answer counts, and as long again: the way to a server may become a longer one."""
 
 
@@ -30,8 +30,8 @@ class _OfThread(threading.local):
     connection: float | None = None
 
 
-class Shortest:
-    """The shortest of what took so long of late: between one and two times `OF_LATE_SECONDS`."""
+class RecentMinimum:
+    """The shortest of what took so long of late: between one and two times `WINDOW_SECONDS`."""
 
     def __init__(self) -> None:
         self._seconds = self._before = float("inf")
@@ -40,7 +40,7 @@ class Shortest:
     def add(self, seconds: float, now: float) -> None:
         """It took so long; `now` are seconds of a clock that only goes forward."""
         if now >= self._until:
-            self._before, self._seconds, self._until = self._seconds, seconds, now + OF_LATE_SECONDS
+            self._before, self._seconds, self._until = self._seconds, seconds, now + WINDOW_SECONDS
         elif seconds < self._seconds:
             self._seconds = seconds
 
@@ -61,7 +61,7 @@ class Waits(CommandListener, ConnectionPoolListener):
     def __init__(self, moved: Callable[[], None]) -> None:
         self._moved = moved
         self._of_thread = _OfThread()
-        self.answers = Shortest()
+        self.answers = RecentMinimum()
 
     @property
     def waited(self) -> float:

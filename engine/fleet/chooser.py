@@ -13,7 +13,7 @@ from engine.control.queue import Queue
 from engine.errors import HeadraceError, Transient, Unexpected
 from engine.load.planner import SMALL_BYTES, Planner, Prepared
 from engine.load.run import Run
-from engine.logs import expected, get_logger
+from engine.logs import get_logger, unexpected_translated
 from engine.model import TERMINAL, Job, JobState, Lease, Source, Stop
 from engine.steps import Step, reach
 
@@ -69,22 +69,22 @@ class Chooser:
         self._settled_at = float("-inf")
         self._seen: deque[Job] = deque()
         self._barren: dict[tuple[str, int], float] = {}  # jobs, in their rounds, that have nothing to lease until then
-        self._doubtful = False
+        self._may_hold_strays = False
 
-    def doubt(self) -> None:
+    def suspect_strays(self) -> None:
         """An error may have hidden from the worker what it holds: it is to be freed before anything else is taken."""
-        self._doubtful = True
+        self._may_hold_strays = True
 
     def awake(self) -> None:
         """Somebody has called: what others held a moment ago may be free."""
         soon = time.monotonic() + HELD_SECONDS
         self._barren = {of: until for of, until in self._barren.items() if until > soon}
 
-    def settle_doubt(self, held: Sequence[Run] = ()) -> None:
+    def release_strays(self, held: Sequence[Run] = ()) -> None:
         """Free what the worker may hold unknowingly, besides these. Raises Transient, and the doubt stays."""
-        if self._doubtful:
-            self._ledger.release_idle(self._holder, [run.lease.token for run in held])
-            self._doubtful = False
+        if self._may_hold_strays:
+            self._ledger.release_strays(self._holder, [run.lease.token for run in held])
+            self._may_hold_strays = False
 
     def take(self, *, ahead: bool = False) -> list[Run]:
         """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
@@ -94,23 +94,27 @@ class Chooser:
         where the job whose turn it is has to be planned: should the worker die meanwhile, that would be taken for the reason.
         """
         if not ahead:
-            self.settle_doubt()
-        elif self._doubtful:
+            self.release_strays()
+        elif self._may_hold_strays:
             return []
-        paused = self._queue.paused()
-        if not paused and time.monotonic() - self._looked_at < LOOK_SECONDS:
+        if self._queue.paused():
+            self._seen.clear()
+            if not ahead:
+                self._settle_while_paused()
+            return []
+        if time.monotonic() - self._looked_at < LOOK_SECONDS:
             # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
             runs = self._first_seen(ahead)
             if runs or self._seen:
                 return runs
+        return self._look(ahead)
+
+    def _look(self, ahead: bool) -> list[Run]:
+        """Look at the queue page by page, and take what there is to do on the first page that has something."""
         self._looked_at = time.monotonic()
         self._seen.clear()
-        if paused:
-            if not ahead:
-                self._settle_while_paused()
-            return []
         self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
-        for whole in self._queue.open.ready(self._holder):
+        for whole in self._queue.open_jobs.ready(self._holder):
             page = [job for job in whole if job.stopping is not None or (job.id, job.round) not in self._barren]
             if not page:
                 continue
@@ -141,7 +145,7 @@ class Chooser:
         if time.monotonic() - self._settled_at < SETTLE_SECONDS:
             return  # there may be thousands
         self._settled_at = time.monotonic()
-        for page in self._queue.open.processing():
+        for page in self._queue.open_jobs.processing():
             for job in page:
                 if self._stop.is_set():
                     return
@@ -223,10 +227,10 @@ class Chooser:
 
     def _planned(self, jobs: Sequence[Job]) -> list[Prepared]:
         try:
-            with expected("planning jobs"):
+            with unexpected_translated("planning jobs"):
                 return self._planner.prepare(jobs, self._holder)
         except HeadraceError as error:
-            self.doubt()
+            self.suspect_strays()
             if len(jobs) == 1 or (isinstance(error, Transient) and not isinstance(error, Unexpected)):
                 return [Prepared(job, error=error) for job in jobs]
         # Whose fault it is shows when each is planned by itself.

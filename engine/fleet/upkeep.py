@@ -36,7 +36,7 @@ PRUNE_PAUSE: Final = 2
 SETTLE_SECONDS: Final = 5.0
 """How often, about, it looks for jobs that are to stop, and at which nobody is any more."""
 
-TIME_SECONDS: Final = 1.0
+DUE_SECONDS: Final = 1.0
 """How often, about, a worker sees to what is due by the clock."""
 
 log = get_logger()
@@ -75,15 +75,15 @@ class Upkeep:
         self._name = name
         self._stop = stop
         self._moved = moved
-        self._kept_time_at = self._settled_at = 0.0
-        self._prune_at = self._sweep_at = 0.0
+        # When each is due next, seconds of the monotonic clock.
+        self._due_at = self._settle_at = self._prune_at = self._sweep_at = 0.0
 
-    def keep_time(self) -> None:
+    def see_to_due(self) -> None:
         """See to what is due by the clock: leases that ran out, jobs that may begin, run for too long or are to stop."""
-        if time.monotonic() - self._kept_time_at < TIME_SECONDS:
+        if time.monotonic() < self._due_at:
             return
         # Apart, so that the workers of a fleet do not all ask at once.
-        self._kept_time_at = time.monotonic() + random.uniform(0, TIME_SECONDS / 2)  # noqa: S311
+        self._due_at = time.monotonic() + DUE_SECONDS * random.uniform(1, 1.5)
         if freed := self._ledger.expire():
             self._stats.add(leases_expired=len(freed))
             log.warning("leases ran out and were freed", action="expire", worker=self._name, ranges=len(freed))
@@ -94,17 +94,17 @@ class Upkeep:
             self._store.wake()
         if stopped := self._queue.stop_overdue():
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._name, jobs=stopped)
-        if time.monotonic() - self._settled_at >= SETTLE_SECONDS:
-            self._settled_at = time.monotonic() + random.uniform(0, SETTLE_SECONDS / 2)  # noqa: S311
+        if time.monotonic() >= self._settle_at:
+            self._settle_at = time.monotonic() + SETTLE_SECONDS * random.uniform(1, 1.5)
             # Whoever let go of its last range may not have known that it is to stop, and nobody comes to it under a stream of
             # jobs of a higher priority.
-            for page in self._queue.open.stopping():
+            for page in self._queue.open_jobs.stopping():
                 for job in page:
                     if not self._goes_on():
                         return
                     self._queue.settle(job.id)
 
-    def prune(self) -> None:
+    def clean_up(self) -> None:
         """Delete the history of old jobs, and abort uploads that nobody goes on with, now and then."""
         self._prune()
         self._sweep()
@@ -113,7 +113,7 @@ class Upkeep:
         began = time.monotonic()
         if began < self._prune_at:
             return
-        self._prune_at = began + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
+        self._prune_at = began + PRUNE_SECONDS * random.uniform(0.75, 1.25)
 
         def goes_on() -> bool:
             return self._goes_on() and time.monotonic() - began < PRUNING_SECONDS
@@ -127,7 +127,7 @@ class Upkeep:
     def _sweep(self) -> None:
         if time.monotonic() < self._sweep_at:
             return
-        self._sweep_at = time.monotonic() + PRUNE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311
+        self._sweep_at = time.monotonic() + PRUNE_SECONDS * random.uniform(0.75, 1.25)
         if swept := self._uploads.sweep(self._goes_on):
             log.info("unfinished uploads were aborted", action="prune", worker=self._name, uploads=swept)
 

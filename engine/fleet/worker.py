@@ -35,7 +35,7 @@ from engine.load.pipeline import Ended, Pipeline
 from engine.load.planner import Planner
 from engine.load.run import Run
 from engine.load.window import MOST_TIMES
-from engine.logs import expected, get_logger
+from engine.logs import get_logger, unexpected_translated
 from engine.model import TERMINAL, Job, JobState, Stop
 from engine.s3.client import connect
 from engine.s3.direct import DirectUploads
@@ -135,12 +135,11 @@ class _Worker:
         s3 = connect(settings, attempts=1)
         self._objects = Objects(s3, settings.aws_bucket_name or "")
         uploads = DirectUploads(self._store, s3, self._objects, settings.api_part_bytes)
-        self._rejects = Rejects(self._store, self._ledger)
         self._planner = Planner(
-            self._store, self._queue, self._plans, self._ledger, self._objects, settings, self._heartbeat.touch
+            self._store, self._queue, self._plans, self._ledger, self._objects, settings, heartbeat.touch
         )
         self._chooser = Chooser(
-            self._queue, self._plans, self._ledger, self._planner, identity.name, stop, self._heartbeat.touch
+            self._queue, self._plans, self._ledger, self._planner, identity.name, stop, heartbeat.touch
         )
         self._stats = Stats()
         self._upkeep = Upkeep(
@@ -152,10 +151,22 @@ class _Worker:
             settings.engine_keep_jobs_days,
             identity.name,
             stop,
-            self._heartbeat.touch,
+            heartbeat.touch,
         )
         self._wakeups = Wakeups(self._store, stop)
         self._lookout = Lookout(self._look_ahead)
+        self._pipeline = Pipeline(
+            settings,
+            self._store,
+            self._objects,
+            self._queue,
+            self._ledger,
+            Rejects(self._store, self._ledger),
+            self._stats,
+            still=heartbeat.age,
+            report=self._report,
+            near_end=self._lookout.begin,
+        )
         self._doing: dict[str, Any] = {}
         self._last_error = ""
         self._errors = 0
@@ -166,52 +177,43 @@ class _Worker:
             self._heartbeat.touch()
 
     def loop(self) -> int:
+        """Work until told to stop; returns the exit code."""
         if not self._boot():
             return 0
-        stats = self._stats
-        pipeline = Pipeline(
-            self._settings,
-            self._store,
-            self._objects,
-            self._queue,
-            self._ledger,
-            self._rejects,
-            stats,
-            self._heartbeat.age,
-            self._report,
-            self._lookout.begin,
-        )
-        self._keeper = pipeline.keeper
-        reporter = Reporter(self._store, self._identity.name, self._identity.slot, stats, lambda: self._doing)
+        reporter = Reporter(self._store, self._identity.name, self._identity.slot, self._stats, lambda: self._doing)
         reporter.start()
         while not self._stop.is_set():
             self._heartbeat.touch()
             try:
-                with expected("looking for work and doing it"):
-                    self._turn(pipeline)
+                with unexpected_translated("looking for work and doing it"):
+                    self._turn()
                 self._last_error = ""
             except HeadraceError as error:
                 self._errors += 1
-                self._chooser.doubt()
+                self._chooser.suspect_strays()
                 self._say_once(error)
                 if type(error) is Permanent:
                     # Somebody has perhaps dropped the control database, and its indexes with it.
                     with suppress(HeadraceError):
                         self._store.prepare()
-                self._stop.wait(random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
+                self._stop.wait(random.uniform(0.5, 1.5))
+        return self._leave(reporter)
+
+    def _leave(self, reporter: Reporter) -> int:
+        """Give back what is still leased, say the last figures, close everything; returns the exit code."""
         try:
-            with expected("giving back what was leased ahead"):
+            with unexpected_translated("giving back what was leased ahead"):
                 if (ahead := self._lookout.take()) is not None:
                     with pymongo.timeout(LAST_SECONDS):
-                        self._run_one(pipeline, ahead)  # it is told to stop
+                        self._run_one(ahead)  # it is told to stop
         except HeadraceError:
-            self._chooser.doubt()
+            self._chooser.suspect_strays()
         self._lookout.close()
-        pipeline.close()
+        self._pipeline.close()
         self._planner.close()
         try:
             with pymongo.timeout(LAST_SECONDS):
-                self._chooser.settle_doubt()
+                self._chooser.release_strays()
                 reporter.report(last=True)
         except HeadraceError:
             return EXIT_NOW  # something may be held, which the successor frees
@@ -219,43 +221,43 @@ class _Worker:
             self._store.close()
         return 0
 
-    def _turn(self, pipeline: Pipeline) -> None:
+    def _turn(self) -> None:
         """See to what is due; then work on what there is to do, or wait for it."""
         self._garbage.collect(self._errors + self._chooser.tried)
-        self._upkeep.prune()
-        ahead = self._found_ahead(pipeline)
+        self._upkeep.clean_up()
+        ahead = self._found_ahead()
         if ahead is None:
-            self._upkeep.keep_time()
+            self._upkeep.see_to_due()
         waited = self._store.waited()
         found = self._chooser.take() if ahead is None else [ahead]
         if not found:
             self._wait()
         else:
-            self._run(pipeline, found)
+            self._run(found)
             # But where it writes documents itself, what this thread waited for was the queue.
             if not found[0].cautious:
                 self._stats.add(seconds_queue=self._store.waited() - waited)
 
     def _look_ahead(self) -> Run | None:
         """See to what is due by the clock, and look for something to do, while this worker comes to the end of a range."""
-        self._upkeep.keep_time()
+        self._upkeep.see_to_due()
         for run in self._chooser.take(ahead=True):
-            self._keeper.hold_next(run)
+            self._pipeline.keeper.hold_next(run)
             return run
         return None
 
-    def _found_ahead(self, pipeline: Pipeline) -> Run | None:
+    def _found_ahead(self) -> Run | None:
         """What was leased ahead, if anything, and is to begin: the queue may be paused by now."""
         began = time.perf_counter()
         run, paused = self._lookout.take(), False
         if run is not None:
-            self._chooser.settle_doubt([run])
+            self._chooser.release_strays([run])
             paused = self._queue.paused()
         self._stats.add(seconds_queue=time.perf_counter() - began)  # what the other thread waits for, too
         if run is None or not paused:
             return run
         run.cancelled.set()
-        self._run_one(pipeline, run)
+        self._run_one(run)
         return None
 
     def _boot(self) -> bool:
@@ -297,22 +299,22 @@ class _Worker:
             self._last_error = str(error)
             log.warning(str(error), action="wait", worker=self._identity.name)
 
-    def _run(self, pipeline: Pipeline, runs: list[Run]) -> None:
+    def _run(self, runs: list[Run]) -> None:
         """Work on leases to their end, and bring their jobs to an end where that was the last of them."""
         self._report(runs[0])
         try:
             if len(runs) == 1:
-                self._run_one(pipeline, runs[0])
+                self._run_one(runs[0])
             else:
-                self._run_together(pipeline, runs)
+                self._run_together(runs)
         finally:
             self._stats.add(ranges=len(runs))
             self._doing = {}
             setproctitle(f"headrace: worker {self._identity.slot} idle")
 
-    def _run_one(self, pipeline: Pipeline, run: Run) -> None:
+    def _run_one(self, run: Run) -> None:
         try:
-            ended = pipeline.run(run)
+            ended = self._pipeline.run(run)
         except HeadraceError as error:
             self._failed(run, error)
             return
@@ -327,8 +329,8 @@ class _Worker:
         else:
             self._settle(job)
 
-    def _run_together(self, pipeline: Pipeline, runs: list[Run]) -> None:
-        outcomes, closed = pipeline.run_together(runs)
+    def _run_together(self, runs: list[Run]) -> None:
+        outcomes, closed = self._pipeline.run_together(runs)
         # First, since what is told of the others may fail.
         done = [run for run, outcome in outcomes if outcome is Ended.DONE] if closed else []
         if done:
@@ -349,7 +351,7 @@ class _Worker:
             log.warning(str(error), action="lost", **context)
             self._settle(job)
         elif isinstance(error, Transient):
-            self._chooser.doubt()  # perhaps nobody could be told that the range goes back
+            self._chooser.suspect_strays()  # perhaps nobody could be told that the range goes back
             log.warning(str(error), action="postpone", **context)
             self._queue.note(job.id, f"range {index} put off: {error}")
             self._settle(job)
@@ -384,7 +386,7 @@ class _Worker:
 
     def _wait(self) -> None:
         """Block until somebody submits a job, or a little while has passed."""
-        seconds = self._settings.engine_poll_seconds * random.uniform(0.75, 1.25)  # noqa: S311
+        seconds = self._settings.engine_poll_seconds * random.uniform(0.75, 1.25)
         # The answer must come before the socket is given up, and the watchdog looks on.
         seconds = min(seconds, self._settings.socket_timeout_seconds / 2)
         if self._wakeups.wait(seconds):

@@ -9,6 +9,7 @@ a load would take it: a line whose rival is later rejected by another worker.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import bson
@@ -61,6 +62,16 @@ _Keys = tuple[str, str, dict[int, object]]
 """What is claimed, why a line is refused that loses, and the key of each document that has one."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What a collection asks of its documents: its validator, where one is in force, the collation that goes for it, and the
+    fields of each unique index."""
+
+    validator: Document | None
+    collation: Document | None
+    unique: list[list[str]]
+
+
 class DryRun(Sink):
     """Judges the batches of a job where a Sink writes them.
 
@@ -73,15 +84,14 @@ class DryRun(Sink):
         self._data = leniently(store.data)  # what is there is compared, and not calculated with
         self._job = job_key(job_id)
         self._claims = store.claims
-        self._judge: tuple[Document | None, list[list[str]]] | None = None
-        self._collation: Document | None = None
+        self._rules: _Rules | None = None  # read with the first batch
 
     def _insert(self, work: Work, at_a_time: int, between: Callable[[], None]) -> None:
         made = work.materialize()
         left = [index for index in range(len(made)) if not self._refused(work, index, made[index])]
-        validator, unique = self._judged_by()
-        if validator:
-            left = self._valid(work, made, left, validator)
+        rules = self._rules_of_collection()
+        if rules.validator:
+            left = self._valid(work, made, left, rules.validator, rules.collation)
         known = self._known(work, made, left)
         if known:
             error = {"keyPattern": {"_id": 1}, "errmsg": "another document has this _id"}
@@ -92,7 +102,7 @@ class DryRun(Sink):
         keys: list[_Keys] = [
             ("_id", "another line of the file has this _id", {index: made[index]["_id"] for index in own_ids})
         ]
-        for fields in unique:
+        for fields in rules.unique:
             why = f"another document has its values of the unique index on {', '.join(fields)}"
             keys.append((" ".join(fields), why, _values(made, fields)))
             standing = set(left)
@@ -133,14 +143,12 @@ class DryRun(Sink):
             indexes = again
         return lost
 
-    def _judged_by(self) -> tuple[Document | None, list[list[str]]]:
-        """The collection's validator, and the fields of its unique indexes."""
-        if self._judge is None:
+    def _rules_of_collection(self) -> _Rules:
+        if self._rules is None:
             with translated("looking at the collection"):
                 found = described(self._data, self._collection)
                 indexes = indexes_of(self._data, self._collection) if found else []
             options = found.get("options", {}) if found else {}
-            self._collation = options.get("collation")
             active = options.get("validationAction", "error") != "warn" and options.get("validationLevel") != "off"
             plain = {"name", "key", "v", "unique", "ns", "background"}
             unique = [
@@ -149,10 +157,12 @@ class DryRun(Sink):
                 if index["name"] != "_id_" and index.get("unique")
                 if {option for option, value in index.items() if value is not False} <= plain
             ]
-            self._judge = (options.get("validator") if active else None, unique)
-        return self._judge
+            self._rules = _Rules(options.get("validator") if active else None, options.get("collation"), unique)
+        return self._rules
 
-    def _valid(self, work: Work, made: list[Document], indexes: list[int], validator: Document) -> list[int]:
+    def _valid(
+        self, work: Work, made: list[Document], indexes: list[int], validator: Document, collation: Document | None
+    ) -> list[int]:
         """Those of these documents that the validator takes; the others are refused."""
         # It answers with an `_id`: of documents that have the same one, each is asked about apart from the others.
         rounds: list[dict[bytes, int]] = []
@@ -166,12 +176,13 @@ class DryRun(Sink):
         refused: set[int] = set()
         with translated("asking the validator of the collection"):
             for asked in rounds:
-                refused |= {asked[failed] for failed in self._failed([made[i] for i in asked.values()], validator)}
+                failed = self._failed([made[i] for i in asked.values()], validator, collation)
+                refused |= {asked[identity] for identity in failed}
         for index in sorted(refused):
             work.refuse(index, Reason.REFUSED, "Document failed validation", VALIDATION_FAILED)
         return [index for index in indexes if index not in refused]
 
-    def _failed(self, documents: list[Document], validator: Document) -> set[bytes]:
+    def _failed(self, documents: list[Document], validator: Document, collation: Document | None) -> set[bytes]:
         """The `_id`s of those of these documents that a validator does not take."""
         stages: list[Document] = [
             {"$documents": {"$literal": documents}},
@@ -179,13 +190,14 @@ class DryRun(Sink):
             {"$project": {"_id": 1}},
         ]
         try:
-            return {_identity(found["_id"]) for found in self._data.aggregate(stages, collation=self._collation)}
+            return {_identity(found["_id"]) for found in self._data.aggregate(stages, collation=collation)}
         except (DocumentTooLarge, OperationFailure) as error:
             code = error.code if isinstance(error, OperationFailure) else None
             if isinstance(error, OperationFailure) and type(translate(error, "")) is not Permanent:
                 raise
             if half := len(documents) // 2:
-                return self._failed(documents[:half], validator) | self._failed(documents[half:], validator)
+                parts = documents[:half], documents[half:]
+                return set().union(*(self._failed(part, validator, collation) for part in parts))
             # Too large or too deep with what is around it here is fine by itself; on any other error a load would stumble, too.
             fine = code is None or code == TOO_DEEP_CODE or code in TOO_LARGE_CODES
             return set() if fine else {_identity(documents[0]["_id"])}

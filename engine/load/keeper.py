@@ -57,29 +57,29 @@ class Keeper(threading.Thread):
         self._next_since = self._next_at = 0.0
         self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
-        self._holding = threading.Event()  # an idle worker's keeper sleeps through
+        self._changed = threading.Condition()  # for `_runs` and `_next`: the thread of an idle worker sleeps
 
     def hold(self, *runs: Run) -> None:
         """Keep the leases of these runs from now on."""
-        self._held_at = time.monotonic()
-        self._runs = runs
-        self._next = None
-        self._holding.set()
+        with self._changed:
+            self._held_at = time.monotonic()
+            self._runs, self._next = runs, None
+            self._changed.notify()
 
     def hold_next(self, run: Run) -> None:
         """Keep the lease of the run that comes next, too, until it is held itself; but no longer than a lease lasts, since it may
         be free for others where the present one does not come to its end."""
-        self._next_since = self._next_at = time.monotonic()
-        self._next = run
-        self._holding.set()
+        with self._changed:
+            self._next_since = self._next_at = time.monotonic()
+            self._next = run
+            self._changed.notify()
 
     def drop(self) -> None:
         """Let go of what is held; when it returns, no tick of a run is under way."""
-        self._holding.clear()
-        runs, self._runs = self._runs, ()
-        if (run := self._next) is not None:  # perhaps since a moment ago
-            self._holding.set()
-            runs = (*runs, run)
+        with self._changed:
+            runs, self._runs = self._runs, ()
+            if self._next is not None:
+                runs = (*runs, self._next)
         # Its commands are no movement, and may take long: who waits for them lives all the same.
         while not self._busy.acquire(timeout=STIR_SECONDS):
             for run in runs:
@@ -89,9 +89,14 @@ class Keeper(threading.Thread):
     def run(self) -> None:
         """The thread's loop."""
         while True:
-            self._holding.wait()
+            with self._changed:
+                self._changed.wait_for(self.holds_any)
             time.sleep(TICK_SECONDS / 7)
             self.turn()
+
+    def holds_any(self) -> bool:
+        """Whether there is a lease to renew."""
+        return bool(self._runs) or self._next is not None
 
     def turn(self) -> None:
         """Tick the runs at hand, where it is time for that."""
@@ -108,10 +113,9 @@ class Keeper(threading.Thread):
     def _turn_next(self, run: Run) -> None:
         now = time.monotonic()
         if run.told_to_end() or now - self._next_since >= self._lease_seconds:
-            self._next = None
-            self._holding.clear()
-            if self._runs or self._next:  # since a moment ago
-                self._holding.set()
+            with self._changed:
+                if self._next is run:
+                    self._next = None
         elif now - self._next_at >= TICK_SECONDS:
             self._next_at = now
             self.tick(run, begun=False)
@@ -130,7 +134,7 @@ class Keeper(threading.Thread):
             return
         try:
             self.renew(run)
-            signals = self._queue.look(run.job.id)
+            signals = self._queue.signals(run.job.id)
             if signals.overdue and not signals.stopping:
                 self._queue.stop_overdue()
             if signals.stopping or signals.overdue:

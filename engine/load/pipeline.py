@@ -25,7 +25,7 @@ from engine.load.retries import TRIES, back_off, insist
 from engine.load.run import Run
 from engine.load.sink import Sink
 from engine.load.window import MOST_TIMES, Window
-from engine.logs import expected, get_logger
+from engine.logs import get_logger, unexpected_translated
 from engine.model import Tally
 from engine.s3.objects import Objects
 from engine.settings import Settings
@@ -73,6 +73,7 @@ class Pipeline:
         ledger: Ledger,
         rejects: Rejects,
         stats: Stats,
+        *,
         still: Callable[[], float],
         report: Callable[[Run], None] = lambda run: None,
         near_end: Callable[[], None] = lambda: None,
@@ -107,7 +108,7 @@ class Pipeline:
         """
         self.keeper.hold(run)
         try:
-            with expected(f"working on range {run.lease.range.index}"):
+            with unexpected_translated(f"working on range {run.lease.range.index}"):
                 ended = self._begin_and_work(run)
         except HeadraceError as error:
             self.keeper.drop()
@@ -172,7 +173,7 @@ class Pipeline:
     def _work_alone(self, run: Run) -> Ended | HeadraceError:
         """Work on the lease of a small object in this thread."""
         try:
-            with expected(f"working on range {run.lease.range.index}"):
+            with unexpected_translated(f"working on range {run.lease.range.index}"):
                 return self._work_in_turn(run)
         except HeadraceError as error:
             return error

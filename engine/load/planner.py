@@ -4,7 +4,7 @@ Anyone may plan a job at any time and as often as they like: the first compare-a
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +17,7 @@ from engine.control.queue import Queue
 from engine.control.sources import Registered, Sources
 from engine.control.store import Store
 from engine.errors import HeadraceError, Refused, Transient
-from engine.logs import expected
+from engine.logs import unexpected_translated
 from engine.model import ByteRange, Format, Job, JobState, Lease, Plan, Source
 from engine.s3.objects import Objects
 from engine.settings import Settings
@@ -121,35 +121,52 @@ class Planner:
             Transient, Permanent: of MongoDB; some of the jobs may be planned. What is wrong with one job or its object is told in
                 what is returned of it.
         """
-        done: list[Prepared] = []
+        drafts, failed = self._drafts(jobs, holder)
+        plans, unread = self._decide(drafts)
+        reach(Step.PLAN)
+        heads = {draft.job.id: draft.head for draft in drafts}
+        return failed + unread + self._fix(plans, heads, holder)
+
+    def _drafts(self, jobs: Sequence[Job], holder: str) -> tuple[list[_Draft], list[Prepared]]:
+        """The jobs whose object could be looked at, and those that cannot be planned; the others are given back."""
         drafts: list[_Draft] = []
+        failed: list[Prepared] = []
         unseen: list[Job] = []
         unfit = self._unfit(jobs)
         for job, looked in zip(jobs, self._looks(jobs), strict=True):
             if refusal := unfit.get(job.options.collection):
-                done.append(Prepared(job, error=refusal))
+                failed.append(Prepared(job, error=refusal))
             elif isinstance(looked, _Draft):
                 drafts.append(looked)
             elif looked is None:
                 unseen.append(job)
             else:
-                done.append(Prepared(job, error=looked))
+                failed.append(Prepared(job, error=looked))
         if unseen:
             self._plans.release_claims(unseen, holder)
+        return drafts, failed
+
+    def _decide(self, drafts: Sequence[_Draft]) -> tuple[list[tuple[Job, Plan, str | None]], list[Prepared]]:
+        """Plans, as `Plans.fix` takes them; and the jobs that are COMPLETED without reading."""
         plans: list[tuple[Job, Plan, str | None]] = []
-        for draft, source in zip(
-            drafts, self._sources.register([(draft.job, draft.format) for draft in drafts]), strict=True
-        ):
+        unread: list[Prepared] = []
+        sources = self._sources.register([(draft.job, draft.format) for draft in drafts])
+        for draft, source in zip(drafts, sources, strict=True):
             job, plan = draft.job, self._plan(draft, source)
             skip = job.options.if_loaded == "skip" and not job.options.validate
             if plan.range_count == 0 or (source.completed_by and skip):
                 self._plans.complete_unread(job, plan, source.completed_by)
-                done.append(Prepared(self._queue.get(job.id)))
+                unread.append(Prepared(self._queue.get(job.id)))
             else:
                 plans.append((job, plan, source.completed_by))
-        reach(Step.PLAN)
+        return plans, unread
+
+    def _fix(
+        self, plans: Sequence[tuple[Job, Plan, str | None]], heads: Mapping[str, bytes], holder: str
+    ) -> list[Prepared]:
+        """Fix plans, and open the ranges of those that hold; the only range of a job is leased at once."""
+        done: list[Prepared] = []
         planned = {job.id: job for job in self._plans.fix(plans)}
-        heads = {draft.job.id: draft.head for draft in drafts}
         single: dict[str, ByteRange] = {}
         for before, plan, _ in plans:
             job = planned.get(before.id, before)
@@ -196,7 +213,7 @@ class Planner:
     def _look(self, job: Job) -> "_Draft | HeadraceError":
         """The beginning of a job's object, all of it where that is small, and the format that it has."""
         try:
-            with expected(f"looking at {job.source.key}"):
+            with unexpected_translated(f"looking at {job.source.key}"):
                 head = b""
                 if size := job.source.size:
                     size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)

@@ -34,7 +34,7 @@ def insist(run: Run, speak: Callable[[], T]) -> T:
 def back_off(run: Run, tries: int) -> float:
     """Wait before the next try, less when the worker is to stop; returns the seconds that it took."""
     began = time.monotonic()
-    end = began + BACKOFF_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
+    end = began + BACKOFF_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.5)
     while (left := end - time.monotonic()) > 0:
         run.move()  # it does not hang
         if run.stop.wait(min(left, STIR_SECONDS)):

@@ -6,7 +6,7 @@ returned has been acknowledged at `w: majority`. Anything wrong with the connect
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, cast
 
 import bson
@@ -67,9 +67,9 @@ class Work:
     """A batch on its way in: what became of its documents so far."""
 
     documents: Documents
-    inserted: int
-    replayed: int
-    rejects: list[Reject]
+    inserted: int = 0
+    replayed: int = 0
+    rejects: list[Reject] = field(default_factory=list)
 
     def materialize(self) -> list[Document]:
         """The documents, made anew; for the few batches in which one of them has to be looked at."""
@@ -113,7 +113,7 @@ class Sink:
             Transient: nothing or only a part is acknowledged; write the batch again, where it is Severed with fewer at a time.
             Permanent: the server will never take this, whatever the documents are.
         """
-        work = Work(documents, 0, 0, [])
+        work = Work(documents)
         if documents.any():
             self._insert(work, at_a_time or documents.batch.count, between)
         work.rejects += documents.rejects

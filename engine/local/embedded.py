@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from engine.children import die_with_parent, exit_code, signal_name
+from engine.children import before_exec, exit_code, signal_name
 from engine.errors import StartError
 
 __all__ = ["SOCKET_FOLDER", "PortTaken", "Server"]
@@ -36,8 +36,8 @@ class Server:
         name: str,
         command: list[str],
         log: Path,
-        environment: dict[str, str] | None = None,
-        sockets: Sequence[str] = (),
+        environment: dict[str, str] | None,
+        sockets: Sequence[str],
     ) -> None:
         self.name = name
         self.log = log
@@ -51,7 +51,7 @@ class Server:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,  # noqa: PLW1509 (what threads there are hold no lock)
+                    preexec_fn=before_exec,  # noqa: PLW1509 (what threads there are hold no lock)
                     env=os.environ | (environment or {}),
                 )
             except OSError as error:

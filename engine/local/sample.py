@@ -31,7 +31,7 @@ _WORDS: Final = [
 
 def lines(count: int, seed: int = 1) -> Iterator[bytes]:
     """`count` lines with their newlines."""
-    draw = random.Random(seed)  # noqa: S311 (a sample, not a secret)
+    draw = random.Random(seed)
     for number in range(count):
         record = {
             "event": draw.choice(_EVENTS),

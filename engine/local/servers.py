@@ -21,7 +21,7 @@ from typing import IO, Any, Final, Self
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from engine.children import exit_code, held_back
+from engine.children import exit_code, signals_blocked
 from engine.errors import HeadraceError, StartError
 from engine.local.embedded import SOCKET_FOLDER, PortTaken, Server
 from engine.machine import memory
@@ -144,7 +144,7 @@ class LocalServers:
         )
 
         def wait() -> None:
-            with held_back():  # its threads outlast it for a moment, in which other children are forked
+            with signals_blocked():  # its threads outlast it for a moment, in which other children are forked
                 client: MongoClient[dict[str, Any]] = MongoClient(
                     "127.0.0.1", port, directConnection=True, serverSelectionTimeoutMS=200, connectTimeoutMS=1000
                 )
@@ -201,7 +201,7 @@ class LocalServers:
     def _launch(
         self, name: str, command: list[str], environment: dict[str, str] | None = None, sockets: Sequence[str] = ()
     ) -> Server:
-        with held_back():  # a server that is there is stopped as one
+        with signals_blocked():  # a server that is there is stopped as one
             server = self._servers[name] = Server(name, command, self._folder / f"{name}.log", environment, sockets)
         return server
 

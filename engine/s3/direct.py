@@ -4,7 +4,7 @@ The state of an upload is S3's; `uploads` in the control database only keeps wha
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
-from engine.control.store import Document, Store, translated
+from engine.control.store import Document, Store, literals, translated
 from engine.errors import Conflict, HeadraceError, NotFound, Refused, Transient
 from engine.model import Source
 from engine.s3.client import PART_TYPE, S3_ERRORS, code_of, s3_translated
 from engine.s3.objects import Objects
 from engine.s3.parts import MAX_PARTS
-from engine.s3.replies import field, readable
+from engine.s3.replies import field, reply_translated
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
@@ -122,8 +122,7 @@ class DirectUploads:
         return self.get(upload_id)
 
     def _record(self, name: str, fields: Document) -> None:
-        fields |= {"bucket": self._bucket}
-        changes = {field: {"$literal": value} for field, value in fields.items()} | {"createdAt": "$$NOW"}
+        changes = literals(fields | {"bucket": self._bucket}) | {"createdAt": "$$NOW"}
         with translated("starting an upload"):
             self._uploads.update_one({"_id": name}, [{"$set": changes}], upsert=True)
 
@@ -155,7 +154,7 @@ class DirectUploads:
         parts: dict[int, tuple[tuple[bool, datetime], Part]] = {}
         marker = 0
         of = f"the parts of {found['key']}"
-        with readable(of), s3_translated(f"listing {of}"), _known(upload_id):
+        with reply_translated(of), s3_translated(f"listing {of}"), _known(upload_id):
             while True:
                 page: Any = self._client.list_parts(
                     Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
@@ -206,27 +205,10 @@ class DirectUploads:
         return source
 
     def _assemble(self, found: Document) -> None:
-        """Let S3 make the object of the parts. Raises NotFound where S3 does not know the upload any more."""
+        """Let S3 make the object of the parts. Raises NotFound where S3 does not know the upload any more, Conflict where the
+        parts do not make the file."""
         upload, parts = _upload(found), self.parts(found["_id"])
-        missing = sorted(set(range(1, (parts[-1].number if parts else 1) + 1)) - {part.number for part in parts})
-        if upload.size is not None:
-            missing = sorted(set(range(1, upload.parts + 1)) - {part.number for part in parts})
-        if missing:
-            shown = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
-            raise Conflict(f"parts are missing: {shown}; send them, then complete the upload again")
-        if wrong := [part for part in parts if upload.size_of(part.number) not in (None, part.size)]:
-            shown = ", ".join(f"{part.number} of {part.size}" for part in wrong[:10]) + (
-                " …" if len(wrong) > 10 else ""
-            )
-            raise Conflict(
-                f"parts are not as large as announced ({upload.part_bytes} bytes each, {upload.size} in all): {shown}; send them "
-                "again, then complete the upload again"
-            )
-        if small := [part.number for part in parts[:-1] if part.size < MIN_PART_BYTES]:
-            shown = ", ".join(map(str, small[:10])) + (" …" if len(small) > 10 else "")
-            raise Conflict(
-                f"parts are smaller than the {MIN_PART_BYTES} bytes that all but the last must have: {shown}; send larger ones"
-            )
+        _check_parts(upload, parts)
         with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
             self._client.complete_multipart_upload(
                 Bucket=self._bucket,
@@ -318,6 +300,28 @@ def _known(upload_id: str) -> Iterator[None]:
         if code_of(error) in ("NoSuchUpload", "NoSuchBucket"):
             raise _gone(upload_id) from None
         raise
+
+
+def _check_parts(upload: Upload, parts: Sequence[Part]) -> None:
+    """Raises Conflict where parts are missing, or not of the size that was said, or too small for S3."""
+    last = upload.parts if upload.size is not None else parts[-1].number if parts else 1
+    if missing := sorted(set(range(1, last + 1)) - {part.number for part in parts}):
+        raise Conflict(f"parts are missing: {_shown(missing)}; send them, then complete the upload again")
+    if wrong := [part for part in parts if upload.size_of(part.number) not in (None, part.size)]:
+        raise Conflict(
+            f"parts are not as large as announced ({upload.part_bytes} bytes each, {upload.size} in all): "
+            f"{_shown([f'{part.number} of {part.size}' for part in wrong])}; send them again, then complete the upload again"
+        )
+    if small := [part.number for part in parts[:-1] if part.size < MIN_PART_BYTES]:
+        raise Conflict(
+            f"parts are smaller than the {MIN_PART_BYTES} bytes that all but the last must have: {_shown(small)}; send "
+            "larger ones"
+        )
+
+
+def _shown(items: Sequence[object]) -> str:
+    """The first ten, for a message."""
+    return ", ".join(map(str, items[:10])) + (" …" if len(items) > 10 else "")
 
 
 def _gone(upload_id: str) -> NotFound:

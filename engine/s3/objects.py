@@ -31,7 +31,7 @@ from engine.logs import get_logger
 from engine.model import Source
 from engine.s3.client import code_of, s3_translated, status_of, translate
 from engine.s3.parts import Parts, Recorded, Stream
-from engine.s3.replies import LOOK, field, readable
+from engine.s3.replies import LOOK, field, reply_translated
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
@@ -156,7 +156,7 @@ class Objects:
         Raises:
             NotFound, AccessDenied, WrongClock, Transient.
         """
-        with readable(key), s3_translated(f"looking for {key}"):
+        with reply_translated(key), s3_translated(f"looking for {key}"):
             try:
                 found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
@@ -187,7 +187,7 @@ class Objects:
             Transient, WrongClock: may be tried again.
         """
         version = {"VersionId": source.version} if source.version else {}
-        with readable(source.key), s3_translated(f"reading {source.key}"):
+        with reply_translated(source.key), s3_translated(f"reading {source.key}"):
             try:
                 answer = self._client.get_object(
                     Bucket=source.bucket,
@@ -270,7 +270,7 @@ class Objects:
         """
         more: dict[str, Any] = {"ContinuationToken": after} if after else {}
         listing = f"the listing of bucket {self.bucket}"
-        with readable(listing), s3_translated(f"listing bucket {self.bucket}"):
+        with reply_translated(listing), s3_translated(f"listing bucket {self.bucket}"):
             page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=limit, **more)
         if not _LISTING.intersection(page):
             raise Transient(f"S3's answer for {listing} is no listing: {LOOK}")
@@ -295,7 +295,7 @@ class Objects:
 
     def time(self) -> datetime:
         """What time it is by the clock of S3, to the second."""
-        with readable("its time"), s3_translated("reading the time of S3"):
+        with reply_translated("its time"), s3_translated("reading the time of S3"):
             answer = self._head_bucket()
             return parsedate_to_datetime(field(answer["ResponseMetadata"]["HTTPHeaders"], "date", "its time"))
 

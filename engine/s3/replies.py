@@ -8,7 +8,7 @@ from botocore.parsers import ResponseParserError
 
 from engine.errors import Transient
 
-__all__ = ["LOOK", "field", "readable"]
+__all__ = ["LOOK", "field", "reply_translated"]
 
 _HEADERS: Final = {"ContentLength": "Content-Length"}
 """Headers that boto3 names otherwise."""
@@ -18,7 +18,7 @@ LOOK: Final = "check the S3 server, and that AWS_ENDPOINT_URL leads to it"
 
 
 @contextmanager
-def readable(of: str) -> Iterator[None]:
+def reply_translated(of: str) -> Iterator[None]:
     """Within it, an answer of S3 that the client cannot read comes out as Transient; `of` says what it is about."""
     try:
         yield

@@ -8,6 +8,7 @@ import secrets
 import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any, Final
@@ -35,12 +36,15 @@ SPARSE_BYTES: Final = 4096
 _MARK: Final = secrets.randbits(62) | 1 << 61
 _SEPARATOR: Final = b",%d," % _MARK
 
+# orjson turns an integer beyond 64 bits into a float without a word, so integers outside int64 are looked for in the bytes, by
+# three passes, each slower and more exact than the one before: `_may_have_wide_digits` over a batch, `_has_wide_digits` over a
+# piece of it, `_beyond_int64` over one line.
 # The smallest integer outside int64 has 19 digits. All digits made '0', a run of 19 is one `find` away.
 _ZEROS: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
 _RUN: Final = b"0" * 19
 _DIGIT_RUN: Final = re.compile(rb"0++")
-_INT64_MAX_DIGITS: Final = b"%d" % (2**63 - 1)
-_INT64_MIN_DIGITS: Final = b"%d" % 2**63
+_INT64_MAX_LITERAL: Final = b"%d" % (2**63 - 1)
+_INT64_MIN_LITERAL: Final = b"%d" % 2**63
 
 # Strings are matched first, so that digits within them are passed over; then numbers, whole, to see if they are integers.
 _TOKEN: Final = re.compile(
@@ -50,8 +54,8 @@ _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 _DIGITS: Final = b"0123456789"
 
-# Longer than any int64; int() of a literal of thousands of digits is refused by Python itself.
-_INT64_DIGITS: Final = 40
+# So many digits are no int64 for certain, and are not handed to int(), which refuses thousands of them.
+_CERTAINLY_WIDE: Final = 40
 
 _Object = dict[str, Any]
 """A JSON object, and the document that is made of it."""
@@ -111,12 +115,14 @@ class Documents:
             return
         began = time.perf_counter()
         identities = _identities(batch, self._tag)
-        decode_piece = self._text if self._format is Format.TEXT else self._ndjson
-        wide = self._format is Format.NDJSON and _may_have_wide_digits(batch.data)
+        if self._format is Format.TEXT:
+            decode_piece = self._text
+        else:
+            decode_piece = partial(self._ndjson, wide=_may_have_wide_digits(batch.data))
         cuts = np.searchsorted(batch.ends, np.arange(PIECE_BYTES, len(batch.data), PIECE_BYTES))
         first = 0
         for last in [*np.unique(cuts[cuts > 0]).tolist(), batch.count]:
-            documents = decode_piece(first, last, identities[first:last], wide)
+            documents = decode_piece(first, last, identities[first:last])
             self.seconds += time.perf_counter() - began
             yield documents
             began = time.perf_counter()
@@ -164,7 +170,7 @@ class Documents:
                 documents.append(document)
         return documents
 
-    def _text(self, first: int, last: int, identities: Iterable[bytes], _: bool) -> list[_Object]:
+    def _text(self, first: int, last: int, identities: Iterable[bytes]) -> list[_Object]:
         """The documents of lines `first` to `last` (exclusive): `content` and `originalFile`."""
         documents: list[_Object] = []
         batch = self.batch
@@ -317,15 +323,15 @@ def _may_have_wide_digits(data: bytes) -> bool:
 
 def _wide_at(data: bytes, place: int) -> bool:
     """Whether the run of digits around a place may be an integer that int64 cannot hold."""
-    left = data[max(place - _INT64_DIGITS, 0) : place]
+    left = data[max(place - _CERTAINLY_WIDE, 0) : place]
     before = left.rstrip(_DIGITS)
-    if not before and len(left) == _INT64_DIGITS:
+    if not before and len(left) == _CERTAINLY_WIDE:
         return True
-    right = data[place : place + _INT64_DIGITS]
+    right = data[place : place + _CERTAINLY_WIDE]
     start, end = place - len(left) + len(before), place + len(right) - len(right.lstrip(_DIGITS))
     if end - start < len(_RUN) or before.endswith(b"."):
         return False
-    most = _INT64_MIN_DIGITS if before.endswith(b"-") else _INT64_MAX_DIGITS
+    most = _INT64_MIN_LITERAL if before.endswith(b"-") else _INT64_MAX_LITERAL
     return end - start > len(_RUN) or data[start:end] > most
 
 
@@ -339,7 +345,7 @@ def _has_wide_digits(data: bytes) -> bool:
         run = _DIGIT_RUN.match(zeros, at)
         assert run is not None  # it begins there
         before, end = zeros[at - 1 : at], run.end()
-        most = _INT64_MIN_DIGITS if before == b"-" else _INT64_MAX_DIGITS
+        most = _INT64_MIN_LITERAL if before == b"-" else _INT64_MAX_LITERAL
         # Behind a point stands a fraction.
         if before != b"." and (end - at > len(_RUN) or data[at:end] > most):
             return True
@@ -355,7 +361,7 @@ def _beyond_int64(line: bytes) -> str | None:
         digits, rest = match.group(1), match.group(2)
         if digits is None or rest:
             continue
-        if len(digits) >= _INT64_DIGITS or not _INT64_MIN <= int(digits) <= _INT64_MAX:
+        if len(digits) >= _CERTAINLY_WIDE or not _INT64_MIN <= int(digits) <= _INT64_MAX:
             literal = digits.decode("ascii")
-            return literal if len(literal) <= _INT64_DIGITS else literal[:_INT64_DIGITS] + "…"
+            return literal if len(literal) <= _CERTAINLY_WIDE else literal[:_CERTAINLY_WIDE] + "…"
     return None

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from pymongo.uri_parser import parse_uri
 
-from engine.children import die_with_parent
+from engine.children import before_exec
 from engine.ports import free_port
 from tests.api.conftest import answers
 from tests.running import ROOT, Running, until
@@ -31,7 +31,7 @@ def silent():
 def passed_on(port):
     """A proxy in a process of its own, which can be stopped."""
     command = [sys.executable, "-m", "bench.delay", str(port), "0"]
-    proxy = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, preexec_fn=die_with_parent)
+    proxy = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, preexec_fn=before_exec)
     try:
         yield proxy.pid, int(proxy.stdout.readline())
     finally:

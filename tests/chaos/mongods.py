@@ -8,7 +8,7 @@ import time
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from engine.children import die_with_parent
+from engine.children import before_exec
 from engine.local.servers import mongod_path
 from engine.ports import free_port
 
@@ -75,7 +75,7 @@ class Mongods:
         command += ["--wiredTigerCacheSizeGB", "0.5", "--nounixsocket", "--setParameter", "enableTestCommands=1"]
         with (self.folder / f"mongod-{port}.log").open("ab") as log:
             self.running[port] = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=before_exec
             )
 
     def kill(self, port):

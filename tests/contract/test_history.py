@@ -269,7 +269,7 @@ def test_a_job_of_a_later_version_hides_no_other_from_those_who_ask(store, queue
         store.jobs.update_one({"_id": job_key(job.id)}, {"$set": news})
     history = History(store)
     assert [job.id for job in history.page(2)] == [jobs[4].id, jobs[0].id]
-    assert [job.id for page in queue.open.ready() for job in page] == [jobs[0].id, jobs[4].id]
+    assert [job.id for page in queue.open_jobs.ready() for job in page] == [jobs[0].id, jobs[4].id]
     assert history.backlog().states[JobState.PENDING] == 4
     queue.cancel(jobs[0].id)
     queue.cancel(jobs[4].id)

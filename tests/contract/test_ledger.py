@@ -95,7 +95,7 @@ def test_leases_that_are_freed_late_are_those_of_then(store, ledger, opened, mon
         return real(*given, **more)
 
     monkeypatch.setattr(Collection, "update_many", late)
-    ledger.release_idle("holder")
+    ledger.release_strays("holder")
     ledger.close(leases[0], Tally(lines=9))
     assert stored(store, opened)["state"] == "DONE"
 
@@ -122,7 +122,7 @@ def test_what_an_older_version_has_leased_again_was_not_leased_ahead(store, ledg
 def test_what_is_held_knowingly_is_not_freed(store, ledger, job):
     ledger.open(job, [ByteRange(0, 0, 10), ByteRange(1, 10, 20)])
     known, unknown = ledger.lease(job, "holder"), ledger.lease(job, "holder")
-    ledger.release_idle("holder", [known.token])
+    ledger.release_strays("holder", [known.token])
     ledger.renew(known, known.confirmed, Tally())
     with pytest.raises(LeaseLost):
         ledger.renew(unknown, unknown.confirmed, Tally())

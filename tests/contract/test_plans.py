@@ -179,7 +179,7 @@ def test_an_outage_costs_a_job_one_attempt_at_a_time_however_many_workers_have_s
         planner = Planner(store, queue, plans, ledger, Gone(), settings, lambda: None)
         return Chooser(queue, plans, ledger, planner, name, threading.Event(), lambda: None)
 
-    page = [job for page in queue.open.ready() for job in page]
+    page = [job for page in queue.open_jobs.ready() for job in page]
     for name in ("one", "two", "three"):
         late = chooser(name)
         for job in page:

@@ -32,9 +32,9 @@ from tests.contract.conftest import plan
 
 def test_what_a_living_worker_has_forgotten_is_freed_without_a_death(store, queue, planner, ledger, source):
     [prepared] = planner.prepare([queue.submit(source, JobOptions())], "here")
-    ledger.release_idle("elsewhere")
+    ledger.release_strays("elsewhere")
     assert ledger.lease(prepared.job.id, "other") is None
-    ledger.release_idle("here")
+    ledger.release_strays("here")
     again = ledger.lease(prepared.job.id, "here")
     assert (again.deaths, again.number) == (0, 2)
 
@@ -106,8 +106,8 @@ def test_only_engines_of_a_jobs_database_work_on_it(store, settings, queue, ledg
     job = queue.submit(source, JobOptions())
     elsewhere = settings.mongo_uri.get_secret_value().replace(f"/{settings.data_db()}?", "/elsewhere?")
     other = Store(settings.model_validate(settings.model_dump() | {"mongo_uri": elsewhere}))
-    assert [job.id for page in queue.open.ready() for job in page] == [job.id]
-    assert list(Queue(other, ledger).open.ready()) == []
+    assert [job.id for page in queue.open_jobs.ready() for job in page] == [job.id]
+    assert list(Queue(other, ledger).open_jobs.ready()) == []
     other.close()
 
 
@@ -301,7 +301,7 @@ def test_numbers_are_summed_on_after_a_primary_whose_clock_was_ahead(store, queu
     queue.open_ranges(job)
     ahead = [{"$set": {"rolledAt": {"$add": ["$$NOW", 3_600_000]}}}]
     store.jobs.update_one({"_id": job_key(job.id)}, ahead)
-    assert queue.look(job.id).stale
+    assert queue.signals(job.id).stale
     queue.roll_up(job.id)
     assert queue.get(job.id).progress.at is not None
-    assert not queue.look(job.id).stale
+    assert not queue.signals(job.id).stale

@@ -17,7 +17,7 @@ def test_a_job_that_is_stopped_while_it_is_put_off_is_seen_at_once(store, queue,
     job = queue.submit(source, JobOptions())
     stamp = {"stopping": {"to": "FAILED", "failure": None}, "notBefore": datetime(2099, 1, 1, tzinfo=UTC)}
     store.jobs.update_one({}, {"$set": stamp})
-    assert [[found.id for found in page] for page in queue.open.ready()] == [[job.id]]
+    assert [[found.id for found in page] for page in queue.open_jobs.ready()] == [[job.id]]
 
 
 def test_a_job_whose_ranges_are_all_put_off_is_passed_over_until_one_is_due(
@@ -80,7 +80,7 @@ LATER = datetime(2099, 1, 1, tzinfo=UTC)
 
 
 def seen(queue):
-    return {job.id for page in queue.open.ready() for job in page}
+    return {job.id for page in queue.open_jobs.ready() for job in page}
 
 
 def looks(store, look):
@@ -166,8 +166,8 @@ def test_jobs_that_another_is_about_to_plan_are_not_looked_at(store, queue, plan
     theirs, free, stopped = (queue.submit(source, JobOptions()) for _ in range(3))
     plans.claim([theirs, stopped], "other")
     store.jobs.update_one({"_id": ObjectId(stopped.id)}, {"$set": {"stopping": {"to": "CANCELLED", "failure": None}}})
-    assert [job.id for page in queue.open.ready("me") for job in page] == [free.id, stopped.id]
-    assert [job.id for page in queue.open.ready("other") for job in page] == [theirs.id, free.id, stopped.id]
+    assert [job.id for page in queue.open_jobs.ready("me") for job in page] == [free.id, stopped.id]
+    assert [job.id for page in queue.open_jobs.ready("other") for job in page] == [theirs.id, free.id, stopped.id]
     store.jobs.update_one({"_id": ObjectId(theirs.id)}, [{"$set": {"planner.until": "$$NOW"}}])
     assert seen(queue) == {theirs.id, free.id, stopped.id}
 
@@ -217,11 +217,11 @@ def test_a_look_ahead_frees_nothing_and_takes_nothing_in_doubt_or_while_the_queu
     [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
     queue.open_ranges(job)
     [held] = chooser.take()
-    chooser.doubt()
+    chooser.suspect_strays()
     assert chooser.take(ahead=True) == []
     ledger.renew(held.lease, 0, Tally())
     ledger.close(held.lease, Tally(lines=1, inserted=1))
-    chooser.settle_doubt()
+    chooser.release_strays()
     queue.pause()
     assert chooser.take(ahead=True) == []
     queue.resume()

@@ -35,7 +35,7 @@ def kept(keeper: Keeper, clock: list[float], *runs: Any, seconds: float) -> None
 @pytest.fixture
 def keeper(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Keeper:
     queue = Mock()
-    queue.look.return_value = JobSignals(stopping=False, overdue=False, stale=False)
+    queue.signals.return_value = JobSignals(stopping=False, overdue=False, stale=False)
     keeper = Keeper(Mock(), queue, 30, lambda: 0.0, lambda run: None)
     monkeypatch.setattr(keeper, "renew", Mock())
     return keeper
@@ -106,7 +106,7 @@ def test_the_lease_that_comes_next_is_kept_between_two_runs_too(keeper: Keeper, 
 
 
 def test_the_lease_that_comes_next_is_called_off_with_its_job(keeper: Keeper, clock: list[float]) -> None:
-    keeper._queue.look.return_value = JobSignals(stopping=True, overdue=False, stale=False)  # type: ignore[attr-defined]
+    keeper._queue.signals.return_value = JobSignals(stopping=True, overdue=False, stale=False)  # type: ignore[attr-defined]
     ahead = waiting()
     keeper.hold_next(ahead)
     clock[0] += TICK_SECONDS
@@ -140,7 +140,7 @@ def test_a_lease_that_comes_next_is_not_kept_for_ever(keeper: Keeper, clock: lis
         clock[0] += TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == []
-    assert not keeper._holding.is_set()  # and the thread sleeps
+    assert not keeper.holds_any()  # and the thread sleeps
 
 
 def test_what_is_at_work_is_renewed_before_what_comes_next(keeper: Keeper, clock: list[float]) -> None:

@@ -26,7 +26,7 @@ def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
     store = Mock()
     store.waited.return_value = store.round_trip.return_value = 0.0
     stats = Stats()
-    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, stats, lambda: 0.0)
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, stats, still=lambda: 0.0)
     batch = Batch(0, 3, 0, b"{}\n", np.array([2]))
     monkeypatch.setattr("engine.load.pipeline.decode", lambda *what: Mock(seconds=0.0))
     monkeypatch.setattr("engine.load.pipeline.time.perf_counter", lambda: next(clock))
@@ -41,7 +41,7 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
     stats = Stats()
-    pipeline = Pipeline(Settings(), *[Mock()] * 5, stats, lambda: 0.0)
+    pipeline = Pipeline(Settings(), *[Mock()] * 5, stats, still=lambda: 0.0)
     batch, written = Batch(0, 3, 0, b"{}\n", np.array([2])), threading.Event()
     clock = iter((0.0, 1.0, 10.0, 14.0))
     monkeypatch.setattr("engine.load.pipeline.time.perf_counter", lambda: next(clock))
@@ -64,7 +64,7 @@ def worked(monkeypatch, seconds_each, round_trip, batches=100, at_once=1):
     store, now, read, unwritten, looks = Mock(), [50.0], [], [], []
     store.round_trip.return_value = round_trip
     pipeline = Pipeline(
-        Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0, near_end=lambda: looks.append(len(read))
+        Settings(), store, *[Mock()] * 4, Stats(), still=lambda: 0.0, near_end=lambda: looks.append(len(read))
     )
     monkeypatch.setattr("engine.load.pipeline.time.monotonic", lambda: now[0])
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
@@ -104,7 +104,7 @@ def test_a_lease_taken_ahead_of_a_job_that_has_ended_is_given_back_unread(flag, 
     run = Run(MagicMock(), lease, threading.Event(), lambda: None, ahead=True)
     getattr(run, flag).set()
     objects, ledger = Mock(), Mock()
-    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), lambda: 0.0)
+    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), still=lambda: 0.0)
     assert pipeline.run(run) is ended
     pipeline.close()
     objects.open.assert_not_called()
@@ -117,7 +117,7 @@ def test_a_lease_taken_ahead_begins_before_anything_is_read(monkeypatch):
     ledger = Mock()
     ledger.begin.side_effect = LeaseLost("it is another's")
     objects = Mock()
-    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), lambda: 0.0)
+    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), still=lambda: 0.0)
     with pytest.raises(LeaseLost):
         pipeline.run(Run(MagicMock(), lease, threading.Event(), lambda: None, ahead=True))
     pipeline.close()
@@ -133,7 +133,7 @@ def test_more_batches_are_sent_at_a_time_where_the_way_takes_much_of_what_one_ta
     sink.write.return_value = (Tally(lines=1), [])
     store.waited.side_effect = lambda: next(waited)
     store.round_trip.return_value = round_trip
-    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), still=lambda: 0.0)
     monkeypatch.setattr("engine.load.pipeline.decode", lambda *what: Mock(seconds=0.0))
     pipeline._write(run, sink, Batch(0, 3, 0, b"{}\n", np.array([2])), Mock())
     assert pipeline._window.size == size
@@ -146,7 +146,7 @@ def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkey
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
     store = Mock()
     store.round_trip.return_value = 0.0
-    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), still=lambda: 0.0)
     pipeline._window.size = size
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
     begun, all_at_work = [], threading.Event()
@@ -172,7 +172,7 @@ def tried(sink, monkeypatch, guard=None):
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
     store = Mock()
     store.waited.return_value = store.round_trip.return_value = 0.0
-    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), lambda: 0.0)
+    pipeline = Pipeline(Settings(), store, *[Mock()] * 4, Stats(), still=lambda: 0.0)
     monkeypatch.setattr("engine.load.pipeline.back_off", lambda run, tries: 0.0)
     monkeypatch.setattr("engine.load.pipeline.decode", lambda *what: Mock(seconds=0.0))
     if guard is not None:
@@ -216,7 +216,7 @@ def test_what_must_be_forgotten_before_a_range_is_gone_on_with_is_tried_again(mo
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, True)
     rejects = Mock()
     rejects.forget.side_effect = [Transient("no primary"), None]
-    pipeline = Pipeline(Settings(), Mock(), Mock(), Mock(), Mock(), rejects, Stats(), lambda: 0.0)
+    pipeline = Pipeline(Settings(), Mock(), Mock(), Mock(), Mock(), rejects, Stats(), still=lambda: 0.0)
     monkeypatch.setattr("engine.load.retries.back_off", lambda run, tries: 0.0)
     monkeypatch.setattr(pipeline, "_work", lambda run: Ended.DONE)
     assert pipeline.run(Run(MagicMock(), lease, threading.Event(), lambda: None)) is Ended.DONE

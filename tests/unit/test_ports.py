@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from api.auth import exposed
+from api.auth import exposure_fault
 from engine.errors import StartError
 from engine.ports import check_port, free_port
 from engine.settings import Settings
@@ -28,4 +28,4 @@ def test_a_name_of_which_one_address_is_none_of_this_machine_is_told(monkeypatch
 def test_a_name_that_no_host_can_have_is_told(host):
     with pytest.raises(StartError, match=rf"API_HOST={host} is no address of this machine \(not a valid host name\)"):
         check_port(0, host)
-    assert "is no address of this machine" in exposed(Settings(api_host=host), [])
+    assert "is no address of this machine" in exposure_fault(Settings(api_host=host), [])

@@ -21,7 +21,7 @@ def wait(monkeypatch, capsys):
     def run(reasons, children=None, died=None):
         client = SimpleNamespace(not_ready=lambda: next(reasons, None))
         children = children or [SimpleNamespace(check=lambda: None, log=Path("api.log"))]
-        up._wait_ready(Console(soft_wrap=True), client, children, SimpleNamespace(died=lambda: died))
+        up._wait_ready(Console(soft_wrap=True), client, up._Parts(SimpleNamespace(died=lambda: died), children))
         return capsys.readouterr().out.splitlines()
 
     return run

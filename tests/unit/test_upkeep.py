@@ -33,16 +33,16 @@ def test_uploads_are_swept_however_much_history_there_is_to_delete(upkeep, clock
     upkeep._retention = Mock()
     upkeep._retention.prune.return_value = 200
     while clock[0] < 1000.0 + 3.5 * PRUNE_SECONDS:
-        upkeep.prune()
+        upkeep.clean_up()
         clock[0] += 60
     assert upkeep._retention.prune.call_count > 200
     assert upkeep._uploads.sweep.call_count == 4
 
 
 def test_a_job_that_is_to_stop_and_that_nobody_comes_to_is_brought_to_its_end(upkeep, clock):
-    upkeep._queue.open.stopping.side_effect = lambda: iter([[SimpleNamespace(id="a"), SimpleNamespace(id="b")]])
+    upkeep._queue.open_jobs.stopping.side_effect = lambda: iter([[SimpleNamespace(id="a"), SimpleNamespace(id="b")]])
     for _ in range(int(10 * SETTLE_SECONDS)):
-        upkeep.keep_time()
+        upkeep.see_to_due()
         clock[0] += 1
     settled = [call.args[0] for call in upkeep._queue.settle.call_args_list]
     assert settled == ["a", "b"] * (len(settled) // 2)

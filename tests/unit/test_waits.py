@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from engine.control.waits import OF_LATE_SECONDS, Shortest, Waits
+from engine.control.waits import WINDOW_SECONDS, RecentMinimum, Waits
 
 EVENT = Mock(duration_micros=1000)
 
@@ -71,13 +71,13 @@ def test_the_way_to_the_server_takes_what_the_shortest_answer_of_late_took():
 
 
 def test_the_shortest_answer_counts_for_a_while():
-    shortest = Shortest()
+    shortest = RecentMinimum()
     assert shortest.seconds() == 0
     shortest.add(0.3, 0.0)
     shortest.add(0.1, 1.0)
     shortest.add(0.2, 2.0)
     assert shortest.seconds() == 0.1
-    shortest.add(0.5, OF_LATE_SECONDS)
+    shortest.add(0.5, WINDOW_SECONDS)
     assert shortest.seconds() == 0.1
-    shortest.add(0.4, 2 * OF_LATE_SECONDS)
+    shortest.add(0.4, 2 * WINDOW_SECONDS)
     assert shortest.seconds() == 0.4

@@ -8,15 +8,14 @@ import pytest
 
 from engine.errors import LeaseLost, Permanent, Transient
 from engine.fleet.worker import WorkerIdentity, _Worker
-from engine.load.lookout import Lookout
-from engine.load.pipeline import Ended, Pipeline
+from engine.load.pipeline import Ended
 from engine.model import JobState
 
 
 @pytest.fixture
 def worker() -> Any:
     worker = _Worker.__new__(_Worker)
-    for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity", "_lookout"):
+    for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity", "_lookout", "_pipeline"):
         setattr(worker, name, Mock())
     worker._lookout.holds.return_value = None
     worker._queue.settle.return_value = Mock(state=JobState.FAILED)
@@ -28,10 +27,9 @@ def test_small_jobs_that_are_done_end_whatever_becomes_of_one_beside_them(worker
     done.mark.return_value = (9, "tally")
     worker._ledger.busy.side_effect = Transient("no primary")
     worker._queue.finish_all.return_value = []
-    pipeline = Mock()
-    pipeline.run_together.return_value = ([(lost, LeaseLost("it is another's")), (done, Ended.DONE)], True)
+    worker._pipeline.run_together.return_value = ([(lost, LeaseLost("it is another's")), (done, Ended.DONE)], True)
     with pytest.raises(Transient):
-        worker._run_together(pipeline, [lost, done])
+        worker._run_together([lost, done])
     worker._queue.finish_all.assert_called_once_with([(done.job, "tally")])
 
 
@@ -61,33 +59,33 @@ def test_a_job_is_settled_where_no_range_of_it_is_left_to_wait_for(worker: Any, 
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_what_was_leased_ahead_begins_unless_the_queue_is_paused_by_now(worker: Any, paused: bool) -> None:
-    run, pipeline = Mock(), Mock()
-    pipeline.run.return_value = Ended.CANCELLED
+    run = Mock()
+    worker._pipeline.run.return_value = Ended.CANCELLED
     worker._lookout.take.return_value = run
     worker._queue.paused.return_value = paused
-    assert worker._found_ahead(pipeline) is (None if paused else run)
-    worker._chooser.settle_doubt.assert_called_once_with([run])
-    assert pipeline.run.call_args_list == ([call(run)] if paused else [])
+    assert worker._found_ahead() is (None if paused else run)
+    worker._chooser.release_strays.assert_called_once_with([run])
+    assert worker._pipeline.run.call_args_list == ([call(run)] if paused else [])
     assert run.cancelled.set.called == paused
 
 
 def test_what_is_leased_ahead_of_a_job_that_is_cancelled_is_called_off(worker: Any) -> None:
-    run, ahead, pipeline = Mock(), Mock(), Mock()
+    run, ahead = Mock(), Mock()
     run.job.state = JobState.PROCESSING
-    pipeline.run.return_value = Ended.CANCELLED
+    worker._pipeline.run.return_value = Ended.CANCELLED
     worker._lookout.holds.side_effect = lambda job_id: ahead if job_id == run.job.id else None
-    worker._run_one(pipeline, run)
+    worker._run_one(run)
     ahead.cancelled.set.assert_called_once_with()
 
 
 def test_what_a_look_ahead_has_found_is_kept_until_it_begins(worker: Any) -> None:
     run = Mock()
-    worker._upkeep, worker._keeper = Mock(), Mock()
+    worker._upkeep = Mock()
     worker._chooser.take.return_value = [run]
     assert worker._look_ahead() is run
     worker._chooser.take.assert_called_once_with(ahead=True)
-    worker._keeper.hold_next.assert_called_once_with(run)
-    worker._upkeep.prune.assert_not_called()
+    worker._pipeline.keeper.hold_next.assert_called_once_with(run)
+    worker._upkeep.clean_up.assert_not_called()
 
 
 def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings: Any, monkeypatch: Any) -> None:
@@ -96,13 +94,12 @@ def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings:
     monkeypatch.setattr("engine.fleet.worker.Reporter", Mock())
     worker = _Worker(settings, WorkerIdentity("here", "boot", 0, 0, (), 0), Mock(), stop)
     monkeypatch.setattr(worker, "_boot", lambda: True)
-    monkeypatch.setattr(worker, "_look_ahead", lambda: run)
-    worker._lookout = Lookout(worker._look_ahead)
+    monkeypatch.setattr(worker._lookout, "_look", lambda: run)
     ran = []
 
-    def turn(pipeline: Pipeline) -> None:
-        pipeline._near_end()  # as it does when a range comes to its end
-        monkeypatch.setattr(pipeline, "run", lambda run: (ran.append(run), Ended.STOPPED)[1])
+    def turn() -> None:
+        worker._pipeline._near_end()  # as it does when a range comes to its end
+        monkeypatch.setattr(worker._pipeline, "run", lambda run: (ran.append(run), Ended.STOPPED)[1])
         stop.set()
 
     monkeypatch.setattr(worker, "_turn", turn)
@@ -124,10 +121,10 @@ def test_what_is_due_by_the_clock_is_no_wait_for_the_queue(worker: Any) -> None:
     worker._upkeep, worker._garbage, worker._errors, worker._store = Mock(), Mock(), 0, Mock()
     worker._lookout.take.return_value = None
     worker._store.waited = lambda: waited[0]
-    worker._upkeep.keep_time = wait(5.0, None)
+    worker._upkeep.see_to_due = wait(5.0, None)
     worker._chooser.take, worker._chooser.tried = wait(2.0, [run]), 0
     worker._run = wait(1.0, None)
-    worker._turn(Mock())
+    worker._turn()
     assert worker._stats.add.call_args_list[-1] == call(seconds_queue=3.0)
 
 
