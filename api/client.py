@@ -54,7 +54,7 @@ READ_SECONDS: Final = 120.0
 """How long an answer may take, of most requests."""
 
 SLOW_SECONDS: Final = 3600.0
-"""The same where much is to be done first: a whole file stored, an object made of its parts, the bytes of rejects fetched."""
+"""The longest answer of a call that does much first: stores a whole file, makes an object of its parts, fetches rejects."""
 
 SLOW: Final = httpx.Timeout(30, read=SLOW_SECONDS, write=SLOW_SECONDS)
 
@@ -191,7 +191,7 @@ class Client:
         return str(self.stored(file)["fileKey"])
 
     def stored(self, file: Path) -> dict[str, Any]:
-        """The same; returns all that the API answers: `fileKey`, `size` and `etag`."""
+        """Upload a file through the API; returns all that it answers: `fileKey`, `size` and `etag`."""
         check_file(file)
         with file.open("rb") as content:
             version = version_of(content)

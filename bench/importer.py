@@ -19,7 +19,7 @@ LOOK_SECONDS: Final = 10.0
 """So long the tool may take to say its version."""
 
 RUN_SECONDS: Final = 600.0
-"""And so long for an import: the slowest, of one worker, takes about half a minute for a million records."""
+"""How long one import may take: the slowest, of one worker, takes about half a minute for a million records."""
 
 
 def look(tool: str | None) -> tuple[tuple[int, ...], str]:

@@ -45,7 +45,7 @@ __all__ = [
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.1
-"""How often a load is asked after: walls are of its own stamps, and to ask takes from the cores that are measured."""
+"""How often the state of a load is polled: wall times come from its own stamps, and polling takes CPU from what is measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,13 @@ __all__ = ["configure", "get_logger", "mask", "printable", "printable_lines", "u
 MASK: Final = "***"
 
 FULL_SECONDS: Final = 0.2
-"""How long a line waits for room in a full pipe; the next ones, until there is some, not at all."""
+"""How long a log line waits for room in a full pipe. Then it is dropped, and so are the next ones, without waiting, until there
+is room again."""
 
 CONTEXT: Final = ("action", "job", "range", "worker")
 
-# A password of MongoDB is cut at the last @, whatever should have been written as % and was not. No scheme is longer than that,
-# and without a bound each word of a long text would be looked at to the end of it.
+# In a MongoDB URI everything up to the last @ is masked: a password may hold characters that should have been percent-encoded.
+# The length of a scheme is bounded, or each word of a long text would be searched to the end of the text.
 _CREDENTIALS: Final = re.compile(r"(\bmongodb(?:\+srv)?://)\S+@|(\b[a-z][a-z0-9+.-]{0,31}://)[^\s/@]+@", re.IGNORECASE)
 _secrets: list[str] = []
 
@@ -63,14 +64,14 @@ def _fill(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping
 
 
 def printable(text: str) -> str:
-    """A text that does nothing to a terminal: what a file or its name says is not for that to obey."""
+    """The text with its control characters escaped, so that the contents or the name of a file cannot steer the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """The same of a text of several lines, which it keeps."""
+    """As `printable`, line by line: newlines stay."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -84,9 +85,9 @@ def _drop_empty(_: object, __: str, event: MutableMapping[str, Any]) -> MutableM
 
 
 class _Output:
-    """Standard error. Where it is a pipe that nobody empties, lines are dropped: the work does not wait for who reads of it.
+    """Standard error. If it is a pipe that nobody empties, lines are dropped, so that logging never blocks the work.
 
-    A pipe is opened anew for this, since what is set of the one that is there holds for all who have it.
+    The pipe is opened anew, since O_NONBLOCK on the descriptor that is there would hold for all processes that share it.
     """
 
     def __init__(self) -> None:

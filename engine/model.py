@@ -219,7 +219,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The stamp that makes the holders of a job's ranges let go; `to` is the state the job ends in."""
+    """How a job is to end: its last state, and why if that is FAILED. Stored in an open job (`stopping`), it makes the holders of
+    the job's ranges let go."""
 
     to: JobState
     failure: Failure | None = None
@@ -267,7 +268,7 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class Job:
     """One load of one source into one collection. `id` is 24 hexadecimal digits; `attempts` counts the failures to plan it,
-    and `round` its retries; `idle_seconds` is how long it had ended before these. `planner_deaths` counts the workers that
+    and `round` its retries; `idle_seconds` is how long it stood ended before these. `planner_deaths` counts the workers that
     died or vanished in a row while they planned it.
 
     `database` is where the collection is: only engines whose `MONGO_URI` names it work on the job. `batch` is that of the

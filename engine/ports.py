@@ -16,7 +16,8 @@ _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
 LOW_PORT: Final = 20_000
 _NOT_OURS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 NEIGHBOUR: Final = 10_000
-"""SeaweedFS listens on each of its ports, and this much further up: drawn ports lie below all of these."""
+"""SeaweedFS also listens this far above each of its ports. Ports are drawn from a span no longer than this, so that none of them
+is the neighbour of another."""
 
 
 def is_loopback(host: str) -> bool:

@@ -38,15 +38,16 @@ from engine.values import (
 __all__ = ["LOOP_SECONDS", "Settings", "load"]
 
 LOOP_SECONDS: Final = 0.5
-"""How often a supervisor looks at its workers, at least; of one that would be silent for too long by the next look it is now."""
+"""How often, at least, the supervisor looks at its workers. One that would be silent for too long by the next look is killed at
+this one."""
 
 _PAIR: Final = ("aws_access_key_id", "aws_secret_access_key")
 _KEY: Final = visible("copy the key alone, with nothing around it")
 
 
 def _writers(found: dict[str, Any]) -> int:
-    """Enough writes under way to bridge the database's waits for its journal, and no more than 128 of one engine (twice as many
-    where it is far away). With more of them at work on, mongod takes more CPU for the same documents."""
+    """Enough writes in flight to bridge the database's waits for its journal, and no more than 128 for one engine (twice as many
+    where the database is far away): with more, mongod spends more CPU on the same documents."""
     return max(2, min(4, 128 // int(found["engine_workers"])))
 
 
@@ -302,7 +303,8 @@ def _unknown() -> list[str]:
         upper = name.upper()
         if upper in known:
             continue
-        # Of other programs there are many in the environment, and a few in this file.
+        # Other programs have many names in the environment, and few in .env: outside ENGINE_ and API_ only near misses are
+        # reported, and of the environment only those that begin with MONGO.
         near = difflib.get_close_matches(upper, known, n=1, cutoff=0.6 if upper.startswith(OURS) else 0.75)
         if upper.startswith(OURS) or (near and (name in in_file or upper.startswith("MONGO"))):
             warnings.append(f"{name} is not a setting of Headrace" + (f": did you mean {near[0]}?" if near else ""))
@@ -310,7 +312,7 @@ def _unknown() -> list[str]:
 
 
 def _check_dotenv() -> None:
-    """Raises SettingsError for a line of .env that cannot be read, of which the library says a word and goes on without it."""
+    """Raises SettingsError for a line of .env that cannot be parsed: the library itself would only warn, and skip the line."""
     from dotenv.parser import parse_stream
 
     with suppress(FileNotFoundError), Path(".env").open(encoding="utf-8") as file:

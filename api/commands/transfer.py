@@ -44,7 +44,7 @@ FLYING_BYTES: Final = 64 * 1024 * 1024
 """Parts of one file that are held while they are sent, where it is larger than one."""
 
 TRIES: Final = 5
-"""Of a part, at least; and at most, while S3 has not answered at all."""
+"""Tries of a part. Once S3 has answered anything, they go on until `PATIENCE_SECONDS` have passed."""
 
 MOST_WAIT_SECONDS: Final = 5.0
 """Between two tries."""

@@ -19,10 +19,10 @@ CHEAP_SECONDS: Final = 0.05
 """A count of jobs that takes no longer is made anew whenever it is asked for."""
 
 FIRST_SECONDS: Final = 5.0
-"""How long a call waits for another that counts, where there is no count before."""
+"""How long a call waits for another call's count where there is no earlier one to answer with."""
 
 NEXT_SECONDS: Final = 1.0
-"""The same where there is one that is out of date."""
+"""How long it waits where an outdated count could be answered."""
 
 BACKLOG_FACTOR: Final = 20
 """A count slower than `CHEAP_SECONDS` is reused for this many times the seconds that it took: the history may hold millions of

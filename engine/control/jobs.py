@@ -141,7 +141,7 @@ def failure_document(failure: Failure | None) -> Document | None:
 
 
 def failure_of(document: Document | None) -> Failure | None:
-    """The other way round."""
+    """The failure that such a document holds; None for None."""
     return None if document is None else Failure(**document)
 
 

@@ -34,7 +34,7 @@ VANISHED: Final = 10
 whole host away, with all who could tell of a death, is seldom a line."""
 
 UNSPENT_WAIT: Final = 2
-"""After a failure that is not the range's (the clock of a host is wrong) it waits as after so many that are."""
+"""A failure that costs no attempt (such as a host's wrong clock) is followed by the wait of this many attempts."""
 
 EXPIRY_GRACE_SECONDS: Final = 4
 """A lease is taken away this long after it ran out: after a stall of the database its live holder comes first."""
@@ -106,8 +106,8 @@ class Ledger:
     def lease(self, job_id: str, holder: str, *, ahead: bool = False) -> Lease | None:
         """Lease any READY range of a job whose time has come; None where there is none.
 
-        `ahead`: the holder is still at work on another one, and says when it begins this one. Should it die before that, this
-        one is not what it died over.
+        `ahead`: the holder still works on another range, and calls `begin` later. If it dies before that, its death is not
+        counted against this range.
         """
         token = uuid.uuid4().hex
         with translated("leasing a range"):
@@ -184,8 +184,8 @@ class Ledger:
         return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths")
 
     def release_strays(self, holder: str, held: Sequence[str] = ()) -> None:
-        """Free what a holder that is alive holds without knowing, since the answer to its command was lost: all but the leases of
-        these tokens."""
+        """Free the stray leases of a live holder: those that it does not know of, since the answer to its command was lost.
+        Leases with a token in `held` stay."""
         with translated("freeing leases"):
             mine: Document = {"state": RangeState.LEASED, "holder": holder, "token": {"$nin": held}}
             tokens = [found["token"] for found in self._ranges.find(mine, {"token": True}, hint=LEASES)]
@@ -212,9 +212,10 @@ class Ledger:
             return {str(found["_id"]): found["count"] for found in self._ranges.aggregate(stages, hint=LEASABLE)}
 
     def idle_seconds(self, job_id: str, most: float) -> float | None:
-        """For how long nobody needs to look for a range of a job of which none can be leased now, `most` at the most.
+        """Seconds until a range of this job, none of which can be leased now, may be leasable: `most` at most, and `HELD_SECONDS`
+        where one is LEASED, since that may be given back at any time.
 
-        None: there is none to come, and the job can be settled. A lease may be given back at any time, and is looked for soon.
+        None: no range is READY or LEASED, so that the job can be settled.
         """
         left = {"$divide": [{"$subtract": ["$notBefore", "$$NOW"]}, 1000]}
         soon = {"$cond": [{"$eq": ["$state", RangeState.LEASED]}, HELD_SECONDS, {"$max": [left, 0]}]}
@@ -283,7 +284,8 @@ class Ledger:
             self._ranges.delete_many(ranges_of(job_key(job_id)))
 
     def first_lines(self, job_id: str, indexes: Iterable[int]) -> dict[int, int]:
-        """For each of these ranges before which all are DONE: how many lines stand before it in the file."""
+        """The number of lines of the file before each of these ranges, by index; without those that have an unfinished range before
+        them."""
         wanted = sorted(indexes)
         key = {"job": job_key(job_id), "index": wanted[-1]}
         before = {"documents": ["unbounded", -1]}

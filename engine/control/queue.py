@@ -417,8 +417,8 @@ class Queue:
         return {"$literal": self._rejects.first(job_id) if tally.rejected else []}
 
     def freed(self, job_id: str, what: str) -> None:
-        """Tell that ranges of a job were freed, and bring it to its end where it waited for nothing else: under a stream of jobs
-        of a higher priority, nobody would look at it for long."""
+        """Note that ranges of a job were freed, and settle the job if it waited for nothing else: under a stream of jobs of a
+        higher priority no worker would look at it for long."""
         self.note(job_id, what)
         with translated("looking for a job"):
             found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})

@@ -14,9 +14,9 @@ from engine.model import TERMINAL
 __all__ = ["Retention"]
 
 ABANDONED_MS: Final = 60_000
-"""A job that was begun so long ago, and is still there, is begun again by anyone."""
+"""A deletion that began this long ago and has not ended was abandoned: any worker may take it over."""
 
-# Of a job that is deleted: not the rejects that its status shows, since there are hundreds of jobs.
+# What a deletion needs to know of a job; without the rejects in its status, which add up over hundreds of jobs.
 _NEEDED: Final = {"batch": 1, "database": 1, "options": 1, "plan.tag": 1}
 
 log = get_logger()
@@ -80,8 +80,8 @@ class Retention:
         if not all(delete_slices(collection, query, goes_on) for collection, query in parts):
             jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may go on at once
             return True
-        # The batch goes ahead of its last job, by which it is found again where this process dies in between; and behind it, for
-        # two last ones that go at a time.
+        # The batch is deleted before its last job, so that a death in between leaves that job, by which it is found again; and
+        # once more after it, since two workers may delete the last two jobs at the same time.
         self._drop_empty(job, {"_id": {"$ne": key}})
         jobs.delete_one({"_id": key, "pruned": True})
         self._drop_empty(job, {})

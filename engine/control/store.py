@@ -70,9 +70,9 @@ TRANSIENT_CODES: Final = frozenset(
     # Too much load, no room, or writes that somebody has blocked for a while.
     | {146, 264, 365, 371, 402, 433, 449, 450, 462, 14031}
 )
-"""With these a server answers, for a command or for one document, while it starts, stops, elects, or is in passing trouble. A
-router says so of each document of a shard that is in trouble, which must not be taken for the documents' own fault. (388, a
-transaction too large for the cache, is one: of a single document with too many index keys.)
+"""Codes of passing trouble: a server that starts, stops, elects or is overloaded. They come for a whole command or, from a
+router, for each document of a shard in trouble: such a document is written again, and never rejected. (388, a transaction too
+large for the cache, is not among them: that is the fault of a single document with too many index keys.)
 
 Of the codes in MongoDB's src/mongo/base/error_codes.yml, from 6.0 on.
 """

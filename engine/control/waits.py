@@ -19,11 +19,12 @@ from pymongo.monitoring import (
 __all__ = ["WINDOW_SECONDS", "RecentMinimum", "Waits"]
 
 WINDOW_SECONDS: Final = 30.0
-"""How long the shortest answer counts, and as long again: the way to a server may become a longer one."""
+"""The minimum is taken over the last one to two windows of this length: the route to a server may change."""
 
 
 class _OfThread(threading.local):
-    """Of one thread: how many seconds it has waited, since when it waits for an answer, and for a connection (None: not)."""
+    """Per thread: the seconds waited so far, when the pending command was sent, and when a connection was asked for (None: it
+    waits for none)."""
 
     seconds: float = 0.0
     answer: float = 0.0
@@ -51,11 +52,11 @@ class RecentMinimum:
 
 
 class Waits(CommandListener, ConnectionPoolListener):
-    """Sums up, for each thread, the seconds that it waited: for answers, since a command is encoded before it is `started`, and
-    sent after that; and before that for a connection, which holds the handshake of a new one.
+    """Adds up, per thread, the seconds spent waiting for MongoDB: for answers (a command is encoded before it is `started`, so
+    that encoding is not in it), and for connections, handshakes of new ones included.
 
     `moved` is called for every command and every answer, as a sign of life: a worker that waits for a slow database does not
-    hang. `answers` has the shortest answer of late, which is how long the way takes, however busy the server is.
+    hang. `answers` has the shortest recent answer, which is the round-trip time, however busy the server is.
     """
 
     def __init__(self, moved: Callable[[], None]) -> None:

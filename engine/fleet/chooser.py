@@ -23,8 +23,8 @@ MAX_TOGETHER: Final = 16
 """Small jobs that a worker takes on together."""
 
 BARREN_SECONDS: Final = 700.0
-"""How long, at most, a job is passed over whose ranges are all put off, which is longer than any is: after an outage there may
-be thousands, and each look at one takes two round trips."""
+"""The longest that a job is passed over because all its ranges are put off: longer than any of them is. After an outage there may
+be thousands of such jobs, and each look at one takes two round trips."""
 
 SETTLE_SECONDS: Final = 20.0
 """How often a worker looks, while the queue is paused, for jobs of which nothing is left to do but to end them."""
@@ -240,8 +240,8 @@ class Chooser:
 def _all_held(job: Job, leased: int) -> bool:
     """Whether there is nothing to do on a job but what its holders do.
 
-    What was DONE when the job was read is so for ever, and not among what was leased after that. Without a holder there is its
-    end to bring about.
+    A range that was DONE when the job was read stays so, and is not among those that are leased now. A job without holders is
+    not passed over: it may have to be settled.
     """
     if job.stopping is not None or job.plan is None or not leased:
         return False

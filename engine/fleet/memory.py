@@ -11,7 +11,7 @@ COLLECT_SECONDS: Final = 10.0
 """How often, at most, between two ranges, garbage that holds cycles is looked for."""
 
 IDLE_SECONDS: Final = 300.0
-"""How often where nothing was done: the driver leaves some each time that it finds a member down."""
+"""The same for an idle worker: the driver leaves cycles each time it finds a member down."""
 
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
@@ -48,7 +48,7 @@ class Garbage:
         self._done = 0
 
     def collect(self, done: int) -> None:
-        """Look for it where the time has come; `done` counts what was tried: who is idle leaves little."""
+        """Collect if it is time; `done` counts what was tried so far: while it stays the same, the worker is idle."""
         now = time.monotonic()
         if now >= (self._idle_at if done == self._done else self._next_at):
             self._next_at, self._idle_at, self._done = now + COLLECT_SECONDS, now + IDLE_SECONDS, done

@@ -1,10 +1,10 @@
 """A load that writes nothing to its collection: every line is read, parsed and judged as a load would judge it.
 
-What only an insert would tell is found out beside it: the collection's validator is asked about documents that are sent along
-with the question, and what must be unique is claimed in the control database, so that lines which fight over a key are told
-whichever workers read them. Not detected: conflicts on unique indexes over arrays or with options; what an index cannot hold
-(geometry that is none, an array for a hashed one, two arrays for a compound one); an `_id` of more than 8 MiB. Reported although
-a load would take it: a line whose rival is later rejected by another worker.
+What only an insert would reveal is found otherwise: the validator runs in an aggregation over documents that are sent with it,
+and values that must be unique are claimed in the control database, so that lines which conflict are found whichever workers read
+them. Not detected: conflicts on unique indexes over arrays or with options; what an index cannot hold (geometry that is none, an
+array for a hashed one, two arrays for a compound one); an `_id` of more than 8 MiB. Reported although a load would take it: a
+line whose rival is later rejected by another worker.
 """
 
 import hashlib
@@ -119,7 +119,7 @@ class DryRun(Sink):
     def _fight(self, made: list[Document], indexes: Sequence[int], keys: Sequence[_Keys]) -> dict[int, str]:
         """Let documents claim their keys, one kind after the other; returns those that lost, and why.
 
-        Who loses one claim holds no other any longer, and who lost to such a one alone tries again.
+        A document that loses one claim releases its others; one that lost only against a released claim tries again.
         """
         lost: dict[int, str] = {}
         while indexes:

@@ -23,7 +23,7 @@ KEEPER: Final = "keeper"
 """Name of the thread that renews."""
 
 STIR_SECONDS: Final = 0.5
-"""How often one that waits tells that it lives."""
+"""How often a thread that waits on purpose reports that it is alive."""
 
 TICK_SECONDS: Final = 0.7
 """How often a lease is renewed and its progress recorded: so often that the numbers of a job move every second."""
@@ -32,7 +32,8 @@ TICK_SECONDS: Final = 0.7
 class Keeper(threading.Thread):
     """Renews the leases of the runs at hand, every `TICK_SECONDS`, and learns whether their jobs are being stopped.
 
-    It renews only while the worker moves: one that hangs loses its leases. A run of several side by side may wait for its turn.
+    It renews only while the worker moves: one that hangs loses its leases. One run among several side by side need not move: it
+    may be waiting for its turn.
 
     Args:
         still: tells for how many seconds nothing has moved: no bytes, no batch, no command but those of this thread.

@@ -39,10 +39,11 @@ __all__ = ["Ended", "Pipeline"]
 log = get_logger()
 
 AHEAD_SECONDS: Final = 0.2
-"""So long before the end of a range, at the least, the next one is looked for: no longer, since others may be idle."""
+"""How long before the end of a range, at least, the next one is looked for. Not longer: a range that is leased ahead is one that
+an idle worker cannot take."""
 
 AHEAD_ROUND_TRIPS: Final = 16
-"""To MongoDB, about twice as many as it takes to look for a range."""
+"""The same in round trips to MongoDB, whichever is longer: a look takes about ten."""
 
 CAUTIOUS_LINES: Final = 50
 """Lines in the first batch of a range whose holders died. Each is confirmed before the next, of twice as many, begins:
@@ -89,7 +90,7 @@ class Pipeline:
         self.keeper.start()
         self._window = Window(settings.engine_writers)
         self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
-        # Apart, so that where MongoDB is near no more threads take turns: each has memory of its own, and a core's cache.
+        # A pool of its own, whose threads start only where MongoDB is far away: each takes memory, and a share of a core's cache.
         self._more = ThreadPoolExecutor((MOST_TIMES - 1) * settings.engine_writers, thread_name_prefix="more")
 
     def close(self) -> None:

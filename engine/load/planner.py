@@ -43,7 +43,7 @@ LOOK_SHARE: Final = 0.5
 """Share of a lease's time in which S3 must return the first bytes of the objects. A job whose object takes longer is put off."""
 
 RANGES_PER_WORKER: Final = 4
-"""So many, that the last ones to finish leave the others idle for a short time only."""
+"""Several, so that at the end of a file the other workers are idle for a part of one worker's share only."""
 
 SMALL_RANGE_BYTES: Final = 8 * 1024 * 1024
 """A range is not made smaller than this only to have more of them: each costs a request and a few writes."""

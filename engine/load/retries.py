@@ -21,8 +21,8 @@ BACKOFF_SECONDS: Final = 0.2
 
 
 def insist(run: Run, speak: Callable[[], T]) -> T:
-    """Do what is safe to repeat, such as to tell the ledger how a lease ended: untold, the range would stand still until the
-    lease runs out. Raises what the last try raised."""
+    """Call `speak`, which must be safe to repeat, until it succeeds, `TRIES` times at most; raises what the last try raised. It
+    mostly records how a lease ended: unrecorded, the range would stand still until the lease runs out."""
     for tries in range(1, TRIES):
         try:
             return speak()

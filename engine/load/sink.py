@@ -44,13 +44,13 @@ _NO_COLLECTION: Final = frozenset({73, 166})
 
 _BAD_ID: Final = frozenset({52, 53})
 _BAD_VALUE: Final = 2
-# With these the server answers for the whole command what is the fault of one document in it.
+# With these codes the server fails a whole command, although one document in it is at fault.
 _OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, TOO_DEEP_CODE, 22}) | TOO_LARGE_CODES | _BAD_ID
 
 _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
-# The server cuts long values that it quotes in an error at any byte, in the midst of a character, too; and quotes the
-# validator, whatever dates it names.
+# An error quotes long values cut at any byte, even within a character, and the validator with dates that Python cannot represent:
+# it is decoded leniently.
 _REPLIES: Final[CodecOptions[Document]] = CodecOptions(
     tz_aware=True, unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )

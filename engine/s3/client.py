@@ -48,7 +48,8 @@ _MISFITS: Final = (
     "IllegalLocationConstraintException",
     "PermanentRedirect",
 )
-"""Codes of answers, with the status 301 or 400, to what is signed, but not as the server wants it."""
+"""Codes with which S3 answers, with the status 301 or 400, where credentials do not fit: a session token of other keys, or
+another region."""
 
 ROLE_ATTEMPTS: Final = 3
 """How often the role of a machine is asked for: workers that begin at the same time are told to slow down."""
@@ -100,7 +101,7 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
         signature_version="s3v4",
         s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
         tcp_keepalive=True,
-        # What http_proxy names leads to other machines.
+        # No proxy for a server on this machine, which it could not reach.
         proxies={} if is_loopback(urlsplit(settings.aws_endpoint_url or "").hostname or "") else None,
         # The types hold what this would look at again in each call, for a tenth of its time.
         parameter_validation=False,

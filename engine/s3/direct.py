@@ -186,8 +186,9 @@ class DirectUploads:
         try:
             self._assemble(found)
         except (NotFound, Conflict):
-            # S3 may have ended this upload, and nobody have got to write that down. No other has its key: where that is, it was
-            # completed. Another request may be about to: SeaweedFS forgets parts and upload a moment before it shows the object.
+            # S3 may have completed this upload although its answer, or our note of it, was lost. No other upload has its key, so
+            # that an object there proves it. Or another request is completing it now: SeaweedFS forgets parts and upload a moment
+            # before it shows the object.
             end = time.monotonic() + SHOWN_SECONDS
             while time.monotonic() < end:
                 with suppress(NotFound):

@@ -49,7 +49,7 @@ DRAIN_BYTES: Final = 256 * 1024
 """An answer with no more than this left is read to its end, so that its connection can be used again."""
 
 SLICE_BYTES: Final = 256 * 1024
-"""So many bytes of a read are waited for at a time, and fewer where these take longer than `SLICE_SECONDS`."""
+"""Bytes that are read between two signs of life; halved as long as they take longer than `SLICE_SECONDS`."""
 
 FIRST_SLICE_BYTES: Final = 16 * 1024
 SLICE_SECONDS: Final = 1.0

@@ -26,13 +26,15 @@ BOM: Final = b"\xef\xbb\xbf"
 BLANK: Final = " \t\n\r\x0b\x0c"
 
 PIECE_BYTES: Final = 32 * 1024
-"""About how much of a batch is parsed at a time: what comes of it is encoded, and gone, while it is still in the processor's
-cache. Of a whole batch at once, every object would be fetched from memory three times over."""
+"""Bytes of lines that are parsed at a time, about: their documents are encoded and freed while they are still in the CPU cache.
+With a whole batch at a time every object would be fetched from memory three times."""
 
 SPARSE_BYTES: Final = 4096
-"""Long runs of digits are looked at one by one where there is no more than one of them in so many bytes."""
+"""Places where a long run of digits may begin are checked one by one if there is at most one per so many bytes; otherwise a scan
+of all bytes is as quick."""
 
-# Between the lines of a piece, so that one call parses them all. No file knows it: it is drawn anew by every process.
+# Stands between the lines of a piece as an element of an array, so that one call parses them all. It is random in each process,
+# so that no file can contain it on purpose.
 _MARK: Final = secrets.randbits(62) | 1 << 61
 _SEPARATOR: Final = b",%d," % _MARK
 
@@ -240,10 +242,10 @@ def _objects(data: bytes, start: int, ends: list[int]) -> list[_Object] | None:
 
 
 def _together(text: bytes, count: int) -> list[Any]:
-    """The values of `count` lines, parsed as one array with a mark between each two; none unless every line is one.
+    """The values of `count` lines, parsed as one array with a mark between each two; [] unless every line is one JSON value.
 
-    Lines that are no JSON by themselves, but are with their neighbours, do not pass: where one of them takes in the mark
-    behind it, too few marks are left between the values, and no line can hold one that makes up for it.
+    Lines that are JSON only together with a neighbour are caught: a value across a line break swallows the mark there, and no
+    line can contain one to make up for it.
 
     Raises:
         orjson.JSONDecodeError: all of it is no array.
@@ -298,10 +300,10 @@ _KINDS: Final = {
 
 
 def _may_have_wide_digits(data: bytes) -> bool:
-    """Whether there may be a run of 19 digits: False is sure. It takes a sixth of the time of a look at every byte.
+    """Whether there may be a run of 19 digits; False is certain. Six times as fast as a look at every byte.
 
-    Such a run covers four whole words of four bytes, and stands out from these by three bytes. All that is asked of a byte is
-    to be one of 0123456789:;<=>?.
+    Such a run always covers four whole words of four bytes, and three more bytes beside them. A byte counts as a digit if its
+    high half is 3: 0 to 9, and :;<=>?.
     """
     words = np.frombuffer(data, "<u4", len(data) // 4) & np.uint32(0xF0F0F0F0) == np.uint32(0x30303030)
     at = 4 * np.flatnonzero(words[:-3] & words[1:-2] & words[2:-1] & words[3:])

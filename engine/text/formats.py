@@ -60,8 +60,8 @@ def begins(head: bytes) -> bytes:
 
 
 def _looks_wide(head: bytes) -> bool:
-    """Whether it looks like a text of two or four bytes a character: where it has much ASCII, the high bytes are NUL, and the
-    low ones hardly ever. NULs in a row are none of that: a log that was cut while it was written has them."""
+    """Whether it looks like UTF-16 or UTF-32: in mostly ASCII text most high bytes are NUL, and hardly any low byte is. A run of
+    NULs, as in a log that was cut off while it was written, does not count."""
     sample = head[: min(WIDE_SAMPLE, len(head)) // 4 * 4]
     half, quarter = len(sample) // 2, len(sample) // 4
     even, odd = sample[::2].count(0), sample[1::2].count(0)

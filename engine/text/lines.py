@@ -6,8 +6,8 @@ dropped, and reading goes on past `end` until the last owned line is whole. For 
 ranges together yield exactly the lines of the object, each once.
 
 This is a machine without I/O: it is fed chunks of any size, in order, and never asks for one. It holds no more than
-one unfinished line, and of a line over the limit no more than a head. Lines stay where they came in their chunk, and
-only their ends are told: a `bytes` for each of them would cost as much as all the rest of it.
+one unfinished line, and of a line over the limit no more than a head. Lines are not copied: a block refers to its chunk
+and lists where each line ends. A `bytes` per line would cost as much as all the rest.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ HEAD_BYTES = 64 * 1024
 """How much of an oversized line is kept, for its reject."""
 
 LONG_LINE_BYTES = 2048
-"""Lines that are this long on the average are worth a look at each of them; of shorter ones, the work is done on many at once."""
+"""From this average length on, lines are handled one by one; shorter ones many at a time."""
 
 FEW_LINES = 16
 """Up to this many lines, newlines are searched one by one, however short the lines are."""

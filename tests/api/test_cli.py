@@ -23,7 +23,7 @@ def test_a_load_without_waiting_prints_the_id_that_the_other_commands_take(run, 
     job_id = run("load", file, "--collection", "cli").out.strip()
     assert json.loads(run("status", job_id, "--wait", "--json").out)["status"] == "COMPLETED"
     assert "COMPLETED" in run("status", job_id).out
-    assert job_id in run("jobs", "--limit", "5", COLUMNS="200").out
+    assert job_id in run("jobs", "--limit", "100", COLUMNS="200").out
     assert json.loads(run("jobs", "--json", "--status", "completed", "--collection", "cli").out)["jobs"]
     [reject] = json.loads(run("rejects", job_id, "--json").out)["rejects"]
     assert (reject["line"], reject["raw"]) == (5001, "bad")
