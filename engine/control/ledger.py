@@ -284,8 +284,7 @@ class Ledger:
             self._ranges.delete_many(ranges_of(job_key(job_id)))
 
     def first_lines(self, job_id: str, indexes: Iterable[int]) -> dict[int, int]:
-        """The number of lines of the file before each of these ranges, by index; without those that have an unfinished range before
-        them."""
+        """The number of lines of the file before each of these ranges, by index; those behind an unfinished one are left out."""
         wanted = sorted(indexes)
         key = {"job": job_key(job_id), "index": wanted[-1]}
         before = {"documents": ["unbounded", -1]}
