@@ -69,7 +69,7 @@ class Settings(BaseSettings):
 
     port: int = _setting(3000, "Port of the HTTP API", "port", ge=1, le=65535)
     mongo_uri: Annotated[SecretStr | None, AfterValidator(mongo_uri_of)] = _setting(
-        None, "MongoDB that holds the queue and the documents; the documents go to the database it names"
+        None, "MongoDB for the queue and the documents; the documents go to the database that it names"
     )
     aws_region: Annotated[str, like(REGION, "write a region such as eu-central-1")] = _setting(
         "us-east-1", "Region of the bucket"
@@ -92,8 +92,8 @@ class Settings(BaseSettings):
     )
     engine_range_bytes: Bytes = _setting(
         64 * MIB,
-        "Maximum size of one range of an object; larger where it would have over 100,000 of them, and smaller where it would "
-        "have under 4 for each worker",
+        "Maximum size of one range of an object; ranges are larger where an object would have over 100,000 of them, and "
+        "smaller where it would have under 4 for each worker",
         "bytes",
         ge=64 * KIB,
     )
@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     engine_max_line_bytes: Bytes = _setting(32 * MIB, "A longer line is rejected", "bytes", ge=1 * KIB, le=256 * MIB)
     engine_batch_records: int = _setting(1000, "Maximum lines in one bulk write", "records", ge=1, le=20_000)
     engine_batch_bytes: Bytes = _setting(
-        2 * MIB, "Maximum bytes of lines in one bulk write; a longer one goes alone", "bytes", ge=64 * KIB, le=4 * MIB
+        2 * MIB, "Maximum bytes of lines in one bulk write; a longer line goes alone", "bytes", ge=64 * KIB, le=4 * MIB
     )
     engine_writers: int = _setting(
         _writers,
@@ -113,7 +113,7 @@ class Settings(BaseSettings):
     )
     engine_lease_seconds: float = _setting(30.0, "How long a lease lasts without renewal", "seconds", ge=1, le=3600)
     engine_watchdog_seconds: float = _setting(
-        60.0, "A worker silent for this long is replaced", "seconds", ge=1, le=86_400
+        60.0, "A worker that is silent for this long is replaced", "seconds", ge=1, le=86_400
     )
     engine_grace_seconds: float = _setting(20.0, "How long a graceful stop may take", "seconds", ge=0, le=3600)
     engine_poll_seconds: float = _setting(
@@ -124,39 +124,39 @@ class Settings(BaseSettings):
     )
     engine_data_dir: Path = _setting(Path(".headrace"), "Data and logs of the embedded servers", "folder")
     engine_log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = _setting(
-        "info", "Least level that is logged"
+        "info", "Lowest level that is logged"
     )
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
 
     api_host: Annotated[
         str, AfterValidator(str.strip), like(re.compile(r"\S+"), "write an address such as 127.0.0.1 or 0.0.0.0")
     ] = _setting("127.0.0.1", "Address that the HTTP API listens on")
-    api_threads: int = _setting(32, "Requests that the HTTP API handles at a time", "threads", ge=4, le=256)
+    api_threads: int = _setting(32, "Requests that the HTTP API handles at the same time", "threads", ge=4, le=256)
     api_tokens: SecretStr | None = _setting(
         None, "Token entries that the HTTP API accepts, as `headrace token` prints them, separated by spaces or commas"
     )
-    api_tokens_file: Path | None = _setting(None, "A file of such entries, one per line", "file")
+    api_tokens_file: Path | None = _setting(None, "File of token entries, one per line", "file")
     api_token: Annotated[SecretStr | None, visible("copy it as `headrace token` showed it")] = _setting(
         None, "Token that the command line sends to the HTTP API"
     )
     api_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
-        None, "HTTP API that the command line talks to; unset: API_HOST and PORT", "URL"
+        None, "HTTP API that the command line talks to; if unset, the one at API_HOST and PORT", "URL"
     )
-    api_max_uploads: int = _setting(4, "Uploads through POST /upload at a time", "uploads", ge=1, le=128)
-    api_max_watchers: int = _setting(8, "Requests that wait for a job to change, at a time", "requests", ge=0, le=128)
-    api_max_downloads: int = _setting(4, "Downloads of rejected lines at a time", "requests", ge=1, le=128)
+    api_max_uploads: int = _setting(4, "Concurrent uploads through POST /upload", "uploads", ge=1, le=128)
+    api_max_watchers: int = _setting(8, "Concurrent requests that wait for a job to change", "requests", ge=0, le=128)
+    api_max_downloads: int = _setting(4, "Concurrent downloads of rejected lines", "requests", ge=1, le=128)
     api_max_open_jobs: int = _setting(100_000, "Maximum open jobs; more are refused", "jobs", ge=1, le=10_000_000)
     api_max_upload_bytes: Bytes = _setting(
         10 * GIB,
-        "The largest body that POST /upload takes; above 78 GiB, parts are larger, and so is the memory they take",
+        "Maximum size of a body that POST /upload takes; above 78 GiB, parts are larger and take more memory",
         "bytes",
         ge=1,
         le=5 * TIB,
     )
     api_part_bytes: Bytes = _setting(8 * MIB, "Part size of an upload to S3", "bytes", ge=5 * MIB, le=256 * MIB)
-    api_upload_parallel: int = _setting(6, "Parts sent to S3 at a time, over all uploads", "parts", ge=1, le=64)
+    api_upload_parallel: int = _setting(6, "Concurrent parts sent to S3, over all uploads", "parts", ge=1, le=64)
     api_spool_dir: Path | None = _setting(
-        None, "Where bodies are spooled; unset: the system's temporary folder", "folder"
+        None, "Folder where bodies are spooled; if unset, the system's temporary folder", "folder"
     )
 
     @classmethod
