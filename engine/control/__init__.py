@@ -1,1 +1,1 @@
-"""What is kept in MongoDB beside the documents: jobs, their ranges and leases, sources, rejects, workers."""
+"""What Headrace keeps in MongoDB besides the documents: jobs, their ranges and leases, sources, rejects, workers."""

@@ -1,4 +1,4 @@
-"""What may come onto the queue: collections that can take documents, and requests that are what they were before."""
+"""Checks before a job is queued: its collection can take documents, and a repeated request matches the original."""
 
 from typing import Final
 
@@ -11,11 +11,11 @@ from engine.errors import KeyReused, Refused
 __all__ = ["check_collection", "check_collection_name", "check_ticket"]
 
 MAX_NAMESPACE_BYTES: Final = 255
-"""Bytes that MongoDB takes as the name of a database and a collection with a dot between."""
+"""Longest namespace that MongoDB accepts, in bytes: the database, a dot, and the collection."""
 
 
 def check_collection_name(name: str) -> None:
-    """Raises Refused where no collection of documents can have this name."""
+    """Raises Refused if no collection of documents can have this name."""
     if not all(name.split(".")) or name.startswith("system.") or ".system." in name or not _is_utf8(name):
         raise _unfit(name, "its name is not one that a collection of documents can have")
     if "$" in name or "\0" in name:
@@ -23,7 +23,7 @@ def check_collection_name(name: str) -> None:
 
 
 def check_collection(database: Database[Document], name: str) -> None:
-    """Raises Refused where this collection cannot take documents."""
+    """Raises Refused if this collection cannot take documents."""
     check_collection_name(name)
     refusal = None
     if len(f"{database.name}.{name}".encode()) > MAX_NAMESPACE_BYTES:
@@ -40,7 +40,7 @@ def check_collection(database: Database[Document], name: str) -> None:
 
 
 def check_ticket(found: Document, ticket: Ticket) -> None:
-    """Raises KeyReused where what was made with this ticket's key was made for another request."""
+    """Raises KeyReused if `found`, a job or batch made with this ticket's key, was made for another request."""
     if found["ticket"]["digest"] != ticket.digest:
         raise KeyReused("this Idempotency-Key was used with another request: repeat that request, or use another key")
 
@@ -48,7 +48,7 @@ def check_ticket(found: Document, ticket: Ticket) -> None:
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can express
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""How many rejects a job tolerates. Pure."""
+"""How many rejects a job tolerates. A pure function."""
 
 from decimal import Decimal
 from typing import Final
@@ -8,16 +8,16 @@ from engine.model import Failure, JobOptions, Tally
 __all__ = ["overspent"]
 
 LINES_FIRST: Final = 10_000
-"""A budget in percent is judged from this many lines on, and at the end."""
+"""A percentage is checked from this many lines on, and at the end."""
 
 
 def overspent(options: JobOptions, tally: Tally, *, final: bool) -> Failure | None:
-    """Why a job fails that has rejected more lines than its `max_errors` allows; None where it has not.
+    """The failure of a job that has rejected more lines than its `max_errors` allows; None if it has not.
 
     Args:
         options: `max_errors` is a count, or a percentage such as "2%" of the lines read.
-        tally: of all its ranges.
-        final: all lines are read. Before, a percentage waits for the first 10,000.
+        tally: the sum over all its ranges.
+        final: whether all lines have been read. Until then, a percentage is not checked below 10,000 lines.
     """
     allowed = options.max_errors
     if isinstance(allowed, int):

@@ -1,4 +1,4 @@
-"""Questions about jobs that people ask: lists, what became of a job's ranges, how long the queue is. All reads."""
+"""Reads for people who ask about jobs: lists of jobs, the ranges of a job, the length and age of the queue."""
 
 import threading
 import time
@@ -14,27 +14,28 @@ from engine.model import Job, JobState, RangeState
 __all__ = ["Backlog", "History", "RangeReport"]
 
 MAX_HOLDERS: Final = 100
+"""The most holders that a `RangeReport` names."""
 
 CHEAP_SECONDS: Final = 0.05
-"""A count of jobs that takes no longer is made anew whenever it is asked for."""
+"""A count of jobs that takes no longer than this is made afresh for every call."""
 
 FIRST_SECONDS: Final = 5.0
-"""How long a call waits for another call's count where there is no earlier one to answer with."""
+"""How long a call waits for another call's count if there is no earlier count to return."""
 
 NEXT_SECONDS: Final = 1.0
-"""How long it waits where an outdated count could be answered."""
+"""How long a call waits for another call's count if there is an outdated one to return."""
 
 BACKLOG_FACTOR: Final = 20
-"""A count slower than `CHEAP_SECONDS` is reused for this many times the seconds that it took: the history may hold millions of
-jobs."""
+"""A count slower than `CHEAP_SECONDS` is reused for this many times as long as it took: the history may hold millions
+of jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeReport:
-    """A job's ranges: how many are in each state, the troubles they have had so far, and who has worked on them lately.
+    """A job's ranges: how many are in each state, their failures and deaths so far, and who has worked on them lately.
 
-    `kept` is how many are LEASED by somebody who renews the lease: those of a host that died stay LEASED until a worker frees
-    them. `put_off` is why the next one that is READY has to wait; None where one need not, or none is.
+    `kept` counts the ranges whose lease has not expired: those of a host that died stay LEASED until a worker frees
+    them. `put_off` is why the next READY range has to wait; None if one can be leased now or no range is READY.
     """
 
     states: dict[RangeState, int]
@@ -47,7 +48,7 @@ class RangeReport:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Jobs by state, and for how many seconds the oldest of those that are due and not begun has waited; 0 without any."""
+    """Jobs by state, and how many seconds the oldest job that is due but not begun has waited; 0 if there is none."""
 
     states: dict[JobState, int]
     oldest_seconds: float
@@ -78,9 +79,12 @@ class History:
 
         Args:
             limit: the most to return.
-            before: only those older than the job of this id.
-            state, key, collection, batch, bucket: only jobs in this state, of this object, into this collection, of this batch,
-                of this bucket.
+            before: only jobs older than the one with this id.
+            state, key, collection, batch, bucket: only jobs in this state, of this object key, into this collection, of
+                this batch, of this bucket.
+
+        Raises:
+            NotFound: `before` or `batch` is not 24 hexadecimal digits.
         """
         query: Document = {}
         if before is not None:
@@ -106,7 +110,7 @@ class History:
         return jobs
 
     def ranges(self, job_id: str) -> RangeReport:
-        """What became of a job's ranges so far."""
+        """A report on the ranges of a job."""
         stages: list[Document] = [
             {"$match": ranges_of(job_key(job_id))},
             {
@@ -117,7 +121,7 @@ class History:
                     "failures": {"$sum": "$allFailures"},
                     "deaths": {"$sum": "$allDeaths"},
                     "holders": {"$addToSet": "$holders"},
-                    # Of all that wait, the first to be let in; before any of them come those that do not.
+                    # The range that can be leased first: one without `notBefore` sorts before any that waits.
                     "next": {
                         "$top": {"sortBy": {"notBefore": 1}, "output": {"at": "$notBefore", "failure": "$failure"}}
                     },
@@ -139,10 +143,10 @@ class History:
         )
 
     def backlog(self) -> Backlog:
-        """How long the queue is, and how old; where it takes long to count, as it was a little while ago.
+        """The length and age of the queue; if counting is slow, as they were a little while ago.
 
-        One call counts, and the others are told of the count before: a database that does not answer must not make them queue
-        up behind each other. Raises Transient.
+        Only one call counts at a time, and the others return the previous count, so that calls do not pile up when the
+        database does not answer. Raises Transient.
         """
         if self._counted is not None and time.monotonic() < self._good_until:
             return self._counted
@@ -162,14 +166,14 @@ class History:
 
     def _count(self) -> Backlog:
         with translated("counting jobs"):
-            # The index alone is read, and no job.
+            # Covered by the index: no job is read.
             groups = self._jobs.aggregate([{"$group": {"_id": "$state", "count": {"$sum": 1}}}], hint=BY_STATE)
             states = {group["_id"]: group["count"] for group in groups}
-            # One that was not to begin before its time has waited since then only, and one that is tried again since that.
+            # A job has waited since it was submitted, its `runAt`, or its last retry, whichever came last.
             since = {"$max": ["$createdAt", "$options.runAt", "$retriedAt"]}
             age = {"$divide": [{"$subtract": ["$$NOW", since]}, 1000]}
             due = {"state": JobState.PENDING, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
-            # Those whose time has come, and that no worker has let in yet: there may be no worker.
+            # The second finds jobs that are due but not yet admitted by a worker: there may be no worker.
             ways: dict[str, Document] = {READY_JOBS: {"open": True, "waiting": None}, WAITING_JOBS: {"waiting": True}}
             oldest = 0.0
             for hint, which in ways.items():
@@ -178,7 +182,7 @@ class History:
         return Backlog({state: states.get(state, 0) for state in JobState}, oldest)
 
     def open_job_of(self, bucket: str, key: str) -> Job | None:
-        """An open job of an object, if there is one. Raises Conflict: there is, and this version cannot read it."""
+        """An open job of an object, if there is one. Raises Conflict if this version cannot read it."""
         with translated("looking for jobs of a file"):
             query = {"source.key": key, "source.bucket": bucket, "open": True}
             found = self._jobs.find_one(query, hint=BY_FILE)

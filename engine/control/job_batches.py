@@ -1,4 +1,4 @@
-"""Jobs that are submitted together, one for each of many objects, and summed."""
+"""Batches: jobs that are submitted together, one for each of many objects, and their totals."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +19,9 @@ __all__ = ["JobBatch", "JobBatches"]
 
 @dataclass(frozen=True, slots=True)
 class JobBatch:
-    """Jobs that were submitted together: how many are in each state, the bytes of their files, their tallies summed.
+    """Jobs submitted together: how many are in each state, the bytes of their files, the sum of their tallies.
 
-    `pruned`: of some of them the history is no longer kept, and so they are in none of these sums.
+    `pruned`: the history of some jobs is no longer kept, so only `count` includes them.
     """
 
     id: str
@@ -44,8 +44,8 @@ class JobBatches:
         self._store = store
 
     def redeem(self, ticket: Ticket) -> tuple[JobBatch, list[str]] | None:
-        """The batch that was submitted with this ticket, if one was, and the keys of it that have no job: those over whose
-        submission its caller died. Raises KeyReused."""
+        """The batch that was submitted with this ticket, if any, and those of its object keys that have no job because
+        the caller died while submitting them. Raises KeyReused."""
         with translated("looking for an idempotency key"):
             found = self._store.batches.find_one(with_ticket(ticket.key))
         if found is None:
@@ -63,7 +63,7 @@ class JobBatches:
 
         Raises:
             Refused: the collection cannot take documents.
-            KeyReused: the ticket's key came before with another request.
+            KeyReused: the ticket's key was used with another request.
         """
         check_collection(self._store.data, options.collection)
         keys = {"$literal": [source.key for source in sources]}
@@ -79,7 +79,7 @@ class JobBatches:
                 if ticket is None or found is None:
                     raise
                 check_ticket(found, ticket)
-                # What has come to its prefix since is not of this batch.
+                # Objects that have appeared under its prefix since then do not belong to this batch.
                 key, listed = found["_id"], set(found["keys"])
                 sources = [source for source in sources if source.key in listed]
             there = {job["source"]["key"] for job in self._store.jobs.find(jobs_of(key), {"source.key": 1})}
@@ -93,13 +93,13 @@ class JobBatches:
                 if source.key not in there
             ]
             if writes:
-                # Those that are there by now are of the same request, sent twice at a time.
+                # Jobs that exist by now come from the same request, sent twice at the same time: they are skipped.
                 write_all(self._store.jobs, writes)
         self._store.wake()
         return self.get(str(key))
 
     def get(self, batch_id: str) -> JobBatch:
-        """A batch, its jobs summed; those whose history has been pruned are only counted. Raises NotFound."""
+        """A batch and the sums over its jobs; pruned jobs are included in `count` only. Raises NotFound."""
         key = parse_id(batch_id, "batch")
         total: Document = {name: {"$sum": f"$progress.tally.{name}"} for name in Tally().document()}
         stages: list[Document] = [
@@ -107,7 +107,7 @@ class JobBatches:
             {"$group": {"_id": "$state", "count": {"$sum": 1}, "size": {"$sum": "$source.size"}, **total}},
         ]
         with translated("summing a batch"):
-            found = self._store.batches.find_one({"_id": key}, {"keys": 0})  # which are megabytes of a large batch
+            found = self._store.batches.find_one({"_id": key}, {"keys": 0})  # megabytes in a large batch
             groups = list(self._store.jobs.aggregate(stages)) if found else []
         if found is None:
             raise NotFound(f"there is no batch {batch_id}")

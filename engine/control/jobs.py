@@ -1,4 +1,4 @@
-"""How a job is kept in MongoDB: from nouns to the fields of its document, and back. No I/O."""
+"""How a job is stored in MongoDB: converts domain types to the fields of its document, and back. No I/O."""
 
 from dataclasses import asdict, dataclass
 from typing import Final
@@ -38,14 +38,14 @@ __all__ = [
     "same_source",
 ]
 
-# Matches jobs that have read their object to its end, and written what it holds.
+# Matches jobs that have read their whole object and written its documents.
 LOADED: Final[Document] = {"state": JobState.COMPLETED, "options.validate": {"$ne": True}, "unread": None}
 
 PUT_OFF: Final = "put off: "
-"""How the event begins that tells why a job could not be planned."""
+"""Prefix of the timeline event that says why a job could not be planned."""
 
 MAX_TIMELINE_EVENTS: Final = 100
-"""Events that a job remembers."""
+"""Timeline events that a job keeps, the latest ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Ticket:
 
 
 def new_job(source: Source, options: JobOptions, database: str, more: Document) -> Document:
-    """The fields of a new job, as a stage of a pipeline sets them."""
+    """The fields of a new job, for the `$set` stage of an update pipeline."""
     document: Document = {
         "database": database,
         "source": asdict(source),
@@ -81,31 +81,31 @@ def new_job(source: Source, options: JobOptions, database: str, more: Document) 
 
 
 def same_source(source: Source) -> Document:
-    """Matches documents of this very version of an object."""
+    """Matches documents whose source is this very version of an object."""
     return {f"source.{name}": value for name, value in asdict(source).items()}
 
 
 def happened(what: str) -> Document:
-    """Sets the timeline of a job, with this event at its end."""
+    """Fields to set: the timeline of a job with this event appended."""
     event = {"at": "$$NOW", "what": {"$literal": what}}
     known = {"$ifNull": ["$timeline", []]}
     return {"timeline": {"$slice": [{"$concatArrays": [known, [event]]}, -MAX_TIMELINE_EVENTS]}}
 
 
 def put_off(until: object) -> Document:
-    """Sets the time before which a job does not begin, an expression that may be null: what waits is in no worker's
-    look at the queue."""
+    """Fields to set so that a job does not begin before `until`, an expression that may be null. While a job is
+    `waiting`, workers that look at the queue do not read it."""
     waits = {"$gt": [until, "$$NOW"]}
     return {"notBefore": {"$ifNull": [until, "$$REMOVE"]}, "waiting": {"$cond": [waits, True, "$$REMOVE"]}}
 
 
 def from_now(seconds: int) -> Document:
-    """A time so many seconds after the server's."""
+    """The server's time plus `seconds`, as an expression."""
     return {"$add": ["$$NOW", seconds * 1000]}
 
 
 def planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Document:
-    """Sets the plan of a job, and the state that it goes to."""
+    """Fields to set when a job is planned: its plan and the state that it moves to."""
     fixed: Document = {
         "format": plan.format,
         "tag": Binary(plan.tag),
@@ -125,7 +125,7 @@ def planned(plan: Plan, state: JobState, already_loaded_by: str | None) -> Docum
 
 
 def progress_document(progress: Progress) -> Document:
-    """A job's numbers as they are kept in it; their time is the server's."""
+    """A job's progress as stored in the job, stamped with the server's time."""
     return {
         "tally": {"$literal": progress.tally.document()},
         "rangesTotal": progress.ranges_total,
@@ -136,12 +136,12 @@ def progress_document(progress: Progress) -> Document:
 
 
 def failure_document(failure: Failure | None) -> Document | None:
-    """A failure as it is kept, and None as None."""
+    """A failure as stored; None for None."""
     return None if failure is None else asdict(failure)
 
 
 def failure_of(document: Document | None) -> Failure | None:
-    """The failure that such a document holds; None for None."""
+    """The failure that a stored document holds; None for None."""
     return None if document is None else Failure(**document)
 
 
@@ -157,7 +157,7 @@ def _plan_of(found: Document) -> Plan:
 
 
 def job_or_none(found: Document) -> Job | None:
-    """The job that a document of `jobs` holds; None where one of a later version asks for what this one does not know."""
+    """The job in a document of `jobs`; None if a later version wrote it and this one cannot read it."""
     try:
         return job_of(found)
     except (KeyError, TypeError, ValueError):
@@ -165,7 +165,7 @@ def job_or_none(found: Document) -> Job | None:
 
 
 def job_or_conflict(found: Document) -> Job:
-    """The job that a document of `jobs` holds. Raises Conflict: it is of a later version, as in `job_or_none`."""
+    """The job in a document of `jobs`. Raises Conflict if a later version wrote it and this one cannot read it."""
     if (job := job_or_none(found)) is None:
         raise Conflict(
             f"job {found['_id']} is of a later version of Headrace, which knows what it holds: upgrade this one"
@@ -174,7 +174,7 @@ def job_or_conflict(found: Document) -> Job:
 
 
 def job_of(found: Document) -> Job:
-    """The job that a document of `jobs` holds. Raises KeyError, TypeError, ValueError: see `job_or_none`."""
+    """The job in a document of `jobs`. Raises KeyError, TypeError or ValueError if this version cannot read it."""
     options = found["options"]
     plan, stopping, progress = found.get("plan"), found.get("stopping"), found.get("progress", {})
     tally = Tally.from_document(progress.get("tally", {}))

@@ -1,8 +1,8 @@
 """Ranges in MongoDB: open, lease, renew, close, give back, release, sum.
 
-Only the holder of a lease's token may speak for its range: every write of a holder matches `{_id, state, token}`, and no
-match means that the lease was lost, or that its end was heard already. All times are the server's (`$$NOW`), so no
-worker's clock can steal or stall.
+Only the holder of a lease's token may write to its range: every write of a holder matches `{_id, state, token}`, and no
+match means that the lease was lost, or that its end was recorded already. All times are the server's (`$$NOW`), so no
+worker's clock can steal a lease or block one.
 """
 
 import random
@@ -24,38 +24,38 @@ from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
 __all__ = ["ATTEMPTS", "DEATHS", "HELD_SECONDS", "UNSPENT_WAIT", "VANISHED", "Ledger", "Summary", "wait_ms"]
 
 ATTEMPTS: Final = 5
-"""Transient failures in a row, without a byte of progress between them, before a range is given up."""
+"""Transient failures in a row, with no byte of progress between them, that a range survives; the next fails it."""
 
 DEATHS: Final = 3
-"""Holders that may die in a row at one `confirmed` before a range is given up."""
+"""A range is given up when this many holders in a row have died at one `confirmed`."""
 
 VANISHED: Final = 10
-"""Holders that may die or vanish in a row at one `confirmed` before a range is given up: more than die, since what takes a
-whole host away, with all who could tell of a death, is seldom a line."""
+"""A range is given up when this many holders in a row have died or vanished at one `confirmed`. More than `DEATHS`,
+since the loss of a whole host, with everyone who could report a death, is seldom the fault of a line."""
 
 UNSPENT_WAIT: Final = 2
-"""A failure that costs no attempt (such as a host's wrong clock) is followed by the wait of this many attempts."""
+"""A failure that costs no attempt (such as a host's wrong clock) has the backoff of this many attempts: 16 seconds."""
 
 EXPIRY_GRACE_SECONDS: Final = 4
-"""A lease is taken away this long after it ran out: after a stall of the database its live holder comes first."""
+"""A lease is taken away this long after it ran out, so that after a database stall a live holder can renew it first."""
 
 EXPIRED_RANGES: Final = 50
-"""Ranges that are freed at a time when their leases ran out: of a fleet that died there may be thousands, and those that are
-free already can be worked on."""
+"""Expired ranges that one call frees: a fleet that died may leave thousands, and the first can be worked on while the
+rest are freed."""
 
 HELD_SECONDS: Final = 1.0
-"""How soon a job is looked at again whose ranges others hold."""
+"""How soon a job whose ranges are held by others is looked at again."""
 
 MAX_HOLDERS: Final = 10
-"""Holders that a range remembers."""
+"""Holders whose names a range keeps, the latest ones."""
 
 OPEN_BATCH: Final = 10_000
-"""Ranges in one insert."""
+"""Ranges per insert command."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A job's ranges, summed. `failures` holds those of the first few ranges that FAILED."""
+    """A job's ranges, summed: how many in all and in each state. `failures` holds up to three from FAILED ranges."""
 
     tally: Tally
     ranges: int
@@ -79,7 +79,7 @@ class Ledger:
         self._lease_ms = int(lease_seconds * 1000)
 
     def open(self, job_id: str, ranges: Iterable[ByteRange]) -> None:
-        """Put the ranges of a job down as READY. Those that are there already stay as they are."""
+        """Insert the ranges of a job as READY. Those that exist already stay as they are."""
         job = job_key(job_id)
         rest = iter(ranges)
         while documents := [_new(job, r) for r in islice(rest, OPEN_BATCH)]:
@@ -87,15 +87,15 @@ class Ledger:
                 write_all(self._ranges, [InsertOne(document) for document in documents])
 
     def open_leased(self, ranges: Mapping[str, ByteRange], holder: str) -> dict[str, Lease]:
-        """Put the only ranges of these jobs down as LEASED by `holder`, all with one command. Those that are there already
-        are left out."""
+        """Insert the only range of each of these jobs as LEASED by `holder`, all with one command. Returns the leases
+        by job id, without those of ranges that existed already."""
         leases = {id: Lease(id, range, uuid.uuid4().hex, 1, range.start, Tally()) for id, range in ranges.items()}
         writes = []
         for lease in leases.values():
             new = _new(job_key(lease.job_id), lease.range)
             key = new.pop("_id")
             fields = literals(new) | self._held(lease.token, holder)
-            # A state that no range has: the update matches none, and an upsert of one that is there is refused.
+            # No range has this state, so nothing matches: the upsert inserts, or is refused if the range exists.
             writes.append(UpdateOne({"_id": key, "state": None}, [{"$set": fields}], upsert=True))
         if not writes:
             return {}
@@ -104,10 +104,10 @@ class Ledger:
         return {id: lease for index, (id, lease) in enumerate(leases.items()) if index in made}
 
     def lease(self, job_id: str, holder: str, *, ahead: bool = False) -> Lease | None:
-        """Lease any READY range of a job whose time has come; None where there is none.
+        """Lease any READY range of a job whose `notBefore` has passed; None if there is none.
 
-        `ahead`: the holder still works on another range, and calls `begin` later. If it dies before that, its death is not
-        counted against this range.
+        `ahead`: the holder is still working on another range, and calls `begin` later. If it dies before that, its
+        death is not counted against this range.
         """
         token = uuid.uuid4().hex
         with translated("leasing a range"):
@@ -132,33 +132,34 @@ class Ledger:
         )
 
     def begin(self, lease: Lease) -> None:
-        """The holder of a lease that it took ahead is at work on it from now on. Raises LeaseLost."""
+        """Start work on a lease that was taken ahead, and renew it. Raises LeaseLost."""
         self._speak(lease, {"ahead": "$$REMOVE", "until": self.until()}, "beginning a range")
 
     def renew(self, lease: Lease, confirmed: int, tally: Tally) -> None:
-        """Prolong a lease and record how far it came. Raises LeaseLost."""
+        """Extend a lease and record how far its holder has come. Raises LeaseLost."""
         self._speak(lease, _come_to(confirmed, tally) | {"until": self.until()}, "renewing a lease")
 
     def close(self, lease: Lease, tally: Tally) -> None:
-        """Every line of the range is acknowledged: it is DONE. Raises LeaseLost."""
+        """Mark a range DONE: every line of it is acknowledged. Raises LeaseLost."""
         self._let_go(lease, _done(tally), "closing a range")
 
     def close_all(self, leases: Sequence[tuple[Lease, Tally]]) -> bool:
-        """Close ranges, all with one command; False where not all of them were held any more."""
-        # Those that an earlier try has closed, whose answer was lost, are closed once more.
+        """Close ranges, all with one command; returns False if some of them were no longer held."""
+        # DONE, too: an earlier try whose answer was lost may have closed some of them.
         done = {"state": {"$in": [RangeState.LEASED, RangeState.DONE]}}
         writes = [UpdateOne(_held_by(lease) | done, [{"$set": _done(tally) | _LET_GO}]) for lease, tally in leases]
         with translated("closing ranges"):
             return bool(write_all(self._ranges, writes)["nMatched"] == len(leases))
 
     def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
-        """Let go of a range, READY for anyone at `confirmed`, without spending an attempt. Raises LeaseLost."""
+        """Release a range as READY for anyone from `confirmed` on, without spending an attempt. Raises LeaseLost."""
         self._let_go(lease, _come_to(confirmed, tally) | {"state": RangeState.READY}, "giving a range back")
 
     def postpone(self, lease: Lease, confirmed: int, tally: Tally, failure: Failure, *, spend: bool = True) -> None:
-        """Let go after a transient failure: READY again n⁴ seconds later (±10 %), or FAILED when no attempt is left.
+        """Release a range after its nth transient failure in a row: READY, to be leased n⁴ seconds later (±10 %), or
+        FAILED if no attempt is left.
 
-        With `spend` false it costs no attempt, and is READY again after a fixed time.
+        With `spend` false the failure costs no attempt, and the range can be leased 16 seconds later (±10 %).
 
         Raises LeaseLost.
         """
@@ -176,34 +177,34 @@ class Ledger:
         self._let_go(lease, changes, "putting a range off")
 
     def release(self, holders: Iterable[str]) -> list[Freed]:
-        """Free the ranges of holders that are known to be dead. What it returns may be some of them: nothing is held by them any
-        more when it returns none."""
+        """Free the ranges of holders that are known to be dead. One call may free only some of them: call again until
+        it returns an empty list."""
         names = list(holders)
         if not names:
             return []
         return self._release({"state": RangeState.LEASED, "holder": {"$in": names}}, "deaths")
 
     def release_strays(self, holder: str, held: Sequence[str] = ()) -> None:
-        """Free the stray leases of a live holder: those that it does not know of, since the answer to its command was lost.
-        Leases with a token in `held` stay."""
+        """Free the stray leases of a live holder: those that it does not know of because the answer to its command was
+        lost. Leases with a token in `held` stay."""
         with translated("freeing leases"):
             mine: Document = {"state": RangeState.LEASED, "holder": holder, "token": {"$nin": held}}
             tokens = [found["token"] for found in self._ranges.find(mine, {"token": True}, hint=LEASES)]
             if tokens:
-                # By their tokens: where this is answered too late, the server may get to it when the holder has the next lease.
+                # Matched by token: if this times out, the server may still run it when the holder has another lease.
                 fresh = {"state": RangeState.READY, "resumed": True}
                 mine["token"] = {"$in": tokens}
                 self._ranges.update_many(mine, [{"$set": fresh | _TAKE_AWAY}], hint=LEASES)
 
     def expire(self) -> list[Freed]:
-        """Free the ranges whose leases ran out: `EXPIRED_RANGES` at the most, and the others when it is called again."""
+        """Free ranges whose leases ran out, at most `EXPIRED_RANGES`; further calls free the rest."""
         deadline = {"$subtract": ["$$NOW", EXPIRY_GRACE_SECONDS * 1000]}
         return self._release(
             {"state": RangeState.LEASED, "$expr": {"$lt": ["$until", deadline]}}, "vanished", EXPIRED_RANGES
         )
 
     def leased(self, job_ids: Iterable[str]) -> dict[str, int]:
-        """How many ranges of each of these jobs are leased; jobs without are left out."""
+        """The number of leased ranges of each of these jobs, by job id; jobs without any are left out."""
         stages: list[Document] = [
             {"$match": {"job": {"$in": [job_key(job_id) for job_id in job_ids]}, "state": RangeState.LEASED}},
             {"$group": {"_id": "$job", "count": {"$sum": 1}}},
@@ -212,10 +213,10 @@ class Ledger:
             return {str(found["_id"]): found["count"] for found in self._ranges.aggregate(stages, hint=LEASABLE)}
 
     def idle_seconds(self, job_id: str, most: float) -> float | None:
-        """Seconds until a range of this job, none of which can be leased now, may be leasable: `most` at most, and `HELD_SECONDS`
-        where one is LEASED, since that may be given back at any time.
+        """Seconds until one of this job's ranges may become leasable, when none is now: at most `most`, and at most
+        `HELD_SECONDS` if one is LEASED, since that may be given back at any time.
 
-        None: no range is READY or LEASED, so that the job can be settled.
+        None: no range is READY or LEASED, so the job can be settled.
         """
         left = {"$divide": [{"$subtract": ["$notBefore", "$$NOW"]}, 1000]}
         soon = {"$cond": [{"$eq": ["$state", RangeState.LEASED]}, HELD_SECONDS, {"$max": [left, 0]}]}
@@ -234,7 +235,7 @@ class Ledger:
             return self._ranges.find_one(query, {"_id": 1}, hint=LEASABLE) is not None
 
     def any_begun(self, job_ids: Sequence[str]) -> bool:
-        """Whether any range of these jobs has been leased, ever."""
+        """Whether any range of these jobs has ever been leased."""
         if not job_ids:
             return False
         query: Document = {"$or": [ranges_of(job_key(job_id)) for job_id in job_ids], "leases": {"$gt": 0}}
@@ -242,7 +243,7 @@ class Ledger:
             return self._ranges.find_one(query, {"_id": 1}) is not None
 
     def summarize(self, job_id: str) -> Summary:
-        """Add up the ranges of a job."""
+        """Sum up the ranges of a job."""
         job = job_key(job_id)
         total: Document = {name: {"$sum": f"$tally.{name}"} for name in Tally().document()}
         failure = {"$cond": [{"$eq": ["$state", RangeState.FAILED]}, "$failure", "$$REMOVE"]}
@@ -272,7 +273,7 @@ class Ledger:
         )
 
     def reopen(self, job_id: str) -> None:
-        """For an explicit retry: every range that is not DONE may be leased at once, with all its attempts."""
+        """Prepare an explicit retry: every READY or FAILED range may be leased at once, with all its attempts."""
         query = ranges_of(job_key(job_id)) | {"state": {"$in": [RangeState.READY, RangeState.FAILED]}}
         fresh = {"state": RangeState.READY, "attempts": 0, "deaths": 0, "vanished": 0, "resumed": True}
         with translated("reopening the ranges of a job"):
@@ -284,7 +285,7 @@ class Ledger:
             self._ranges.delete_many(ranges_of(job_key(job_id)))
 
     def first_lines(self, job_id: str, indexes: Iterable[int]) -> dict[int, int]:
-        """The number of lines of the file before each of these ranges, by index; those behind an unfinished one are left out."""
+        """Lines of the file before each of these ranges, by index; ranges after an unfinished one are left out."""
         wanted = sorted(indexes)
         key = {"job": job_key(job_id), "index": wanted[-1]}
         before = {"documents": ["unbounded", -1]}
@@ -303,7 +304,7 @@ class Ledger:
             return {found["_id"]["index"]: found["lines"] for found in self._ranges.aggregate(stages)}
 
     def until(self) -> Document:
-        """When a lease that begins now runs out, as an expression of the server's."""
+        """When a lease that begins now runs out, as an expression that the server evaluates."""
         return {"$add": ["$$NOW", self._lease_ms]}
 
     def _held(self, token: str, holder: str) -> Document:
@@ -318,7 +319,7 @@ class Ledger:
         }
 
     def _let_go(self, lease: Lease, changes: Document, doing: str) -> None:
-        """Say how a lease ended, which may have been heard already: the answer to an earlier try was lost."""
+        """Record how a lease ended. Succeeds, too, if an earlier try whose answer was lost has recorded it."""
         try:
             self._speak(lease, changes | _LET_GO, doing)
         except LeaseLost:
@@ -335,17 +336,17 @@ class Ledger:
             )
 
     def _release(self, query: Document, counter: str, most: int = sys.maxsize) -> list[Freed]:
-        """Free ranges, and count a death or a vanishing of their holders; give those up that have seen too many.
+        """Free ranges, counting a death or a disappearance against each; those that have had too many become FAILED.
 
-        Raises what kept it from freeing the first; where it is a later one, those before are told, and the rest are for the
-        next time.
+        An error is raised only if it prevents the first range from being freed; after that, the ranges freed so far are
+        returned, and the rest is left to the next call.
         """
         freed: list[Freed] = []
         with translated("looking for leases to free"):
             if self._ranges.find_one(query, {"_id": True}, hint=LEASES) is None:
                 return freed
         changes = _taken_away(counter)
-        # One by one: what is told as freed was freed here, and by nobody else.
+        # One by one, so that each range that is returned was freed here and by nobody else.
         try:
             with translated("releasing leases"):
                 while len(freed) < most and (
@@ -374,7 +375,7 @@ def _new(job: ObjectId, range: ByteRange) -> Document:
         "vanished": 0,
         "leases": 0,
         "resumed": False,
-        # What is told to people, and never begins anew.
+        # Shown to people, and never reset.
         "allDeaths": 0,
         "allFailures": 0,
         "holders": [],
@@ -382,7 +383,7 @@ def _new(job: ObjectId, range: ByteRange) -> Document:
 
 
 def _held_by(lease: Lease) -> Document:
-    """Matches the range of a lease as long as it is held under it."""
+    """Matches the range of a lease for as long as this lease holds it."""
     key = {"job": job_key(lease.job_id), "index": lease.range.index}
     return {"_id": key, "state": RangeState.LEASED, "token": lease.token}
 
@@ -392,27 +393,28 @@ def _done(tally: Tally) -> Document:
 
 
 def _come_to(confirmed: int, tally: Tally) -> Document:
-    """Sets how far a range has come; what was counted in a row begins anew when it has moved."""
+    """Fields to set: how far a range has come; if it has advanced, the counts of consecutive troubles restart at 0."""
     moved = {"$gt": [confirmed, "$confirmed"]}
     in_a_row = {name: {"$cond": [moved, 0, f"${name}"]} for name in ("deaths", "vanished", "attempts")}
     return in_a_row | {"confirmed": confirmed, "tally": {"$literal": tally.document()}, "resumed": True}
 
 
 def wait_ms(attempts: int) -> int:
-    """How long to wait after so many failures in a row: n⁴ seconds, ±10 % so that not all come back at once."""
+    """Milliseconds to wait after n failures in a row: n⁴ seconds, ±10 % so that not all come back at once."""
     return int(attempts**4 * 1000 * random.uniform(0.9, 1.1))
 
 
 _LET_GO: Final[Document] = {"holder": "$$REMOVE", "until": "$$REMOVE", "ahead": "$$REMOVE"}
-"""The token stays until the next lease, so that a holder who was not answered sees that it was heard."""
+"""The token stays until the next lease, so that a holder that got no answer can see that its write took effect."""
 
 _TAKE_AWAY: Final[Document] = _LET_GO | {"token": "$$REMOVE"}
 
 
 def _taken_away(counter: str) -> Document:
-    """Sets what becomes of a range whose holder died (`counter` is "deaths") or did not renew its lease ("vanished"): READY, or
-    FAILED where this was one too many in a row. A holder that had leased it ahead, and not begun, is not counted."""
-    # The token, since versions that know no `ahead` leave it where it is.
+    """Fields to set on a range whose holder died (`counter` is "deaths") or did not renew its lease ("vanished"): it
+    becomes READY, or FAILED if this was one too many in a row. A holder that leased it ahead and had not begun is not
+    counted."""
+    # Compared with the token because older versions, which do not know `ahead`, leave it in place when they lease.
     begun: Document = {"$cond": [{"$eq": ["$ahead", "$token"]}, 0, 1]}
     count: Document = {name: f"${name}" for name in ("deaths", "vanished")}
     count[counter] = {"$add": [f"${counter}", begun]}

@@ -1,4 +1,4 @@
-"""Who else loads the same: other jobs with the same version of an object, in the same format, into the same collection."""
+"""Other jobs that load the same version of an object, in the same format, into the same collection."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ from engine.model import Format, Job, JobState
 __all__ = ["Loads"]
 
 OTHERS: Final = 100
-"""Other loads of the same object that are looked at, the latest ones."""
+"""Other loads of the same object that are looked at: the latest ones."""
 
 
 class Loads:
@@ -22,7 +22,7 @@ class Loads:
         self._ledger = ledger
 
     def loaded_by(self, job: Job, format: Format) -> str | None:
-        """The latest job that has loaded the same source, as this format, into the same collection; of those still kept."""
+        """The id of the latest job still kept that loaded the same source in this format into the same collection."""
         query = {
             **same_source(job.source),
             "plan.format": format,
@@ -30,7 +30,7 @@ class Loads:
             "database": job.database,
             "state": JobState.COMPLETED,
             "options.validate": {"$ne": True},
-            # A job that was skipped names the one before it: who repeats a load each minute has tens of thousands of these.
+            # A skipped job names the one that did load. A load repeated every minute leaves tens of thousands of them.
             "$or": [{"unread": None}, {"alreadyLoadedBy": {"$ne": None}}],
         }
         with translated("looking for earlier loads"):
@@ -40,20 +40,20 @@ class Loads:
         return str(found["alreadyLoadedBy"] if found.get("unread") else found["_id"])
 
     def others_may_load(self, job: Job, format: Format) -> bool:
-        """Whether another job may yet write the same documents into the same collection: it is open, or may be retried."""
-        # Those that are planned beside it are told by no format yet.
+        """Whether another job may yet write the same documents to the same collection: it is open or may be retried."""
+        # Jobs that are being planned at the same time have no format yet.
         unfinished: Document = {"plan.format": {"$in": [format, None]}, "state": {"$ne": JobState.COMPLETED}}
         return bool(self._others(job, unfinished, 1))
 
     def others_loaded(self, job: Job, format: Format) -> bool:
         """Whether another job has written, or begun to write, the same documents into the same collection."""
-        # Those that were skipped have no ranges, and there may be more of them than are looked at.
+        # Without skipped jobs: they have no ranges, and there may be more of them than `OTHERS`.
         return self._ledger.any_begun(self._others(job, {"plan.format": format, "unread": None}, OTHERS))
 
     def _others(self, job: Job, query: Document, most: int) -> list[str]:
-        """Other jobs that write the documents of a job to where it does, the latest first."""
+        """The ids of other jobs that write the same documents to the same collection, the latest first."""
         if job.options.force:
-            return []  # its documents are its own
+            return []  # its documents have ids of their own
         query = {
             **same_source(job.source),
             "_id": {"$ne": job_key(job.id)},

@@ -1,4 +1,4 @@
-"""The jobs that have not ended, as workers look at them: by pages, those of this database alone, and without writing anything."""
+"""The jobs that have not ended, as workers see them: page by page, for one database, and read-only."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -15,13 +15,13 @@ from engine.model import Job, JobState
 __all__ = ["PAGE_JOBS", "OpenJobs"]
 
 PAGE_JOBS: Final = 16
-"""Open jobs that a worker looks at together."""
+"""Jobs in a page: open jobs that a worker looks at together."""
 
 log = get_logger()
 
 
 class OpenJobs:
-    """The open jobs of a database, highest priority first, then oldest first, by pages."""
+    """The open jobs of a database in pages, highest priority first, then oldest first."""
 
     def __init__(self, store: Store) -> None:
         self._jobs: Collection[Document] = store.jobs
@@ -29,22 +29,20 @@ class OpenJobs:
         self._strange: set[ObjectId] = set()
 
     def ready(self, holder: str = "") -> Iterator[list[Job]]:
-        """Jobs that may have work.
-
-        Left out are those that anyone but `holder` is about to plan: of small ones there may be many at a time.
-        """
+        """Jobs that may have work, without those that someone other than `holder` has claimed for planning: there may
+        be many of these at a time if they are small."""
         theirs = {"$and": [{"$gt": ["$planner.until", "$$NOW"]}, {"$ne": ["$planner.holder", holder]}]}
         due = {"$and": [{"$lte": ["$notBefore", "$$NOW"]}, {"$not": theirs}]}
-        # What is being stopped has nothing to wait for, whatever it was put off to.
+        # A job that is being stopped has nothing to wait for, even if it was put off.
         query = {"waiting": None, "$or": [{"$expr": due}, {"stopping": {"$ne": None}}]}
         return self._pages(query, READY_JOBS)
 
     def stopping(self) -> Iterator[list[Job]]:
-        """Those that are being stopped."""
+        """Jobs that are being stopped."""
         return self._pages({"stopping.to": {"$type": "string"}}, STOPPING_JOBS)
 
     def processing(self) -> Iterator[list[Job]]:
-        """Those that have been planned."""
+        """Jobs that have been planned."""
         return self._pages({"state": JobState.PROCESSING}, BY_STATE)
 
     def _pages(self, query: Document, hint: str) -> Iterator[list[Job]]:
@@ -64,7 +62,7 @@ class OpenJobs:
                 yield page
 
     def read(self, found: Document) -> Job | None:
-        """A job; None where it is of a later version, and asks for what this one does not know."""
+        """A job; None, logged once, if a later version wrote it and this one cannot read it."""
         try:
             return job_of(found)
         except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Jobs that have no plan yet: who is about to make it, which one holds, and those that are put off."""
+"""Jobs that have no plan yet: claiming them for planning, fixing the plan that holds, and putting them off."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ log = get_logger()
 
 
 class Plans:
-    """What becomes of PENDING jobs.
+    """Moves PENDING jobs on: claims, plans and postpones them.
 
     Args:
         store: the databases.
@@ -33,16 +33,16 @@ class Plans:
         self._ledger = ledger
 
     def claim(self, jobs: Sequence[Job], holder: str) -> list[Job]:
-        """Those of these jobs that `holder` is to plan: nobody else begins to within a lease's time.
+        """Claim jobs for `holder` to plan, for the time of a lease; returns those of them that it has now claimed.
 
-        It spares the others the work and guards nothing: what holds is the first plan that is fixed. So it waits for no
-        majority. A job whose planners have died in a row too often is stopped.
+        A claim spares others the work but guards nothing, since the first plan to be fixed holds; so it does not wait
+        for a majority. A job whose planners have died too many times in a row is stopped.
         """
-        # What these jobs were when they were looked at may be past: another worker has put one off since, or stopped it.
+        # These jobs may have changed since they were read: another worker may have put one off, or stopped it.
         pending: Document = {"state": JobState.PENDING, "stopping": None, "waiting": None}
         ids: Document = {"_id": {"$in": [job_key(job.id) for job in jobs]}} | pending
         mine = {"$eq": ["$planner.holder", holder]}  # claimed before, and the answer was lost
-        # A missing time is less than any.
+        # A missing time compares as less than any other.
         due = {"$lte": ["$notBefore", "$$NOW"]}
         free = {"$and": [due, {"$or": [{"$lte": ["$planner.until", "$$NOW"]}, mine]}]}
         lapsed = {"$cond": [{"$or": [mine, {"$lt": ["$planner.holder", ""]}]}, 0, 1]}
@@ -56,7 +56,7 @@ class Plans:
             found = list(self._jobs.find(ids | {"planner.holder": holder}).sort("_id", 1))
         left: list[Job] = []
         for job, planner in ((job_of(document), document["planner"]) for document in found):
-            # A claim that lapsed may be of one who only waits: more of these are needed than of known deaths.
+            # A lapsed claim may belong to a planner that is only waiting, so it takes more of these than known deaths.
             if planner["deaths"] < DEATHS and job.planner_deaths < VANISHED:
                 left.append(job)
                 continue
@@ -64,18 +64,18 @@ class Plans:
             try:
                 self._queue.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
             except HeadraceError as error:
-                # The others are claimed by now. This one is looked at again when the claim on it has lapsed.
+                # The others are claimed by now. This one is looked at again when its claim has lapsed.
                 log.warning(str(error), action="plan", job=job.id, worker=holder)
         return left
 
     def release_claims(self, jobs: Sequence[Job], holder: str) -> None:
-        """Let anyone plan these jobs at once, which `holder` has claimed and not looked at."""
+        """Release claims of `holder` on jobs that it has not looked at, so that anyone may plan them at once."""
         ids = {"_id": {"$in": [job_key(job.id) for job in jobs]}, "state": JobState.PENDING, "planner.holder": holder}
         with translated("giving jobs back"):
             self._jobs.update_many(ids, {"$unset": {"planner.until": "", "planner.holder": ""}})
 
     def release_claims_of_dead(self, holders: Sequence[str]) -> None:
-        """Let others plan at once what these, who are dead, were about to plan."""
+        """Release the claims of dead holders, counting a death for each job, so that others may plan them at once."""
         if holders:
             theirs = {"$in": list(holders), "$type": "string"}  # the type is what lets the server use the index
             mine = {"open": True, "database": self._database, "planner.holder": theirs}
@@ -85,9 +85,12 @@ class Plans:
                 self._jobs.update_many(mine, [{"$set": dead}, free], hint=CLAIMED_JOBS)
 
     def fix(self, plans: Sequence[tuple[Job, Plan, str | None]]) -> list[Job]:
-        """Fix plans, PENDING → PROCESSING, all with one command; the third of each is who has loaded the source before.
+        """Fix plans, PENDING → PROCESSING, all with one command.
 
-        Returns the jobs as they are then, in the same order, with the plans that hold, whoever made them.
+        Args:
+            plans: a job, its plan, and the id of the job that has loaded its source before, if any.
+
+        Returns the jobs as they are afterwards, in the same order, with the plans that hold, whoever made them.
         """
         writes = []
         for job, plan, already_loaded_by in plans:
@@ -105,7 +108,7 @@ class Plans:
         return [now[job.id] for job, _, _ in plans if job.id in now]
 
     def complete_unread(self, job: Job, plan: Plan, already_loaded_by: str | None) -> None:
-        """PENDING → COMPLETED without reading: the object is empty, or loaded already and `ifLoaded` is "skip"."""
+        """PENDING → COMPLETED without reading: the object is empty, or is loaded already and `ifLoaded` is "skip"."""
         changes = planned(plan, JobState.COMPLETED, already_loaded_by)
         times = {"unread": True, "finishedAt": "$$NOW", "open": "$$REMOVE", "planner": "$$REMOVE"} | happened(
             JobState.COMPLETED
@@ -114,9 +117,10 @@ class Plans:
             self._jobs.update_one(_unplanned(job), [{"$set": changes | times}])
 
     def postpone(self, job: Job, failure: Failure, *, spend: bool = True) -> None:
-        """A job that could not be planned waits n⁴ seconds (±10 %); after the last attempt it fails.
+        """Put off a job that could not be planned for the nth time by n⁴ seconds (±10 %), or stop it as FAILED if no
+        attempt is left.
 
-        With `spend` false it costs no attempt, and waits for a fixed time.
+        With `spend` false the failure costs no attempt, and the wait is 16 seconds (±10 %).
         """
         attempts = job.attempts + spend
         changes: Document = {
@@ -126,7 +130,7 @@ class Plans:
         }
         with translated("putting a job off"):
             found = self._jobs.update_one(
-                # Whoever put it off since has counted the attempt, and who has planned it needs none.
+                # No match if another worker has since put it off, and so counted the attempt, or planned it.
                 _unplanned(job) | {"attempts": job.attempts},
                 [{"$set": changes | happened(f"{PUT_OFF}{failure.message}")}],
             )

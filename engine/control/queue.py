@@ -53,24 +53,25 @@ from engine.text.ranges import cut
 __all__ = ["JobSignals", "Queue"]
 
 ROLL_UP_MS: Final = 600
-"""A job's numbers are summed anew when they are older than this, by whichever worker notices."""
+"""A job's numbers are summed again when they are older than this, by whichever worker notices."""
 
 _NEW: Final[Document] = {"$gte": ["$rolledAt", {"$subtract": ["$$NOW", ROLL_UP_MS]}]}
-# One that is still to come was written by a primary whose clock was ahead.
+# A time in the future was written by a primary whose clock was ahead: it counts as stale.
 _STALE: Final[Document] = {"$not": [{"$and": [_NEW, {"$lte": ["$rolledAt", "$$NOW"]}]}]}
 
 RELEASE_SECONDS: Final = 2.0
-"""How long the end of a dry run may take to release what it has claimed: the worker has more to do."""
+"""How long a worker that ends a dry run may take to release its claims: it has other work to do."""
 
 PAUSED: Final = "paused"
-"""Name of the switch that holds up the whole queue."""
+"""Name of the switch that pauses the whole queue."""
 
 log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class JobSignals:
-    """What the holder of a range needs to know of its job, whenever it renews."""
+    """What the holder of a range has to know about its job at each renewal: whether it is being stopped, has run past
+    its deadline, and has numbers that are due to be summed again."""
 
     stopping: bool
     overdue: bool
@@ -84,7 +85,7 @@ class Queue:
         store: the databases.
         ledger: the ranges of these jobs.
 
-    `open_jobs` looks at those that have not ended.
+    `open_jobs` lists those that have not ended.
     """
 
     def __init__(self, store: Store, ledger: Ledger) -> None:
@@ -97,11 +98,12 @@ class Queue:
         self.open_jobs = OpenJobs(store)
 
     def submit(self, source: Source, options: JobOptions, ticket: Ticket | None = None) -> Job:
-        """Put a job on the queue, PENDING; with a ticket that was handed in before, the job of then.
+        """Put a job on the queue, PENDING; with a ticket that was used before, return the job that it made then.
 
         Raises:
             Refused: the collection cannot take documents.
-            KeyReused: the ticket's key came before with another request.
+            KeyReused: the ticket's key was used with another request.
+            Conflict: a later version made the job of this ticket, and this one cannot read it.
         """
         check_collection(self._store.data, options.collection)
         with translated("submitting a job"):
@@ -114,7 +116,7 @@ class Queue:
                     return_document=ReturnDocument.AFTER,
                 )
             except DuplicateKeyError:
-                # Of all that is unique, only the ticket's key can have been there.
+                # Of the fields with unique indexes, only the ticket's key can exist already.
                 if ticket is None or (found := self.redeem(ticket)) is None:
                     raise
                 return found
@@ -123,7 +125,7 @@ class Queue:
         return job_of(created)
 
     def redeem(self, ticket: Ticket) -> Job | None:
-        """The job that was submitted with this ticket, if one was. Raises KeyReused."""
+        """The job that was submitted with this ticket, if any. Raises KeyReused; Conflict as `submit` does."""
         with translated("looking for an idempotency key"):
             found = self._jobs.find_one(with_ticket(ticket.key))
         if found is None:
@@ -132,12 +134,12 @@ class Queue:
         return job_or_conflict(found)
 
     def depth(self, most: int) -> int:
-        """How many jobs are open; counted no further than `most`, which is not 0."""
+        """How many jobs are open, counted no further than `most`, which must not be 0."""
         with translated("counting open jobs"):
             return self._jobs.count_documents({"open": True}, hint=OPEN_JOBS, limit=most)
 
     def pause(self) -> None:
-        """No worker begins another range until `resume`; those under way are finished."""
+        """Let no worker begin another range until `resume`; ranges under way are finished."""
         with translated("pausing the queue"):
             self._store.switches.update_one({"_id": PAUSED}, [{"$set": {"at": "$$NOW"}}], upsert=True)
 
@@ -153,7 +155,7 @@ class Queue:
             return self._store.switches.find_one({"_id": PAUSED}) is not None
 
     def get(self, job_id: str) -> Job:
-        """The job. Raises NotFound; Conflict where it is of a later version."""
+        """The job. Raises NotFound; Conflict if a later version made it and this one cannot read it."""
         with translated("reading a job"):
             found = self._jobs.find_one({"_id": job_key(job_id)})
         if found is None:
@@ -161,7 +163,7 @@ class Queue:
         return job_or_conflict(found)
 
     def open_ranges(self, job: Job) -> None:
-        """Write the ranges of a plan down, those that are not there yet. Safe to repeat by anyone."""
+        """Insert the ranges of a job's plan that do not exist yet. Safe for anyone to repeat."""
         assert job.plan is not None
         of = job.plan.range_count
         reach(Step.PLANNED)
@@ -169,7 +171,7 @@ class Queue:
         reach(Step.OPENED)
 
     def signals(self, job_id: str) -> JobSignals:
-        """What a holder must know: is the job being stopped, has it run for too long, are its numbers old? One read."""
+        """The signals of a job, in one read. A job that is gone or not PROCESSING counts as being stopped."""
         stages: list[Document] = [
             {"$match": {"_id": job_key(job_id)}},
             {
@@ -189,7 +191,7 @@ class Queue:
         return JobSignals(stopping, found["overdue"], found["stale"])
 
     def roll_up(self, job_id: str) -> None:
-        """Sum the job's ranges into its progress, unless another worker has just done so; judge its error budget."""
+        """Sum the job's ranges into its progress, unless another worker has just done so; check its error budget."""
         key = job_key(job_id)
         elected = {"_id": key, "state": JobState.PROCESSING, "$expr": _STALE}
         with translated("summing a job"):
@@ -211,7 +213,7 @@ class Queue:
         since_start = {"$divide": [{"$subtract": ["$$NOW", "$startedAt"]}, 1000]}
         first = {"$divide": [summary.tally.lines, {"$max": [since_start, 0.001]}]}
         progress = progress_document(_progress(job, summary)) | {"rate": {"$cond": [summed, blend, first]}}
-        # Whoever was elected since has a later sum.
+        # A worker that was elected since then has a later sum.
         still = {"_id": key, "state": JobState.PROCESSING, "round": job.round, "rolledAt": found["rolledAt"]}
         changes = {"progress": progress, "errors": self._first_errors(job_id, summary.tally)}
         with translated("summing a job"):
@@ -220,8 +222,8 @@ class Queue:
             self.stop(job, Stop(JobState.FAILED, failure))
 
     def stop(self, job: Job, stop: Stop) -> None:
-        """Stamp a job so that the holders of its ranges let go; the first stamp holds. Terminal jobs stay as they are, and
-        so does one that has been retried since `job` was read."""
+        """Stamp a job as stopping, so that the holders of its ranges let go; the first stamp holds. A job that is
+        terminal, or has been retried since `job` was read, stays as it is."""
         stamp: Document = {"to": stop.to, "failure": failure_document(stop.failure)}
         with translated("stopping a job"):
             self._jobs.update_one(
@@ -236,7 +238,7 @@ class Queue:
         self.settle(job.id)
 
     def stop_overdue(self) -> int:
-        """Stop the jobs that have run for longer than they may; returns how many there were."""
+        """Stop jobs that have run past their deadline, at most `PAGE_JOBS` of them; returns how many."""
         late = {"deadline": {"$type": "date"}, "$expr": {"$lt": ["$deadline", "$$NOW"]}, "stopping": None}
         with translated("looking for overdue jobs"), self._jobs.find(late).hint(DEADLINES) as cursor:
             found = list(islice(filter(None, map(self.open_jobs.read, cursor)), PAGE_JOBS))
@@ -249,7 +251,7 @@ class Queue:
         return len(found)
 
     def admit_due(self, most: int) -> int:
-        """Let the workers see the jobs that waited for a time which has come, the earliest first; returns how many."""
+        """Let workers see waiting jobs whose time has come, at most `most`, the earliest first; returns how many."""
         due = {"waiting": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
         with translated("looking for jobs whose time has come"):
             found = self._jobs.find(due, {"_id": True}).sort("notBefore", 1).hint(WAITING_JOBS).limit(most)
@@ -258,7 +260,7 @@ class Queue:
             return self._jobs.update_many({"_id": {"$in": keys}} | due, {"$unset": {"waiting": ""}}).modified_count
 
     def settle(self, job_id: str) -> Job:
-        """Bring a job to its end where nothing holds it back any more; returns the job. Safe to repeat by anyone."""
+        """End a job if nothing is left to wait for; returns the job as it is afterwards. Safe for anyone to repeat."""
         return self._settle(self.get(job_id))
 
     def _settle(self, job: Job) -> Job:
@@ -268,7 +270,7 @@ class Queue:
             return job if job.stopping is None else self._end(job, job.stopping)
         summary = self._ledger.summarize(job.id)
         if summary.ranges < job.plan.range_count:
-            # Whoever planned the job died over it, or is about to lease its only range: afterwards it is there for all to see.
+            # The planner died before it inserted all ranges, or is about to lease the only one: insert them for anyone.
             self.open_ranges(job)
             summary = self._ledger.summarize(job.id)
         complete = summary.done == job.plan.range_count
@@ -284,13 +286,13 @@ class Queue:
         return self._end(job, Stop(JobState.FAILED, failure), _progress(job, summary))
 
     def finish(self, job: Job, tally: Tally) -> Job:
-        """Every range of the job is DONE and `tally` is their sum: it is COMPLETED, or over its budget and FAILED."""
+        """End a job whose ranges are all DONE and add up to `tally`: COMPLETED, or FAILED if over its error budget."""
         assert job.plan is not None
         reach(Step.FINISH)
         return self._end(job, _judged(job, tally), Progress(tally, job.plan.range_count, job.plan.range_count))
 
     def finish_all(self, ended: Sequence[tuple[Job, Tally]]) -> list[Job]:
-        """Finish jobs of one range each, all with one command; returns them as they are then."""
+        """Finish jobs of one range each, all with one command; returns them as they are afterwards."""
         reach(Step.FINISH)
         judged = [(job, _judged(job, tally), Progress(tally, 1, 1)) for job, tally in ended]
         writes = [UpdateOne(query, [{"$set": changes}]) for query, changes in (self._ending(*each) for each in judged)]
@@ -304,15 +306,15 @@ class Queue:
         return [self.settle(job.id) for job, _ in ended]
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a job: at once where no range of it is leased, else as soon as the holders let go. Safe to repeat.
+        """Cancel a job: at once if none of its ranges is leased, else as soon as the holders let go. Safe to repeat.
 
         Raises:
             NotFound: no such job.
-            Conflict: it has COMPLETED or FAILED, or is about to.
+            Conflict: it has COMPLETED or FAILED, or is about to; or this version cannot read it.
         """
         job = self.get(job_id)
         if job.state is JobState.PENDING and job.stopping is None:
-            # Nothing of it is leased, so that one write ends it: nobody sees it between the stamp and the end.
+            # None of its ranges is leased, so one write ends it: nobody sees it stamped and still open.
             job = self._end(job, Stop(JobState.CANCELLED))
         if job.state not in TERMINAL:
             self.stop(job, Stop(JobState.CANCELLED))
@@ -326,11 +328,12 @@ class Queue:
         return job
 
     def retry(self, job_id: str) -> Job:
-        """Work again on the ranges of a FAILED or CANCELLED job that are not DONE. Safe to repeat while it is open.
+        """Reopen a FAILED or CANCELLED job for those of its ranges that are not DONE. Safe to repeat while it is open.
 
         Raises:
             NotFound: no such job.
-            Conflict: it has COMPLETED, or is being deleted, or its collection cannot take documents any more.
+            Conflict: it has COMPLETED, is still stopping or is being deleted; its collection cannot take documents any
+                more; or this version cannot read it.
         """
         job = self.get(job_id)
         if job.state is JobState.COMPLETED:
@@ -352,7 +355,7 @@ class Queue:
         to = JobState.PENDING if job.plan is None else JobState.PROCESSING
         gone = ("stopping", "failure", "finishedAt")
         changes: Document = {"state": to, "open": True, "attempts": 0, "round": job.round + 1, "retriedAt": "$$NOW"}
-        # What was put off begins at once; what was not to begin before its time still is not.
+        # A job that was put off may begin at once; one whose `runAt` has not come still waits for it.
         changes |= put_off("$options.runAt")
         if job.options.timeout_seconds is not None and job.plan is not None:
             changes["deadline"] = from_now(job.options.timeout_seconds)
@@ -363,7 +366,7 @@ class Queue:
             changes["plan.sole"] = False
         changes |= happened("retried")
         changes |= dict.fromkeys(gone, "$$REMOVE")
-        # Where somebody else was quicker, what they made of it is told.
+        # If somebody else was quicker, the job is returned as they left it.
         as_it_was = {"_id": job_key(job_id), "state": job.state, "round": job.round, "pruned": None}
         with translated("retrying a job"):
             self._jobs.update_one(as_it_was, [{"$set": changes}])
@@ -380,9 +383,9 @@ class Queue:
         return self.get(job.id) if found is None else job_of(found)
 
     def _release_dry_run_claims(self, job: Job) -> None:
-        """Release what a dry run has claimed when it has ended with all its ranges done: nothing will ask for it again.
+        """Release the keys that a dry run has claimed, once all its ranges are DONE: nothing will look at them again.
 
-        Where that fails, or takes long, the job has ended all the same, and the rest is released when its history is deleted.
+        If that fails or takes long, the job has ended all the same; the rest is released when its history is deleted.
         """
         if job.options.validate:
             try:
@@ -393,7 +396,7 @@ class Queue:
                 log.warning(str(error), action="finish", job=job.id)
 
     def _ending(self, job: Job, stop: Stop, progress: Progress | None) -> tuple[Document, Document]:
-        """What matches a job that is to end, and what is set then; without a plan there is no `progress`."""
+        """The query for a job that is to end, and the fields to set; `progress` is None if the job has no plan."""
         changes: Document = {
             "state": stop.to,
             "open": "$$REMOVE",
@@ -407,18 +410,18 @@ class Queue:
         if progress is not None:
             changes["progress"] = progress_document(progress)
             changes["errors"] = self._first_errors(job.id, progress.tally)
-        # A stamp that arrived since must not be overtaken by COMPLETED, nor the other way round; and a retry since begins
-        # another round, of which what was summed here says nothing.
+        # A stamp that has arrived since must not be overtaken by COMPLETED, nor the other way round; and a retry begins
+        # another round, to which the sums made here do not apply.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         return {"_id": job_key(job.id), "open": True, "state": job.state, "round": job.round} | stamped, changes
 
     def _first_errors(self, job_id: str, tally: Tally) -> Document:
-        """What sets the rejects that a status shows, so that to look at it reads no more than the job."""
+        """The first rejects as an expression: they are kept in the job, so that its status takes no other read."""
         return {"$literal": self._rejects.first(job_id) if tally.rejected else []}
 
     def freed(self, job_id: str, what: str) -> None:
-        """Note that ranges of a job were freed, and settle the job if it waited for nothing else: under a stream of jobs of a
-        higher priority no worker would look at it for long."""
+        """Note that ranges of a job were freed, and end the job if it was waiting for nothing else: under a stream of
+        higher-priority jobs, no worker might look at it for a long time."""
         self.note(job_id, what)
         with translated("looking for a job"):
             found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})
@@ -426,7 +429,7 @@ class Queue:
             self._settle(job)
 
     def note(self, job_id: str, what: str) -> None:
-        """Write an event into a job's timeline."""
+        """Append an event to a job's timeline."""
         with translated("writing down what happened to a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
 
@@ -437,6 +440,6 @@ def _progress(job: Job, summary: Summary) -> Progress:
 
 
 def _judged(job: Job, tally: Tally) -> Stop:
-    """How a job ends whose ranges are all DONE."""
+    """How a job whose ranges are all DONE ends."""
     failure = overspent(job.options, tally, final=True)
     return Stop(JobState.COMPLETED) if failure is None else Stop(JobState.FAILED, failure)

@@ -1,7 +1,7 @@
-"""Rejects in MongoDB: the lines that did not become documents, with where they are and why.
+"""Rejects in MongoDB: the lines that did not become documents, each with its offset and the reason.
 
-A reject's `_id` is `{job, offset}`, so writing it again changes nothing. Each carries the number of the lease under which it was
-written: a holder takes away what earlier ones left beyond `confirmed`, and never what a later one wrote.
+A reject's `_id` is `{job, offset}`, so writing it again changes nothing. Each carries the number of its lease as a
+fencing token: a holder deletes what earlier holders left from `confirmed` on, and never what a later one wrote.
 """
 
 import base64
@@ -21,10 +21,10 @@ FIRST_REJECTS: Final = 5
 """Rejects that a job's status shows."""
 
 FIRST_RAW: Final = 1000
-"""Characters of a raw line that a job's status shows; a multiple of four, since these may be base64."""
+"""Characters of a raw line that a job's status shows; a multiple of four, since they may be base64."""
 
 PAGE_BYTES: Final = 4 * 1024 * 1024
-"""A page of rejects ends when its raw lines have so many."""
+"""A page of rejects ends once its raw lines, as stored, add up to this many characters."""
 
 
 class Rejects:
@@ -35,21 +35,21 @@ class Rejects:
         self._ledger = ledger
 
     def write(self, job: Job, lease: Lease, rejects: Sequence[Reject]) -> None:
-        """Write rejects down, in the place of what an earlier holder said of the same lines. Acknowledged by a majority when
-        it returns."""
+        """Store rejects, replacing what earlier holders wrote for the same lines. They are acknowledged by a majority
+        on return."""
         documents = [_document(job, lease, reject) for reject in rejects]
         with translated("writing rejects"):
             result = write_all(self._rejects, [InsertOne(document) for document in documents])
             refused = [documents[fault["index"]] for fault in result["writeErrors"]]
             if there := {document["_id"]["offset"]: document for document in refused}:
-                # Most are of this lease, where a batch is written again, and stay as they are.
+                # Most are this lease's own, from a batch that is written again, and stay as they are.
                 earlier = {"lease": {"$lt": lease.number}}
                 ids = {"_id": {"$in": [document["_id"] for document in there.values()]}}
                 for found in list(self._rejects.find(ids | earlier, {"_id": 1})):
                     self._rejects.replace_one({"_id": found["_id"]} | earlier, there[found["_id"]["offset"]])
 
     def forget(self, lease: Lease) -> None:
-        """Delete what earlier holders of this range wrote beyond `confirmed`: those lines are judged anew."""
+        """Delete what earlier holders of this range wrote from `confirmed` on: those lines are judged again."""
         job = job_key(lease.job_id)
         query = {
             "_id": {
@@ -62,14 +62,14 @@ class Rejects:
             self._rejects.delete_many(query)
 
     def page(self, job_id: str, limit: int, after: int | None = None) -> tuple[list[Document], bool]:
-        """Rejects of a job in the order of the file, as they are told to a client, and whether there are more of them.
+        """Rejects of a job in file order, as clients see them, and whether there are more.
 
         Args:
             job_id: 24 hexadecimal digits.
-            limit: the most to return; fewer where their raw lines are long.
-            after: only those whose line starts beyond this offset.
+            limit: the most to return; fewer are returned if their raw lines are long.
+            after: only rejects whose line starts beyond this offset, in bytes.
 
-        `line` is the 1-based line number, or None while ranges before it are not done.
+        `line` is the 1-based line number, or None while a range before it is not DONE.
         """
         query = rejects_of(job_key(job_id))
         if after is not None:
@@ -88,11 +88,11 @@ class Rejects:
         return [_public(reject, before) for reject in found], more
 
     def first(self, job_id: str) -> list[Document]:
-        """The first few rejects of a job as they are told to a client, with raw lines cut short."""
+        """The first few rejects of a job as clients see them, with raw lines cut short."""
         return [_cut_short(reject) for reject in self.page(job_id, FIRST_REJECTS)[0]]
 
     def lines(self, job_id: str) -> Iterator[bytes]:
-        """What is kept of the raw line of every reject of a job, in the order of the file."""
+        """The raw line of every reject of a job, as far as it is kept, in file order."""
         with translated("reading rejects"):
             for found in self._rejects.find(rejects_of(job_key(job_id)), {"raw": 1, "encoding": 1}).sort("_id", 1):
                 raw = found["raw"]
@@ -101,7 +101,7 @@ class Rejects:
 
 def _document(job: Job, lease: Lease, reject: Reject) -> Document:
     document: Document = {
-        # Always 64 bits wide, so that offsets compare as they should whatever their size.
+        # Always 64 bits wide, so that offsets compare correctly whatever their size.
         "_id": {"job": job_key(job.id), "offset": Int64(reject.offset)},
         "fileKey": job.source.key,
         "etag": job.source.etag,
@@ -117,7 +117,7 @@ def _document(job: Job, lease: Lease, reject: Reject) -> Document:
     head = reject.head
     if reject.length > len(head):
         document["rawLength"] = reject.length
-        # The cut may have gone through a character.
+        # The cut may have split a character.
         for spare in range(4):
             if _is_text(head[: len(head) - spare]):
                 head = head[: len(head) - spare]

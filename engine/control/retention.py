@@ -1,4 +1,4 @@
-"""The history of jobs: how long it is kept, and what is left of a job when it goes."""
+"""The history of jobs: deletes what has been kept long enough, except what guards against loading a file twice."""
 
 from collections.abc import Callable
 from typing import Final
@@ -14,16 +14,16 @@ from engine.model import TERMINAL
 __all__ = ["Retention"]
 
 ABANDONED_MS: Final = 60_000
-"""A deletion that began this long ago and has not ended was abandoned: any worker may take it over."""
+"""A deletion that began this long ago and has not ended counts as abandoned: any worker may take it over."""
 
-# What a deletion needs to know of a job; without the rejects in its status, which add up over hundreds of jobs.
+# The fields of a job that its deletion needs, without the rejects in its status: over hundreds of jobs, these add up.
 _NEEDED: Final = {"batch": 1, "database": 1, "options": 1, "plan.tag": 1}
 
 log = get_logger()
 
 
 class Retention:
-    """Deletes jobs that have ended long ago.
+    """Deletes jobs that ended long ago.
 
     Args:
         store: the databases.
@@ -35,18 +35,18 @@ class Retention:
         self._ledger = ledger
 
     def prune(self, days: float, most: int, goes_on: Callable[[], bool] = lambda: True) -> int:
-        """Delete the oldest of the jobs that ended so long ago, with their ranges and rejects; returns how many were seen to: one
-        with millions of rejects is seen to several times.
+        """Delete the oldest jobs that ended more than `days` ago, at most `most`, with their ranges and rejects.
 
-        What guards against loading a file twice stays: `sources` takes over what the job told. Safe to repeat, and to be
-        killed within.
-        One that cannot be deleted now is left to the next time, and so is what is left when `goes_on`, asked between two steps,
-        says no.
+        What guards against loading a file twice is moved to `sources`, which stays. Safe to repeat, and to be killed at
+        any point. A job that cannot be deleted now is left to the next call, and so is the rest when `goes_on`, asked
+        between two steps, returns False.
+
+        Returns how many jobs were worked on: one with millions of rejects may take several calls.
         """
         since = {"$subtract": ["$$NOW", int(days * 86_400_000)]}
         ended: Document = {"state": {"$in": list(TERMINAL)}, "finishedAt": {"$type": "date"}}
         old = ended | {"pruned": None, "$expr": {"$lt": ["$finishedAt", since]}}
-        # Somebody began, and did not get to the end.
+        # Somebody began to delete these, and did not finish.
         begun: Document = {"pruned": True, "$expr": {"$lt": ["$prunedAt", {"$subtract": ["$$NOW", ABANDONED_MS]}]}}
         jobs = self._store.jobs
         with translated("pruning old jobs"):
@@ -55,7 +55,7 @@ class Retention:
         count = 0
         for job, why in [*((job, begun) for job in left), *((job, old) for job in more)]:
             if count and not goes_on():
-                break  # of the first one something is done, however long it took to find
+                break  # something is deleted of the first job, however long it took to find it
             try:
                 with translated("deleting an old job"):
                     count += self._prune(job, why, goes_on)
@@ -64,7 +64,7 @@ class Retention:
         return count
 
     def _prune(self, job: Document, why: Document, goes_on: Callable[[], bool]) -> bool:
-        """Delete a job that is still as it was found, and that nobody else is at; returns whether it was so."""
+        """Delete a job or a part of it; returns False if it has changed since, or somebody else is deleting it."""
         key, jobs = job["_id"], self._store.jobs
         # From here on it cannot be retried: a job whose ranges are half gone must not come back.
         begin = [{"$set": {"pruned": True, "prunedAt": "$$NOW"}}]
@@ -78,22 +78,22 @@ class Retention:
         if job["options"].get("validate"):
             parts.append((self._store.claims, claims_of(key)))
         if not all(delete_slices(collection, query, goes_on) for collection, query in parts):
-            jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may go on at once
+            jobs.update_one({"_id": key}, {"$unset": {"prunedAt": ""}})  # anyone may continue at once
             return True
-        # The batch is deleted before its last job, so that a death in between leaves that job, by which it is found again; and
-        # once more after it, since two workers may delete the last two jobs at the same time.
+        # The batch is deleted before its last job, so that a crash in between leaves that job for the next try to find.
+        # It is tried once more afterwards, since two workers may delete the last two jobs at the same time.
         self._drop_empty(job, {"_id": {"$ne": key}})
         jobs.delete_one({"_id": key, "pruned": True})
         self._drop_empty(job, {})
         return True
 
     def _drop_empty(self, job: Document, others: Document) -> None:
-        """Delete the batch of a job where it has no others."""
+        """Delete the batch of a job if no jobs of the batch that match `others` are left."""
         if "batch" in job and not self._store.jobs.find_one(jobs_of(job["batch"]) | others, {"_id": 1}):
             self._store.batches.delete_one({"_id": job["batch"]})
 
     def _keep_loaded(self, job: Document) -> None:
-        """Write into its source that a job, which is about to be deleted, has loaded it."""
+        """Record in its source that a job has loaded it, before the job is deleted."""
         if self._store.jobs.count_documents({"_id": job["_id"]} | LOADED, limit=1):
             here = {"collection": job["options"]["collection"], "database": job["database"]}
             query = {"tag": job["plan"]["tag"], "loads": {"$elemMatch": here}}

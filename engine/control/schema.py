@@ -1,4 +1,4 @@
-"""What the control database must hold before anything is done in it: its version, its indexes, its capped collection."""
+"""What the control database must hold before it is used: its schema version, its indexes, its capped collection."""
 
 from contextlib import suppress
 from typing import Any, Final
@@ -28,16 +28,16 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Final = 1
-"""Of the control database. An engine does not start on one that a newer version has written."""
+"""Version of the control database's layout. An engine refuses to start on a newer one."""
 
 WIRE_VERSION: Final = 17
-"""What MongoDB 6.0 speaks: the oldest LTS whose aggregation has all that is asked of it here, as `$firstN`."""
+"""Wire version of MongoDB 6.0, the oldest major release with all aggregation operators used here, such as `$firstN`."""
 
 WAKEUPS_BYTES: Final = 64 * 1024
-"""Size of the capped collection that idle workers watch."""
+"""Size in bytes of the capped collection that idle workers watch."""
 
 WORKERS_SECONDS: Final = 600
-"""What a worker told of itself is forgotten after this."""
+"""The last report of a worker is deleted when it is this old."""
 
 _NAMESPACE_EXISTS: Final = 48
 
@@ -57,7 +57,7 @@ LEASES: Final = "leases"
 
 
 def _index(name: str, *fields: str, where: dict[str, Any] | None = None, **more: Any) -> IndexModel:
-    """An index; a field with a minus before it descends, and `where` says of which documents it is."""
+    """An index. A field with a leading minus is descending; `where` restricts the index to matching documents."""
     keys = [(field.removeprefix("-"), DESCENDING if field.startswith("-") else ASCENDING) for field in fields]
     return IndexModel(keys, name=name, **({"partialFilterExpression": where} if where else {}), **more)
 
@@ -67,8 +67,7 @@ _BY_TICKET: Final = _index("by_ticket", "ticket.key", where={"ticket.key": {"$ty
 INDEXES: Final[dict[str, list[IndexModel]]] = {
     "jobs": [
         _index(OPEN_JOBS, "open", "-options.priority", "_id", where={"open": True}),
-        # Of the jobs of other databases and of those that wait for their time workers read nothing: there may be as many as
-        # jobs may be open.
+        # Lets workers skip jobs of other databases and jobs that wait for their time, which all open jobs may be.
         _index(READY_JOBS, "open", "database", "waiting", "-options.priority", "_id", where={"open": True}),
         _index(WAITING_JOBS, "notBefore", where={"waiting": True}),
         _index(ENDED_JOBS, "finishedAt", where={"finishedAt": {"$type": "date"}}),
@@ -79,7 +78,7 @@ INDEXES: Final[dict[str, list[IndexModel]]] = {
         _BY_TICKET,
         _index("by_batch", "batch", "source.key", where={"batch": {"$type": "objectId"}}, unique=True),
         _index(BY_FILE, "source.key", "-_id"),
-        # Of a key that is overwritten each minute there are thousands of versions.
+        # A key that is overwritten every minute has thousands of versions.
         _index(BY_VERSION, "source.key", "source.etag", "-_id"),
         _index("by_collection", "options.collection", "-_id"),
         _index(BY_STATE, "state", "-_id"),
@@ -123,7 +122,7 @@ def check(control: Database[dict[str, Any]]) -> None:
 
 
 def prepare(control: Database[dict[str, Any]]) -> None:
-    """Make what is missing of the version of the schema, the indexes and the capped collection. Raises as `check` does."""
+    """Create what is missing of the schema version, the indexes and the capped collection. Raises as `check` does."""
     check(control)
     control["schema"].update_one({"_id": "version"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True)
     for name, indexes in INDEXES.items():
@@ -132,14 +131,14 @@ def prepare(control: Database[dict[str, Any]]) -> None:
 
 
 def _prepare_wakeups(control: Database[dict[str, Any]]) -> None:
-    """A capped collection that is not empty: a tailable cursor dies at once on any other."""
+    """Ensure that the capped collection exists and is not empty: on any other, a tailable cursor dies at once."""
     wakeups = control["wakeups"]
     try:
         control.create_collection("wakeups", capped=True, size=WAKEUPS_BYTES)
     except CollectionInvalid:
         if not wakeups.options().get("capped"):
-            # Somebody has dropped it, and the next word made another.
-            with suppress(OperationFailure):  # by another process, which was quicker
+            # Somebody has dropped it, and the next wakeup created one that is not capped.
+            with suppress(OperationFailure):  # another process was quicker
                 control.command("convertToCapped", "wakeups", size=WAKEUPS_BYTES)
     except OperationFailure as error:
         if error.code != _NAMESPACE_EXISTS:  # another process was quicker

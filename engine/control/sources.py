@@ -1,4 +1,4 @@
-"""Which versions of objects have been loaded, and where to: the record that ties each of them to the tag of its `_id`s."""
+"""Which object versions have been loaded, and into which collections; ties each version to the tag in its `_id`s."""
 
 import secrets
 from collections.abc import Sequence
@@ -20,13 +20,14 @@ UNREGISTERED: Final = bytes(6)
 """The tag of a source that nobody has loaded; no document carries it."""
 
 TAG_DRAWS: Final = 64
-"""Random tags tried for one second before the next second is taken."""
+"""Random tags tried with one second as their prefix before the next second is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """What a plan needs of its source: the six bytes of its tag, whether the job is the `sole` one to have written its
-    documents (as in `Plan`), and the latest job that has loaded it, where that was asked or is known."""
+    """What a plan needs to know about its source: its tag (six bytes), whether the job is the `sole` one to have
+    written its documents (as in `Plan`), and the id of the latest job that has loaded it, if there is one and it was
+    looked up."""
 
     tag: bytes
     sole: bool
@@ -34,11 +35,11 @@ class Registered:
 
 
 class Sources:
-    """The versions of objects that are known.
+    """The registered object versions.
 
     Args:
         store: the databases.
-        others: tells of other jobs with the same source.
+        others: finds other jobs with the same source.
     """
 
     def __init__(self, store: Store, others: Loads) -> None:
@@ -47,10 +48,10 @@ class Sources:
         self._others = others
 
     def register(self, jobs: Sequence[tuple[Job, Format]]) -> list[Registered]:
-        """Hold the source of each job to one tag, and learn who has loaded it into this collection before.
+        """Register each job's source under one permanent tag, and find out who loaded it into this collection before.
 
         Raises:
-            Transient, Permanent: of MongoDB; some of the sources may be registered, which is safe to repeat.
+            Transient, Permanent: MongoDB failed; some sources may be registered, and repeating the call is safe.
         """
         new = {job.id: _new(job) for job, _ in jobs if not (job.options.force or job.options.validate)}
         ours: set[str] = set()
@@ -69,14 +70,14 @@ class Sources:
                 return self._known(job, format)
             if job.id not in ours:
                 return self._registered(job, format)
-            # Only `force` can have loaded it here before: asked where it matters.
+            # Only a job with `force` can have loaded it here before: looked up only if it matters.
             before = self._loaded_by(job, format) if job.options.if_loaded == "skip" else None
             return Registered(bytes(new[job.id]["tag"]), True, before)
 
         return [one(job, format) for job, format in jobs]
 
     def _registered(self, job: Job, format: Format) -> Registered:
-        """As `register`, for one job whose source may be there already."""
+        """Register the source of one job, which may be registered already."""
         with translated("registering a source"):
             found = self._forced(job, format) if job.options.force else self._found_or_made(job, format, 0, None)
             if _entry(found, job) is None:
@@ -88,20 +89,20 @@ class Sources:
         if job.options.force:
             return Registered(bytes(found["tag"]), True, None)
         ours = entry["firstJob"] == job_key(job.id) and entry.get("completedBy") is None
-        # Its first job may have been put off, or cancelled, before it had a plan, and another one been quicker.
+        # If this first job was put off or cancelled before it had a plan, another one may have been quicker.
         first = ours and not self._others.others_loaded(job, format)
-        # What was loaded may have been deleted since: then again there is nothing that a duplicate could be of.
+        # If what was loaded has been deleted since, there is again nothing that could be duplicated.
         sole = first or (self._is_empty(job) and not self._others.others_may_load(job, format))
         return Registered(bytes(found["tag"]), sole, self._loaded_by(job, format))
 
     def _is_empty(self, job: Job) -> bool:
-        """Whether the collection that a job loads into holds no document."""
+        """Whether the collection that a job loads into is empty."""
         with translated("looking into the collection"):
-            # Counted by the server: what others have stored, the driver may not be able to read.
+            # Counted by the server: the driver may be unable to decode what others have stored.
             return not self._data[job.options.collection].count_documents({}, limit=1)
 
     def _loaded_by(self, job: Job, format: Format) -> str | None:
-        """The latest job that has loaded this source, of any generation, into the same collection, its history kept or not."""
+        """The id of the latest job, kept or pruned, that loaded this source, of any generation, into the collection."""
         if kept := self._others.loaded_by(job, format):
             return kept
         with translated("looking for earlier loads"):
@@ -111,7 +112,7 @@ class Sources:
         return str(max(pruned)) if pruned else None
 
     def _known(self, job: Job, format: Format) -> Registered:
-        """What is known of the source of a job that writes nothing, which leaves no trace of itself."""
+        """Look up the source of a dry run without registering it: a dry run leaves no trace."""
         with translated("looking for a source"):
             found = self._sources.find_one(_identity(job, format) | {"generation": 0})
         if job.options.force or found is None or _entry(found, job) is None:
@@ -119,7 +120,7 @@ class Sources:
         return Registered(bytes(found["tag"]), False, self._loaded_by(job, format))
 
     def _forced(self, job: Job, format: Format) -> Document:
-        """A generation of its own for this job, the same one whenever it is asked."""
+        """The generation of the source that belongs to this job alone: made by the first call, found by later ones."""
         of = _identity(job, format)
         while True:
             found = self._sources.find_one(of | {"forJob": job_key(job.id)})
@@ -148,7 +149,7 @@ class Sources:
 
 
 def _new(job: Job, owner: ObjectId | None = None, later: int = 0) -> Document:
-    """A source that is not known yet, with a tag drawn for it in the second of its registration, or some later."""
+    """A source to register. Its tag is the second of the job's submission, plus `later`, and two random bytes."""
     second = int(job.created_at.timestamp()) + later
     tag = second.to_bytes(4, "big") + secrets.token_bytes(2)
     return {"tag": Binary(tag), "forJob": owner, "loads": [_load(job)]}
@@ -163,7 +164,7 @@ def _load(job: Job) -> Document:
 
 
 def _entry(source: Document, job: Job) -> Document | None:
-    """What a source tells of the collection that a job loads into."""
+    """The entry of a source for the collection that a job loads into; None if there is none."""
     place = _place(job).items()
     return next((entry for entry in source["loads"] if place <= entry.items()), None)
 

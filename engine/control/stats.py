@@ -1,7 +1,7 @@
-"""What a worker has done and where its time went: counters that only grow, told to the control database every few seconds.
+"""What a worker has done and where its time went: counters that only grow, reported to the control database.
 
-`workers` holds one document for each live worker; `totals` the sums over all that there have ever been. Told without
-waiting for a majority: a crash loses the last few seconds of these numbers, and of nothing else.
+`workers` holds one document for each live worker; `totals` the sums over all workers there have ever been. Reports do
+not wait for a majority: a crash loses the last few seconds of these numbers, and nothing else.
 """
 
 import os
@@ -22,19 +22,19 @@ from engine.logs import get_logger
 __all__ = ["REPORTER", "REPORT_SECONDS", "STAGES", "Reporter", "Stats", "live", "place_of", "serving", "totals"]
 
 REPORTER: Final = "reporter"
-"""Name of the thread that tells."""
+"""Name of the thread that reports."""
 
 REPORT_SECONDS: Final = 2.0
-"""How often it tells."""
+"""How often a worker reports."""
 
 LIVE_SECONDS: Final = 15.0
-"""A worker that has told nothing for so long is not shown."""
+"""A worker that has not reported for this long is not shown."""
 
 STAGES: Final = ("read", "split", "decode", "encode", "wait", "stall", "drain", "queue", "backoff")
-"""Seconds of a worker's threads: waiting for and reading bytes from S3; splitting lines; parsing; encoding batches; sending
-them and waiting for the database to take them; the reader's wait for room among the batches under way, and, at the end of a
-range, until the last of them is written; waiting for the database over jobs and ranges; and the pauses before what failed is
-tried again."""
+"""Where the seconds of a worker's threads go, in this order: waiting for and reading bytes from S3; splitting lines;
+parsing; encoding batches; sending them and waiting for MongoDB to acknowledge them; the reader's wait for room among
+the batches in flight; its wait at the end of a range until the last batch is written; waiting for MongoDB over jobs and
+ranges; and the backoff before retries."""
 
 log = get_logger()
 
@@ -59,14 +59,14 @@ class Stats:
 
 
 class Reporter(threading.Thread):
-    """Tells of a worker, every two seconds.
+    """Reports on a worker every `REPORT_SECONDS`.
 
     Args:
-        store: where to.
-        name: the worker's, as on its leases.
+        store: where the reports go.
+        name: the worker's name, as on its leases.
         slot: its place in its engine.
         stats: its counters.
-        doing: what it does now: `job`, `range` and `percent`, or nothing.
+        doing: returns what it is working on: `job`, `fileKey`, `range` and `percent`, or nothing.
     """
 
     def __init__(self, store: Store, name: str, slot: int, stats: Stats, doing: Callable[[], dict[str, Any]]) -> None:
@@ -93,13 +93,13 @@ class Reporter(threading.Thread):
         while True:
             try:
                 self.report()
-            except Exception as error:  # numbers for people: the work goes on, and the next ones may come through
+            except Exception as error:  # numbers for people only: work continues, and the next report may succeed
                 log.exception("a worker's figures could not be told", action="report", cause=str(error))
             time.sleep(REPORT_SECONDS)
 
     def report(self, *, last: bool = False) -> None:
-        """Tell now; what cannot be told is told the next time. `last`: the worker leaves, and nothing is told after that."""
-        # Two at a time would both tell of the same. The last word is not worth a long wait.
+        """Report now; what fails is left to the next report. `last`: the worker leaves, and reports no more."""
+        # Two at a time would both report the same amounts. The last report is not worth a long wait.
         if not self._reporting.acquire(timeout=REPORT_SECONDS if last else -1):
             return
         try:
@@ -117,8 +117,8 @@ class Reporter(threading.Thread):
         rate = news.get("lines", 0) / max(now - self._reported_at, 0.001)
         try:
             if news:
-                # Where the answer is lost, and that of the driver's second try, too, these two seconds are counted twice: they
-                # are for people, and without them each outage would cost what was counted before it.
+                # If both this answer and that of the driver's retry are lost, these amounts are counted twice. The
+                # numbers only inform people, and otherwise every outage would lose what was counted before it.
                 self._totals.update_one({"_id": "totals"}, {"$inc": news}, upsert=True)
                 self._reported = counts
             self._reported_at = now
@@ -135,22 +135,22 @@ class Reporter(threading.Thread):
                 {"_id": self._holder}, [{"$set": literals(document) | {"at": "$$NOW"}}], upsert=True
             )
         except PyMongoError:
-            pass  # numbers for people: the work goes on without
+            pass  # numbers for people only: work continues without them
 
 
 def _memory() -> dict[str, int]:
-    """Resident bytes, now and at the peak."""
+    """Resident memory in bytes, now and at its peak."""
     with open("/proc/self/statm") as file:  # noqa: PTH123 (read every two seconds)
         resident = int(file.read().split()[1]) * resource.getpagesize()
-    # The kernel notes the peak now and then only.
+    # The kernel updates the peak only now and then.
     peak = max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return {"memory": resident, "memoryPeak": peak}
 
 
 def live(store: Store) -> list[Document]:
-    """What each worker that is alive told last, by name. Of one that was replaced a moment ago, its successor is there.
+    """The last report of each live worker, sorted by name; of a worker that was just replaced, only its successor's.
 
-    `database` is the one whose jobs it works on.
+    `database` is the one whose jobs the worker works on.
     """
     recent = {"$expr": {"$gt": ["$at", {"$subtract": ["$$NOW", int(LIVE_SECONDS * 1000)]}]}}
     with translated("looking at the workers"):
@@ -160,17 +160,17 @@ def live(store: Store) -> list[Document]:
 
 
 def serving(workers: Sequence[Document], database: str) -> int:
-    """How many of the workers work on the jobs of a database; those of an older version do not tell, and count."""
+    """How many workers work on the jobs of a database. Those of older versions, which do not report it, are counted."""
     return sum(worker.get("database", database) == database for worker in workers)
 
 
 def place_of(worker: Document) -> str:
-    """The engine and the place in it that a worker has: its name without the incarnation."""
+    """The engine of a worker and its slot there: its name without the incarnation."""
     return str(worker["_id"]).rpartition(":")[0]
 
 
 def totals(store: Store) -> dict[str, float]:
-    """The counters summed over all workers that there have ever been."""
+    """The counters summed over all workers there have ever been."""
     with translated("summing over the workers"):
         found = store.totals.find_one({"_id": "totals"}, {"_id": 0})
     return dict(found or {})

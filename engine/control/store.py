@@ -1,6 +1,6 @@
-"""The two databases: the client, the collections, and what errors of the driver mean.
+"""The two databases: the client, the collections, and what the driver's errors mean.
 
-Documents of users live in the database that `MONGO_URI` names; jobs, ranges and the rest live in the control database,
+Users' documents live in the database that `MONGO_URI` names; jobs, ranges and the rest live in the control database,
 so that no line of a file can become a job. Build a Store after the fork, never before: a client does not survive one.
 """
 
@@ -63,31 +63,33 @@ TRANSIENT_CODES: Final = frozenset(
     # The network, shutdowns, elections, interruptions, time limits.
     {6, 7, 24, 50, 64, 79, 83, 89, 90, 91, 133, 134, 189, 202, 216, 237, 262, 279, 281, 290, 310, 317, 355, 358, 384}
     | {407, 453, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436, 46841, 91331, 10045600}
-    # Locks, snapshots, cursors, and what else of the same time is in the way.
+    # Locks, snapshots, cursors, and other conflicts with concurrent operations.
     | {43, 46, 107, 112, 117, 136, 175, 215, 239, 246, 267, 314, 363, 412, 12586, 12587, 50915}
-    # Routers and shards while data moves, or while they learn where it is.
+    # Routers and shards while data moves, or while they find out where it is.
     | {63, 70, 82, 145, 149, 150, 199, 203, 211, 249, 250, 272, 319, 338, 342, 343, 406, 9996, 13388, 56846}
-    # Too much load, no room, or writes that somebody has blocked for a while.
+    # Overload, a lack of memory or disk, or writes that somebody has blocked for a while.
     | {146, 264, 365, 371, 402, 433, 449, 450, 462, 14031}
 )
-"""Codes of passing trouble: a server that starts, stops, elects or is overloaded. They come for a whole command or, from a
-router, for each document of a shard in trouble: such a document is written again, and never rejected. (388, a transaction too
-large for the cache, is not among them: that is the fault of a single document with too many index keys.)
+"""Error codes of temporary trouble, as when a server starts, stops, holds an election or is overloaded. They come for a
+whole command or, from a router, for each document of a shard in trouble: such a document is written again, and never
+rejected. (388, a transaction too large for the cache, is left out: it is the fault of a single document with too many
+index keys.)
 
-Of the codes in MongoDB's src/mongo/base/error_codes.yml, from 6.0 on.
+Chosen from MongoDB's src/mongo/base/error_codes.yml, 6.0 and later.
 """
 
 SLICE: Final = 5000
-"""Rejects, or keys of a dry run, that one command deletes: of one job there may be millions, and a command has to end in time."""
+"""Documents that `delete_slices` deletes per command: a job may have millions, and a command has to end in time."""
 
 _TRANSIENT_LABELS: Final = frozenset({"RetryableWriteError", "RetryableError", "SystemOverloadedError"})
 
 DUPLICATE_KEY: Final = 11000
 
 _ATLAS: Final = 8000
-"""What Atlas adds to MongoDB, as quotas, answers with this."""
+"""Error code of what Atlas adds to MongoDB, such as quotas."""
 
 _DENIED_CODES: Final = frozenset({13, 18, 33})
+"""Unauthorized, AuthenticationFailed, PrivilegeNotFound."""
 
 
 class Store:
@@ -112,19 +114,19 @@ class Store:
                 maxPoolSize=pool,
                 connectTimeoutMS=int(settings.select_timeout_seconds * 1000),
                 serverSelectionTimeoutMS=int(settings.select_timeout_seconds * 1000),
-                # A server that says that it stops or steps down is asked again at once; a stream would leave it out for ten
-                # seconds, until its next word.
+                # When polled, a server that says it is shutting down or stepping down is checked again at once;
+                # streaming would exclude it until its next update, up to ten seconds later.
                 serverMonitoringMode="poll",
                 event_listeners=[self._waits] if moved is not None else [],
                 socketTimeoutMS=int(settings.socket_timeout_seconds * 1000),
-                # It would take the place of both of these, and may be longer than the watchdog waits.
+                # Set in MONGO_URI, it would override these timeouts, and may be longer than the watchdog allows.
                 timeoutMS=None,
                 minPoolSize=0,
                 retryWrites=True,
                 w="majority",
             )
         except (PyMongoError, ValueError) as error:
-            # The text of the error may quote the URI, and with it a password.
+            # The error's text may quote the URI, and with it a password.
             if isinstance(error.__context__, DNSTimeout | NoNameservers):
                 raise Transient(
                     "DNS does not answer for the name in MONGO_URI: see that its servers can be reached"
@@ -138,7 +140,7 @@ class Store:
         codec: CodecOptions[Document] = CodecOptions(tz_aware=True)
 
         def database(name: str) -> Database[Document]:
-            # Whatever MONGO_URI asks for: a member that lags knows nothing of the write that a decision here depends on.
+            # Whatever MONGO_URI asks for: a lagging member may lack the write that a decision here depends on.
             return self.client.get_database(name, codec, ReadPreference.PRIMARY, concern, ReadConcern("local"))
 
         self.data: Database[Document] = database(settings.data_db())
@@ -148,7 +150,7 @@ class Store:
         self.sources: Collection[Document] = self.control["sources"]
         self.rejects: Collection[Document] = self.control["rejects"]
         self.workers: Collection[Document] = self.control["workers"]
-        # Nothing depends on one that is lost: it is not waited for until a majority has it.
+        # Nothing depends on a wakeup that is lost, so it does not wait for a majority.
         self.wakeups: Collection[Document] = self.control["wakeups"].with_options(write_concern=WriteConcern(1))
         self.batches: Collection[Document] = self.control["batches"]
         self.switches: Collection[Document] = self.control["switches"]
@@ -158,24 +160,24 @@ class Store:
         self.requests: Collection[Document] = self.control["requests"]
 
     def prepare(self) -> None:
-        """Make what the control database needs where it is missing; safe to repeat by anyone at any time.
+        """Create what is missing in the control database. Safe for anyone to repeat, at any time.
 
         Raises:
             StartError: the control database was written by a newer version, or MongoDB is too old.
-            AccessDenied: the user in `mongo_uri` may not.
+            AccessDenied: the user in `mongo_uri` may not do this.
             Transient: the database does not answer.
         """
         with translated("preparing the control database"):
             prepare(self.control)
 
     def standalone(self) -> bool:
-        """Whether the server is neither a member of a replica set nor a router: it takes no retryable writes."""
+        """Whether the server is neither in a replica set nor a router: such a server takes no retryable writes."""
         with translated("checking its health"):
             hello = self.control.command("hello")
         return "setName" not in hello and hello.get("msg") != "isdbgrid"
 
     def wake(self) -> None:
-        """Make idle workers look at the queue now. Where that fails they look a little later: whoever made a job, made it."""
+        """Make idle workers look at the queue now. Errors are ignored: they look a little later anyway."""
         with suppress(HeadraceError), translated("waking the workers"):
             self.wakeups.insert_one({})
 
@@ -185,12 +187,12 @@ class Store:
             self.control.command("ping")
 
     def waited(self) -> float:
-        """Seconds that this thread has waited for connections and answers so far; counted where `moved` was given."""
+        """Seconds that this thread has waited for connections and answers so far; always 0 unless `moved` was given."""
         return self._waits.waited
 
     def round_trip(self) -> float:
-        """Seconds that the way to MongoDB and back takes: the shortest answer of late, however busy the server is. 0 where it is
-        not known; counted where `moved` was given."""
+        """Seconds of a round trip to MongoDB, however busy the server is: the time of the fastest recent answer. 0 if
+        not known; always 0 unless `moved` was given."""
         return self._waits.answers.seconds()
 
     def close(self) -> None:
@@ -199,7 +201,7 @@ class Store:
 
 
 def leniently(database: Database[Document]) -> Database[Document]:
-    """The same database, to read what others have stored: dates that Python has not, and strings that are no UTF-8."""
+    """The same database, for reading what others stored: dates beyond Python's range, strings that are not UTF-8."""
     return database.with_options(codec_options=_lenient(database))
 
 
@@ -210,31 +212,31 @@ def _lenient(database: Database[Document]) -> CodecOptions[Document]:
 
 
 def described(database: Database[Document], name: str) -> Document | None:
-    """A collection as `listCollections` has it; None where there is none. Raises PyMongoError."""
+    """A collection as `listCollections` returns it; None if there is none. Raises PyMongoError."""
     try:
         return cast("Document | None", next(iter(database.list_collections(filter={"name": name})), None))
     except InvalidBSON:
-        # Its validator names a date that Python has not. The driver takes no options for this command but here, where it does
-        # not repeat it.
+        # Its validator has a date beyond Python's range. Only as a raw command, which the driver does not retry, does
+        # this take codec options.
         answer = database.command("listCollections", filter={"name": name}, codec_options=_lenient(database))
         return next(iter(answer["cursor"]["firstBatch"]), None)
 
 
 def indexes_of(database: Database[Document], name: str) -> list[Document]:
-    """The indexes of a collection as `listIndexes` has them. Raises PyMongoError."""
+    """The indexes of a collection as `listIndexes` returns them. Raises PyMongoError."""
     try:
         return [dict(index) for index in database[name].list_indexes()]
-    except InvalidBSON:  # of a partial index: likewise
+    except InvalidBSON:  # the filter of a partial index has a date beyond Python's range
         return list(database.command("listIndexes", name, codec_options=_lenient(database))["cursor"]["firstBatch"])
 
 
 def job_key(job_id: str) -> ObjectId:
-    """The `_id` of a job. Raises NotFound where `job_id` is not 24 hexadecimal digits."""
+    """The `_id` of a job. Raises NotFound if `job_id` is not 24 hexadecimal digits."""
     return parse_id(job_id, "job")
 
 
 def parse_id(text: str, what: str) -> ObjectId:
-    """The `_id` of a thing. Raises NotFound where `text` is not 24 hexadecimal digits."""
+    """The `_id` that `text` spells. Raises NotFound, naming `what` it is of, if it is not 24 hexadecimal digits."""
     try:
         return ObjectId(text)
     except (InvalidId, TypeError):
@@ -242,39 +244,39 @@ def parse_id(text: str, what: str) -> ObjectId:
 
 
 def ranges_of(job: ObjectId) -> Document:
-    """Matches all ranges of a job, by the bounds of their `_id`: an index scan of just these."""
+    """Matches all ranges of a job by the bounds of their `_id`, so that the index scan covers just these."""
     return {"_id": {"$gte": {"job": job, "index": 0}, "$lt": {"job": job, "index": float("inf")}}}
 
 
 def jobs_of(batch: ObjectId) -> Document:
-    """Matches the jobs of a batch. The type is what lets the server use the index, which is of jobs that have a batch."""
+    """Matches the jobs of a batch. `$type` lets the server use the partial index on jobs that have a batch."""
     return {"batch": {"$eq": batch, "$type": "objectId"}}
 
 
 def with_ticket(key: str) -> Document:
-    """Matches what was submitted with this idempotency key; of the type, as in `jobs_of`."""
+    """Matches what was submitted with this idempotency key. `$type` lets the server use the partial index on keys."""
     return {"ticket.key": {"$eq": key, "$type": "string"}}
 
 
 def rejects_of(job: ObjectId) -> Document:
-    """Matches all rejects of a job, by the bounds of their `_id`; in the order of that they are in the order of the file."""
+    """Matches all rejects of a job by the bounds of their `_id`; sorted by it, they are in file order."""
     first, last = ({"job": job, "offset": Int64(offset)} for offset in (0, 2**63 - 1))
     return {"_id": {"$gte": first, "$lte": last}}
 
 
 def literals(fields: Mapping[str, object]) -> Document:
-    """Fields as an update with a pipeline sets them, where a value that begins with $ would be an expression."""
+    """Fields for an update pipeline, wrapped so that a string beginning with `$` is not taken for an expression."""
     return {name: {"$literal": value} for name, value in fields.items()}
 
 
 def claims_of(job: ObjectId) -> Document:
-    """Matches all keys that the dry run of a job has claimed, by the bounds of their `_id`."""
+    """Matches all keys claimed by the dry run of a job, by the bounds of their `_id`."""
     return {"_id": {"$gte": {"job": job, "what": ""}, "$lt": {"job": job, "what": []}}}
 
 
 def translate(error: PyMongoError, doing: str) -> HeadraceError:
     """The project's error for one of the driver's; `doing` says what was being done."""
-    # Of the driver's own classes that nobody is meant to see, the one that is.
+    # The driver also raises private subclasses: name the nearest public class.
     name = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
     if isinstance(error, ServerSelectionTimeoutError):
         return Transient(
@@ -309,10 +311,11 @@ def write_all(
 ) -> Document:
     """Send writes together. Those that violate a unique index are skipped; the others are acknowledged on return.
 
-    Returns the driver's account of it: `nMatched`, `upserted` and `writeErrors`, with the `index` of each.
+    Returns the driver's result: the count `nMatched`, and the lists `upserted` and `writeErrors`, whose entries have
+    the `index` of their write.
 
     Raises:
-        PyMongoError: within `translated`, it comes out as the project's own.
+        PyMongoError: any other error; `translated` turns it into the project's own.
     """
     try:
         return collection.bulk_write(writes, ordered=False).bulk_api_result
@@ -326,8 +329,8 @@ def write_all(
 
 
 def delete_slices(collection: Collection[Document], query: Document, goes_on: Callable[[], bool]) -> bool:
-    """Delete the documents of a range of `_id`s, so many with each command; returns whether all are, or `goes_on`, which is
-    asked between two of them, said no. Raises PyMongoError."""
+    """Delete the documents of a range of `_id`s, `SLICE` with each command. Returns True when all are deleted, False if
+    `goes_on`, asked between two commands, returned False. Raises PyMongoError."""
     while True:
         last = next(collection.find(query, {"_id": 1}).sort("_id", 1).skip(SLICE - 1).limit(1), None)
         collection.delete_many(query if last is None else {"_id": query["_id"] | {"$lte": last["_id"]}})
@@ -339,7 +342,7 @@ def delete_slices(collection: Collection[Document], query: Document, goes_on: Ca
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Within it, errors of the driver come out as the project's own."""
+    """Turn the driver's errors within it into the project's own; `doing` says in their message what was being done."""
     try:
         yield
     except PyMongoError as error:

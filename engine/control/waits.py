@@ -1,4 +1,4 @@
-"""How long the threads of this process wait for MongoDB, as the driver tells it."""
+"""How long the threads of this process wait for MongoDB, measured from the driver's events."""
 
 import threading
 import time
@@ -19,12 +19,12 @@ from pymongo.monitoring import (
 __all__ = ["WINDOW_SECONDS", "RecentMinimum", "Waits"]
 
 WINDOW_SECONDS: Final = 30.0
-"""The minimum is taken over the last one to two windows of this length: the route to a server may change."""
+"""A recent minimum covers the last one to two windows of this length, since the route to a server may change."""
 
 
 class _OfThread(threading.local):
-    """Per thread: the seconds waited so far, when the pending command was sent, and when a connection was asked for (None: it
-    waits for none)."""
+    """Per thread: the seconds waited so far, when the pending command was sent, and when a connection was asked for
+    (None if the thread waits for none)."""
 
     seconds: float = 0.0
     answer: float = 0.0
@@ -32,31 +32,32 @@ class _OfThread(threading.local):
 
 
 class RecentMinimum:
-    """The shortest of what took so long of late: between one and two times `WINDOW_SECONDS`."""
+    """The shortest of the durations added recently: within the last one to two windows of `WINDOW_SECONDS`."""
 
     def __init__(self) -> None:
         self._seconds = self._before = float("inf")
         self._until = 0.0
 
     def add(self, seconds: float, now: float) -> None:
-        """It took so long; `now` are seconds of a clock that only goes forward."""
+        """Add a duration in seconds, measured at `now`, in seconds of a monotonic clock."""
         if now >= self._until:
             self._before, self._seconds, self._until = self._seconds, seconds, now + WINDOW_SECONDS
         elif seconds < self._seconds:
             self._seconds = seconds
 
     def seconds(self) -> float:
-        """0 where there was none."""
+        """The minimum, in seconds; 0 if nothing was added."""
         shortest = min(self._seconds, self._before)
         return shortest if shortest < float("inf") else 0.0
 
 
 class Waits(CommandListener, ConnectionPoolListener):
-    """Adds up, per thread, the seconds spent waiting for MongoDB: for answers (a command is encoded before it is `started`, so
-    that encoding is not in it), and for connections, handshakes of new ones included.
+    """Adds up, per thread, the seconds spent waiting for MongoDB: for answers (without encoding, since a command is
+    encoded before it is `started`), and for connections, including the handshakes of new ones.
 
-    `moved` is called for every command and every answer, as a sign of life: a worker that waits for a slow database does not
-    hang. `answers` has the shortest recent answer, which is the round-trip time, however busy the server is.
+    `moved` is called for every command and every answer as a sign of life, so that a worker waiting for a slow database
+    does not count as hung. `answers` has the time of the fastest recent answer, which is close to the round-trip time
+    however busy the server is.
     """
 
     def __init__(self, moved: Callable[[], None]) -> None:
@@ -82,7 +83,7 @@ class Waits(CommandListener, ConnectionPoolListener):
 
     def _ended(self) -> None:
         mine = self._of_thread
-        if mine.connection is None:  # else it belongs to the handshake, which is counted as a whole
+        if mine.connection is None:  # else the command is part of a handshake, which is counted as a whole
             mine.seconds += time.perf_counter() - mine.answer
         self._moved()
 
@@ -102,7 +103,7 @@ class Waits(CommandListener, ConnectionPoolListener):
             mine.connection = None
 
     def _pass(self, event: object) -> None:
-        """What becomes of pools and of connections that no thread waits for is nobody's wait."""
+        """Ignore events of pools, and of connections that no thread waits for."""
 
     pool_created = pool_ready = pool_cleared = pool_closed = _pass
     connection_created = connection_ready = connection_closed = connection_checked_in = _pass

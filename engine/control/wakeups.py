@@ -1,4 +1,4 @@
-"""What idle workers wait for: the word that there may be work, through a tailable cursor on a capped collection."""
+"""How idle workers learn that there may be work: wakeups, read through a tailable cursor on a capped collection."""
 
 import threading
 
@@ -12,11 +12,11 @@ __all__ = ["Wakeups"]
 
 
 class Wakeups:
-    """Waits for one worker.
+    """Waits for wakeups on behalf of one worker.
 
     Args:
         store: the databases.
-        stop: is set when the worker is to stop; looked at where the database cannot be waited for.
+        stop: set when the worker is to stop; waited for instead when the database cannot be.
     """
 
     def __init__(self, store: Store, stop: threading.Event) -> None:
@@ -24,22 +24,23 @@ class Wakeups:
         self._stop = stop
         self._cursor: Cursor[Document] | None = None
         self._seen = 0
-        self._stillborn = False  # the cursor before was dead before anything came
+        self._stillborn = False  # the last cursor was dead before anything arrived
 
     def wait(self, seconds: float) -> bool:
-        """Block until somebody calls, or so many seconds have passed; returns whether somebody has called.
+        """Block until a wakeup arrives, or `seconds` have passed; returns whether one has arrived.
 
-        The first time, and whenever it begins anew, it returns at once: what came before has to be looked for.
+        A call that opens a new cursor, as the first one does, does not wait on it: it returns False, and the caller has
+        to look at the queue for what was submitted before.
         """
         try:
             cursor = self._cursor
             if cursor is None or not cursor.alive:
                 if self._stillborn:
-                    self._stop.wait(seconds)  # without what it is to watch, it dies at once
+                    self._stop.wait(seconds)  # without its collection, every cursor dies at once
                 self._stillborn = True
                 cursor = self._wakeups.find({}, {"_id": 1}, cursor_type=CursorType.TAILABLE_AWAIT, batch_size=10_000)
                 self._cursor, self._seen = cursor.max_await_time_ms(int(seconds * 1000)), 0
-                # What is there already has been seen by the look for jobs that follows.
+                # Wakeups that are there already are covered by the caller's next look at the queue.
                 self._drain(cursor)
                 return False
             found = next(cursor, None)
@@ -55,7 +56,7 @@ class Wakeups:
         return True
 
     def _drain(self, cursor: Cursor[Document]) -> None:
-        """Take what has come already: many calls are one."""
+        """Consume what has arrived already: many wakeups count as one."""
         if cursor.retrieved == 0:
             next(cursor, None)
             self._seen += 1
