@@ -1,4 +1,4 @@
-# The targets that people call. `make help` lists them.
+# `make help` lists the targets.
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
@@ -30,7 +30,7 @@ lint: $(TESTABLE) ## ruff
 types: $(TESTABLE) ## mypy --strict
 	@$(BIN)/python -m mypy --strict engine api bench
 
-format: $(TESTABLE) ## let ruff format the code
+format: $(TESTABLE) ## format the code with ruff
 	@$(BIN)/python -m ruff format engine api bench tests
 
 chaos: $(TESTABLE) ## loads broken on purpose, for about an hour (NAMES="kills steps", SHORT=1)
@@ -39,14 +39,14 @@ chaos: $(TESTABLE) ## loads broken on purpose, for about an hour (NAMES="kills s
 bench: $(TESTABLE) ## the benchmarks, on real servers (ARGS="--benchmark-json=out.json -k write")
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only --timeout=1800 $(ARGS)
 
-bench-quick: $(TESTABLE) ## the benchmarks in small: under two minutes
+bench-quick: $(TESTABLE) ## small benchmarks: under two minutes
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only --quick --benchmark-max-time=0.2 --benchmark-min-rounds=3 $(ARGS)
 
 bench-report: $(TESTABLE) ## measure everything against the ceiling and write bench/REPORT.md (GIGABYTES=10, QUICK=1)
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m bench.report $(if $(GIGABYTES),--gigabytes $(GIGABYTES)) $(if $(filter-out 0 no false,$(QUICK)),--quick)
 
-clean: ## remove .venv and what tools left; the data in .headrace stays
+clean: ## remove .venv and what tools leave behind; the data in .headrace stays
 	rm -rf .venv* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

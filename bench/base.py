@@ -1,6 +1,6 @@
-"""What parsing and encoding cost by themselves: `python -m bench.base FILE` prints the CPU seconds of each pass, as JSON.
+"""The cost of parsing and encoding alone: `python -m bench.base FILE` prints the CPU seconds of each pass, as JSON.
 
-In a process that has nothing else in it: what others hold is what Python's garbage collector looks at again and again.
+It runs in a process of its own: Python's garbage collector would scan the objects of anything else again and again.
 """
 
 import gc
@@ -17,7 +17,7 @@ PASSES = 3
 
 
 def one_pass(path: Path) -> float:
-    """CPU seconds of `bson.encode({"documents": [orjson.loads(line) ...]})` over the lines, 1000 at a time, without reading."""
+    """CPU seconds of `bson.encode({"documents": [orjson.loads(line) ...]})`, 1000 lines at a time, excluding reads."""
     spent = 0.0
     with path.open("rb") as file:
         while lines := list(islice(file, RECORDS)):
@@ -28,7 +28,7 @@ def one_pass(path: Path) -> float:
 
 
 def main() -> None:
-    """Three passes as Python runs them, and three with the garbage collector off."""
+    """Print three passes as Python runs them, and three with the garbage collector off."""
     found = {"on": [one_pass(Path(sys.argv[1])) for _ in range(PASSES)]}
     gc.disable()
     found["off"] = [one_pass(Path(sys.argv[1])) for _ in range(PASSES)]

@@ -1,4 +1,4 @@
-"""What a load is compared with, in the same round: what the database takes, and parsing and encoding alone."""
+"""What a load is compared with in the same round: the time the database needs, and parsing and encoding alone."""
 
 import statistics
 import subprocess
@@ -20,9 +20,9 @@ CONNECTIONS: Final = (2, 3, 4)
 
 
 def base_cpu(path: Path) -> tuple[float, float]:
-    """CPU seconds of parsing and encoding the same lines in batches of 1000, on one core and nothing else.
+    """CPU seconds of only parsing and encoding the same lines, in batches of 1000 on one core.
 
-    Returns it as Python runs it, with its garbage collector, and with the collector off; medians of three passes.
+    Returns the medians of three passes with Python's garbage collector on, and with it off.
     """
     command = [sys.executable, "-m", "bench.base", str(path)]
     found = orjson.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout)
@@ -30,21 +30,21 @@ def base_cpu(path: Path) -> tuple[float, float]:
 
 
 class Ceiling:
-    """What the database takes of the records of a file, by the best number of connections, which is found once."""
+    """Passes of a file's records to the database over the best number of connections, which is determined once."""
 
     def __init__(self, rig: Rig, path: Path) -> None:
         self._rig = rig
         with path.open("rb") as file:
             self._work = ceiling.batches(file)
         self.database: list[float] = []
-        self._send(max(CONNECTIONS))  # what comes first finds everything cold
+        self._send(max(CONNECTIONS))  # a warm-up: the first pass finds all caches cold
         walls: dict[int, list[float]] = {connections: [] for connections in CONNECTIONS}
         for connections in CONNECTIONS * 3:
             walls[connections].append(self._send(connections))
         self.connections = min(walls, key=lambda connections: statistics.median(walls[connections]))
 
     def seconds(self) -> float:
-        """Wall seconds of one pass; the CPU seconds of the database are added to `database`."""
+        """Wall seconds of one pass; appends the database's CPU seconds to `database`."""
         return self._send(self.connections)
 
     def _send(self, connections: int) -> float:
@@ -56,7 +56,7 @@ class Ceiling:
         return seconds
 
     def beside(self, load: Callable[[], Load]) -> tuple[float, Load]:
-        """The ceiling before and after a load, averaged, since the speed of a machine drifts; and the load."""
+        """Mean wall seconds of a pass before a load and one after it, since a machine's speed drifts; and the load."""
         before = self.seconds()
         taken = load()
         return (before + self.seconds()) / 2, taken

@@ -1,6 +1,6 @@
-"""The ceiling: documents that are BSON already, sent down raw connections by a program that does nothing else.
+"""The ceiling: documents already in BSON, sent over raw connections by a program that does nothing else.
 
-What the database can take: the same documents with the same `_id`s, 1000 to a command, unordered, `w: majority`.
+What the database can take: the same documents with `_id`s of the same form, 1000 per command, unordered, `w: majority`.
 `python -m bench.ceiling FILE [CONNECTIONS]` runs it alone, against MONGO_URI.
 """
 
@@ -27,13 +27,14 @@ _OP_MSG: Final = 2013
 
 BATCH_RECORDS: Final = 1000
 MAX_BATCH_BYTES: Final = 40_000_000
-"""What MongoDB takes in one message is 48 million bytes."""
+"""Below the 48 million bytes that MongoDB accepts in one message."""
+
 TAG: Final = b"\0\0\0\0\0\1"
-"""What the `_id`s begin with, before the offset."""
+"""The first six bytes of every `_id`; the offset is the other six."""
 
 
 def batches(lines: Iterable[bytes]) -> list[bytes]:
-    """The lines as BSON documents with an `_id` made from their offset, joined batch by batch."""
+    """The lines as BSON documents with an `_id` made from their offset, concatenated batch by batch."""
     found: list[bytes] = []
     batch: list[bytes] = []
     offset = size = 0
@@ -49,7 +50,7 @@ def batches(lines: Iterable[bytes]) -> list[bytes]:
 
 
 def send(host: str, port: int, database: str, collection: str, work: list[bytes], connections: int) -> float:
-    """Send the batches over so many connections at a time; returns the wall time in seconds."""
+    """Send the batches over `connections` parallel connections; returns the wall time in seconds."""
     body = bson.encode({"insert": collection, "ordered": False, "writeConcern": {"w": "majority"}, "$db": database})
     todo = iter(work)
     lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Servers, files and notes for the suites. `--quick` makes everything small."""
+"""Fixtures of the benchmarks: servers, files and measurements. `--quick` makes everything small."""
 
 import gc
 import os
@@ -18,14 +18,14 @@ Measure = Callable[..., Any]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--quick`."""
+    """Add `--quick`."""
     parser.addoption("--quick", action="store_true", help="small files and few rounds: under two minutes in all")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`records` or `size` of a test come from `SIZES` of its module: (full, quick).
+    """Parametrize a test from its entry in its module's `SIZES`: (names, full values, `--quick` values).
 
-    They are in the names, so that what `--quick` measured is never held against a full run.
+    The values become part of the test's name, so that a quick run is never compared with a full one.
     """
     sizes = getattr(metafunc.module, "SIZES", {}).get(metafunc.function.__name__)
     if sizes is not None:
@@ -35,10 +35,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _tidy(request: pytest.FixtureRequest) -> None:
-    """However this is ended, no server and no file stays: by itself, pytest leaves through its fixtures on Ctrl-C only."""
+    """Leave no server and no file behind, however the run ends: by default pytest only tears down on Ctrl-C."""
 
     def leave(number: int) -> None:
-        # Where the exception is lost, in the midst of a collection of garbage, this test is the last one.
+        # If the exception is raised during a garbage collection, and so is lost, the session ends after this test.
         request.session.shouldstop = why = f"ended by {signal.Signals(number).name}"
         pytest.exit(why, pytest.ExitCode.INTERRUPTED)
 
@@ -47,20 +47,20 @@ def _tidy(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether everything is to be small."""
+    """Whether `--quick` was given."""
     return bool(request.config.getoption("--quick"))
 
 
 @pytest.fixture(scope="session")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Real servers."""
+    """Real servers, shared by all benchmarks."""
     with Rig(tmp_path_factory.mktemp("rig")) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], Path]]:
-    """Files of a shape and a number of records, made once."""
+    """A function that returns a file of a shape with a number of records, written once."""
     folder = tmp_path_factory.mktemp("lines")
 
     def make(shape: str, count: int) -> Path:
@@ -75,18 +75,18 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, in
 
 @pytest.fixture(scope="session")
 def commit() -> str:
-    """What is measured."""
+    """The commit that is measured."""
     return current_commit()
 
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, commit: str) -> Measure:
-    """Run a function under the benchmark, and note what its time was spent on.
+    """Benchmark a function and record the memory it took and its rates; returns what the function returned.
 
-    `size` in bytes and `records` are of one call; `rounds` where one call takes seconds, or where `setup` makes what it is
-    called with. `peak_rss_mb` is the peak of the memory of process `pid`, this one if none is named, while it ran. In it is
-    what was there before: modules, and what earlier tests left; `rss_growth_mb` is how much came while it ran. Everything else
-    goes into `extra_info` as it is. Returns what the function returned.
+    `size` (bytes) and `records` are per call. `rounds` is for calls that take seconds, or that need `setup` before
+    each. `peak_rss_mb` is the peak memory of process `pid` (default: this one) during the run, including what was there
+    before, such as modules and what earlier tests left; `rss_growth_mb` is the increase during the run. Further keyword
+    arguments go into `extra_info` unchanged.
     """
 
     def run(
@@ -117,7 +117,7 @@ def measure(benchmark: BenchmarkFixture, commit: str) -> Measure:
         } | more
         if benchmark.stats is not None:
             seconds = benchmark.stats.stats.median
-            # None where there are none: a benchmark of the queue moves no bytes.
+            # None if there are none: a benchmark of the queue moves no bytes.
             info |= {"MB/s": round(size / seconds / 1e6, 1) if size else None}
             info |= {"records/s": round(records / seconds, 1) if records else None}
         benchmark.extra_info.update(info)

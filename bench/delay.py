@@ -1,6 +1,6 @@
-"""A TCP proxy that adds a delay each way, in a process of its own: `python -m bench.delay UPSTREAM_PORT MILLISECONDS`.
+"""A TCP proxy that adds half of a round-trip time each way: `python -m bench.delay UPSTREAM_PORT MILLISECONDS`.
 
-Prints the port that it listens on. Bytes keep their order and are never held for longer than the delay.
+Prints the port that it listens on. Bytes keep their order, and are not held for longer than the delay.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seco
 
 
 async def serve(upstream: int, milliseconds: float) -> None:
-    """Listen on a free port of loopback and pass on to another."""
+    """Forward a free port on loopback to `upstream`, with `milliseconds` of added round-trip time."""
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

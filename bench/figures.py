@@ -1,4 +1,4 @@
-"""What a comparison is made of: figures over several rounds, and what a load took of each part of the machine."""
+"""The figures of a comparison: values over several rounds, and what a load took of each part of the machine."""
 
 import statistics
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["Load", "Spent", "Spread", "load"]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure over several rounds."""
+    """A figure's values over several rounds."""
 
     values: tuple[float, ...]
 
@@ -26,7 +26,7 @@ class Spread:
         return statistics.median(self.values)
 
     def text(self, digits: int = 2) -> str:
-        """The median, and the least and the most where there was more than one round."""
+        """The median, with minimum and maximum if there was more than one round."""
         if len(self.values) == 1:
             return f"{self.median:,.{digits}f}"
         return f"{self.median:,.{digits}f} ({min(self.values):,.{digits}f}–{max(self.values):,.{digits}f})"
@@ -34,7 +34,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A load by engines of its own: what it took, and by stage the microseconds of a thread for each line."""
+    """A load by engines started for it: what it took, and the thread microseconds per line by stage."""
 
     taken: Taken
     stages: dict[str, float]
@@ -42,10 +42,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a load took, to judge by what it waited for.
+    """What a load took, to tell what it waited for.
 
-    `cpu` in seconds by program (mongod, S3 server, workers, everything else on the machine), taken over `seconds`; `stages` as
-    of a Load; `writers` is how many batches of one worker may wait for the database at a time.
+    `cpu` is CPU seconds by program (mongod, S3 server, workers, everything else on the machine) over `seconds` of wall
+    time; `stages` is as in `Load`; `writers` is how many batches of one worker may wait for the database at a time.
     """
 
     seconds: float
@@ -55,7 +55,7 @@ class Spent:
     writers: int
 
     def share(self, cpu: float) -> float:
-        """What so many CPU seconds are of the time of all cores."""
+        """CPU seconds as a share of the time of all cores."""
         return cpu / (self.cores * self.seconds)
 
     @classmethod
@@ -75,13 +75,13 @@ class Spent:
 
 
 def load(rig: Rig, source: Source, *sizes: int, through: Client | None = None, **changes: Any) -> Load:
-    """Load an object by engines that are started for it, of so many workers each; `changes` are settings of theirs. The job is
-    submitted through the HTTP API where a client of it is given."""
+    """Load an object with engines started for it, one for each number of workers in `sizes`; `changes` are their
+    settings. The job is submitted through the HTTP API if a client is given."""
     before = totals(rig.store)
     with ExitStack() as stack:
         engines = [stack.enter_context(rig.engine(size, **changes)) for size in sizes]
         taken = rig.load(source, *engines, through=through)
-    after = totals(rig.store)  # engines tell their last figures on leaving
+    after = totals(rig.store)  # engines report their last figures as they stop
     rig.check(taken.job)
     seconds = {stage: after.get(f"seconds_{stage}", 0) - before.get(f"seconds_{stage}", 0) for stage in STAGES}
     return Load(taken, {stage: 1e6 * spent / taken.lines for stage, spent in seconds.items()})

@@ -1,4 +1,4 @@
-"""The database's own import tool, which the report compares with. Whatever is wrong with it costs its own figures alone."""
+"""The database's own import tool, for comparison in the report. A failure of it costs only its own figures."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ __all__ = ["best", "look", "run"]
 WORKERS: Final = (1, 2, 4, 8)
 
 LOOK_SECONDS: Final = 10.0
-"""So long the tool may take to say its version."""
+"""How long the tool may take to print its version."""
 
 RUN_SECONDS: Final = 600.0
 """How long one import may take: the slowest, of one worker, takes about half a minute for a million records."""
 
 
 def look(tool: str | None) -> tuple[tuple[int, ...], str]:
-    """Numbers of workers to try it with, and its version; none, and why, where it cannot be run."""
+    """The numbers of workers to try, and the tool's version; or none, and the reason that it cannot be run."""
     if tool is None:
         return (), "MONGOIMPORT names no tool"
     try:
@@ -34,7 +34,7 @@ def look(tool: str | None) -> tuple[tuple[int, ...], str]:
 
 
 def best(rig: Rig, tool: str, path: Path, candidates: tuple[int, ...], lines: int) -> int:
-    """The quickest number of workers, by the median of three passes, which take turns; what comes first finds everything cold."""
+    """The fastest number of workers, by the median of three passes that take turns, after one to warm up."""
     run(rig, tool, path, max(candidates), lines)
     walls: dict[int, list[float]] = {workers: [] for workers in candidates}
     for workers in candidates * 3:
@@ -43,7 +43,7 @@ def best(rig: Rig, tool: str, path: Path, candidates: tuple[int, ...], lines: in
 
 
 def run(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:
-    """Wall seconds of one import. Raises RuntimeError where not every line became a document, or it takes too long."""
+    """Wall seconds of one import. Raises RuntimeError if it takes too long, or not every line became a document."""
     name = f"i{uuid.uuid4().hex[:8]}"
     uri = rig.settings.mongo_uri.get_secret_value() if rig.settings.mongo_uri else ""
     command = [tool, f"--uri={uri}", f"--collection={name}", f"--file={path}", f"-j{workers}", "--quiet"]
@@ -61,7 +61,7 @@ def run(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:
 
 
 def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    # A session of its own, to be ended with all that it started: the tool may be a script.
+    # In a session of its own, so that it can be killed with its children: the tool may be a script.
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

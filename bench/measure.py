@@ -1,6 +1,6 @@
-"""What `make bench-report` measures. Each function runs one comparison, side by side, and returns plain figures.
+"""What `make bench-report` measures. Each function runs one comparison side by side and returns its figures.
 
-Walls are in seconds, CPU in seconds, memory in MB. A ratio is always of two figures of one and the same round.
+Wall times are in seconds, CPU in seconds, memory in MB. A ratio always has both figures from the same round.
 """
 
 import shutil
@@ -53,10 +53,10 @@ __all__ = [
 Way = TypeVar("Way")
 
 SIZES: Final = {"1": (1,), "2": (2,), "4": (4,), "two engines of 1": (1, 1)}
-"""What `scale` compares: workers of each engine."""
+"""What `scale` compares: the number of workers of each engine."""
 
 ADDED_MILLISECONDS: Final = 20
-"""Round-trip time that `latency` adds on both sides."""
+"""Round-trip time that `latency` adds to MongoDB and to S3."""
 
 MIB: Final = 1024 * 1024
 
@@ -69,14 +69,14 @@ VARIED: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     },
     "wide": {"engine_batch_bytes": (MIB, 4 * MIB)},
 }
-"""By the shape of the records, the values of settings that are compared with their defaults."""
+"""By shape of the records: the values of settings that `defaults` compares with their defaults."""
 
 
 def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any]:
-    """The same file by the ceiling, by Headrace through its HTTP API, and by the import tool; and what Headrace spent.
+    """The same file loaded by the ceiling, Headrace through its HTTP API, and the import tool; and what Headrace spent.
 
-    The import tool's best number of workers is found after the first load; where it fails, `import note` says why and there are
-    no figures of it.
+    The import tool's best number of workers is determined after the first load; if the tool fails, `import note` says
+    why and its figures are left out.
     """
     source = rig.upload(path)
     ceilings = Ceiling(rig, path)
@@ -125,7 +125,7 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
 
 
 def shape(rig: Rig, path: Path, rounds: int) -> Spread:
-    """Headrace's wall over the ceiling's."""
+    """Headrace's wall time over the ceiling's."""
     source = rig.upload(path)
     ceilings = Ceiling(rig, path)
     ratios = []
@@ -136,13 +136,13 @@ def shape(rig: Rig, path: Path, rounds: int) -> Spread:
 
 
 def _turned(ways: list[Way], turn: int) -> list[Way]:
-    """The ways, of which another is the first in each turn: the speed of a machine drifts."""
+    """The ways, starting with another one in each turn, since the speed of a machine drifts."""
     first = turn % len(ways)
     return ways[first:] + ways[:first]
 
 
 def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
-    """Walls, and what was spent, of each of SIZES."""
+    """The wall times and what was spent for each of `SIZES`."""
     source = rig.upload(path)
     loads: dict[str, list[Load]] = {}
     ways = list(SIZES.items())
@@ -159,10 +159,10 @@ def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
 
 
 def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Walls with one setting changed to each of these values, over those with the defaults, which run first and last of a round.
+    """Wall times with one setting changed, over those with the defaults, which run first and last in each round.
 
-    Which setting comes first changes from round to round. `noise` is by how much the two with the defaults differed at most, as
-    a share; `others` the largest share of the cores that anything else on this machine had in a round.
+    Another setting comes first in each round. `noise` is the largest difference between the two default runs of a
+    round, as a share; `others` is the largest share of the cores that anything else on this machine took in a round.
     """
     source = rig.upload(path)
     settings = [(name, value) for name, values in varied.items() for value in values]
@@ -186,9 +186,9 @@ def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...
 
 
 def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Spread]:
-    """Jobs a second, from the start of the engine to the last COMPLETED; and the share of the queue in the workers' time.
+    """Jobs per second, from the engine's start to the last COMPLETED; and the queue's percentage of the workers' time.
 
-    Every round has objects of its own: those that were loaded before are planned one by one.
+    Every round uploads new objects: objects that were loaded before are planned one at a time.
     """
     path = rig.folder / "small.ndjson"
     shapes.write(path, "ordinary", records)
@@ -218,7 +218,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
 
 
 def pickup(rig: Rig, times: int) -> Spread:
-    """Milliseconds from before POST /process until the plan is made, which is after the first read, on an idle fleet."""
+    """Milliseconds from just before POST /process until the job is planned, after its first read, on an idle fleet."""
     path = rig.folder / "one.ndjson"
     path.write_bytes(b'{"n":1}\n' * 1000)
     source = rig.upload(path)
@@ -237,7 +237,7 @@ def pickup(rig: Rig, times: int) -> Spread:
 
 
 def idle(rig: Rig, seconds: float, times: int) -> Spread:
-    """Percent of one core that an idle engine takes, supervisor and workers together; several times over so many seconds."""
+    """Percent of one core that an idle engine takes, supervisor and workers: `times` samples of `seconds` each."""
     with rig.engine() as engine:
         time.sleep(3)
 
@@ -253,7 +253,7 @@ def idle(rig: Rig, seconds: float, times: int) -> Spread:
 
 
 def plain_s3(rig: Rig) -> "S3Client":
-    """The client that boto3 makes where nobody tells it how."""
+    """A boto3 client with boto3's default configuration."""
     found = rig.settings
     return boto3.client(
         "s3",
@@ -265,9 +265,9 @@ def plain_s3(rig: Rig) -> "S3Client":
 
 
 def upload(rig: Rig, size: int, rounds: int) -> dict[str, Spread]:
-    """MB a second of POST /upload, of boto3's own upload_file as it comes, and of it with Headrace's settings; of one file.
+    """MB per second of a file through POST /upload, boto3's upload_file, and upload_file with Headrace's settings.
 
-    Who is first changes from round to round.
+    Another one comes first in each round.
     """
     path = rig.folder / "upload.ndjson"
     line = b"".join(shapes.SHAPES["ordinary"](4000))
@@ -309,7 +309,7 @@ def _delayed(port: int, milliseconds: float) -> Iterator[int]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        preexec_fn=before_exec,  # noqa: PLW1509 (what threads there are hold no lock)
+        preexec_fn=before_exec,  # noqa: PLW1509 (other threads hold no lock at this point)
     )
     try:
         assert process.stdout is not None
@@ -320,7 +320,7 @@ def _delayed(port: int, milliseconds: float) -> Iterator[int]:
 
 
 def latency(rig: Rig, path: Path, rounds: int) -> dict[str, Spread]:
-    """Lines a second through a proxy on both sides at 0 ms, and with ADDED_MILLISECONDS of round-trip time."""
+    """Lines per second through proxies to MongoDB and S3, at 0 ms and with `ADDED_MILLISECONDS` of round-trip time."""
     source = rig.upload(path)
     s3_port = urlsplit(rig.settings.aws_endpoint_url or "").port or 0
     rates: dict[str, list[float]] = {"0 ms": [], "added": []}
@@ -336,12 +336,12 @@ def latency(rig: Rig, path: Path, rounds: int) -> dict[str, Spread]:
 
 
 def room_for(size: int) -> int:
-    """Bytes of disk that the memory test of a file of this size needs: the file, the object, the documents, the journals."""
+    """Bytes of disk that the memory test needs for a file of this size: file, object, documents, journals."""
     return 4 * size + 2 * 10**9
 
 
 def memory(rig: Rig, sizes: list[int]) -> dict[int, int | None]:
-    """Peak MB of a worker by the size of the file in bytes; one line in a thousand has 1 MiB. None: the disk has no room."""
+    """Peak MB of a worker by file size in bytes; one line in a thousand has 1 MiB. None: no room on the disk."""
     found: dict[int, int | None] = {}
     plain = b"".join(shapes.SHAPES["ordinary"](1000))
     long = b'{"long":"' + b"x" * (1024 * 1024 - 20) + b'"}\n'

@@ -1,4 +1,4 @@
-"""The report as it comes about: rows of its table as they are measured, and the page that shows them."""
+"""The report: its figures, collected as they are measured, and the page that shows them."""
 
 import os
 import platform
@@ -29,17 +29,21 @@ SHAPES_ARE: Final = {
 }
 
 Judge = Callable[[Any], tuple[str, bool | None]]
-"""What was reached and whether that is enough (None: not measured), of what a section found."""
+"""From what a section found: what was reached, and whether that is enough (None: not measured)."""
 
 
 Render = Callable[[Any], list[str]]
-"""Lines of the page, of what a section found."""
+"""From what a section found: lines of the page."""
 
 
 @dataclass
 class Report:
-    """How many records of each shape are loaded; rows of the table: what, target, reached, whether it is met (None: not
-    measured); what each section found, and why not. `heed` raises where the report is to end."""
+    """The figures of a report.
+
+    `records` is how many records of each shape are loaded. `rows` are those of the table: what, target, reached, and
+    whether the target is met (None: not measured). By section, `found` is what it measured and `wrong` why it could
+    not. `heed` is called before each section and raises if the report is to end.
+    """
 
     records: dict[str, int] = field(default_factory=dict)
     rows: list[tuple[str, str, str, bool | None]] = field(default_factory=list)
@@ -48,12 +52,12 @@ class Report:
     heed: Callable[[], None] = lambda: None
 
     def measure(self, name: str, run: Callable[[], Any], *rows: tuple[str, str, Judge]) -> None:
-        """Measure a section and add its rows: what, target, judge. Where it fails, the others are measured all the same."""
+        """Measure a section and add its rows: what, target, judge. If it fails, the other sections still run."""
         self.heed()
         try:
             found = run()
             judged = [(what, target, *judge(found)) for what, target, judge in rows]
-        except Exception as error:  # noqa: BLE001 (whatever it is, it stands in the report)
+        except Exception as error:  # noqa: BLE001 (any error is shown in the report)
             why = self.wrong[name] = f"not measured: {type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
             judged = [(what, target, why, None) for what, target, _ in rows]
             print(f"{name}: {why}", file=sys.stderr, flush=True)
@@ -65,14 +69,14 @@ class Report:
 
 
 def mark(target: str, met: bool | None) -> str:
-    """Whether a target is met; nothing where there is none."""
+    """Whether a target is met, in words; "" if there is no target."""
     return "" if target == "–" else "not measured" if met is None else "met" if met else "MISSED"
 
 
 def write(
     report: Report, command: str, seconds: float, place: Path, cache_bytes: int, commit: str, *, kept: bool = True
 ) -> None:
-    """Write REPORT.md and its pictures, of what was measured on this commit. Those that are not `kept` are not shown in it."""
+    """Write REPORT.md and its pictures from what was measured on this commit; pictures not `kept` are not shown."""
     _draw(report.found, place)
     lines = [
         "# What Headrace reaches, against what the database can take",
@@ -105,13 +109,13 @@ def write(
 
 
 def _section(report: Report, name: str, render: Render) -> list[str]:
-    """The lines of a section, or why it was not measured."""
+    """The lines of a section, or the reason that it was not measured."""
     return render(report.found[name]) if name in report.found else [report.wrong[name]]
 
 
 def _draw(found: dict[str, Any], place: Path) -> None:
-    """The pictures of what was measured."""
-    from bench import pictures  # matplotlib is there for this alone
+    """Draw the pictures of the sections that were measured."""
+    from bench import pictures  # it imports matplotlib, which nothing else needs
 
     if ladder := found.get("ladder"):
         spent: Spent = ladder["spent"]
@@ -211,7 +215,7 @@ SECTIONS: Final[tuple[tuple[str, str, str, Render], ...]] = (
     ("Upload", "upload", "", _upload),
     *((f"Defaults, {name} records", f"defaults, {name}", "", _defaults) for name in measure.VARIED),
 )
-"""Title, name of what was measured, its picture, and what renders it."""
+"""Title, name of the section's figures, its picture, and the function that renders it."""
 
 
 def _of(ladder: dict[str, Any], name: str) -> str:

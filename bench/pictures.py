@@ -16,7 +16,7 @@ __all__ = ["ladder", "scale", "stages"]
 
 COLOURS: Final = {"ceiling": "#8a8f98", "headrace": "#1f6f8b", "import": "#c2703d"}
 
-# Text stays text, and the same figures give the same file.
+# Text stays text in the SVG, and the same figures give the same file.
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "headrace", "font.size": 9, "axes.spines.top": False})
 mpl.rcParams["axes.spines.right"] = False
 
@@ -28,17 +28,17 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _whiskers(spread: Spread) -> list[list[float]]:
-    """From the median to the least, and to the most."""
+    """The distances from the median to the minimum and to the maximum."""
     return [[spread.median - min(spread.values)], [max(spread.values) - spread.median]]
 
 
 def _label(axes: Any, x: float, row: int, text: str) -> None:
-    """A text to the right of a bar or its whisker, clear of the cap."""
+    """Put a text to the right of a bar or its whisker, clear of the cap."""
     axes.annotate(text, (x, row), (7, 0), textcoords="offset points", va="center")
 
 
 def ladder(found: Mapping[str, Any], path: Path) -> None:
-    """Wall seconds from the ceiling up."""
+    """Wall seconds of the ceiling, Headrace and the import tool."""
     names = [name for name in COLOURS if isinstance(found.get(name), Spread)]
     figure, axes = plt.subplots(figsize=(7, 0.6 * len(names) + 0.9))
     for row, name in enumerate(reversed(names)):
@@ -52,10 +52,10 @@ def ladder(found: Mapping[str, Any], path: Path) -> None:
 
 
 def scale(found: Mapping[str, Spread], path: Path, cores: int) -> None:
-    """Speed-up against the straight line, and how many cores there are."""
+    """Speed-up over one process, with linear scaling and the number of cores for comparison."""
     counts = [int(name) for name in found if name.isdigit()]
     alone = found["1"].median
-    # The rate of each round, over that of one process at the median.
+    # The rate of each round, over the median rate of one process.
     times = {name: Spread(tuple(alone / wall for wall in spread.values)) for name, spread in found.items()}
     figure, axes = plt.subplots(figsize=(5, 3.2))
     axes.plot(counts, counts, "--", color="#8a8f98", label="straight line")
@@ -69,7 +69,7 @@ def scale(found: Mapping[str, Spread], path: Path, cores: int) -> None:
 
     points(counts, [str(n) for n in counts], "o-", "#1f6f8b", "one engine")
     if "two engines of 1" in found:
-        # Beside the point of one engine of two, so that both whiskers are seen.
+        # Next to the point of one engine of two, so that both whiskers can be seen.
         points([2.1], ["two engines of 1"], "s", "#c2703d", "two engines of one")
     axes.set_xticks(counts)
     axes.set_xlabel("worker processes; whiskers: least and most")
@@ -79,7 +79,7 @@ def scale(found: Mapping[str, Spread], path: Path, cores: int) -> None:
 
 
 def stages(found: Mapping[str, float], path: Path, writers: int) -> None:
-    """Where a worker's threads spend their time; hatched, what `wait` is of a worker's, whose batches wait side by side."""
+    """Where a worker's threads spend their time; hatched: `wait` / `writers`, since its batches wait in parallel."""
     names = list(found)
     figure, axes = plt.subplots(figsize=(7, 2.9))
     axes.barh(list(reversed(names)), [found[name] for name in reversed(names)], color="#1f6f8b", height=0.6)

@@ -1,6 +1,6 @@
 """`python -m bench.report [--quick] [--gigabytes N]`: measure everything against the ceiling, and write bench/REPORT.md.
 
-Every figure is of this run, on this machine; ratios are of figures of one round.
+Every figure is from this run, on this machine; a ratio has both figures from the same round.
 """
 
 import argparse
@@ -28,16 +28,16 @@ __all__ = ["main", "room", "stated"]
 
 HERE: Final = ROOT / "bench"
 GIGABYTES: Final = 10
-"""Size of the largest file of the memory test."""
+"""Default size of the memory test's largest file, in GB."""
 
 LEFT_BYTES: Final = 12 * 10**9
 QUICK_LEFT_BYTES: Final = 10**9
-"""Files, objects and documents that the sections before the memory test leave on the disk: SeaweedFS gives the space of the
-uploads that were deleted back later."""
+"""Space on the disk that the files, objects and documents of earlier sections take during the memory test: SeaweedFS
+frees that of deleted uploads only later."""
 
 
 def _judge(name: str, holds: Callable[[float], bool], digits: int) -> Judge:
-    """A figure by its name, judged by its median, and shown with as many digits as it takes to see why."""
+    """Judge a figure by its median, and show it with as many digits as it takes to see why."""
 
     def judge(found: dict[str, Any]) -> tuple[str, bool]:
         median = found[name].median
@@ -68,17 +68,17 @@ def _imported(found: dict[str, Any]) -> tuple[str, bool | None]:
 
 
 def sizes(quick: bool, gigabytes: int) -> list[int]:
-    """Bytes of the files of the memory test, the largest last."""
+    """Sizes in bytes of the memory test's files, the largest last."""
     return [5 * 10**7, 10**8] if quick else sorted({10**8, min(10**9, gigabytes * 10**9), gigabytes * 10**9})
 
 
 def room(quick: bool, gigabytes: int) -> int:
-    """Bytes of disk that all of it needs."""
+    """Bytes of disk that the whole report needs."""
     return measure.room_for(sizes(quick, gigabytes)[-1]) + (QUICK_LEFT_BYTES if quick else LEFT_BYTES)
 
 
 def stated(quick: bool, gigabytes: int, tool: str | None) -> str:
-    """The command that measures the same again."""
+    """The command that repeats this measurement."""
     given = {"GIGABYTES": str(gigabytes) if gigabytes != GIGABYTES else None, "QUICK": "1" if quick else None}
     given["MONGOIMPORT"] = tool
     return " ".join(["make bench-report", *(f"{name}={shlex.quote(value)}" for name, value in given.items() if value)])
@@ -87,7 +87,7 @@ def stated(quick: bool, gigabytes: int, tool: str | None) -> str:
 def run(
     rig: Rig, files: Path, quick: bool, gigabytes: int, tool: str | None, heed: Callable[[], None] = lambda: None
 ) -> Report:
-    """Measure everything; `heed` raises where that is to end."""
+    """Measure everything; `heed` is called before each section and raises if the report is to end."""
     rounds, few = (1, 1) if quick else (9, 3)
     count = 100_000 if quick else 1_000_000
     report = Report({"ordinary": count, "tiny": count, "wide": count // 16, "large": count // 50}, heed=heed)
@@ -149,7 +149,7 @@ def run(
                 lambda name, varied: measure.defaults(rig, file(name, report.records[name]), few, varied), name, varied
             ),
         )
-    # The largest last: what it leaves on the disk and in the database's cache is in nobody's way.
+    # Last, so that what it leaves on the disk and in the database's cache affects no other section.
     report.measure(
         "memory", lambda: measure.memory(rig, sizes(quick, gigabytes)),
         ("peak memory of a worker, MB (lines up to 1 MiB)", f"< {MAX_MEMORY_MB}, flat (15 %)", flat),
@@ -158,7 +158,7 @@ def run(
 
 
 def main() -> None:
-    """Measure and write; exit 1 where something could not be measured."""
+    """Measure and write the report; exit with 1 if something could not be measured."""
     heed = on_leave(lambda number: sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else 1))
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument(
@@ -168,7 +168,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.gigabytes < 1:
         parser.error(f"--gigabytes {asked.gigabytes} is no size of a file: give 1 or more")
-    # What is missing is told before anything is measured.
+    # Report what is missing before anything is measured.
     if not find_spec("matplotlib"):
         parser.error("matplotlib, which draws the pictures, is not installed: pip install -e '.[bench]'")
     tool = os.environ.get("MONGOIMPORT") or None
@@ -187,7 +187,7 @@ def main() -> None:
         with Rig(folder / "rig") as rig:
             cache_bytes = rig.cache_bytes()
             report = run(rig, folder, asked.quick, asked.gigabytes, tool, heed)
-        # The figures of a quick run are no figures: they must not pass for those of the report.
+        # A quick run's figures mean nothing: they must not replace those of the report.
         place = folder if asked.quick else HERE
         write(report, command, time.monotonic() - began, place, cache_bytes, commit, kept=not asked.quick)
         print((place / "REPORT.md").read_text() if asked.quick else f"Written: {place / 'REPORT.md'}")

@@ -1,4 +1,4 @@
-"""Real servers, a real engine in processes of its own, and what it took: wall time, CPU and memory of the workers."""
+"""Real servers, a real engine in its own processes, and what a load took: wall time, CPU, the workers' memory."""
 
 import os
 import shutil
@@ -45,16 +45,17 @@ __all__ = [
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.1
-"""How often the state of a load is polled: wall times come from its own stamps, and polling takes CPU from what is measured."""
+"""Interval of polls for the end of a load: polls take CPU from it, and wall times come from the job's timestamps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a load took: seconds from submission to COMPLETED by the database's clock, CPU seconds and peak MB of workers, and
-    CPU seconds of the servers by name, and of everything else on this machine meanwhile; and the job, as it ended.
+    """What a load took, and the job as it ended.
 
-    CPU is taken over `seconds`, which begin a little before the submission and end with the look that finds the job ended:
-    shares of the cores are of these, and not of the wall.
+    `wall` is seconds from submission to COMPLETED by the database's clock. CPU seconds are measured over `seconds`,
+    from just before the submission until a poll finds the job ended, so shares of the cores relate to `seconds` and not
+    to `wall`: `cpu` is that of the workers, `servers` that of each server, and `others` that of everything else on the
+    machine. `peak_mb` is the highest resident memory of a worker.
     """
 
     wall: float
@@ -71,22 +72,22 @@ class Taken:
 
 
 def isolate() -> None:
-    """Forget what the environment and `.env` say of Headrace: what is measured is its defaults, on servers of its own, and no
-    bucket of somebody's takes part."""
+    """Ignore Headrace's settings in the environment and `.env`, so that its defaults are measured, on servers of its
+    own, and no real bucket is touched."""
     for name in [name for name in os.environ if name.lower() in Settings.model_fields]:
         del os.environ[name]
     Settings.model_config["env_file"] = None
 
 
 def on_leave(leave: Callable[[int], object]) -> Callable[[], None]:
-    """Call `leave`, which raises, with the number of the signal: on Ctrl-C, on TERM, and on HUP unless that is ignored, as
-    under nohup.
+    """Call `leave`, which must raise, with the number of the signal on Ctrl-C, on TERM, and on HUP unless that is
+    ignored, as under nohup.
 
-    By default the last two end a process at once, and gigabytes of servers' files stay. What comes while the first is seen to
-    does nothing.
+    By default TERM and HUP end a process at once and leave gigabytes of the servers' files behind. Once one of the
+    signals has come, further ones are ignored.
 
-    Returns what calls `leave` again once a signal has come: an exception that is raised in the midst of a collection of garbage
-    is lost, and so is asked for between sections.
+    Returns a function that calls `leave` again if a signal has come. Call it between sections: an exception that is
+    raised during a garbage collection is lost.
     """
     came: list[int] = []
 
@@ -107,7 +108,7 @@ def on_leave(leave: Callable[[int], object]) -> Callable[[], None]:
 
 
 def current_commit() -> str:
-    """The commit of this source tree, marked `-dirty` where files differ from it."""
+    """The commit of this source tree, with `-dirty` appended if files differ from it."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
@@ -121,13 +122,13 @@ def _environment(settings: Settings, changes: dict[str, Any]) -> dict[str, str]:
 
 
 def cpu_of(pid: int) -> float:
-    """CPU seconds of a process until now."""
+    """CPU seconds that a process has used so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def _cpu_of_all() -> float:
-    """CPU seconds of everything, on the cores that this process may use, until now; what other machines took of them too."""
+    """CPU seconds used so far on the cores that this process may run on, including time stolen by the hypervisor."""
     lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
     mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     # user, nice, system, idle, iowait, irq, softirq, steal
@@ -136,18 +137,18 @@ def _cpu_of_all() -> float:
 
 
 def peak_mb(pid: int) -> int:
-    """The highest resident memory that a process has had, in MB of 1e6 bytes."""
+    """Peak resident memory of a process, in MB of 1e6 bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 // 10**6
 
 
 def forget_peak(pid: int) -> None:
-    """Let the peak of a process begin anew at what it has now, so that it tells of what comes."""
+    """Reset the peak memory of a process to what it has now."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 class Engine:
-    """`headrace engine` as a process; `changes` are settings by name. Leave its context to stop it and see that it went well."""
+    """`headrace engine` as a process; `changes` are settings by name. Leaving its context stops and checks it."""
 
     def __init__(self, settings: Settings, folder: Path, changes: dict[str, Any]) -> None:
         log = folder / f"engine-{uuid.uuid4().hex[:8]}.log"
@@ -157,7 +158,7 @@ class Engine:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "api.cli", "engine"],
                 env=os.environ | environment,
-                cwd=folder,  # where no .env is
+                cwd=folder,  # it has no .env
                 stdout=output,
                 stderr=output,
                 preexec_fn=before_exec,  # noqa: PLW1509 (no threads run yet)
@@ -177,26 +178,26 @@ class Engine:
             time.sleep(0.02)
 
     def cpu(self) -> float:
-        """CPU seconds of the workers until now."""
+        """CPU seconds that the workers have used so far."""
         return sum(map(cpu_of, self.workers()))
 
     def peak_mb(self) -> int:
-        """The highest resident memory that any worker has had, in MB of 1e6 bytes."""
+        """The highest peak memory of any worker, in MB of 1e6 bytes."""
         return max(map(peak_mb, self.workers()))
 
     def alive(self) -> None:
-        """Raises RuntimeError where it has ended: what is waited for would never come."""
+        """Raises RuntimeError if the engine has ended, since the caller would wait for ever."""
         if self.process.poll() is not None:
             raise RuntimeError(f"the engine ended with {self.process.returncode}: {self._log.read_text()[-500:]}")
 
     def stop(self) -> None:
-        """TERM, and wait."""
+        """Send TERM and wait until it has ended."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(60)
 
     def check(self) -> None:
-        """See that nothing went wrong: a load in which a worker was replaced, or waited for a server, measures that."""
+        """Raises RuntimeError if the log has a warning, such as for a replaced worker: the figures would show it."""
         events = [orjson.loads(line) for line in self._log.read_bytes().splitlines() if line.startswith(b"{")]
         if trouble := [line["event"] for line in events if line["level"] not in ("info", "debug")]:
             raise RuntimeError(f"the engine had trouble, so that its figures tell of that: {'; '.join(trouble)}")
@@ -211,7 +212,7 @@ class Engine:
 
 
 class Rig:
-    """Servers under `folder`, and clients of them. Use it as a context manager: it leaves nothing of the folder."""
+    """Servers under `folder`, and clients of them. Use it as a context manager: it removes the folder at the end."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         isolate()
@@ -219,11 +220,11 @@ class Rig:
         self._stack = ExitStack()
         self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
         with ExitStack() as undone:
-            undone.enter_context(self._stack)  # an interrupt from here on leaves nothing, either
+            undone.enter_context(self._stack)  # an interrupt from here on leaves nothing behind either
             self._servers = self._stack.enter_context(LocalServers(Settings(), folder))
             fresh = {"mongo_uri": self._servers.overrides["mongo_uri"].replace("/headrace?", "/bench?")}
             self.settings = Settings.model_validate(
-                # As many workers as most engines have here: the defaults of others follow from that.
+                # As many workers as most engines here have: defaults of other settings depend on it.
                 self._servers.overrides | fresh | {"engine_control_db": "bench_control", "engine_workers": 2} | changes
             )
             self.store = Store(self.settings)
@@ -244,7 +245,7 @@ class Rig:
         self._stack.close()
 
     def engine(self, workers: int = 2, **changes: Any) -> Engine:
-        """An engine that has booted; it is stopped with the rig at the latest."""
+        """An engine whose workers have booted; it is stopped with the rig at the latest."""
         engine = Engine(self.settings, self.folder, {"engine_workers": workers, "engine_log_format": "json"} | changes)
         self._stack.callback(engine.stop)
         engine.ready(workers)
@@ -278,7 +279,7 @@ class Rig:
             process.wait(30)
 
     def upload(self, path: Path) -> Source:
-        """Put a file into S3."""
+        """Store a file in S3."""
         with path.open("rb") as content:
             lines = sum(piece.count(b"\n") for piece in iter(lambda: content.read(1024 * 1024), b""))
             content.seek(0)
@@ -287,16 +288,16 @@ class Rig:
         return source
 
     def _submit(self, source: Source, through: Client | None) -> Job:
-        """Put a job for an object on the queue, into a collection of its own; through the HTTP API where its client is given."""
+        """Submit a job for an object, into a collection of its own; through the HTTP API if a client is given."""
         collection = f"c{uuid.uuid4().hex[:8]}"
         if through is not None:
             return self.queue.get(through.process(source.key, {"collection": collection, "force": True})[0])
         return self.queue.submit(source, JobOptions(collection=collection, force=True))
 
     def _wait(self, job: Job, *engines: Engine) -> Job:
-        """Until the job has COMPLETED by these engines.
+        """Wait until these engines have COMPLETED the job. Raises RuntimeError if it, or an engine, ends otherwise.
 
-        Its state alone is asked for: its numbers, this often, would take a part of the cores.
+        It polls only whether the job is open: reading its numbers this often would take CPU from the load.
         """
         while self.store.jobs.find_one({"_id": job_key(job.id), "open": True}, {"_id": True}) is not None:
             for engine in engines:
@@ -308,7 +309,7 @@ class Rig:
         return found
 
     def check(self, job: Job) -> None:
-        """See that each line of the object has become a document, and drop the collection."""
+        """Raises RuntimeError unless each line of the object became a document; drops the collection if so."""
         name = job.options.collection
         documents, lines = self.store.data[name].count_documents({}), self._lines[job.source.key]
         if not documents == job.progress.tally.lines == lines:
@@ -323,7 +324,7 @@ class Rig:
         seconds = time.perf_counter() - began
         cpu = sum(engine.cpu() for engine in engines) - before
         taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}
-        # What others take of the cores is seen only where all of these are ours.
+        # Under a CPU quota below these cores, what others use of them cannot be told.
         whole = cores() == len(os.sched_getaffinity(0))
         others = max(0.0, _cpu_of_all() - all - cpu - sum(taken_by.values())) if whole else 0.0
         peak = max((engine.peak_mb() for engine in engines), default=0)
@@ -332,16 +333,16 @@ class Rig:
         return Taken(wall, seconds, cpu, peak, taken_by, others, job)
 
     def servers_cpu(self) -> dict[str, float]:
-        """CPU seconds of the database and the S3 server until now, by name."""
+        """CPU seconds that the database and the S3 server have used so far, by name."""
         return {name: cpu_of(pid) for name, pid in self._servers.pids.items()}
 
     def primary(self) -> tuple[str, int]:
-        """Address of the database."""
+        """Host and port of the database."""
         self.store.ping()
         found = self.store.client.primary
         assert found is not None
         return found[0], found[1]
 
     def cache_bytes(self) -> int:
-        """What the database may use as its cache."""
+        """Maximum size of the database's cache."""
         return int(self.store.client.admin.command("serverStatus")["wiredTiger"]["cache"]["maximum bytes configured"])

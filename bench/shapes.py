@@ -1,4 +1,4 @@
-"""Records of several shapes, seeded: the lines that the benchmarks load. Lengths are bytes with the newline."""
+"""Seeded records of several shapes: the lines that the benchmarks load. Lengths are bytes, including the newline."""
 
 import random
 import string
@@ -39,7 +39,7 @@ SHAPES: Final[dict[str, Callable[[int], Iterator[bytes]]]] = {
     "ordinary": sample.lines,  # about 260 bytes
     "large": _large,  # about 20.4 KB
     "wide": _wide,  # 300 fields, about 6.5 KB
-    "tiny": _tiny,  # 37 bytes up to 90 million records
+    "tiny": _tiny,  # 37 bytes each, for up to 90 million records
 }
 
 

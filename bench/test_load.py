@@ -1,4 +1,4 @@
-"""End to end: an object in S3 to documents in MongoDB, by an engine in processes of its own."""
+"""End to end: from an object in S3 to documents in MongoDB, by an engine in processes of its own."""
 
 import statistics
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from engine.control.stats import totals
 
 Files = Callable[[str, int], Path]
 
-# Files of more than 8 MiB, so that they are cut into ranges enough for two processes in quick, too.
+# Files of more than 8 MiB, so that even the quick ones are cut into enough ranges for two processes.
 FULL = {"ordinary": 1_000_000, "tiny": 1_000_000, "wide": 60_000, "large": 20_000}
 QUICK = {"ordinary": 100_000, "tiny": 450_000, "wide": 6000, "large": 2000}
 
@@ -23,7 +23,7 @@ CASES = [
     *(("ordinary", 2, "64MiB", batch) for batch in (100, 10_000)),
     *((shape, 2, "64MiB", 1000) for shape in ("tiny", "wide", "large")),
 ]
-# The quick files are so small that ranges of up to 64 MiB have 8 MiB, too: the planner makes none smaller to have more.
+# The quick files are so small that a limit of 64 MiB gives ranges of 8 MiB too, the least that the planner chooses.
 QUICK_CASES = [case for case in CASES if case[2] != "8MiB"]
 SIZES = {
     "test_load": (
@@ -47,16 +47,16 @@ def test_load(
     range_bytes: str,
     batch: int,
 ) -> None:
-    """From the submission to COMPLETED; the engine runs already."""
+    """From the submission to COMPLETED; the engine is already running."""
     source = rig.upload(file(shape, records))
     changes: dict[str, Any] = {"engine_range_bytes": range_bytes, "engine_batch_records": batch}
     if batch > 1000:
-        changes["engine_batch_bytes"] = "4MiB"  # else a batch is full before it has so many lines
+        changes["engine_batch_bytes"] = "4MiB"  # else a batch is full before it has this many lines
     taken: list[Taken] = []
     before = totals(rig.store)
 
     def forget() -> None:
-        """See that the last load is right, and let the next begin without it."""
+        """Check the last load and drop its documents before the next."""
         if taken:
             rig.check(taken[-1].job)
 
@@ -66,7 +66,7 @@ def test_load(
             size=source.size, records=records, rounds=2 if quick else 3, setup=forget, processes=workers, shape=shape,
         )  # fmt: skip
     forget()
-    after = totals(rig.store)  # the engine tells its last figures on leaving
+    after = totals(rig.store)  # the engine reports its last figures as it stops
 
     def median(figure: Callable[[Taken], float]) -> float:
         return round(statistics.median(map(figure, taken)), 3)
@@ -82,13 +82,13 @@ def test_load(
             "range_bytes": plan.range_bytes,
             "range_bytes_most": range_bytes,
             "wall": (wall := median(lambda one: one.wall)),
-            # Of the walls, which are of the database's own stamps: the benchmark's time holds the wait for the next look.
+            # From the database's timestamps: the benchmark's own time includes the wait for the next poll.
             "MB/s": round(source.size / wall / 1e6, 1),
             "records/s": round(records / wall, 1),
             "worker_cpu": median(lambda one: one.cpu),
             "mongod_cpu": median(lambda one: one.servers["mongod"]),
             "s3_cpu": median(lambda one: one.servers["weed"]),
             "peak_rss_mb": max(one.peak_mb for one in taken),
-            "rss_growth_mb": None,  # the workers', whose peak this is, began with the engine
+            "rss_growth_mb": None,  # not known: the peak is the workers', since the engine started
         }
     )

@@ -1,4 +1,4 @@
-"""One process against real servers: write, range read, queue operations, upload."""
+"""One process against real servers: writes, range reads, queue operations, uploads."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ SIZES = {
 @pytest.mark.parametrize("batch", [100, 1000, 10_000])
 @pytest.mark.parametrize("what", ["decode, encode and write", "write ready-made BSON"])
 def test_write(measure: Any, rig: Rig, file: Files, what: str, records: int, batch: int) -> None:
-    """Batches into MongoDB one after the other, unordered, `w: majority`: as a writer does it, and the write alone."""
+    """Write batches one after the other, unordered, `w: majority`: as a worker's writer does, and the write alone."""
     data = file("ordinary", records).read_bytes()
     splitter, batcher = Splitter(0, len(data), 1 << 25), Batcher(batch, 4 * MIB)
     batches = [b for block in splitter.feed(data) for b in batcher.add(block)] + list(batcher.flush())
@@ -52,7 +52,7 @@ def test_write(measure: Any, rig: Rig, file: Files, what: str, records: int, bat
         for name in names:
             rig.store.data.drop_collection(name)
         names[:] = [f"w{uuid.uuid4().hex[:8]}"]
-        rig.store.data.create_collection(names[0])  # as for all batches but the first of a load
+        rig.store.data.create_collection(names[0])  # it exists for all batches of a load but the first
 
     def all_of_it() -> int:
         sink = Sink(rig.store, names[0], Plan(Format.NDJSON, tag, len(data), 1, True, 1 << 25), 10)
@@ -72,7 +72,7 @@ def test_write(measure: Any, rig: Rig, file: Files, what: str, records: int, bat
 
 @pytest.mark.benchmark(group="range read")
 def test_range_read(measure: Any, rig: Rig, size: int) -> None:
-    """One ranged GET read to its end, in pieces of 1 MiB."""
+    """One ranged GET, read to its end in pieces of 1 MiB."""
     source = rig.objects.upload(io.BytesIO(b'{"n":1}\n' * (size // 8)), f"{uuid.uuid4().hex}.ndjson")
 
     def read() -> int:
@@ -92,7 +92,7 @@ def test_queue(measure: Any, rig: Rig, what: str) -> None:
     indices = itertools.count()
 
     def open_more() -> Lease:
-        """20,000 ranges at a time, and a lease on one: how many the benchmark will close, it alone knows."""
+        """Open 20,000 more ranges and lease one: only the benchmark knows how many it will close."""
         ledger.open(job.id, [ByteRange(i, i * 10, i * 10 + 10) for i in itertools.islice(indices, 20_000)])
         found = ledger.lease(job.id, "bench")
         assert found is not None
@@ -119,7 +119,7 @@ def test_queue(measure: Any, rig: Rig, what: str) -> None:
 @pytest.mark.benchmark(group="queue")
 @pytest.mark.parametrize("what", ["claim", "plan and lease", "close and finish"])
 def test_small_jobs(measure: Any, rig: Rig, quick: bool, what: str) -> None:
-    """What a worker asks of the database for 16 small jobs that it takes on together, `w: majority`."""
+    """A worker's commands to the database for 16 small jobs that it takes on together, `w: majority`."""
     size = 27_000
     sources = [rig.objects.upload(io.BytesIO(b"x" * size), f"{uuid.uuid4().hex}.txt") for _ in range(TOGETHER)]
     plan = Plan(Format.TEXT, bytes(6), size, 1, True, 1 << 25)
@@ -172,7 +172,7 @@ def http(rig: Rig) -> Iterator[tuple[Client, int]]:
 @pytest.mark.benchmark(group="upload")
 @pytest.mark.parametrize("through", ["POST /upload", "boto3 upload_file", "boto3 upload_file, Headrace's settings"])
 def test_upload(measure: Any, rig: Rig, http: tuple[Client, int], file: Files, through: str, records: int) -> None:
-    """A file into S3: through the API, as boto3 does it by itself, and as it does with the settings that Headrace gives it."""
+    """Upload a file to S3: through the API, with boto3's defaults, and with the settings that Headrace gives boto3."""
     path = file("ordinary", records)
     client, pid = http
     s3 = rig.s3 if "settings" in through else plain_s3(rig)

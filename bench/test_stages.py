@@ -1,4 +1,4 @@
-"""One core, one stage at a time, nothing but memory: split, parse, encode."""
+"""One stage at a time on one core, in memory only: split, parse, encode."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def _batches(data: bytes, records: int) -> list[Batch]:
 @pytest.mark.parametrize("records", [COUNTS["ordinary"]])
 @pytest.mark.parametrize("chunk", [64 * 1024, 1024 * 1024])
 def test_split(measure: Any, file: Files, chunk: int, records: int) -> None:
-    """Chunks of bytes into lines."""
+    """Split chunks of bytes into lines."""
     data = file("ordinary", records).read_bytes()
 
     def split() -> int:
@@ -50,7 +50,7 @@ def test_split(measure: Any, file: Files, chunk: int, records: int) -> None:
 @pytest.mark.benchmark(group="parse")
 @pytest.mark.parametrize(SHAPED, CASES)
 def test_parse(measure: Any, file: Files, shape: str, records: int, batch: int) -> None:
-    """Lines into documents with their ids."""
+    """Parse lines into documents with their ids."""
     data = file(shape, records).read_bytes()
     batches = _batches(data, batch)
 
@@ -63,7 +63,7 @@ def test_parse(measure: Any, file: Files, shape: str, records: int, batch: int) 
 @pytest.mark.benchmark(group="encode")
 @pytest.mark.parametrize(SHAPED, CASES)
 def test_encode(measure: Any, file: Files, shape: str, records: int, batch: int) -> None:
-    """Documents into BSON, a command's worth at a time."""
+    """Encode documents as BSON, one command at a time."""
     data = file(shape, records).read_bytes()
     decoded = [list(decode(b, Format.NDJSON, TAG, "key")) for b in _batches(data, batch)]
 

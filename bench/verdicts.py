@@ -1,6 +1,6 @@
-"""What the report's figures say, in sentences: what a load waited for, whether memory is flat, whether a setting is faster.
+"""The report's conclusions, in sentences: what a load waited for, whether memory is flat, whether a setting is faster.
 
-Figures alone decide, whichever way they fall; where they are too few, or this machine did something else, it is said.
+Only the figures decide. If they are too few, or this machine was busy with something else, the sentence says so.
 """
 
 from typing import Final
@@ -11,24 +11,24 @@ from bench.figures import Spent, Spread
 __all__ = ["MAX_MEMORY_MB", "bottleneck", "fastest", "flat", "scaling", "shown"]
 
 BUSY: Final = 0.9
-"""Share of the cores' time beyond which nothing but fewer instructions makes a load quicker."""
+"""Share of the cores' time from which on only fewer instructions make a load faster."""
 
 MAX_MEMORY_MB: Final = 200
 FLAT: Final = 1.15
-"""Peaks that lie no further apart than this are the same."""
+"""Memory is flat if the highest peak is at most this many times the lowest."""
 
 NOT_FREE: Final = 0.1
-"""The share of the cores from which on what else ran has a part in the figures."""
+"""Share of the cores from which on other programs affect the figures."""
 
 ROUNDS: Final = 3
-"""In fewer, one setting of several is the faster one in every round by chance."""
+"""Minimum for a verdict: in fewer rounds, one of several settings is faster in every round by chance."""
 
 NOISY: Final = 0.1
-"""Two runs of the same that differ by more tell no settings apart."""
+"""If two runs with the defaults differ by more than this share, the rounds do not show which setting is faster."""
 
 
 def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
-    """Whether peaks, in MB by the size of the file in bytes, are low and the same; None where one is missing."""
+    """The peaks (MB, by file size in bytes) in words, and whether they are low and flat; None if one is missing."""
     text = ", ".join(
         f"not measured at {size / 1e9:g} GB: needs {measure.room_for(size) / 1e9:.0f} GB free"
         if peak is None
@@ -42,7 +42,7 @@ def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
 
 
 def bottleneck(spent: Spent) -> str:
-    """What a load waited for, with the figures that say so; and whether others had a part in them."""
+    """What a load waited for, with the figures that show it; and whether other programs affected them."""
     told, others = _waited_for(spent), spent.share(spent.cpu.get("everything else", 0.0))
     if others < NOT_FREE:
         return told
@@ -67,7 +67,7 @@ def _waited_for(spent: Spent) -> str:
             f"the ends of ranges: for each line the reader waits {drain:.1f} µs until all of a range is written, and "
             f"{stall:.1f} µs within it; {detail}"
         )
-    # The writers of a worker wait side by side, and take turns at everything else: one interpreter runs one of them at a time.
+    # A worker's writers wait in parallel, but take turns at everything else: its interpreter runs one thread at a time.
     wait, work = stages["wait"] / spent.writers, stages["split"] + stages["decode"] + stages["encode"]
     detail = f"{wait:.1f} µs of a worker's time for each line beside {work:.1f} µs of its own work; {detail}"
     return (
@@ -76,7 +76,7 @@ def _waited_for(spent: Spent) -> str:
 
 
 def scaling(found: dict[str, tuple[float, Spent]]) -> list[str]:
-    """What more processes gain over one, and what stops them; `found` are seconds and what was spent, by the names of SIZES."""
+    """What more processes gain over one, and what limits it; `found` has wall seconds and `Spent`, keyed as `SIZES`."""
     (one, _), *others = (found[name] for name in measure.SIZES)
     told = []
     for name, (wall, spent) in zip(list(measure.SIZES)[1:], others, strict=True):
@@ -87,10 +87,11 @@ def scaling(found: dict[str, tuple[float, Spent]]) -> list[str]:
 
 
 def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) -> str:
-    """Whether any setting that was tried is quicker than the default in every round, by more than the noise: of several that are
-    as quick as it, the median of one would pass every other time.
+    """Whether any setting that was tried is faster than the defaults in every round, by more than the noise. Medians
+    would not do: of several settings that are no faster, one has a better median every other time.
 
-    `others` is the share of the cores that anything else had. No verdict of few rounds, nor of a machine that was not idle.
+    `noise` is the largest difference between two runs with the defaults, `others` the share of the cores that anything
+    else took. With too few rounds, or on a machine that was not idle, there is no verdict.
     """
     rounds = min(len(spread.values) for spread in ratios.values())
     if rounds < ROUNDS:
@@ -111,7 +112,7 @@ def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) 
 
 
 def shown(name: str, value: int) -> str:
-    """A setting, as somebody sets it."""
+    """A setting, as it is written in the environment."""
     if not name.endswith("_bytes"):
         return f"{name.upper()}={value}"
     return f"{name.upper()}={value // 1024**2}MiB" if value % 1024**2 == 0 else f"{name.upper()}={value // 1024}KiB"

@@ -1,4 +1,4 @@
-"""Child processes: how they start without being lost, tell how they ended, and die with this process."""
+"""Child processes: starting one without losing it to a signal, how one ended, and having it die with this process."""
 
 import ctypes
 import os
@@ -16,21 +16,21 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def be_killed_with_parent() -> None:
-    """In a child: be killed when the parent dies, however it dies."""
+    """In a child: have the kernel send KILL when the parent dies, however it dies."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """What ends a process: TERM, INT, and HUP unless it is ignored, as nohup asks for."""
+    """The signals that end a process: TERM, INT, and HUP unless it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def before_exec() -> None:
-    """For `preexec_fn`: be killed when the parent dies, and take signals as any program does, also where the fork was made within
-    `signals_blocked`."""
+    """For `preexec_fn`: be killed when the parent dies, and restore the default handling of the stop signals, unblocked
+    even if the fork happened within `signals_blocked`."""
     be_killed_with_parent()
-    # What came for the parent's handlers, which are here as well for a moment, must not be handled here.
+    # The child has the parent's handlers until it calls exec: a pending signal must not run them.
     for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
@@ -38,10 +38,11 @@ def before_exec() -> None:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Within it, INT, TERM and HUP wait: an exception that a handler raises in the midst of a fork is printed there, and lost.
+    """Block INT, TERM and HUP within it: an exception that a handler raises during a fork is printed there, and lost.
 
-    A thread that is started within it holds them back for good, as must all that run beside such a fork: the kernel gives a
-    signal to any thread that does not, and Python then runs its handler in the main thread all the same.
+    A thread started within it inherits the mask for good. Every other thread that runs during such a fork must block
+    these signals too: the kernel delivers a signal to any thread that does not, and Python then runs the handler in the
+    main thread.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
@@ -51,7 +52,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def signal_name(number: int) -> str:
-    """What a signal is called; most of the real-time ones have no name."""
+    """The name of a signal, or its number: most of the real-time signals have no name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -59,17 +60,17 @@ def signal_name(number: int) -> str:
 
 
 def exit_code(process: "subprocess.Popen[bytes]") -> int | None:
-    """How a child ended, as `Popen.returncode` tells it; None while it runs.
+    """How a child ended, in the form of `Popen.returncode`; None while it runs.
 
-    It takes no lock. `Popen.poll` does, and an exception that the handler of a signal raises there may leave it taken: whoever
-    waits for that child then waits for ever.
+    It takes no lock. `Popen.poll` does, and an exception that a signal handler raises there may leave the lock held:
+    the next wait for that child would never return.
     """
     if process.returncode is not None:
         return process.returncode
     try:
         ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return 0  # where CHLD is ignored, the kernel keeps nothing of it; Popen says the same
+        return 0  # while CHLD is ignored, the kernel keeps no exit status; Popen reports 0 as well
     if ended is None:
         return None
     return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status

@@ -1,4 +1,4 @@
-"""The error tree: what may be tried again, what is final, and what only a caller can mend.
+"""The error tree: what may be retried, what is final, and what only the caller can fix.
 
 Every message is a sentence for a person: what happened, to what, and what to do next. No message carries a secret.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class HeadraceError(Exception):
-    """The root. `code` is stable and matches `[a-z_]+`; `str(error)` is the sentence."""
+    """The root. `code` is stable and matches `[a-z_]+`; `str(error)` is the message."""
 
     code = "error"
 
@@ -38,42 +38,42 @@ class HeadraceError(Exception):
 
 
 class Transient(HeadraceError):
-    """It may work when tried again: the network, a primary stepping down, a server that is busy."""
+    """A retry may succeed: the network, a primary stepping down, a server that is busy."""
 
     code = "unavailable"
 
     spends = True
-    """Whether it costs one of the attempts: not where only a person can help, who may be asleep."""
+    """Whether it costs one of the attempts: not if only a person can fix the cause, who may be asleep."""
 
 
 class Severed(Transient):
-    """The database closed the connection instead of an answer: it went away, or the answer would have been too large."""
+    """The database closed the connection without an answer: it went away, or the answer would have been too large."""
 
 
 class Unexpected(Transient):
-    """A fault of Headrace itself or of a library. It costs an attempt and no worker; the log has the traceback."""
+    """A bug in Headrace or in a library. It costs an attempt but no worker; the log has the traceback."""
 
     code = "unexpected"
 
 
 class WrongClock(Transient):
-    """S3 refuses our signature since this machine's clock is off. Not final: clocks get set."""
+    """S3 rejects signatures because this machine's clock is wrong. Not final: the clock can be set."""
 
     code = "wrong_clock"
     spends = False
 
 
 class TokenExpired(Transient):
-    """The session token of the AWS credentials has run out. Not final: an engine is started anew with another."""
+    """The session token of the AWS credentials has expired. Not final: the engine can be restarted with a new one."""
 
     code = "token_expired"
     spends = False
 
 
 class Permanent(HeadraceError):
-    """Trying again cannot help; the job fails at once."""
+    """A retry cannot help; the job fails at once."""
 
-    code = "final"  # clients know it by this
+    code = "final"  # clients match on this
 
 
 class ObjectGone(Permanent):
@@ -101,7 +101,7 @@ class Refused(Permanent):
 
 
 class LeaseLost(HeadraceError):
-    """The token matched no lease: somebody else owns the range now. Drop the work and write nothing more."""
+    """The token matches no lease: another holder owns the range now. Drop the work and write nothing more."""
 
     code = "lease_lost"
 
@@ -113,13 +113,13 @@ class NotFound(HeadraceError):
 
 
 class Conflict(HeadraceError):
-    """The state that it is in does not allow this."""
+    """The current state of the job, upload or object does not allow this."""
 
     code = "conflict"
 
 
 class KeyReused(HeadraceError):
-    """An idempotency key came again with another request."""
+    """An idempotency key was reused with a different request."""
 
     code = "idempotency_key_reused"
 
@@ -137,6 +137,6 @@ class StartError(HeadraceError):
 
 
 class CommandError(HeadraceError):
-    """A command cannot do what it was asked: a file cannot be read, changed while it was sent, or does not reach S3."""
+    """A command failed: a file cannot be read, changed while it was sent, or does not reach S3."""
 
     code = "command"

@@ -1,6 +1,6 @@
 """Logging through structlog: readable on a terminal, JSON lines elsewhere, always on standard error.
 
-Every line carries action, job, range and worker. Secrets that were told to `configure` never come out.
+Every line carries action, job, range and worker. Secrets passed to `configure` are never written.
 """
 
 import logging
@@ -23,19 +23,19 @@ __all__ = ["configure", "get_logger", "mask", "printable", "printable_lines", "u
 MASK: Final = "***"
 
 FULL_SECONDS: Final = 0.2
-"""How long a log line waits for room in a full pipe. Then it is dropped, and so are the next ones, without waiting, until there
-is room again."""
+"""How long a log line waits for room in a full pipe. Then it is dropped, and so are all further ones, without waiting,
+until there is room again."""
 
 CONTEXT: Final = ("action", "job", "range", "worker")
 
-# In a MongoDB URI everything up to the last @ is masked: a password may hold characters that should have been percent-encoded.
-# The length of a scheme is bounded, or each word of a long text would be searched to the end of the text.
+# In a MongoDB URI everything up to the last @ is masked: a password may contain characters that should have been
+# percent-encoded. A scheme's length is bounded, or text without spaces would be scanned to its end for each word.
 _CREDENTIALS: Final = re.compile(r"(\bmongodb(?:\+srv)?://)\S+@|(\b[a-z][a-z0-9+.-]{0,31}://)[^\s/@]+@", re.IGNORECASE)
 _secrets: list[str] = []
 
 
 def mask(text: str) -> str:
-    """The text without secrets: those that were configured, and what stands before the @ of any URI."""
+    """The text with its secrets masked: those passed to `configure`, and the user and password of any URI."""
     for secret in _secrets:
         text = text.replace(secret, MASK)
     return _CREDENTIALS.sub(lambda found: f"{found[1] or found[2]}{MASK}@", text)
@@ -48,12 +48,12 @@ def _masked(value: Any) -> Any:
         return {key: _masked(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_masked(item) for item in value]
-    # Whatever else there is would be shown as this, and hold a secret as well.
+    # Any other value would be rendered as its repr, which may contain a secret.
     return value if value is None or isinstance(value, bool | int | float) else mask(repr(value))
 
 
 def _mask_all(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    # With a line before their names are what structlog itself hands on.
+    # Keys with a leading underscore are internal to structlog.
     return {key: value if key.startswith("_") else _masked(value) for key, value in event.items()}
 
 
@@ -64,19 +64,19 @@ def _fill(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping
 
 
 def printable(text: str) -> str:
-    """The text with its control characters escaped, so that the contents or the name of a file cannot steer the terminal."""
+    """The text with control characters escaped, so that a file's content or name cannot control the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, line by line: newlines stay."""
+    """`printable` applied line by line: newlines are kept."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def _harmless(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    # Anyone may ask the API for a path. A traceback has lines.
+    # Any client can put control characters into a path that is logged. A traceback keeps its lines.
     return {key: printable_lines(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
@@ -85,9 +85,9 @@ def _drop_empty(_: object, __: str, event: MutableMapping[str, Any]) -> MutableM
 
 
 class _Output:
-    """Standard error. If it is a pipe that nobody empties, lines are dropped, so that logging never blocks the work.
+    """Standard error. If it is a pipe that nobody reads, lines are dropped, so that logging never blocks the work.
 
-    The pipe is opened anew, since O_NONBLOCK on the descriptor that is there would hold for all processes that share it.
+    The pipe is reopened: O_NONBLOCK on the inherited file descriptor would apply to every process that shares it.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class _Output:
             if stat.S_ISFIFO(os.fstat(number).st_mode):
                 self._pipe = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError):
-            pass  # no pipe, or none that can be opened
+            pass  # not a pipe, or one that cannot be reopened
 
     def write(self, text: str) -> None:
         """Write a line, or drop it."""
@@ -111,7 +111,7 @@ class _Output:
             return
         left = text.encode(errors="backslashreplace")
         if self._cut:
-            left = b"\n" + left  # of a line that was begun
+            left = b"\n" + left  # ends the line that was cut off
         begun = False
         while left:
             _, ready, _ = select.select([], [self._pipe], [], 0 if self._full else FULL_SECONDS)
@@ -128,13 +128,14 @@ class _Output:
         self._cut = False
 
     def flush(self) -> None:
-        """What was written is on its way."""
+        """Do nothing: `write` leaves nothing buffered."""
 
 
 @contextmanager
 def _as_in_the_foreground() -> Iterator[None]:
-    """A terminal with `tostop` answers what is written from the background with TTOU. Whoever has a handler for that, as the
-    supervisor has, would write the same again for ever; where the signal is blocked, the terminal takes it."""
+    """Block TTOU, which a terminal with `tostop` sends to a background process that writes to it. In a process with a
+    handler for it, such as the supervisor, the same write would be repeated for ever; with the signal blocked, the
+    terminal accepts it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         yield
@@ -143,14 +144,14 @@ def _as_in_the_foreground() -> Iterator[None]:
 
 
 def configure(level: str = "info", format: str = "auto", secrets: Iterable[str] = ()) -> None:
-    """Set up logging for this process and those that it forks.
+    """Set up logging for this process and those it forks.
 
     Args:
         level: debug, info, warning or error.
-        format: text, json, or auto: text where standard error is a terminal.
+        format: text, json, or auto: text if standard error is a terminal.
         secrets: values that must never be shown.
     """
-    # The longest first: a URI must be masked before the password within it.
+    # Longest first: a URI must be masked before the password within it.
     _secrets[:] = sorted({secret for secret in secrets if len(secret) >= 3}, key=len, reverse=True)
     text = format == "text" or (format == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
@@ -199,7 +200,7 @@ def get_logger() -> structlog.stdlib.BoundLogger:
 
 @contextmanager
 def unexpected_translated(doing: str) -> Iterator[None]:
-    """Within it, any error that is not the project's own is logged, and comes out as Unexpected."""
+    """Log any exception that is not a HeadraceError and raise it as Unexpected; `doing` says what was being done."""
     try:
         yield
     except HeadraceError:

@@ -1,7 +1,7 @@
 """The domain types, and the state machines of jobs and ranges.
 
-Nothing here does I/O, reads a clock or knows of a library outside the standard one. Offsets and sizes are bytes,
-counted from the start of the object; times are aware datetimes in UTC as the database server told them.
+Nothing here does I/O, reads a clock or imports anything outside the standard library. Offsets and sizes are bytes,
+offsets counted from the start of the object; times are aware datetimes in UTC, by the database server's clock.
 """
 
 from collections.abc import Mapping
@@ -36,9 +36,9 @@ __all__ = [
 
 
 class JobState(StrEnum):
-    """Where a job is. COMPLETED, FAILED and CANCELLED are terminal."""
+    """The state of a job. COMPLETED, FAILED and CANCELLED are terminal."""
 
-    PENDING = "PENDING"  # submitted; nobody has planned it
+    PENDING = "PENDING"  # submitted, not planned yet
     PROCESSING = "PROCESSING"  # its ranges are fixed; workers lease them
     COMPLETED = "COMPLETED"  # every range is DONE
     FAILED = "FAILED"  # stopped by a final error, or some ranges FAILED and the others are DONE
@@ -46,23 +46,23 @@ class JobState(StrEnum):
 
 
 class RangeState(StrEnum):
-    """Where a byte range is. DONE is terminal; FAILED is, until a person retries the job."""
+    """The state of a byte range. DONE is terminal; so is FAILED, until the job is retried."""
 
     READY = "READY"  # anyone may lease it once `notBefore` has passed
-    LEASED = "LEASED"  # one holder owns it until `until`, by token
+    LEASED = "LEASED"  # one holder owns it until `until`, by its token
     DONE = "DONE"  # every line of it is acknowledged
-    FAILED = "FAILED"  # given up: attempts spent, or three deaths in a row at one offset
+    FAILED = "FAILED"  # given up: no attempts left, or too many holders in a row died at one offset
 
 
 JOB_MOVES: Final[Mapping[JobState, frozenset[JobState]]] = {
     JobState.PENDING: frozenset({JobState.PROCESSING, JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED}),
     JobState.PROCESSING: frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED}),
     JobState.COMPLETED: frozenset(),
-    # Only an explicit retry leaves these two: to PENDING where no plan was made, to PROCESSING elsewhere.
+    # Only an explicit retry leaves these two: to PENDING if the job has no plan, else to PROCESSING.
     JobState.FAILED: frozenset({JobState.PENDING, JobState.PROCESSING}),
     JobState.CANCELLED: frozenset({JobState.PENDING, JobState.PROCESSING}),
 }
-"""Which state may follow which. Every change is one compare-and-set on the state it comes from."""
+"""The states that may follow each state of a job. Every change is one compare-and-set on the old state."""
 
 RANGE_MOVES: Final[Mapping[RangeState, frozenset[RangeState]]] = {
     RangeState.READY: frozenset({RangeState.LEASED}),
@@ -70,7 +70,7 @@ RANGE_MOVES: Final[Mapping[RangeState, frozenset[RangeState]]] = {
     RangeState.DONE: frozenset(),
     RangeState.FAILED: frozenset({RangeState.READY}),
 }
-"""Which state of a range may follow which; FAILED goes back to READY by an explicit retry only."""
+"""The states that may follow each state of a range; only an explicit retry turns FAILED into READY."""
 
 TERMINAL: Final = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
 
@@ -102,7 +102,7 @@ class Reason(StrEnum):
 class Source:
     """One version of one object in S3, pinned: every read of it carries `If-Match: etag`.
 
-    `etag` is kept with its quotes, as S3 sent it. `version` is the S3 version id, "" on an unversioned bucket.
+    `etag` keeps its quotes, as S3 sent it. `version` is the S3 version id, "" in an unversioned bucket.
     """
 
     bucket: str
@@ -137,11 +137,11 @@ class Tally:
 
     @classmethod
     def from_document(cls, document: Mapping[str, int]) -> "Tally":
-        """The tally kept in a document; a field that is missing is 0."""
+        """The tally stored in a document; a missing field is 0."""
         return cls(**{f.name: int(document.get(f.name, 0)) for f in fields(cls)})
 
     def document(self) -> dict[str, int]:
-        """The tally as a plain dict, field by field."""
+        """The tally as a plain dict."""
         return asdict(self)
 
 
@@ -149,10 +149,10 @@ class Tally:
 class Lease:
     """The right to work on one range. Only the holder of `token` may renew, confirm, close or fail it.
 
-    `number` counts the leases of this range, from 1: a later one is always higher. `confirmed` is the offset below which
-    every line is acknowledged, `tally` the counts up to there; work starts at `confirmed`. `deaths` counts holders in a row
-    that died or vanished at this `confirmed`; `attempts` the transient failures spent. `resumed` tells that somebody has
-    worked on this range before.
+    `number` counts the leases of this range, from 1: a later one always has a higher number. `confirmed` is the offset
+    below which every line is acknowledged, and where work starts; `tally` has the counts up to there. `deaths` counts
+    the holders in a row that died or vanished at this `confirmed`, `attempts` the transient failures in a row that cost
+    an attempt. `resumed` says that the range may have been worked on before.
     """
 
     job_id: str
@@ -168,7 +168,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Freed:
-    """A range that was taken from its holder, who died or did not renew its lease."""
+    """A range that was taken from its holder, which died or did not renew its lease."""
 
     job_id: str
     index: int
@@ -179,8 +179,8 @@ class Freed:
 class Reject:
     """A line that did not become a document.
 
-    `offset` and `length` (bytes) are those of the line without its terminator; `ordinal` is its 0-based number
-    within its range; `head` its first bytes, at most 64 KiB. `code` is the server's error code where it has one.
+    `offset` and `length` (bytes) are those of the line without its terminator; `ordinal` is its 0-based number within
+    its range; `head` its first bytes, at most 64 KiB. `code` is the database server's error code, if there is one.
     """
 
     offset: int
@@ -194,11 +194,11 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the first to join a job fixed, once, for all.
+    """What the first worker to join a job decided, once, for all workers.
 
-    `tag` is the six bytes that begin each generated `_id`. `sole` tells that no other job has loaded this source into this
-    collection as it is now, so that a duplicate of a generated `_id` can only be our own replay. A line of more than
-    `max_line_bytes` is a reject, whatever the settings of the engine that meets it.
+    `tag` is the six bytes that every generated `_id` starts with. `sole` says that no other job has loaded this source
+    into the collection in its present state, so that a duplicate of a generated `_id` can only be this job's own
+    replay. A line of more than `max_line_bytes` is a reject, whatever the settings of the engine that reads it.
     """
 
     format: Format
@@ -219,8 +219,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """How a job is to end: its last state, and why if that is FAILED. Stored in an open job (`stopping`), it makes the holders of
-    the job's ranges let go."""
+    """How a job is to end: its final state, and why if that is FAILED. Stored in an open job (`stopping`), it makes the
+    holders of the job's ranges release them."""
 
     to: JobState
     failure: Failure | None = None
@@ -228,7 +228,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A job's numbers as they were last summed over its ranges; `rate` is lines per second, lately."""
+    """A job's numbers, last summed over its ranges at `at`; `rate` is a moving average in lines per second."""
 
     tally: Tally = field(default_factory=Tally)
     ranges_total: int = 0
@@ -241,9 +241,10 @@ class Progress:
 class JobOptions:
     """What the client asks of a job.
 
-    `max_errors` is a count of rejects, or a percentage of the lines read such as "2%". `if_loaded` is "load" or
-    "skip". Higher `priority` goes first. `timeout_seconds` is how long it may run from its plan on; `run_at` when it
-    may start. `validate` reads and judges everything and writes no document.
+    `max_errors` is the number of rejects tolerated, or a percentage of the lines read such as "2%". Higher `priority`
+    goes first. `force` loads a second copy. `if_loaded` is "load" or "skip". `validate` makes it a dry run, which reads
+    and checks everything and writes no document. `timeout_seconds` limits how long the job runs once it is planned, or
+    retried; it starts no earlier than `run_at`.
     """
 
     collection: str = "records"
@@ -259,7 +260,7 @@ class JobOptions:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a job, in a word or a short sentence."""
+    """Something that happened to a job, in a word or a short phrase."""
 
     at: datetime
     what: str
@@ -267,13 +268,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One load of one source into one collection. `id` is 24 hexadecimal digits; `attempts` counts the failures to plan it,
-    and `round` its retries; `idle_seconds` is how long it stood ended before these. `planner_deaths` counts the workers that
-    died or vanished in a row while they planned it.
+    """One load of one source into one collection.
 
-    `database` is where the collection is: only engines whose `MONGO_URI` names it work on the job. `batch` is that of the
-    call that made it together with others. `timeline` holds its latest hundred events, and `errors` its first five rejects as
-    clients see them, with raw lines cut short; they are as old as `progress`.
+    `id` is 24 hexadecimal digits. `attempts` counts the failures to plan the job, `round` its retries, and
+    `idle_seconds` the time it had been terminal before each of them, in total. `planner_deaths` counts the workers in a
+    row that died or vanished while they planned it.
+
+    `database` holds the collection: only engines whose `MONGO_URI` names it work on the job. `batch` is the id of the
+    batch that it was submitted in, if any. `timeline` holds its latest hundred events, and `errors` its first five
+    rejects as clients see them, with raw lines cut short; they are updated together with `progress`.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Ports of this machine: which are free, and why one cannot be listened on."""
+"""Ports of this machine: which ones are free, and why one cannot be listened on."""
 
 import errno
 import ipaddress
@@ -14,14 +14,17 @@ __all__ = ["NEIGHBOUR", "addresses", "check_port", "free_port", "is_loopback", "
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
 
 LOW_PORT: Final = 20_000
+"""Ports are drawn from here on."""
+
 _NOT_OURS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
 NEIGHBOUR: Final = 10_000
-"""SeaweedFS also listens this far above each of its ports. Ports are drawn from a span no longer than this, so that none of them
-is the neighbour of another."""
+"""SeaweedFS also listens this far above each of its ports. Ports are drawn from a span of this length, so that none of
+them is the neighbour of another."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches an address or name."""
+    """Whether an address or name can be reached from this machine only."""
     if host.lower() in _LOCAL_NAMES:
         return True
     try:
@@ -31,7 +34,7 @@ def is_loopback(host: str) -> bool:
 
 
 def port_is_free(port: int) -> bool:
-    """Whether something could listen there now, on any address: SeaweedFS takes no port that is taken on another one."""
+    """Whether a port is free on every address: SeaweedFS rejects one that is taken on any of them."""
     try:
         check_port(port, "0.0.0.0")  # noqa: S104 (nothing listens)
     except StartError:
@@ -40,7 +43,7 @@ def port_is_free(port: int) -> bool:
 
 
 def check_port(port: int, host: str) -> None:
-    """Raises StartError, which says why, where nothing could listen at this port of this host's addresses now."""
+    """Raises StartError, with the reason, unless this port can be listened on now at every address of the host."""
     for family, kind, address in addresses(port, host):
         try:
             with socket.socket(family, kind) as probe:
@@ -48,7 +51,7 @@ def check_port(port: int, host: str) -> None:
                 probe.bind(address)
         except OSError as error:
             if str(address[0]) != host.strip("[]") and error.errno in _NOT_OURS:
-                # Such as localhost, where this machine knows no IPv6.
+                # For example localhost, if this machine has no IPv6.
                 raise StartError(
                     f"API_HOST={host} stands for {address[0]} too, which is no address of this machine: set it to one that is"
                 ) from None
@@ -56,17 +59,17 @@ def check_port(port: int, host: str) -> None:
 
 
 def addresses(port: int, host: str) -> list[tuple[int, int, Any]]:
-    """Family, kind and address of each socket that listens for a host. Raises StartError where its name leads nowhere."""
+    """Family, kind and address of each socket to listen on for a host. Raises StartError if it does not resolve."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:  # the latter of a label that is empty or too long
+    except (OSError, UnicodeError) as error:  # UnicodeError: a label is empty or too long
         why = error.strerror if isinstance(error, OSError) else "not a valid host name"
         raise StartError(f"API_HOST={host} is no address of this machine ({why}): name one of its own") from None
     return [(family, kind, address) for family, kind, _, _, address in found]
 
 
 def why_not(port: int, host: str, error: OSError) -> str:
-    """What keeps a server from listening there, and what to do about it."""
+    """Why a server cannot listen there, and what to do about it."""
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is taken: stop what listens there, or set PORT to another"
     if error.errno in _NOT_OURS:
@@ -77,7 +80,7 @@ def why_not(port: int, host: str, error: OSError) -> str:
 
 
 def free_port(wanted: int = 0) -> int:
-    """`wanted` where it is free, else any port that is."""
+    """`wanted` if it is free, else any free port."""
     if wanted and port_is_free(wanted):
         return wanted
     with socket.socket() as probe:
@@ -87,9 +90,10 @@ def free_port(wanted: int = 0) -> int:
 
 
 def ports_in_pairs(names: Sequence[str], beside: int) -> dict[str, int]:
-    """A free port for each name whose neighbour ten thousand further up is free as well, and no port twice.
+    """Different free ports by name, each with a free neighbour; never `beside` or its neighbour.
 
-    `beside` and its neighbour are left out.
+    Raises:
+        StartError: no free pair was found.
     """
     taken = {beside, beside + NEIGHBOUR}
     ports: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Every setting, from the environment and `.env`, checked against each other at the start.
+"""Every setting, from the environment and `.env`, checked against the others at the start.
 
 The environment wins over `.env`; an empty value counts as unset. No other module reads settings from the environment.
 """
@@ -38,21 +38,21 @@ from engine.values import (
 __all__ = ["LOOP_SECONDS", "Settings", "load"]
 
 LOOP_SECONDS: Final = 0.5
-"""How often, at least, the supervisor looks at its workers. One that would be silent for too long by the next look is killed at
-this one."""
+"""Maximum interval between the supervisor's checks of its workers. A worker that would exceed the watchdog's limit
+before the next check is killed at this one."""
 
 _PAIR: Final = ("aws_access_key_id", "aws_secret_access_key")
 _KEY: Final = visible("copy the key alone, with nothing around it")
 
 
 def _writers(found: dict[str, Any]) -> int:
-    """Enough writes in flight to bridge the database's waits for its journal, and no more than 128 for one engine (twice as many
-    where the database is far away): with more, mongod spends more CPU on the same documents."""
+    """Enough writes in flight to keep the database busy while it waits for its journal, but at most 128 for one engine
+    (twice as many if the database is far away): with more, mongod spends more CPU on the same documents."""
     return max(2, min(4, 128 // int(found["engine_workers"])))
 
 
 def _setting(default: Any, description: str, unit: str = "", in_words: str = "", **limits: Any) -> Any:
-    """A setting; `in_words` is the default in words where it is worked out."""
+    """A setting; `in_words` describes the default if it is computed."""
     extra: dict[str, Any] = {"unit": unit}
     if callable(default):
         extra["in_words"] = in_words
@@ -173,9 +173,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        """Settings that are right alone and wrong together."""
+        """Raises ValueError, with a line for each contradiction between settings that are valid alone."""
         wrong: list[str] = []
-        if self.data_db().lower() == self.engine_control_db.lower():  # MongoDB takes no two that differ by case
+        if self.data_db().lower() == self.engine_control_db.lower():  # MongoDB rejects names that differ only in case
             wrong.append(
                 f"ENGINE_CONTROL_DB={self.engine_control_db}: it is the database that MONGO_URI names for the documents, or "
                 f"{DEFAULT_DATABASE} where it names none; name another"
@@ -199,32 +199,32 @@ class Settings(BaseSettings):
 
     @property
     def socket_timeout_seconds(self) -> float:
-        """How long a worker waits for an answer: less than a lease, so that a lost one is noticed by its holder first."""
+        """How long a worker waits for an answer: less than a lease, so that it notices a lost one before others do."""
         return self.engine_lease_seconds * 0.8
 
     @property
     def select_timeout_seconds(self) -> float:
-        """How long a command waits for a primary, or a request for a connection, before it is given up, to be tried again."""
+        """How long a command waits for a primary, or a request for a connection, before it fails (and is retried)."""
         return min(5.0, self.engine_lease_seconds / 4)
 
     @property
     def answer_seconds(self) -> float:
-        """The longest wait for a server in which nothing moves."""
+        """The longest that a call waits for a server without any progress."""
         return self.select_timeout_seconds + self.socket_timeout_seconds
 
     @property
     def write_timeout_seconds(self) -> float:
-        """How long the server waits for a majority: less than the socket does, so that it is the server who says so."""
+        """How long the database waits for a majority: less than the socket timeout, so that it reports the failure."""
         return self.engine_lease_seconds * 0.6
 
     def data_db(self) -> str:
-        """The database that takes the documents."""
+        """Name of the database that the documents go to."""
         if self.mongo_uri is None:
             return DEFAULT_DATABASE
         return str(parsed_uri(self.mongo_uri.get_secret_value())["database"] or DEFAULT_DATABASE)
 
     def secrets(self) -> list[str]:
-        """Every value that must never be shown."""
+        """Every value that must never be logged or printed."""
         values = [self.aws_secret_access_key, self.aws_session_token, self.mongo_uri, self.api_token, self.api_tokens]
         found = [value.get_secret_value() for value in values if value is not None]
         if self.mongo_uri is not None and (password := parsed_uri(self.mongo_uri.get_secret_value())["password"]):
@@ -233,10 +233,10 @@ class Settings(BaseSettings):
 
 
 def load(**overrides: Any) -> tuple[Settings, list[str]]:
-    """The settings of this process, and a warning for each name that looks like a setting and is none.
+    """The settings of this process, and a warning for each name that looks like a setting but is not one.
 
     Args:
-        overrides: values that win over the environment, by field.
+        overrides: values by field, which win over the environment.
 
     Raises:
         SettingsError: lists everything that is wrong.
@@ -252,12 +252,12 @@ def load(**overrides: Any) -> tuple[Settings, list[str]]:
 
 
 def _all_that_is_wrong(error: ValidationError, overrides: Mapping[str, Any]) -> list[str]:
-    """A sentence for each setting that is wrong by itself, and for each contradiction between the others, which are checked once
-    more with defaults in the place of the wrong ones."""
+    """A sentence for each setting that is invalid by itself, and for each contradiction between the others, which are
+    validated again with defaults in place of the invalid ones."""
     wrong = _sentences(error)
     alone = {str(fault["loc"][0]) for fault in error.errors(include_url=False) if fault["loc"]}
     unset = {name: field.default for name, field in Settings.model_fields.items() if name in alone}
-    # Of these two the default is worked out, from a setting that may be the wrong one.
+    # These two have computed defaults, and that of engine_writers is computed from engine_workers.
     unset |= {"engine_workers": 1} if "engine_workers" in alone else {}
     unset |= {"engine_writers": 1} if {"engine_workers", "engine_writers"} & alone else {}
     unset |= dict.fromkeys(_PAIR) if not alone.isdisjoint(_PAIR) else {}
@@ -272,7 +272,7 @@ def _sentences(error: ValidationError) -> list[str]:
     sentences: list[str] = []
     for fault in error.errors(include_url=False):
         if fault["type"] == "default_factory_not_called":
-            continue  # it depends on a setting that is wrong itself
+            continue  # its default depends on a setting that is invalid itself
         message = fault["msg"].removeprefix("Value error, ")
         if not fault["loc"]:
             sentences += message.split("\n")
@@ -280,7 +280,7 @@ def _sentences(error: ValidationError) -> list[str]:
         field = str(fault["loc"][0])
         annotation = Settings.model_fields[field].annotation if field in Settings.model_fields else None
         given = str(fault["input"])[:100]
-        # The other key may have been pasted into the one that is none.
+        # The value of neither key is shown: the secret key may have been pasted into the other one.
         shown = (
             ""
             if "SecretStr" in str(annotation) or field in _PAIR
@@ -291,7 +291,7 @@ def _sentences(error: ValidationError) -> list[str]:
 
 
 OURS: Final = ("ENGINE_", "API_")
-"""How the names of settings begin that no other program has."""
+"""Prefixes of settings that no other program uses."""
 
 
 def _unknown() -> list[str]:
@@ -303,8 +303,8 @@ def _unknown() -> list[str]:
         upper = name.upper()
         if upper in known:
             continue
-        # Other programs have many names in the environment, and few in .env: outside ENGINE_ and API_ only near misses are
-        # reported, and of the environment only those that begin with MONGO.
+        # Other programs have many variables in the environment and few in .env: without one of these prefixes only near
+        # misses are reported, and from the environment only those that start with MONGO.
         near = difflib.get_close_matches(upper, known, n=1, cutoff=0.6 if upper.startswith(OURS) else 0.75)
         if upper.startswith(OURS) or (near and (name in in_file or upper.startswith("MONGO"))):
             warnings.append(f"{name} is not a setting of Headrace" + (f": did you mean {near[0]}?" if near else ""))
@@ -312,7 +312,7 @@ def _unknown() -> list[str]:
 
 
 def _check_dotenv() -> None:
-    """Raises SettingsError for a line of .env that cannot be parsed: the library itself would only warn, and skip the line."""
+    """Raises SettingsError for lines of .env that cannot be parsed: the library would only warn and skip them."""
     from dotenv.parser import parse_stream
 
     with suppress(FileNotFoundError), Path(".env").open(encoding="utf-8") as file:
@@ -324,6 +324,6 @@ def _check_dotenv() -> None:
 
 
 def _dotenv() -> Mapping[str, object]:
-    from dotenv import dotenv_values  # only here: the rest is read through pydantic-settings
+    from dotenv import dotenv_values  # only for the names: values are read through pydantic-settings
 
     return dotenv_values(".env")

@@ -1,4 +1,4 @@
-"""How the value of a setting is written: sizes, URLs, names and keys. What is wrong is told to whoever wrote it."""
+"""Formats of settings: sizes, URLs, names and keys. Each error says how to write the value."""
 
 import re
 from collections.abc import Mapping
@@ -59,14 +59,14 @@ def _size(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_size)]
 
 
-# What the driver says of a URI without a word of its values, any of which may be a secret.
+# Messages of the driver that quote no value of the URI: any value may be a secret.
 _HARMLESS: Final = re.compile(
     r"Unknown option: \w+|The value of \w+ must be (an integer|'true' or 'false')|Port must be .+"
 )
 
 
 def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
-    """A URI that can be read and names a database, or none. No message holds it: it may hold a password."""
+    """A usable MongoDB URI, or None. Raises ValueError, which never quotes the URI: it may contain a password."""
     if value is None:
         return value
     if re.search(r"\s", value.get_secret_value()):
@@ -75,7 +75,7 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
         )
     try:
         parsed = parsed_uri(value.get_secret_value())
-    except OSError as error:  # of a certificate
+    except OSError as error:  # a certificate file
         raise ValueError(
             f"the file {error.filename} that it names cannot be read ({error.strerror}): name one that can"
         ) from None
@@ -84,7 +84,7 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
         ValueError,
         TypeError,
         KeyError,
-    ) as error:  # the last two of options that Python alone can give
+    ) as error:  # the last two: options that only Python code can pass
         harmless = _HARMLESS.match(str(error))
         why = harmless.group() if harmless else type(error).__name__
         raise ValueError(
@@ -99,15 +99,15 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
 
 
 def parsed_uri(uri: str) -> Mapping[str, Any]:
-    """What the driver reads in a URI; one of +srv is read without asking the DNS for its hosts."""
+    """The parts of a URI as the driver parses them; the hosts of a +srv URI are not looked up in the DNS."""
     if uri.startswith("mongodb+srv://"):
-        # But for the options that such a URI alone may have.
+        # Without the options that only a +srv URI may have.
         uri = re.sub(r"(?<=[?&])srv\w+=[^&]*&?", "", uri.replace("+srv", "", 1), flags=re.IGNORECASE).rstrip("&")
     return parse_uri(uri, warn=False)
 
 
 def _database_fault(name: str) -> str | None:
-    """Why MongoDB takes no database of this name; None where it does."""
+    """Why MongoDB rejects this database name; None if it accepts it."""
     if len(name.encode()) > 63:
         return "its name has more than 63 bytes"
     if name.lower() in ("admin", "config", "local"):
@@ -117,14 +117,14 @@ def _database_fault(name: str) -> str | None:
 
 
 def control_db(value: str) -> str:
-    """The name of a database. Raises ValueError for one that MongoDB does not take."""
+    """The name of a database. Raises ValueError for one that MongoDB rejects."""
     if fault := _database_fault(value):
         raise ValueError(f"it cannot be the name of a database: {fault}")
     return value
 
 
 def like(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
-    """A value, where there is one, that the whole of a pattern matches."""
+    """Validates that a value, unless it is None, matches the whole pattern; `sentence` is the error message."""
 
     def check(value: str | None) -> str | None:
         if value is not None and not pattern.fullmatch(value):
@@ -135,7 +135,7 @@ def like(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
 
 
 def http_url(value: str | None) -> str | None:
-    """A URL of a server that speaks HTTP, or none. Raises ValueError, with how to write one, for anything else."""
+    """The URL of an HTTP server, or None. Raises ValueError for anything else."""
     if value is not None:
         try:
             parts = urlsplit(value)
@@ -148,7 +148,7 @@ def http_url(value: str | None) -> str | None:
 
 
 def visible(advice: str) -> AfterValidator:
-    """What goes into a header of HTTP, where there is any. No message holds it: it may be a secret."""
+    """Validates that a value, unless it is None, fits into an HTTP header. No error quotes it: it may be a secret."""
 
     def check(value: Any) -> Any:
         plain = value.get_secret_value() if isinstance(value, SecretStr) else value
@@ -160,5 +160,5 @@ def visible(advice: str) -> AfterValidator:
 
 
 def lower(value: object) -> object:
-    """A text in lower case; anything else as it is."""
+    """A string in lower case; anything else unchanged."""
     return value.lower() if isinstance(value, str) else value

@@ -1,1 +1,1 @@
-"""The embedded servers, and a sample to load."""
+"""The embedded servers, and a sample file to load."""

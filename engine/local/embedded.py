@@ -1,4 +1,4 @@
-"""One embedded server: a child process with its log, whether it has come up, what it died of, and its end."""
+"""One embedded server: a child process with its log, waiting until it is up, why it ended, and stopping it."""
 
 import json
 import os
@@ -15,21 +15,22 @@ from engine.errors import StartError
 __all__ = ["SOCKET_FOLDER", "PortTaken", "Server"]
 
 START_SECONDS: Final = 60.0
-"""How long a server may take until it answers; it takes about one second on an idle machine."""
+"""How long a server may take to answer after its start; on an idle machine it takes about one second."""
 
 STOP_SECONDS: Final = 8.0
+"""How long a server may take to end after TERM before it is killed."""
 
 SOCKET_FOLDER: Final = Path("/tmp")  # noqa: S108 (fixed by SeaweedFS)
-"""Where SeaweedFS makes a socket beside each of its ports."""
+"""Folder in which SeaweedFS creates a socket for each of its ports."""
 
 
 class PortTaken(StartError):
-    """The server ended since its port was taken before it could listen."""
+    """The server ended because its port was taken before it could listen."""
 
 
 class Server:
-    """One child process, which runs in the folder of its log, and its end; `sockets` are patterns of what it leaves in
-    SOCKET_FOLDER."""
+    """A child process that runs in the folder of its log. `environment` is added to this process's; `sockets` are
+    patterns of the files that it leaves in `SOCKET_FOLDER`."""
 
     def __init__(
         self,
@@ -51,19 +52,19 @@ class Server:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=before_exec,  # noqa: PLW1509 (what threads there are hold no lock)
+                    preexec_fn=before_exec,  # noqa: PLW1509 (other threads hold no lock at this point)
                     env=os.environ | (environment or {}),
                 )
             except OSError as error:
                 raise StartError(f"{name} cannot be started from {command[0]}: {error.strerror}") from None
 
     def wait_until(self, answers: Callable[[], bool]) -> None:
-        """Raises StartError when the server ends, or does not answer in time; PortTaken where another port would help."""
+        """Wait until `answers`. Raises StartError if the server ends or is too slow, PortTaken if its port is taken."""
         deadline = time.monotonic() + START_SECONDS
         while not answers():
             if exit_code(self.process) is not None:
                 log = self.log.read_text(errors="replace").lower()
-                # The second is what SeaweedFS says of one, and the third of a socket of another user's.
+                # The second is SeaweedFS's message for a taken port, the third for a socket that another user owns.
                 taken = any(words in log for words in ("address already in use", "cannot be used", "failed to remove"))
                 raise (PortTaken if taken else StartError)(self.why())
             if time.monotonic() > deadline:
@@ -74,7 +75,7 @@ class Server:
             time.sleep(0.05)
 
     def _last_words(self) -> str:
-        """What it complained of last; mongod's log is JSON, of which E and F are the severe lines."""
+        """Its last complaint; mongod's log is JSON, whose severity E is an error and F is fatal."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
         for line in reversed(lines):
             with suppress(ValueError, KeyError, TypeError):
@@ -86,7 +87,7 @@ class Server:
         return lines[-1][:300] if lines else "none"
 
     def why(self) -> str:
-        """Why it ended."""
+        """A sentence on why it ended."""
         log = self.log.read_text(errors="replace")
         for line in log.splitlines():
             if "error while loading shared libraries" in line:
@@ -101,7 +102,7 @@ class Server:
         return f"{self.name} {how}; its last words: {self._last_words()} (log: {self.log})"
 
     def stop(self) -> None:
-        """TERM, then KILL; returns when it is gone."""
+        """Stop it with TERM, then KILL; returns when it is gone, with its sockets removed."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -111,5 +112,5 @@ class Server:
         self.process.wait()
         for pattern in self._sockets:
             for socket in SOCKET_FOLDER.glob(pattern):
-                with suppress(OSError):  # it is gone, or another user's
+                with suppress(OSError):  # already gone, or another user's
                     socket.unlink()

@@ -1,4 +1,4 @@
-"""A seeded sample: newline-delimited JSON of about 270 bytes a line, the same bytes for the same seed. Pure but for `write`."""
+"""A seeded sample: newline-delimited JSON, about 270 bytes a line; the same seed gives the same bytes."""
 
 import random
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _WORDS: Final = [
 
 
 def lines(count: int, seed: int = 1) -> Iterator[bytes]:
-    """`count` lines with their newlines."""
+    """`count` lines, each with its newline."""
     draw = random.Random(seed)
     for number in range(count):
         record = {
@@ -51,7 +51,7 @@ def lines(count: int, seed: int = 1) -> Iterator[bytes]:
 
 
 def write(path: Path, count: int, seed: int = 1) -> int:
-    """Write such a file; returns its size in bytes."""
+    """Write `count` lines to a file; returns its size in bytes."""
     with path.open("wb") as file:
         file.writelines(lines(count, seed))
         return file.tell()

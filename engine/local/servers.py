@@ -1,7 +1,7 @@
 """The embedded servers: a real `mongod` and a real S3 server (SeaweedFS `weed`) as children on loopback.
 
-They keep their data under one folder, run in process groups of their own, so that a Ctrl-C reaches the engine first and
-them last, and die with the process that started them.
+They keep their data under one folder, and die with the process that started them. They run in sessions of their own, so
+that Ctrl-C does not reach them: the engine stops first.
 """
 
 import fcntl
@@ -39,22 +39,22 @@ ACCESS_KEY: Final = "headrace"
 
 MONGOD_PORT: Final = 27317
 S3_PORT: Final = 8833
-"""Where the embedded servers listen where nothing else does; on another free port elsewhere."""
+"""Preferred ports of the embedded servers; if one is taken, another free port is used."""
 
 PORT_TRIES: Final = 3
-"""Ports that a server is started on, where others take them in the moment before it listens."""
+"""How many ports a server is started on in turn if each is taken just before it listens."""
 
 
 class LocalServers:
-    """Starts what the settings do not name. Use it as a context manager, in a process without threads of its own.
+    """Starts the servers that the settings do not name. A context manager, for a process without other threads.
 
     Args:
-        settings: MongoDB is started when `mongo_uri` is unset, S3 when neither an endpoint nor a bucket is named, so
-            that nothing is ever written to somebody's real bucket because credentials lay about.
-        folder: for data and logs; made where it is missing.
+        settings: MongoDB is started if `mongo_uri` is unset, S3 if neither an endpoint nor a bucket is named, so that
+            nothing is ever written to a real bucket only because credentials were found.
+        folder: for data and logs; created if it is missing.
         mongod_options: further arguments for mongod.
 
-    After `start`, `overrides` holds the settings that lead to the servers.
+    After `start`, `overrides` holds the settings that name the started servers.
     """
 
     def __init__(self, settings: Settings, folder: Path | None = None, mongod_options: tuple[str, ...] = ()) -> None:
@@ -77,7 +77,7 @@ class LocalServers:
         self.stop()
 
     def start(self) -> None:
-        """Start the servers and wait until they answer. Raises StartError; what runs already is for `stop` to stop."""
+        """Start the servers and wait until they answer. Raises StartError; then `stop` stops those that already run."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / "lock").open("w")
@@ -107,12 +107,12 @@ class LocalServers:
             starts.append(self._start_mongod)
         if self._settings.aws_endpoint_url is None and self._settings.aws_bucket_name is None:
             starts.append(self._start_weed)
-        # Both at once: neither waits for the other.
+        # All are started before the first is waited for.
         for start, wait in [(start, start()) for start in starts]:
             _come_up(start, wait)
 
     def stop(self) -> None:
-        """Stop the servers; safe to repeat, also where it was interrupted."""
+        """Stop the servers; safe to repeat, even after an interrupt."""
         for name, server in reversed(list(self._servers.items())):
             server.stop()
             del self._servers[name]
@@ -126,7 +126,7 @@ class LocalServers:
         return {name: server.process.pid for name, server in self._servers.items()}
 
     def died(self) -> str | None:
-        """A sentence on a server that has ended by itself, if one has."""
+        """A sentence on a server that ended by itself; None if all still run."""
         return next((server.why() for server in self._servers.values() if exit_code(server.process) is not None), None)
 
     def _start_mongod(self) -> Callable[[], None]:
@@ -134,7 +134,7 @@ class LocalServers:
         data = self._folder / "mongod"
         data.mkdir(exist_ok=True)
         port = self._remembered("mongod.port", MONGOD_PORT)
-        # The cache is what mongod would take on a small machine; the rest belongs to the workers.
+        # No more cache than mongod would take on a small machine: the rest of the memory is for the workers.
         cache = "1" if memory() > 6 * GIB else "0.25"
         command = [binary, "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
         command += ["--replSet", REPLICA_SET, "--wiredTigerCacheSizeGB", cache, "--nounixsocket", "--quiet"]
@@ -144,7 +144,7 @@ class LocalServers:
         )
 
         def wait() -> None:
-            with signals_blocked():  # its threads outlast it for a moment, in which other children are forked
+            with signals_blocked():  # its threads outlive it briefly, while other children are forked
                 client: MongoClient[dict[str, Any]] = MongoClient(
                     "127.0.0.1", port, directConnection=True, serverSelectionTimeoutMS=200, connectTimeoutMS=1000
                 )
@@ -158,7 +158,7 @@ class LocalServers:
         (self._folder / "s3").mkdir(exist_ok=True)
         port = self._remembered("s3.port", S3_PORT)
         secret = self._secret()
-        # An authority of its own, so that other programs on this machine cannot read the files.
+        # A secret of its own, so that other programs on this machine cannot read the files.
         identity = {
             "name": "headrace",
             "credentials": [{"accessKey": ACCESS_KEY, "secretKey": secret}],
@@ -166,21 +166,21 @@ class LocalServers:
         }
         config = self._folder / "s3.json"
         _write_private(config, json.dumps({"identities": [identity]}))
-        # Every port is drawn: SeaweedFS derives its others from these by adding 10000.
+        # Drawn in pairs: SeaweedFS also listens 10000 above each of these ports.
         ports = ports_in_pairs(("master.port", "volume.port", "filer.port", "admin.port"), port)
-        # Without -logtostderr it logs into the system's folder for temporary files as well.
+        # Without -logtostderr it also logs into the system's folder for temporary files.
         command = [
             binary,
             "-logtostderr",
             "mini",
-            "-dir=s3",  # seen from its folder: a comma in the whole path would part it into two
+            "-dir=s3",  # relative: SeaweedFS would split an absolute path at a comma
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             f"-s3.port={port}",
         ]
         command += [f"-{name}={number}" for name, number in ports.items()]
         command += [f"-s3.config={config}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-        # The filer's own port would serve every object to anyone; the other two are of no use here.
+        # The filer's HTTP port would serve every object to anyone; the other two services are not needed.
         command += ["-disableHttp", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         sockets = [name for number in (port, *ports.values()) for name in _sockets(number)]
         server = self._launch("weed", command, {"GOGC": "50"}, sockets)
@@ -201,12 +201,12 @@ class LocalServers:
     def _launch(
         self, name: str, command: list[str], environment: dict[str, str] | None = None, sockets: Sequence[str] = ()
     ) -> Server:
-        with signals_blocked():  # a server that is there is stopped as one
+        with signals_blocked():  # a server that was started must be registered, or `stop` would miss it
             server = self._servers[name] = Server(name, command, self._folder / f"{name}.log", environment, sockets)
         return server
 
     def _remembered(self, name: str, first: int) -> int:
-        """The port of the last time where it is free, so that what people wrote down stays true."""
+        """The last run's port, or `first`, so that URLs that people noted stay valid; any free port if it is taken."""
         file = self._folder / name
         wanted = first
         with suppress(OSError, ValueError):
@@ -226,7 +226,7 @@ class LocalServers:
 
 
 def _come_up(start: Callable[[], Callable[[], None]], wait: Callable[[], None]) -> None:
-    """Wait for a server; one whose port was free when it was chosen, and is not when it listens, is started on another."""
+    """Wait until a server is up; start it again on another port if its own was taken before it listened."""
     for _ in range(PORT_TRIES - 1):
         try:
             return wait()
@@ -249,7 +249,7 @@ def _is_primary(client: "MongoClient[dict[str, Any]]", port: int) -> bool:
             client.admin.command("replSetInitiate", {"_id": REPLICA_SET, "members": [member], "settings": fast})
             return False
         if status["members"][0]["host"] != f"127.0.0.1:{port}":
-            # The data was made on another port.
+            # The data is from a run on another port.
             status["members"][0]["host"] = f"127.0.0.1:{port}"
             status["version"] += 1
             client.admin.command("replSetReconfig", status, force=True)
@@ -259,7 +259,7 @@ def _is_primary(client: "MongoClient[dict[str, Any]]", port: int) -> bool:
 
 
 def _stores(objects: Objects) -> bool:
-    """Whether the S3 server takes and gives: it lists buckets seconds before it serves objects."""
+    """Whether the bucket can be made and used: SeaweedFS lists buckets seconds before it serves objects."""
     try:
         objects.ensure_bucket()
         objects.check()
@@ -269,7 +269,7 @@ def _stores(objects: Objects) -> bool:
 
 
 def mongod_path() -> str:
-    """Where a mongod is: on the PATH, or in the extra `local`. Raises StartError."""
+    """Path of a mongod: from the PATH, or from the extra `local`. Raises StartError if there is none."""
     if found := shutil.which("mongod"):
         return found
     spec = importlib.util.find_spec("fiftyone")
@@ -295,20 +295,20 @@ def _find(name: str, package: str) -> str:
 
 
 def _sockets(port: int) -> list[str]:
-    """Patterns of the sockets that SeaweedFS makes beside one of its ports."""
+    """Patterns of the sockets that SeaweedFS creates for a port and its neighbour."""
     return [f"seaweedfs-*-{number}.sock" for number in (port, port + NEIGHBOUR)]
 
 
 def _may_make_sockets(port: int) -> bool:
-    """Whether nothing is in the way of these: one that another user's server left behind cannot be removed."""
-    with suppress(FileNotFoundError):  # one was removed just now
+    """Whether SeaweedFS can create its sockets: one that another user's server left behind cannot be removed."""
+    with suppress(FileNotFoundError):  # a socket was removed meanwhile
         left = [socket.lstat().st_uid for name in _sockets(port) for socket in SOCKET_FOLDER.glob(name)]
         return os.geteuid() == 0 or set(left) <= {os.geteuid()}
     return True
 
 
 def _write_private(file: Path, text: str) -> None:
-    """Write a file that only its owner can read: the whole of it, or nothing."""
+    """Write a file that only its owner can read, all of it or nothing."""
     part = file.with_name(f"{file.name}.part")
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
         output.write(text)

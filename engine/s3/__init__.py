@@ -1,1 +1,1 @@
-"""Objects in S3: what they are, reading and writing them."""
+"""Objects in S3: looking them up, reading and writing them."""

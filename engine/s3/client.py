@@ -1,4 +1,4 @@
-"""The client of S3, and what its errors mean. Build the client after the fork."""
+"""The S3 client, and what its errors mean. Build the client after the fork."""
 
 import re
 from collections.abc import Iterator
@@ -34,12 +34,12 @@ from engine.ports import is_loopback
 from engine.settings import Settings
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
+    from mypy_boto3_s3 import S3Client  # type stubs: installed for type checking only
 
 __all__ = ["PART_TYPE", "S3_ERRORS", "code_of", "connect", "s3_translated", "status_of", "translate"]
 
 S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
-"""What the S3 client raises."""
+"""The exceptions that the S3 client raises."""
 
 _MISFITS: Final = (
     "InvalidToken",
@@ -48,29 +48,29 @@ _MISFITS: Final = (
     "IllegalLocationConstraintException",
     "PermanentRedirect",
 )
-"""Codes with which S3 answers, with the status 301 or 400, where credentials do not fit: a session token of other keys, or
+"""Error codes of S3, with status 301 or 400, for credentials that do not match: a session token of other keys, or
 another region."""
 
 ROLE_ATTEMPTS: Final = 3
-"""How often the role of a machine is asked for: workers that begin at the same time are told to slow down."""
+"""Attempts to fetch the credentials of the machine's role: workers that start at the same time may be throttled."""
 
 PART_TYPE: Final = "application/json"
-"""SeaweedFS gzips what looks like text unless each part says that it is this; ranges of gzip are slow to read."""
+"""Content type of every part: without it SeaweedFS gzips what looks like text, and ranges of gzip are slow to read."""
 
 
 def connect(settings: Settings, attempts: int = 2) -> "S3Client":
-    """An S3 client, each of whose `attempts` at a call ends within `settings.answer_seconds`: they add up. It does not retry
-    for long: its callers do.
+    """An S3 client that makes up to `attempts` attempts at each call, each of which ends within
+    `settings.answer_seconds`. Its callers do the longer retries.
 
     Raises:
-        StartError: AWS_PROFILE, AWS_ENDPOINT_URL, or what else the SDK reads of settings is wrong.
-        Transient: there are no credentials. A client without any stays so for good, even where a machine's role would have some
-            a moment later.
+        StartError: AWS_PROFILE, AWS_ENDPOINT_URL, or another setting that the SDK reads is invalid.
+        Transient: there are no credentials. Call it again later: a client that is built without any never looks for
+            them again, even if the machine's role provides some a moment later.
     """
     try:
         return _connect(settings, attempts)
     except (ProfileNotFound, ConfigParseError, ConfigNotFound, ValueError) as error:
-        # The last one of a number that is none, or of `_` in a host's name, which other programs take.
+        # ValueError: not a number, or a host name with `_`, which other programs accept.
         raise StartError(f"the settings of AWS cannot be used: {error}") from None
     except BotoCoreError as error:
         raise Transient(f"credentials for S3 could not be had: {error}") from None
@@ -84,7 +84,7 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
         region_name=settings.aws_region,
         aws_access_key_id=settings.aws_access_key_id,
         aws_secret_access_key=plain(settings.aws_secret_access_key),
-        # By itself it belongs to no keys, and would hide those that the SDK finds.
+        # Without its keys a token is useless, and would hide the credentials that the SDK finds.
         aws_session_token=plain(settings.aws_session_token) if settings.aws_access_key_id else None,
         botocore_session=_core(settings),
     )
@@ -97,22 +97,25 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
         read_timeout=settings.socket_timeout_seconds,
         retries={"mode": "standard", "total_max_attempts": attempts},
         max_pool_connections=32,
-        # The default for signed URLs is an older one that AWS refuses in newer regions.
+        # Signed URLs default to an older version, which newer AWS regions reject.
         signature_version="s3v4",
         s3={"addressing_style": "path" if settings.aws_endpoint_url else "auto"},
         tcp_keepalive=True,
-        # No proxy for a server on this machine, which it could not reach.
+        # A proxy could not reach a server on this machine.
         proxies={} if is_loopback(urlsplit(settings.aws_endpoint_url or "").hostname or "") else None,
-        # The types hold what this would look at again in each call, for a tenth of its time.
+        # Type checking covers this, and it would take a tenth of the time of each call.
         parameter_validation=False,
-        # Checksums that nobody asked for make the client read each byte in Python; ETag and length are checked.
+        # The default checksums make the client process every byte in Python; ETag and length are checked anyway.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
     client: S3Client = session.client("s3", endpoint_url=settings.aws_endpoint_url, config=config)
-    if re.match(r"https://s3[.-][a-z0-9.-]*amazonaws\.", client.meta.endpoint_url):
-        # With "auto", signed URLs lead to the host that was once for all regions: it refuses what is of the newer ones, and sends
-        # on what is of a new bucket. (What AWS_ENDPOINT_URL_S3 or a profile names may have one name only, and stays as it is.)
+    if settings.aws_endpoint_url is None and re.match(
+        r"https://s3[.-][a-z0-9.-]*amazonaws\.", client.meta.endpoint_url
+    ):
+        # With "auto", signed URLs use the old global host, which rejects requests for newer regions and redirects those
+        # for a new bucket. (A server that AWS_ENDPOINT_URL_S3 or a profile names may lack a host name for each bucket,
+        # and keeps "auto".)
         config = config.merge(Config(s3={"addressing_style": "virtual"}))
         client = session.client("s3", config=config)
     client.meta.events.register("before-call.s3.UploadPart", _name_type)
@@ -121,11 +124,11 @@ def _connect(settings: Settings, attempts: int) -> "S3Client":
 
 
 def _stay(response: tuple[Any, dict[str, Any]] | None = None, **_: object) -> None:
-    """An answer that sends on without a word of the bucket's region: the SDK would ask the same server for the region, which
-    sends on again, until the stack ends.
+    """Stop at a redirect that does not name the bucket's region: the SDK would ask the same server for the region and
+    be redirected again, until the stack overflows.
 
     Raises:
-        Transient: with where it leads.
+        Transient: names the target of the redirect.
     """
     if response is None or response[0].status_code not in (301, 302, 307):
         return
@@ -139,11 +142,11 @@ def _stay(response: tuple[Any, dict[str, Any]] | None = None, **_: object) -> No
 
 
 def _core(settings: Settings) -> botocore.session.Session:
-    """A session that waits for the servers of roles no longer than a worker may be silent."""
+    """A session that waits for the servers that provide a role's credentials no longer than a worker may be silent."""
     core = botocore.session.get_session()
     asked = int(core.get_config_variable("metadata_service_num_attempts"))
     core.set_config_variable("metadata_service_num_attempts", max(asked, ROLE_ATTEMPTS))
-    # For the clients that it makes by itself, such as the one of STS, whose minutes would add up.
+    # For clients that the session makes itself, such as STS's: their default timeouts, of minutes, would add up.
     core.set_default_client_config(
         Config(
             connect_timeout=settings.select_timeout_seconds,
@@ -159,7 +162,7 @@ def _name_type(params: dict[str, Any], **_: object) -> None:
 
 
 def code_of(error: ClientError) -> str:
-    """S3's name for what is wrong; "" where the answer has no body that says so."""
+    """S3's error code; "" if the answer has no body with one."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
@@ -170,7 +173,7 @@ def status_of(error: ClientError) -> int:
 
 @contextmanager
 def s3_translated(doing: str) -> Iterator[None]:
-    """Within it, errors of the S3 client come out as the project's own."""
+    """Translate exceptions of the S3 client into Headrace's own; `doing` says what was being done."""
     try:
         yield
     except ClientError as error:
@@ -180,7 +183,7 @@ def s3_translated(doing: str) -> Iterator[None]:
     except RuntimeError as error:
         if "refreshed" not in str(error):
             raise
-        # The words of botocore where what gives out credentials goes on giving those that have run out.
+        # botocore's message if the provider of the credentials keeps returning expired ones.
         raise TokenExpired(f"the AWS credentials ran out while {doing}, and new ones are not to be had") from error
     except (BotoCoreError, HTTPError, OSError) as error:
         raise Transient(
@@ -189,7 +192,7 @@ def s3_translated(doing: str) -> Iterator[None]:
 
 
 def translate(error: ClientError, doing: str) -> HeadraceError:
-    """The project's error for one of S3's; `doing` says what was being done."""
+    """Headrace's error for one of S3's; `doing` says what was being done."""
     code, status = code_of(error), status_of(error)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
         return WrongClock(f"S3 refuses {doing} because this machine's clock is wrong: set it, for example with NTP")

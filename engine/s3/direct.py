@@ -1,6 +1,7 @@
-"""Uploads whose bytes go straight from the client to S3: a multipart upload, and URLs that each sign one part of it.
+"""Uploads whose bytes go straight from the client to S3: a multipart upload, and a signed URL for each of its parts.
 
-The state of an upload is S3's; `uploads` in the control database only keeps what S3 does not tell: its size and parts.
+S3 holds the state of an upload; `uploads` in the control database only keeps what S3 does not report: the size of the
+file and of its parts.
 """
 
 import time
@@ -21,34 +22,36 @@ from engine.s3.parts import MAX_PARTS
 from engine.s3.replies import field, reply_translated
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
+    from mypy_boto3_s3 import S3Client  # type stubs: installed for type checking only
 
 __all__ = ["MAX_URLS", "DirectUploads", "Part", "Upload"]
 
 MIN_PART_BYTES: Final = 5 * 1024 * 1024
 MAX_PART_BYTES: Final = 5 * 1024**3
+"""S3's limits on the size of a part; the last part may be smaller."""
 
 MAX_URLS: Final = 1000
 """Signed URLs in one answer."""
 
 URL_SECONDS: Final = 3600
-"""How long a signed URL is good for."""
+"""How long a signed URL is valid."""
 
 UNFINISHED_HOURS: Final = 24
-"""An upload that is not completed within this is aborted."""
+"""An upload that is not completed within this time is aborted."""
 
 SHOWN_SECONDS: Final = 1.0
-"""How long `complete` looks for the object of an upload that S3 does not know, or whose parts are missing: SeaweedFS drops both
-a moment before it shows the object."""
+"""How long `complete` looks for the object of an upload that S3 does not know, or whose parts are missing: SeaweedFS
+drops upload and parts a moment before the object is visible."""
 
 _PART_FIELDS: Final = ("PartNumber", "Size", "ETag", "LastModified")
 
 SWEEP_UPLOADS: Final = 1000
+"""Maximum number of uploads that one sweep aborts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part that S3 has: its 1-based number, its size in bytes, its ETag with quotes."""
+    """A part that S3 holds: its 1-based number, its size in bytes, its ETag with quotes."""
 
     number: int
     size: int
@@ -57,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload under way. `size` is that of the whole file in bytes, None where the client did not say."""
+    """An upload under way. `size` is that of the whole file in bytes, None if the client did not give it."""
 
     id: str
     key: str
@@ -67,11 +70,11 @@ class Upload:
 
     @property
     def parts(self) -> int:
-        """How many parts it may have."""
+        """The maximum number of parts."""
         return MAX_PARTS if self.size is None else max(1, -(-self.size // self.part_bytes))
 
     def size_of(self, number: int) -> int | None:
-        """The bytes that a part must have, where the size of the file is known."""
+        """The size in bytes that a part must have; None if the size of the file is unknown."""
         if self.size is None:
             return None
         return self.part_bytes if number < self.parts else self.size - (self.parts - 1) * self.part_bytes
@@ -82,9 +85,9 @@ class DirectUploads:
 
     Args:
         store: the databases.
-        client: as `connect` makes it.
+        client: made by `connect`.
         objects: of the same client; uploads go to its bucket.
-        part_bytes: size of a part, where the client does not ask for another and the file does not need larger ones.
+        part_bytes: default size of a part; larger files get larger parts.
     """
 
     def __init__(self, store: Store, client: "S3Client", objects: Objects, part_bytes: int) -> None:
@@ -99,7 +102,7 @@ class DirectUploads:
         """Start a multipart upload under `key`.
 
         Raises:
-            Refused: the file is too large for S3, or the parts are too small for it.
+            Refused: S3 takes no parts of this size, or the file needs more of them than it takes.
         """
         chosen = part_bytes or max(self._part_bytes, -(-(size or 0) // MAX_PARTS))
         if not MIN_PART_BYTES <= chosen <= MAX_PART_BYTES:
@@ -115,7 +118,7 @@ class DirectUploads:
         try:
             self._record(upload_id, fields)
         except BaseException:
-            # Nobody would know of it, and no sweep find it.
+            # Without its record no sweep would ever find it.
             with suppress(*S3_ERRORS):
                 self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
             raise
@@ -131,11 +134,11 @@ class DirectUploads:
         return _upload(self._find(upload_id))
 
     def urls(self, upload_id: str, first: int, count: int) -> list[tuple[int, str]]:
-        """Signed URLs for `count` parts from number `first` on, no more than the upload has."""
+        """Numbers and signed URLs of `count` parts from number `first` on, or fewer if the upload has fewer."""
         found = self._find(upload_id)
         last = min(first + count - 1, _upload(found).parts)
         where = {"Bucket": self._bucket, "Key": found["key"], "UploadId": found["uploadId"]}
-        with s3_translated(f"signing URLs for {found['key']}"):  # which may take new credentials
+        with s3_translated(f"signing URLs for {found['key']}"):  # signing may refresh the credentials
             return [
                 (
                     number,
@@ -147,8 +150,10 @@ class DirectUploads:
             ]
 
     def parts(self, upload_id: str) -> list[Part]:
-        """The parts that S3 has, by number. Of one that was sent twice, which some servers list twice, the one that has
-        the size it must have, and else the last. Raises NotFound."""
+        """The parts that S3 holds, by number. Raises NotFound.
+
+        Some servers list a part twice that was sent twice: the one of the right size is returned, or else the latest.
+        """
         found = self._find(upload_id)
         upload = _upload(found)
         parts: dict[int, tuple[tuple[bool, datetime], Part]] = {}
@@ -171,11 +176,11 @@ class DirectUploads:
         return [parts[number][1] for number in sorted(parts)]
 
     def complete(self, upload_id: str) -> Source:
-        """Make the object of the parts that are there. Safe to repeat for a day: the object of then is told again.
+        """Make the object from the parts that S3 holds. Safe to repeat for a day: it returns the same object again.
 
         Raises:
-            NotFound: it was aborted, or completed too long ago.
-            Conflict: parts are missing, or not of the size that was said.
+            NotFound: the upload was aborted, or completed too long ago.
+            Conflict: parts are missing or of the wrong size.
         """
         with translated("looking for an upload"):
             found = self._uploads.find_one({"_id": upload_id, **self._here})
@@ -186,9 +191,9 @@ class DirectUploads:
         try:
             self._assemble(found)
         except (NotFound, Conflict):
-            # S3 may have completed this upload although its answer, or our note of it, was lost. No other upload has its key, so
-            # that an object there proves it. Or another request is completing it now: SeaweedFS forgets parts and upload a moment
-            # before it shows the object.
+            # S3 may have completed this upload although its answer, or the record of it, was lost. No other upload has
+            # its key, so an object there proves it. Or another request is completing it now: SeaweedFS drops the parts
+            # and the upload a moment before the object is visible.
             end = time.monotonic() + SHOWN_SECONDS
             while time.monotonic() < end:
                 with suppress(NotFound):
@@ -198,7 +203,7 @@ class DirectUploads:
         return self._completed(found)
 
     def _completed(self, found: Document) -> Source:
-        """The object of an upload, which is noted from now on. Raises NotFound where there is none."""
+        """The object of an upload, after recording that it exists. Raises NotFound if it does not."""
         source = self._objects.head(found["key"])
         done = {"done": {"etag": source.etag, "size": source.size}}
         with translated("finishing an upload"):
@@ -206,8 +211,8 @@ class DirectUploads:
         return source
 
     def _assemble(self, found: Document) -> None:
-        """Let S3 make the object of the parts. Raises NotFound where S3 does not know the upload any more, Conflict where the
-        parts do not make the file."""
+        """Have S3 make the object from the parts. Raises NotFound if S3 no longer knows the upload, Conflict if the
+        parts do not make up the file."""
         upload, parts = _upload(found), self.parts(found["_id"])
         _check_parts(upload, parts)
         with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
@@ -220,42 +225,42 @@ class DirectUploads:
 
     @contextmanager
     def recorded(self, key: str, upload_id: str) -> Iterator[None]:
-        """Within it, a multipart upload that passes through the API is under way: when its process dies, it is swept."""
+        """Record a multipart upload through the API while it is under way: if the process dies, `sweep` aborts it."""
         name = f"through {upload_id}"
         self._record(name, {"key": key, "uploadId": upload_id, "size": None, "partBytes": self._part_bytes})
         yield
-        with suppress(HeadraceError):  # the object is there: what is kept of its upload is swept
+        with suppress(HeadraceError):  # the object exists: a record left behind is swept
             self._forget(name)
 
     def abort(self, upload_id: str) -> None:
-        """Give an upload up; S3 frees its parts.
+        """Abort an upload; S3 frees its parts.
 
         Raises:
-            NotFound: there is none.
-            Conflict: S3 has made the object of it, which is noted from now on.
+            NotFound: there is no such upload.
+            Conflict: S3 has completed it already, which is now recorded.
         """
         found = self._find(upload_id)
         self._free(found)
-        # Some servers say of one that was completed what they say of one that they have aborted.
+        # Some servers answer the same for a completed upload as for an aborted one.
         with suppress(NotFound):
             key = self._completed(found).key
             raise Conflict(f"upload {upload_id} was completed: its object is {key}")
         self._forget(upload_id)
 
     def sweep(self, goes_on: Callable[[], bool] = lambda: True) -> int:
-        """Abort the uploads that have been unfinished for a day; returns how many there were. One that S3 does not let us abort
-        is left to the next day. Those that were begun then, and finished, are forgotten.
+        """Abort uploads that have been unfinished for a day; returns how many. One that S3 refuses to abort is left for
+        the next day. Records of completed uploads are deleted after a day as well.
 
         Args:
-            goes_on: asked before each of them; with False the others are left to the next time.
+            goes_on: called before each upload; if it returns False, the rest are left for the next sweep.
 
         Raises:
-            Transient: S3 or the database does not answer; the others are left to the next time.
+            Transient: S3 or the database does not answer; the rest are left for the next sweep.
         """
         old = {"$subtract": ["$$NOW", UNFINISHED_HOURS * 3_600_000]}
         due = {"$expr": {"$and": [{"$lt": ["$createdAt", old]}, {"$lt": ["$keptAt", old]}]}}  # a missing time is less
         with translated("looking for unfinished uploads"):
-            # Of those that were finished there may be tens of thousands a day.
+            # In one command: there may be tens of thousands of completed ones a day.
             self._uploads.delete_many({"done": {"$ne": None}} | due)
             found = list(self._uploads.find({"done": None} | due).sort("createdAt", 1).limit(SWEEP_UPLOADS))
         swept = 0
@@ -276,7 +281,7 @@ class DirectUploads:
     def _free(self, found: Document) -> None:
         """Have S3 free the parts of an upload."""
         with s3_translated(f"aborting the upload of {found['key']}"), suppress(NotFound), _known(found["_id"]):
-            # The sweep finds those of a bucket that was AWS_BUCKET_NAME before, too.
+            # The sweep also finds uploads to a bucket that AWS_BUCKET_NAME named earlier.
             bucket = found.get("bucket", self._bucket)
             self._client.abort_multipart_upload(Bucket=bucket, Key=found["key"], UploadId=found["uploadId"])
 
@@ -294,7 +299,7 @@ class DirectUploads:
 
 @contextmanager
 def _known(upload_id: str) -> Iterator[None]:
-    """Raises NotFound where S3 says that it does not know the upload."""
+    """Raises NotFound if S3 answers that it does not know the upload."""
     try:
         yield
     except ClientError as error:
@@ -304,7 +309,7 @@ def _known(upload_id: str) -> Iterator[None]:
 
 
 def _check_parts(upload: Upload, parts: Sequence[Part]) -> None:
-    """Raises Conflict where parts are missing, or not of the size that was said, or too small for S3."""
+    """Raises Conflict if parts are missing, not of the announced size, or too small for S3."""
     last = upload.parts if upload.size is not None else parts[-1].number if parts else 1
     if missing := sorted(set(range(1, last + 1)) - {part.number for part in parts}):
         raise Conflict(f"parts are missing: {_shown(missing)}; send them, then complete the upload again")
@@ -321,7 +326,7 @@ def _check_parts(upload: Upload, parts: Sequence[Part]) -> None:
 
 
 def _shown(items: Sequence[object]) -> str:
-    """The first ten, for a message."""
+    """The first ten items, for a message."""
     return ", ".join(map(str, items[:10])) + (" …" if len(items) > 10 else "")
 
 

@@ -1,7 +1,7 @@
-"""The S3 side: what an object is now, ranged reads of one pinned version of it, and what is in the bucket.
+"""Objects of one bucket: looking one up, ranged reads of one pinned version of it, uploads and listings.
 
-Every read carries `If-Match`, so two versions of an object are never mixed, and every answer is checked for being the
-range that was asked for.
+Every read carries `If-Match`, so two versions of an object are never mixed, and every answer is checked to be the range
+that was asked for.
 """
 
 import threading
@@ -34,7 +34,7 @@ from engine.s3.parts import Parts, Recorded, Stream
 from engine.s3.replies import LOOK, field, reply_translated
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
+    from mypy_boto3_s3 import S3Client  # type stubs: installed for type checking only
 
 __all__ = [
     "Listed",
@@ -46,21 +46,21 @@ __all__ = [
 log = get_logger()
 
 DRAIN_BYTES: Final = 256 * 1024
-"""An answer with no more than this left is read to its end, so that its connection can be used again."""
+"""An answer with no more than this left is read to its end, so that its connection can be reused."""
 
 SLICE_BYTES: Final = 256 * 1024
-"""Bytes that are read between two signs of life; halved as long as they take longer than `SLICE_SECONDS`."""
+"""Maximum bytes read between two signs of life; halved each time a read takes longer than `SLICE_SECONDS`."""
 
 FIRST_SLICE_BYTES: Final = 16 * 1024
 SLICE_SECONDS: Final = 1.0
 
 _LISTING: Final = frozenset(("Name", "MaxKeys", "KeyCount", "IsTruncated", "Contents"))
-"""Elements of a listing, of which even an empty one has some."""
+"""Elements of a listing; even an empty one has some of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An object as a listing tells of it: `etag` with its quotes, `size` in bytes."""
+    """An object as it is listed: `etag` with its quotes, `size` in bytes."""
 
     key: str
     size: int
@@ -81,10 +81,10 @@ class RangeReader:
     def read(self, size: int, moved: Callable[[], None] = lambda: None) -> bytes:
         """Exactly `size` bytes unless the range ends before; b"" at its end.
 
-        `moved` is called as bytes come: of a slow server, all of them may take longer than a worker may be silent.
+        `moved` is called as bytes arrive: from a slow server, all of them may take longer than a worker may be silent.
 
         Raises:
-            Transient: the answer broke off, or nothing came within the deadline.
+            Transient: the answer broke off, or nothing arrived within the read timeout.
         """
         size = min(size, self._stop - self._at)
         if size <= 0:
@@ -109,20 +109,20 @@ class RangeReader:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
-        """Give the connection back, or drop it where much is left unread on it, or comes slowly."""
+        """Return the connection to the pool, or drop it if much is left to read, or what is left arrives slowly."""
         try:
             if self._stop - self._at <= DRAIN_BYTES:
                 while self._at < self._stop and self._slice >= FIRST_SLICE_BYTES:
-                    self._slice = FIRST_SLICE_BYTES  # if the next one is slow, it is the last
+                    self._slice = FIRST_SLICE_BYTES  # a slow read halves it, which ends the loop
                     self.read(FIRST_SLICE_BYTES)
         except Transient:
             pass
-        # Read to its end, the connection has gone back by itself.
+        # Once it is read to its end, the connection has returned to the pool by itself.
         if self._at < self._stop:
             self.drop()
 
     def drop(self) -> None:
-        """Close the connection, whatever is still to come on it."""
+        """Close the connection, whatever is left to read."""
         self._body.close()
 
     def __enter__(self) -> Self:
@@ -139,10 +139,10 @@ class Objects:
     """The objects of one bucket.
 
     Args:
-        client: as `connect` makes it.
+        client: made by `connect`.
         bucket: its name.
-        part_bytes: size of a part of an upload, of which S3 takes no more than `MAX_PARTS`.
-        parallel: parts under way at a time, of all uploads together.
+        part_bytes: size of a part of an upload; S3 takes at most `MAX_PARTS` of them.
+        parallel: parts in flight at a time, over all uploads.
     """
 
     def __init__(self, client: "S3Client", bucket: str, part_bytes: int = 8 * 1024 * 1024, parallel: int = 4) -> None:
@@ -151,7 +151,7 @@ class Objects:
         self._parts = Parts(client, bucket, part_bytes, parallel, self.head)
 
     def head(self, key: str) -> Source:
-        """The object as it is now, pinned.
+        """The current version of the object, pinned.
 
         Raises:
             NotFound, AccessDenied, WrongClock, Transient.
@@ -171,7 +171,7 @@ class Objects:
         return Source(self.bucket, key, etag, "" if version == "null" else version, size)
 
     def _tell_why(self, key: str) -> None:
-        """Raises what the credentials or the clock are to blame for: an answer to HEAD has no body that would say so."""
+        """Raises what is wrong with the credentials or the clock, as a GET reports it: a HEAD's answer has no body."""
         try:
             self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
         except ClientError as error:
@@ -180,11 +180,11 @@ class Objects:
                 raise cause from error
 
     def open(self, source: Source, start: int, stop: int) -> RangeReader:
-        """Begin to read bytes `start` to `stop` (exclusive) of the version that `source` pins.
+        """Start reading bytes `start` to `stop` (exclusive) of the version that `source` pins.
 
         Raises:
             ObjectGone, ObjectChanged, AccessDenied: final.
-            Transient, WrongClock: may be tried again.
+            Transient, WrongClock: may be retried.
         """
         version = {"VersionId": source.version} if source.version else {}
         with reply_translated(source.key), s3_translated(f"reading {source.key}"):
@@ -236,34 +236,34 @@ class Objects:
         before_complete: Callable[[], None] = lambda: None,
         recorded: Recorded = lambda key, upload_id: nullcontext(),
     ) -> Source:
-        """Store a stream of any length under `key`, at constant memory, in parallel parts.
+        """Store a stream of any length under `key`, in constant memory and parallel parts.
 
         Args:
             stream: read to its end.
-            key: a new one. An object that is there is written over and, where that fails, deleted.
-            before_complete: called when every byte has been sent and before the object exists; when it raises, the
-                object never does.
-            recorded: a context for the time in which an unfinished multipart upload is in S3.
+            key: a new one. An existing object is overwritten and, if the upload fails, deleted.
+            before_complete: called when every byte has been read, before the object is made; if it raises, there will
+                be no object.
+            recorded: makes a context that is held while S3 has an unfinished multipart upload.
 
         Raises:
-            AccessDenied, WrongClock, Transient: nothing is left behind, as far as S3 can be reached.
+            AccessDenied, WrongClock, Transient: nothing is left behind, provided that S3 can be reached.
         """
         try:
             self._parts.store(stream, key, before_complete, recorded)
             return self.head(key)
         except HeadraceError:
-            # The answer may have been lost, and not the object.
+            # Perhaps only the answer was lost, and the object exists.
             with suppress(HeadraceError), s3_translated(f"deleting {key}"):
                 self._client.delete_object(Bucket=self.bucket, Key=key)
             raise
 
     def page(self, prefix: str = "", limit: int = 1000, after: str | None = None) -> tuple[list[Listed], str | None]:
-        """A page of the bucket's objects by key, and where the next one begins; None at the end.
+        """A page of the bucket's objects, by key, and the token of the next page; None at the end.
 
         Args:
-            prefix: only keys that begin so.
-            limit: the most to return, up to 1000.
-            after: as the page before told it.
+            prefix: only keys that start with it.
+            limit: maximum number of objects, up to 1000.
+            after: the token that the previous page returned.
 
         Raises:
             AccessDenied, Refused, WrongClock, Transient.
@@ -278,13 +278,13 @@ class Objects:
         return found, field(page, "NextContinuationToken", listing) if page.get("IsTruncated") else None
 
     def delete(self, key: str) -> None:
-        """Delete an object. Raises NotFound where there is none."""
+        """Delete an object. Raises NotFound if there is none."""
         self.head(key)
         with s3_translated(f"deleting {key}"):
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def check(self) -> None:
-        """Raises unless S3 answers and the bucket is there."""
+        """Raises a HeadraceError unless S3 answers and the bucket exists."""
         with s3_translated(f"looking at bucket {self.bucket}"):
             try:
                 self._head_bucket()
@@ -294,7 +294,7 @@ class Objects:
                 raise
 
     def time(self) -> datetime:
-        """What time it is by the clock of S3, to the second."""
+        """The time by S3's clock, to the second."""
         with reply_translated("its time"), s3_translated("reading the time of S3"):
             answer = self._head_bucket()
             return parsedate_to_datetime(field(answer["ResponseMetadata"]["HTTPHeaders"], "date", "its time"))
@@ -304,11 +304,11 @@ class Objects:
             return self._client.head_bucket(Bucket=self.bucket)
         except ClientError as error:
             if status_of(error) in (400, 403):
-                self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)  # whose refusal says why
+                self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)  # its error says why, unlike that of a HEAD
             raise
 
     def ensure_bucket(self) -> None:
-        """Make the bucket where it is missing; for the embedded server only."""
+        """Make the bucket if it is missing; for the embedded server only."""
         with s3_translated(f"making bucket {self.bucket}"):
             try:
                 self._client.create_bucket(Bucket=self.bucket)
@@ -324,8 +324,8 @@ def _listed(told: Any, listing: str) -> Listed:
 
 
 def warn_if_away(objects: Objects) -> None:
-    """Look, beside what goes on, whether the bucket can be used, and write into the log where it cannot: early, and not only when
-    the first call fails."""
+    """Check in the background whether the bucket can be used, and log a warning if not: early, rather than when the
+    first call fails."""
 
     def look() -> None:
         try:

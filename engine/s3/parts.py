@@ -1,4 +1,4 @@
-"""Streams of any length into objects, at constant memory, in parallel parts."""
+"""Storing streams of any length as objects, in constant memory and parallel parts."""
 
 import hashlib
 import threading
@@ -13,34 +13,34 @@ from engine.s3.client import PART_TYPE, S3_ERRORS, s3_translated
 from engine.s3.replies import field
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client  # stubs: there where the code is checked, not where it runs
+    from mypy_boto3_s3 import S3Client  # type stubs: installed for type checking only
 
 __all__ = ["MAX_PARTS", "Parts", "Recorded", "Stream"]
 
 MAX_PARTS: Final = 10_000
-"""Parts that one multipart upload may have."""
+"""S3's limit on the parts of one multipart upload."""
 
 Recorded = Callable[[str, str], AbstractContextManager[None]]
-"""Makes a context of an object's key and the id of a multipart upload to it."""
+"""Makes a context from an object's key and the id of a multipart upload to it."""
 
 
 class Stream(Protocol):
     """Anything that bytes can be read from."""
 
     def read(self, size: int = -1, /) -> bytes:
-        """At most `size` bytes; none at the end."""
+        """At most `size` bytes; b"" at the end."""
         ...
 
 
 class Parts:
-    """What sends the parts of all uploads.
+    """Sends the parts of all uploads.
 
     Args:
-        client: as `s3.connect` makes it.
+        client: made by `connect`.
         bucket: its name.
-        part_bytes: size of a part, of which S3 takes no more than `MAX_PARTS`.
-        parallel: parts under way at a time, of all uploads together.
-        head: tells what an object is now.
+        part_bytes: size of a part; S3 takes at most `MAX_PARTS` of them.
+        parallel: parts in flight at a time, over all uploads.
+        head: returns the current version of an object.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Parts:
         self._bucket = bucket
         self._part_bytes = part_bytes
         self._head = head
-        # Parts wait in memory to be sent: however many uploads there are, no more of them than this.
+        # Limits the parts in memory, however many uploads there are.
         self._room = threading.Semaphore(parallel)
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="part")
 
     def store(self, stream: Stream, key: str, before_complete: Callable[[], None], recorded: Recorded) -> None:
-        """As `Objects.upload`."""
+        """Store a stream under `key`; the arguments are those of `Objects.upload`."""
         with self._room:
             first = _exactly(stream, self._part_bytes)
             whole = len(first) < self._part_bytes
@@ -65,7 +65,7 @@ class Parts:
                     self._client.put_object(Bucket=self._bucket, Key=key, Body=first, ContentType=PART_TYPE)
         if not whole:
             stream = _Pushed(first, stream)
-            del first  # or it stays in memory until the last part is sent
+            del first  # else it stays in memory until the last part is sent
             self._in_parts(stream, key, before_complete, recorded)
 
     def _in_parts(self, stream: Stream, key: str, before_complete: Callable[[], None], recorded: Recorded) -> None:
@@ -78,13 +78,13 @@ class Parts:
                     before_complete()
                     self._complete(key, upload, parts)
             except BaseException:
-                # What went wrong is to be told, and not that this went wrong, too.
+                # A failure to abort must not replace the original error.
                 with suppress(*S3_ERRORS):
                     self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
                 raise
 
     def _complete(self, key: str, upload: str, parts: list[Any]) -> None:
-        """Let S3 make the object of its parts; where the answer is lost, look whether it did."""
+        """Have S3 make the object from its parts; if the answer is lost, check whether it did."""
         try:
             self._client.complete_multipart_upload(
                 Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
@@ -130,11 +130,11 @@ class Parts:
             broken.set()
             raise
         finally:
-            wait(futures)  # what is under way belongs to an upload that is about to end
+            wait(futures)  # no part may be in flight when the upload is completed or aborted
 
 
 class _Pushed:
-    """A stream with a part of it, which was read already, before the rest."""
+    """A stream whose first part was already read and comes before the rest."""
 
     def __init__(self, part: bytes, rest: Stream) -> None:
         self._part = part
@@ -146,7 +146,7 @@ class _Pushed:
 
 
 def _exactly(stream: Stream, size: int) -> bytes:
-    """`size` bytes, less only at the end of the stream."""
+    """Exactly `size` bytes; fewer only at the end of the stream."""
     pieces: list[bytes] = []
     while size > 0 and (piece := stream.read(size)):
         pieces.append(piece)
@@ -155,9 +155,9 @@ def _exactly(stream: Stream, size: int) -> bytes:
 
 
 def _etag_of(parts: list[Any]) -> str:
-    """The ETag of an object that was made of these parts: what the digests of all of them digest to, and their number."""
+    """The ETag of an object made from these parts: the MD5 of their MD5s, and their number; "" if it is unknown."""
     digests = "".join(part["ETag"].strip('"') for part in parts)
     try:
         return f"{hashlib.md5(bytes.fromhex(digests), usedforsecurity=False).hexdigest()}-{len(parts)}"
     except ValueError:
-        return ""  # of parts that S3 encrypts, it is no such digest
+        return ""  # the ETag of an encrypted part is not its MD5

@@ -1,4 +1,4 @@
-"""What S3's answers hold, and what is said of those that hold something else: not all that speaks HTTP is S3."""
+"""Reading S3's answers, and errors for answers that cannot be S3's: not everything that speaks HTTP is S3."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,27 +11,27 @@ from engine.errors import Transient
 __all__ = ["LOOK", "field", "reply_translated"]
 
 _HEADERS: Final = {"ContentLength": "Content-Length"}
-"""Headers that boto3 names otherwise."""
+"""HTTP names of the headers that boto3 names differently."""
 
 LOOK: Final = "check the S3 server, and that AWS_ENDPOINT_URL leads to it"
-"""What to do about an answer that S3 would not give."""
+"""Advice for an answer that S3 would not give."""
 
 
 @contextmanager
 def reply_translated(of: str) -> Iterator[None]:
-    """Within it, an answer of S3 that the client cannot read comes out as Transient; `of` says what it is about."""
+    """Raises Transient for an answer of S3 that the client cannot parse; `of` says what the answer is about."""
     try:
         yield
     except (ValueError, ResponseParserError) as error:
-        why = str(error).partition("\n")[0].rstrip(":")  # what follows is the whole answer
+        why = str(error).partition("\n")[0].rstrip(":")  # the rest is the whole answer
         raise Transient(f"S3's answer for {of} cannot be read ({why}): {LOOK}") from error
 
 
 def field(answer: Any, name: str, of: str) -> Any:
-    """What an answer, or a part of it, has under `name`; `of` says what it is about.
+    """The value of `name` in an answer or in a part of one; `of` says what the answer is about.
 
     Raises:
-        Transient: that is nothing, or a negative number.
+        Transient: it is missing, empty or negative.
     """
     value, header = answer.get(name), _HEADERS.get(name, name)
     if value is None or value == "":

@@ -48,3 +48,9 @@ def test_a_signed_url_leads_to_where_the_calls_of_its_client_go(monkeypatch, reg
     signed = urlsplit(client.generate_presigned_url("upload_part", Params=part))
     assert signed.netloc == urlsplit(asked[0]).netloc == host
     assert signed.path == urlsplit(asked[0]).path
+
+
+def test_an_endpoint_that_is_set_is_kept_where_it_is_one_of_aws():
+    there = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region": "eu-west-1"}
+    endpoint = "https://s3.dualstack.eu-west-1.amazonaws.com"
+    assert connect(Settings.model_validate(there | {"aws_endpoint_url": endpoint})).meta.endpoint_url == endpoint
