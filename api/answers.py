@@ -1,4 +1,4 @@
-"""What goes over the wire: the bodies of answers, which are described by these; the type checker holds the code to them."""
+"""Types of the response bodies: OpenAPI describes them, and the type checker holds the code to them."""
 
 from typing import Annotated, Any, NotRequired
 
@@ -35,7 +35,7 @@ _Moment = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 class ProblemBody(TypedDict):
-    """An error, as RFC 9457 has it."""
+    """An error, in the format of RFC 9457."""
 
     type: Annotated[str, Field(description="Stable: match on it")]
     title: Annotated[str, Field(description="The name of the status")]
@@ -74,7 +74,7 @@ class RejectBody(TypedDict):
 
 
 class ProgressBody(TypedDict):
-    """How far a job is. inserted + duplicates + rejected + blank = lines."""
+    """A job's progress. inserted + duplicates + rejected + blank = lines."""
 
     bytesTotal: Annotated[int, Field(description="Size of the object")]
     bytesDone: Annotated[int, Field(description="Bytes whose lines are done")]
@@ -133,7 +133,7 @@ class EventBody(TypedDict):
 
 
 class JobDetail(JobStatus):
-    """A job, with what it was asked for, what became of its ranges and what happened to it."""
+    """A job with its options, what it waits for, the state of its ranges, and its timeline."""
 
     maxErrors: Annotated[int | str, Field(description="Rejects allowed: a count, or a percentage")]
     ifLoaded: Annotated[str, Field(description="skip: it completes at once where it has been loaded before")]
@@ -160,7 +160,7 @@ class JobPage(TypedDict):
 
 
 class RejectPage(TypedDict):
-    """Rejects in the order of the file."""
+    """Rejects in file order; `next` is the cursor of the next page."""
 
     jobId: str
     rejects: list[RejectBody]
@@ -168,7 +168,7 @@ class RejectPage(TypedDict):
 
 
 class ProcessAnswer(TypedDict):
-    """A job was made."""
+    """The job that was created."""
 
     message: str
     jobId: str
@@ -176,7 +176,7 @@ class ProcessAnswer(TypedDict):
 
 
 class BatchAnswer(TypedDict):
-    """A batch of jobs was made."""
+    """The batch of jobs that was created."""
 
     message: str
     batchId: str
@@ -184,7 +184,7 @@ class BatchAnswer(TypedDict):
 
 
 class BatchStatus(TypedDict):
-    """A batch: its jobs by state, and their progress summed. `status` is PROCESSING until all have ended."""
+    """A batch: its jobs by state, and their summed progress. `status` is PROCESSING until all of them have ended."""
 
     batchId: Annotated[str, Field(description="24 hexadecimal digits")]
     status: Annotated[_State, Field(description="Of ended jobs FAILED before CANCELLED before COMPLETED")]
@@ -200,7 +200,7 @@ class BatchStatus(TypedDict):
 
 
 class UploadAnswer(TypedDict):
-    """A file was stored."""
+    """The file that was stored."""
 
     message: str
     fileKey: str
@@ -246,7 +246,7 @@ class FileBody(TypedDict):
 
 
 class FilePage(TypedDict):
-    """Objects by key."""
+    """Objects, sorted by key; `next` is the cursor of the next page."""
 
     bucket: str
     files: list[FileBody]
@@ -271,7 +271,7 @@ class QueueState(TypedDict):
 
 
 class WorkerBody(TypedDict):
-    """A worker that is alive: what it does now, its rate in lines a second, memory in bytes, and all that it counted."""
+    """A live worker: what it is doing, its rate in lines per second, its memory in bytes, and its counters."""
 
     name: Annotated[str, Field(description="Unique among all workers, past ones included")]
     host: Annotated[str, Field(description="The machine that it runs on")]
@@ -285,7 +285,7 @@ class WorkerBody(TypedDict):
 
 
 class WorkerPage(TypedDict):
-    """The workers that are alive, of all engines."""
+    """The live workers of all engines."""
 
     workers: list[WorkerBody]
 

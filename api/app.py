@@ -1,4 +1,4 @@
-"""The application: its routes, what each of them is given, and what applies to all of them."""
+"""The Falcon application: its routes with the objects they need, its middleware and its options."""
 
 import threading
 from typing import Any, cast
@@ -46,7 +46,7 @@ def create_app(
     durations: Durations,
     stopping: threading.Event,
 ) -> "falcon.App[Any, Any]":
-    """The WSGI application over these; `stopping` is set when the process is to stop."""
+    """Build the WSGI application; `stopping` is set when the process is to stop."""
     history, batches, place = History(store), JobBatches(store), f"{objects.bucket}:{store.data.name}"
     registry = CollectorRegistry()
     app = falcon.App(
@@ -106,31 +106,31 @@ def create_app(
 
 
 def _s3_calls(settings: Settings) -> int:
-    """How many calls may be at S3 at a time: of the threads that uploads, watchers and downloads leave, all but a quarter."""
+    """How many calls may wait for S3 at once: 3/4 of the threads that uploads, watchers and downloads leave."""
     others = settings.api_max_uploads + settings.api_max_watchers + settings.api_max_downloads
     return max(1, 3 * (settings.api_threads - others) // 4)
 
 
 def _add(app: "falcon.App[Any, Any]", path: str, resource: Any) -> None:
-    """A route. HEAD is answered as GET, with what goes for it, but for streams, which nobody would close."""
+    """Add a route. HEAD is handled like GET, under the same rules, except on event streams: nobody would close them."""
     if hasattr(resource, "on_get") and not isinstance(resource, Events):
         resource.on_head = resource.on_get
     app.add_route(path, resource)
 
 
 class _WholePath:
-    """Middleware: keys come through as they are, with slashes of any number at any place."""
+    """Middleware: passes object keys on unchanged, however many slashes they have, and wherever."""
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        """Take the key from the path itself. Raises NotFound where it is no UTF-8: it would be read as that of another object."""
+        """Take the key from the raw path. Raises NotFound if it is not UTF-8: Falcon would turn it into another key."""
         if "file_key" in params:
             try:
-                path = req.env["PATH_INFO"].encode("latin-1").decode()  # as WSGI hands over bytes
+                path = req.env["PATH_INFO"].encode("latin-1").decode()  # WSGI passes bytes as Latin-1
             except UnicodeDecodeError:
                 raise NotFound(
                     "there is no such file: its key is UTF-8, each byte of which may be percent-encoded"
                 ) from None
-            # Slashes before the first name lead to the same route as one.
+            # Falcon ignores extra slashes before the first segment: they are not part of the key.
             params["file_key"] = path.lstrip("/").split("/", 1)[1]

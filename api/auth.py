@@ -1,7 +1,7 @@
 """Who may call what: bearer tokens with scopes, kept as hashes and compared in constant time.
 
-An entry reads `name:scope+scope:hash`, the hash being the SHA-256 of the token in hexadecimal digits. A token has 256
-random bits, so that no slow hash is needed to keep it from being guessed.
+An entry is `name:scope+scope:hash`, where `hash` is the SHA-256 of the token in hexadecimal digits. A token has 256
+random bits, so a fast hash is enough to keep it from being guessed.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ _ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token that is accepted: its name, what it may do, and its SHA-256."""
+    """An accepted token: its name, its scopes, and its SHA-256 in hexadecimal digits."""
 
     name: str
     scopes: frozenset[Scope]
     digest: str
 
     def may(self, scope: Scope) -> bool:
-        """Whether it may do what needs this scope."""
+        """Whether it grants this scope; ADMIN grants all of them."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
 
 EVERYBODY: Final = Token("", frozenset({Scope.ADMIN}), "")
-"""Who calls where there are no tokens."""
+"""The caller when no tokens are configured."""
 
 
 def draw(name: str, scopes: Sequence[Scope]) -> tuple[str, str]:
@@ -50,7 +50,7 @@ def draw(name: str, scopes: Sequence[Scope]) -> tuple[str, str]:
 
 
 def tokens_of(settings: Settings) -> list[Token]:
-    """The tokens that the settings name. Raises SettingsError, without showing an entry."""
+    """The tokens that the settings name. Raises SettingsError, whose message shows no entry."""
     words: list[tuple[str, str]] = []
     if settings.api_tokens is not None:
         words += [("API_TOKENS", word) for word in re.split(r"[\s,]+", settings.api_tokens.get_secret_value()) if word]
@@ -64,7 +64,7 @@ def tokens_of(settings: Settings) -> list[Token]:
             ) from None
         words += [(name, line.strip()) for line in lines if line.strip() and not line.strip().startswith("#")]
     if not words and (settings.api_tokens is not None or settings.api_tokens_file is not None):
-        # Whoever takes the last one away wants nobody to come in, and not everybody.
+        # Removing the last entry is meant to lock everybody out, not to let everybody in.
         raise SettingsError(
             "API_TOKENS and API_TOKENS_FILE hold no entry: add one that `headrace token NAME --scope read` prints, or unset them "
             "to let everybody on this machine in"
@@ -82,7 +82,7 @@ def tokens_of(settings: Settings) -> list[Token]:
 
 
 def exposure_fault(settings: Settings, tokens: Sequence[Token]) -> str | None:
-    """Why an API with these tokens must not listen where it is to; None where it may."""
+    """Why an API with these tokens must not listen on `API_HOST`; None if it may."""
     if tokens or is_loopback(settings.api_host):
         return None
     try:
@@ -97,7 +97,7 @@ def exposure_fault(settings: Settings, tokens: Sequence[Token]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The headers that say who sends a request; None where one is missing."""
+    """The headers that identify the sender of a request; None for one that is missing."""
 
     authorization: str | None
     origin: str | None
@@ -105,10 +105,10 @@ class Head:
 
 
 class Guard:
-    """Middleware: a call that needs a scope gets it from a token, or does not happen.
+    """Middleware: refuses a call that needs a scope unless the caller's token grants it.
 
-    Without tokens everything is allowed, but to pages of other sites in a browser on this machine. A responder finds in the
-    request's context the name of its `caller`, and whether the caller `may` do what needs a scope.
+    Without tokens every call is allowed, except from pages of other sites in a browser on this machine. A responder
+    finds in the request's context the name of the `caller`, and `may(scope)`: whether the caller has a scope.
     """
 
     def __init__(self, tokens: Sequence[Token]) -> None:
@@ -117,7 +117,7 @@ class Guard:
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        """Raises Problem: 401 without a token that is known, 403 where it lacks the scope."""
+        """Raises Problem: 401 without a known token, 403 if it lacks the scope or the call comes from another site."""
         operation = operation_of(resource, req.method)
         if operation is None or operation.scope is None:
             return
@@ -125,7 +125,7 @@ class Guard:
         req.context.caller, req.context.may = token.name, token.may
 
     def check(self, head: Head, scope: Scope) -> Token:
-        """The token of the caller. Raises Problem: 401, or 403."""
+        """The caller's token. Raises Problem: 401 without a known one, 403 without the scope or from another site."""
         if not self._tokens:
             if _from_elsewhere(head):
                 detail = (
@@ -155,22 +155,22 @@ class Guard:
         )
         found = None
         for token in self._tokens:
-            # Each is looked at, whichever fits, so that the time tells nothing.
+            # Compare with every token, even after a match, so that the timing reveals nothing.
             if hmac.compare_digest(token.digest, digest):
                 found = token
         return found
 
 
 def _from_elsewhere(head: Head) -> bool:
-    """Whether this may be of a page that did not come from this machine.
+    """Whether the request may come from a page that this machine did not serve.
 
-    A name that leads here and is none of this machine's is one that a foreign page was given for it (DNS rebinding): then
-    the browser takes this for the page's own site, and sends no Origin.
+    A host name other than this machine's own may be that of a foreign page, pointed here by DNS rebinding: the browser
+    then takes this API for the page's own site, and sends no Origin.
     """
     places = [f"//{head.host or ''}"]
     places += [head.origin] if head.origin is not None else []
     if set(head.host or "") & set("/@?#\\"):
-        return True  # more than a name and a port
+        return True  # it holds more than a name and a port
     try:
         return not all(is_loopback(urlsplit(place).hostname or "") for place in places)
     except ValueError:

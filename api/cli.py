@@ -1,6 +1,6 @@
-"""The command `headrace`: a Ctrl-C ends it quietly from its first moment on, while libraries are still being read.
+"""The entry point of `headrace`: Ctrl-C ends it quietly from the start, even while libraries are being imported.
 
-So it imports nothing by itself but what Python has read already; the commands are in `api.commands`.
+For that, this module itself imports only what Python has already loaded; the commands are in `api.commands`.
 """
 
 import os
@@ -13,7 +13,7 @@ EXIT_INTERRUPTED = 130  # as in `api.commands.terminal`, whose imports take too 
 
 
 def _quietly() -> None:
-    """Let a Ctrl-C end the process at once: an exception would come out of the midst of some library."""
+    """Make Ctrl-C end the process at once: an exception would surface in the middle of some library."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(EXIT_INTERRUPTED))
 
@@ -22,13 +22,13 @@ def main() -> None:
     """Run the command."""
     _quietly()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started it, and libraries write to it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (it stays open; pathlib is not read yet)
+        if getattr(sys, name) is None:  # the parent closed it, and libraries write to it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (it stays open; pathlib is not loaded yet)
     if sys.argv[1:2] == ["engine"]:
-        # They are for its supervisor, and would end or stop a process that is not one yet.
+        # The supervisor handles these; before it runs, their default actions would end or stop the process.
         for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)
-    from api.commands.main import main as run  # the handler is there before a second of imports begins
+    from api.commands.main import main as run  # takes a second, during which the handler is in place
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,7 +37,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        _quietly()  # what is left is the interpreter's own end
+        _quietly()  # only the interpreter's own shutdown is left
 
 
 if __name__ == "__main__":

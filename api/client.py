@@ -1,4 +1,4 @@
-"""The HTTP API from the other side: what the commands and `headrace up` call."""
+"""A client of the HTTP API, for the commands and `headrace up`."""
 
 import os
 import re
@@ -36,25 +36,28 @@ __all__ = [
 ]
 
 WAIT_SECONDS: Final = 20
-"""How long the API is asked to wait for a job to move."""
+"""How long the API is asked to wait for a job to change."""
 
 QUIET_SECONDS: Final = 3
-"""A job that has not moved for so long is asked what it waits for."""
+"""After this long without a change, the API is asked what the job waits for."""
 
 POLL_SECONDS: Final = 0.5
+"""Pause between two requests where the API does not wait, or fails."""
+
 PATIENCE_SECONDS: Final = 60.0
-"""How long the API may be out of reach before a watch of a job is given up, or the submission of what is uploaded."""
+"""How long the API, or S3, may be unreachable before a load or the watch of a job gives up."""
 
 AWAY: Final = (0, 502, 503, 504)
+"""Statuses of failures that usually pass by themselves; 0: there was no answer."""
 
 LASTING: Final = ("access_denied", "wrong_clock", "token_expired")
-"""Problems of these statuses that somebody has to see to."""
+"""Types of problems with these statuses that do not pass until somebody acts."""
 
 READ_SECONDS: Final = 120.0
-"""How long an answer may take, of most requests."""
+"""How long the answer to most requests may take."""
 
 SLOW_SECONDS: Final = 3600.0
-"""The longest answer of a call that does much first: stores a whole file, makes an object of its parts, fetches rejects."""
+"""How long a slow call may take to answer: storing a file, assembling an object from its parts, fetching rejects."""
 
 SLOW: Final = httpx.Timeout(30, read=SLOW_SECONDS, write=SLOW_SECONDS)
 
@@ -65,7 +68,7 @@ CHANGED: Final = (
 
 
 class CallFailed(HeadraceError):
-    """The API answered with a problem of this type; `status` is its HTTP status, 0 where it did not answer at all."""
+    """A call failed. `status` is the HTTP status, 0 without an answer; `problem` the end of the problem's type."""
 
     code = "call_failed"
 
@@ -76,12 +79,12 @@ class CallFailed(HeadraceError):
 
     @property
     def passes(self) -> bool:
-        """Whether the same call may go well a little later."""
+        """Whether the same call may succeed a little later."""
         return self.status in AWAY and self.problem not in LASTING
 
 
 def path_of(key: str) -> str:
-    """A key as it stands in the path of a URL, of which clients fold segments that are dots."""
+    """A key quoted for the path of a URL; segments `.` and `..` too, which clients would otherwise resolve."""
     return "/".join({".": "%2E", "..": "%2E%2E"}.get(part, quote(part, safe="")) for part in key.split("/"))
 
 
@@ -91,7 +94,7 @@ def check_file(file: Path) -> None:
         if file.is_dir():
             raise CommandError(f"{file} is a folder: name a file")
         if is_stream(file):
-            return  # it may be read but once
+            return  # it can be read only once
         with file.open("rb"):
             pass
     except OSError as error:
@@ -99,19 +102,19 @@ def check_file(file: Path) -> None:
 
 
 def version_of(content: IO[bytes]) -> tuple[int, int]:
-    """What changes whenever somebody writes to a file: its size in bytes, and when that was last done, in nanoseconds."""
+    """What changes whenever somebody writes to a file: its size in bytes and its modification time in nanoseconds."""
     found = os.fstat(content.fileno())
     return found.st_size, found.st_mtime_ns
 
 
 def utf8_name(name: str) -> str:
-    """The name of a file as text, where it may hold bytes that are none."""
+    """A file name as valid UTF-8: bytes that are not are replaced."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def _reachable(host: str) -> str:
-    """How to write, in a URL, the host that a server on this machine listens on."""
-    if host in ("0.0.0.0", ""):  # noqa: S104 (not bound here)
+    """The host, written for a URL, at which to reach a server on this machine that listens on `host`."""
+    if host in ("0.0.0.0", ""):  # noqa: S104 (nothing is bound here)
         return "127.0.0.1"
     if host in ("::", "[::]"):
         return "[::1]"  # waitress listens there for IPv6 only
@@ -119,29 +122,29 @@ def _reachable(host: str) -> str:
 
 
 def local_url(settings: Settings) -> str:
-    """The address of the API that listens on this machine."""
+    """The URL of the API that listens on this machine."""
     return f"http://{_reachable(settings.api_host)}:{settings.port}"
 
 
 def url_of(settings: Settings) -> str:
-    """The address of the API that commands talk to."""
+    """The URL of the API that commands call."""
     return settings.api_url or local_url(settings)
 
 
 def is_stream(file: Path) -> bool:
-    """Whether it is a pipe or the like, which can be read once, and from its beginning only."""
+    """Whether it is a pipe or the like, which can be read only once, from its beginning."""
     return not stat.S_ISREG(file.stat().st_mode)
 
 
 def trusted() -> ssl.SSLContext:
-    """Whose certificates are believed: those of well-known authorities, of the system, and of SSL_CERT_FILE or SSL_CERT_DIR."""
+    """A TLS context that trusts well-known authorities, the system's, and those of SSL_CERT_FILE or SSL_CERT_DIR."""
     context = ssl.create_default_context(cafile=certifi.where())
     context.load_default_certs()
     return context
 
 
 def why_not_reached(error: httpx.HTTPError) -> str:
-    """What kept a request from being answered, in brackets; a certificate of an unknown authority with what to do about it."""
+    """Why a request got no answer, in brackets; with advice if the certificate's authority is unknown."""
     said = str(error)[:200]
     if re.search("issuer certificate|self.signed", said):
         said += "; SSL_CERT_FILE names a file of further authorities to trust"
@@ -149,13 +152,13 @@ def why_not_reached(error: httpx.HTTPError) -> str:
 
 
 class Client:
-    """The HTTP API at `url`. Safe to use from threads. Raises CallFailed with a sentence for whatever goes wrong."""
+    """A client of the HTTP API at `url`; thread-safe. Calls that fail raise CallFailed with a sentence."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
         self.url = url.rstrip("/")
         try:
             parsed = httpx.URL(self.url)
-            parsed.host.encode("idna")  # as is done to connect, where it would end in a traceback
+            parsed.host.encode("idna")  # connecting does this too, and would end in a traceback
         except (httpx.InvalidURL, UnicodeError):
             raise CommandError(
                 f"{self.url} is no valid address: check API_URL, or API_HOST where that is not set"
@@ -171,7 +174,7 @@ class Client:
         )
 
     def close(self) -> None:
-        """Close its connections. A command may leave that to its end."""
+        """Close the connections. A command that is about to exit need not."""
         self._http.close()
 
     def ready(self) -> bool:
@@ -179,7 +182,7 @@ class Client:
         return self.not_ready() is None
 
     def not_ready(self) -> str | None:
-        """What does not answer: the API, MongoDB or S3; None where all do."""
+        """Which of the API, MongoDB and S3 does not answer, as a sentence; None if all do."""
         try:
             answer = self._http.get("/readyz", timeout=10)
         except httpx.HTTPError as error:
@@ -187,11 +190,14 @@ class Client:
         return None if answer.is_success else str(self._problem("GET", "/readyz", answer))
 
     def upload(self, file: Path) -> str:
-        """Upload a file through the API; returns its key. Raises CommandError where it was written to meanwhile."""
+        """Upload a file through the API; returns its key. Raises CommandError if it is unreadable or changes."""
         return str(self.stored(file)["fileKey"])
 
     def stored(self, file: Path) -> dict[str, Any]:
-        """Upload a file through the API; returns all that it answers: `fileKey`, `size` and `etag`."""
+        """Upload a file through the API; returns its answer, with `fileKey`, `size` and `etag`.
+
+        Raises CommandError if the file cannot be read, or changes meanwhile.
+        """
         check_file(file)
         with file.open("rb") as content:
             version = version_of(content)
@@ -208,7 +214,7 @@ class Client:
             return answer
 
     def process(self, key: str, options: dict[str, Any], ticket: str | None = None) -> tuple[str, str]:
-        """Submit a job for a key; returns its id and state: those of the job of before where the same ticket came before."""
+        """Submit a job for a key; returns its id and state. A repeat with the same ticket returns the first job."""
         path = f"/process/{path_of(key)}"
         if ticket is None:
             made = self.ask("POST", path, json=options)
@@ -223,14 +229,14 @@ class Client:
     def states(
         self, job_id: str, wait: int = WAIT_SECONDS, check: Callable[[], None] = lambda: None
     ) -> Iterator[dict[str, Any]]:
-        """The job as it is now, and again whenever it has moved, until it has ended; of one that waits, what it waits for, too.
+        """The job's status now and after each change, until it has ended; while it waits, also with `waitingFor`.
 
         Args:
-            job_id: of the job.
-            wait: for how many seconds the API is asked to wait for the job to move.
-            check: called between the questions; what it raises ends the watch.
+            job_id: the job's id.
+            wait: for how many seconds the API is asked to wait for a change.
+            check: called before each request; what it raises ends the watch.
 
-        Raises CallFailed only when the API has not answered for a while.
+        Raises CallFailed at once if the failure is final, else when calls have failed for `PATIENCE_SECONDS`.
         """
         path, detail = (f"/{of}/{quote(job_id, safe='')}" for of in ("status", "jobs"))
         headers: dict[str, str] = {}
@@ -244,8 +250,8 @@ class Client:
                     raise self._problem("GET", path, answer)
                 unchanged = answer.status_code == 304
                 if unchanged and time.monotonic() < early_until:
-                    # Sooner than was asked for: as many wait already as may, or the API is about to stop. What a job waits
-                    # for, which takes it a look at each range, is not asked more often for that.
+                    # The answer came early: after a 429 the request did not ask to wait, or the API is stopping. That
+                    # is no reason to ask more often what the job waits for, for which the API reads all of its ranges.
                     failing_since = None
                     headers["Prefer"] = f"wait={asked_seconds}"
                     time.sleep(POLL_SECONDS)
@@ -269,13 +275,13 @@ class Client:
                 raise failed
             failing_since = failing_since or time.monotonic()
             if failed.status == 429:
-                headers.pop("Prefer", None)  # as many wait already as may: then it is asked now and then
+                headers.pop("Prefer", None)  # no slot is free for waiting: poll instead
             elif time.monotonic() - failing_since > PATIENCE_SECONDS:
                 raise failed
             time.sleep(POLL_SECONDS)
 
     def rejected(self, job_id: str) -> Iterator[bytes]:
-        """The raw lines that a job rejected, piece by piece."""
+        """The raw lines that a job rejected, in pieces as they arrive."""
         path = f"/jobs/{quote(job_id, safe='')}/rejects"
         try:
             with self._http.stream("GET", path, timeout=SLOW, params={"format": "ndjson"}) as answer:
@@ -287,7 +293,7 @@ class Client:
             raise self._silent(error) from None
 
     def ask(self, method: str, path: str, **more: Any) -> dict[str, Any]:
-        """Call the API; returns the JSON that it answers with, {} where there is none."""
+        """Call the API; returns the JSON object of its answer, {} if the body is empty."""
         try:
             answer = self._http.request(method, path, **more)
         except httpx.HTTPError as error:
@@ -297,7 +303,7 @@ class Client:
         return self._body_of(answer)
 
     def insist(self, method: str, path: str, **more: Any) -> dict[str, Any]:
-        """As `ask`, for a call that is safe to repeat: an API that is being restarted is waited for."""
+        """Like `ask`, for a call that is safe to repeat: failures that may pass are retried for `PATIENCE_SECONDS`."""
         failing_since: float | None = None
         while True:
             try:
@@ -309,12 +315,12 @@ class Client:
             time.sleep(POLL_SECONDS)
 
     def _body_of(self, answer: httpx.Response) -> dict[str, Any]:
-        """What was answered. Raises CallFailed where it was not Headrace that did."""
+        """The JSON object of an answer. Raises CallFailed if the answer is not Headrace's."""
         try:
             body = answer.json() if answer.content else {}
         except ValueError:
             body = None
-        # Whoever answers {} to everything does not name each request.
+        # Another server may answer {} to everything, but gives no request id.
         if not isinstance(body, dict) or "X-Request-ID" not in answer.headers:
             raise CallFailed(answer.status_code, f"{self.url} does not speak as Headrace does: check API_URL and PORT")
         return body
@@ -329,7 +335,7 @@ class Client:
         except ValueError:
             body = {}
         detail = body.get("detail") if isinstance(body, dict) else None
-        if not isinstance(detail, str):  # it is not Headrace that answers
+        if not isinstance(detail, str):  # the answer is not Headrace's
             detail = None
         if answer.status_code == 401 and detail:
             detail += "; set API_TOKEN"

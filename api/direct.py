@@ -1,4 +1,4 @@
-"""Uploads that do not pass through here: the client PUTs the parts to S3 itself, at URLs that are signed here."""
+"""Direct uploads: the API signs URLs, and the client PUTs the parts to S3 itself."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -17,6 +17,7 @@ from engine.s3.direct import DirectUploads, Part, Upload
 __all__ = ["Abort", "Complete", "DirectUploadById", "NewDirectUpload"]
 
 URLS_AT_FIRST: Final = 100
+"""Signed URLs in the answer that starts an upload."""
 
 
 def _upload_body(upload: Upload, urls: Sequence[tuple[int, str]], stored: Sequence[Part]) -> DirectUpload:
@@ -26,7 +27,7 @@ def _upload_body(upload: Upload, urls: Sequence[tuple[int, str]], stored: Sequen
         "size": upload.size,
         "partBytes": upload.part_bytes,
         "parts": upload.parts,
-        # SeaweedFS gzips what looks like text unless each part says that it is this.
+        # SeaweedFS gzips what looks like text unless each part has this type.
         "headers": {"Content-Type": PART_TYPE},
         "urls": [{"partNumber": number, "url": url} for number, url in urls],
         "stored": [{"partNumber": p.number, "size": p.size, "etag": p.etag.strip('"')} for p in stored],
@@ -77,7 +78,7 @@ class DirectUploadById:
         errors=(404, 422),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
-        """200 with what is there and where to send what is not."""
+        """200 with the parts that S3 has, and signed URLs for `count` parts from number `first` on."""
         query = query_of(req, PartsQuery)
         upload = self._uploads.get(upload_id)
         resp.cache_control = ["no-store"]
@@ -113,7 +114,7 @@ class Complete:
         errors=(404, 409),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
-        """201 with the key; 409 that names the parts that are missing."""
+        """201 with the key; 409, which names them, if parts are missing or have the wrong size."""
         source = self._uploads.complete(upload_id)
         resp.status = 201
         resp.location = location_of(source.key)

@@ -1,7 +1,7 @@
-"""What is decided of a request before its body is taken in: waitress spools a whole body before the application is called.
+"""Checks of a request before its body is received: waitress spools a whole body before it calls the application.
 
-It keeps callers who may not upload from filling the spool, and refuses an upload too many before its body is sent. Whatever is
-refused here, or by waitress itself, is answered as the application's problems are.
+They keep callers who may not upload from filling the spool, and refuse an upload beyond the limit before its body is
+sent. Whatever they, or waitress itself, refuse is answered with a problem, like errors of the application.
 """
 
 import re
@@ -32,21 +32,21 @@ HEALTH: Final = "/healthz"
 UNKNOWN: Final = "unknown"
 
 MAX_CHUNK_LINE_BYTES: Final = 1024
-"""The line before a chunk of a body: a number, and what HTTP lets stand behind it."""
+"""Longest line before a chunk of a body: the chunk's size, and extensions."""
 
 MAX_TRAILER_BYTES: Final = 16 * 1024
-"""What may follow the last chunk."""
+"""Longest trailer after the last chunk."""
 
 _REQUEST_LINE: Final = re.compile(rb"[^ ]+ [^ ]+(?: HTTP/[0-9]\.[0-9])?")
 
-# Or, at the beginning of a line, a header that goes on there, which a server may refuse (RFC 9112, 5.2).
+# A long run of blanks, or a header continued on another line, which a server may refuse (RFC 9112, 5.2).
 _BLANKS: Final = re.compile(rb"[ \t]{100}|^[ \t]", re.MULTILINE)
 
 log = get_logger()
 
 
 class _Refusal(Error):  # type: ignore[misc]  # waitress has no types
-    """An answer of waitress's own, with a problem as its body."""
+    """An error response of waitress, with a problem as its body."""
 
     def __init__(self, problem: Problem, request_id: str) -> None:
         super().__init__(problem.detail)
@@ -55,51 +55,51 @@ class _Refusal(Error):  # type: ignore[misc]  # waitress has no types
         self._id = request_id
 
     def to_response(self, ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
-        """Status line, headers and body; the connection is closed afterwards, since a body may be on its way."""
+        """Status line, headers and body. The connection is closed afterwards, since a body may still be arriving."""
         title, body = problem_body(self._problem, self._id)
         headers = [*problem_headers(self._problem, self._id).items(), ("Connection", "close")]
         return f"{self.code} {title}", headers, body
 
 
 class _Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Looks at the head of a request as soon as it is there."""
+    """Checks the head of a request as soon as it is complete."""
 
     settings: ClassVar[Settings]
     guard: ClassVar[Guard]
     durations: ClassVar[Durations]
     uploads: ClassVar[Slots]
     small: ClassVar[Adjustments]
-    """As the server's, but for the size of a body."""
+    """For all requests but uploads: waitress's defaults with a smaller limit on the body."""
 
     _refusal: "_Refusal | None" = None
     give_back: "weakref.finalize[[], _Parser] | None" = None
-    """Gives the slot of an upload back, once."""
+    """Releases the slot of an upload, on the first call only."""
 
     def parse_header(self, header_plus: bytes) -> None:
         _check_head(header_plus)
         try:
             super().parse_header(header_plus)
         except ValueError:
-            # Of a length of thousands of digits, or an address in the target that is none.
+            # From a length of thousands of digits, or an invalid address in the target.
             raise ParsingError("a number or an address in its head is invalid") from None
         if self.body_rcv is None:
-            # Of a request without a body waitress would wait for one, having asked for it.
+            # Without a body, waitress would still send `100 Continue` and wait for one.
             self.expect_continue = False
         if self.version == "1.1" and "HOST" not in self.headers:
             raise ParsingError("it has no header Host")
         if self.chunked and "CONTENT_LENGTH" in self.headers:
-            # A proxy before this may go by the other of the two, and take what follows for a request of its own.
+            # A proxy in front may go by the other of the two, and see the next request begin elsewhere.
             raise ParsingError("it has both Content-Length and Transfer-Encoding")
         if self.version != "1.1" and "TRANSFER_ENCODING" in self.headers:
-            # It would be passed over, and the body be taken for a request.
+            # Waitress would ignore it, and take the body for another request.
             raise ParsingError("it has Transfer-Encoding, and is not HTTP/1.1")
         if self.proxy_netloc:
-            self.headers["HOST"] = self.proxy_netloc  # which goes before the header
+            self.headers["HOST"] = self.proxy_netloc  # which takes precedence over the header
         try:
             if self.command == "POST" and self._route() == UPLOAD:
                 self._admit_upload()
             else:
-                # Waitress holds the server's bound against each body: all but uploads have a smaller one.
+                # Waitress checks a body against the limit in `adj`: the server's is for uploads only.
                 self.adj = self.small
                 if self.content_length or self.chunked:
                     self._admit_body()
@@ -107,7 +107,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             self._refuse(problem)
 
     def _route(self) -> str:
-        """Where the application will take the request, as far as it matters here: it drops slashes at the beginning."""
+        """The route that the application, which ignores leading slashes, will choose: UPLOAD, else UNKNOWN."""
         return UPLOAD if getattr(self, "path", "").lstrip("/") == UPLOAD.lstrip("/") else UNKNOWN
 
     def _check_caller(self) -> None:
@@ -116,8 +116,8 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         self.guard.check(Head(get("AUTHORIZATION"), get("ORIGIN"), get("HOST")), Scope.SUBMIT)
 
     def _admit_body(self) -> None:
-        """Raises Problem where nobody is known who would send a body: a crowd of them would fill the memory. What a caller who is
-        known may do is for the application to say."""
+        """Raises Problem for a body from an unknown caller: a crowd of them would fill the memory. Whether a known
+        caller has the scope is left to the application."""
         try:
             self._check_caller()
         except Problem as problem:
@@ -125,7 +125,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
                 raise
 
     def _admit_upload(self) -> None:
-        """Raises Problem where this file is not to be taken in."""
+        """Take a slot for an upload. Raises Problem if the upload is to be refused."""
         get = self.headers.get
         self._check_caller()
         check_encoding(get("CONTENT_ENCODING"))
@@ -133,15 +133,15 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         if self.content_length >= self.adj.max_request_body_size:
             raise _too_large(self.settings)
         self.uploads.take()
-        # Given back when the application is done or the request is over; at the latest when nobody knows of it any more.
+        # Released when the application is done or the request is over; at the latest when this is garbage-collected.
         self.give_back = weakref.finalize(self, self.uploads.give)
 
     def received(self, data: bytes) -> int:
-        """Bytes of the request; what waitress refuses is told as a problem."""
+        """Take in bytes of the request; returns how many. What waitress refuses is answered with a problem."""
         try:
             taken = int(super().received(data))
         except OSError as error:
-            # Raised on, it would end the server: waitress closes what it spooled, which fails as well.
+            # Propagated, it would end the server: waitress would close the spool, which fails as well.
             log.error("a body cannot be spooled", action="request", cause=error.strerror)
             self._refuse(
                 Problem(503, "no_room", f"the server cannot store the body ({error.strerror}): send it again later")
@@ -149,40 +149,40 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             return len(data)
         line, trailer = (len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
         if line > MAX_CHUNK_LINE_BYTES or trailer > MAX_TRAILER_BYTES:
-            # Waitress looks at all of it again with every piece that comes.
+            # Waitress scans all of it again with every piece that arrives.
             detail = "a chunk header or the trailer of the body is too long: send it as HTTP/1.1 says"
             self._refuse(Problem(400, "malformed_request", detail))
         elif self._refusal is not None:
-            self.error = self._refusal  # waitress has looked at the size since
+            self.error = self._refusal  # waitress may have replaced it when it checked the size
         elif self.error is not None:
             self._refuse(_problem_of(self.error, self.settings, uploading=self.adj is not self.small))
-        return taken if self.error is None else len(data)  # whatever came with what is refused is no other request
+        return taken if self.error is None else len(data)  # what follows a refused head is not another request
 
     def _refuse(self, problem: Problem) -> None:
         request_id = request_id_of(self.headers.get("X_REQUEST_ID"))
         self.error = self._refusal = _Refusal(problem, request_id)
         self.completed = True
-        self.expect_continue = False  # or the client would be asked for the body after all
+        self.expect_continue = False  # or waitress would still ask the client for the body
         path = logged_path(getattr(self, "path", ""))
         log.info("refused", action="request", request=request_id, path=path, status=problem.status)
-        # The application never sees it, which is where the others are counted.
+        # Counted here, since it never reaches the application, which counts all others.
         self.durations.count(getattr(self, "command", ""), self._route(), problem.status, 0.0)
 
     def close(self) -> None:
-        """The request is over."""
-        with suppress(OSError):  # what was to go to a full disk still waits to be written
+        """Free the spool and the slot of a request that is over."""
+        with suppress(OSError):  # closing writes again what did not fit on a full disk
             super().close()
         self.leave()
 
     def leave(self) -> None:
-        """Make room for another upload, where this was one."""
+        """Release the slot, if this is an upload."""
         if self.give_back is not None:
             self.give_back()
 
 
 def _check_head(head: bytes) -> None:
-    """Raises ParsingError of what waitress would look at for seconds or minutes, in which nobody else is served: its patterns go
-    back over a request line with more than three words, and over a run of blanks, from each of their bytes on."""
+    """Raises ParsingError for a head that would keep waitress from serving anybody for seconds or minutes: its patterns
+    backtrack from each byte of a request line with more than three words, and of a run of blanks."""
     line, _, headers = head.partition(b"\r\n")
     if not _REQUEST_LINE.fullmatch(line.rstrip()):
         raise ParsingError("its first line is not METHOD TARGET HTTP/1.1")
@@ -194,7 +194,8 @@ class _Task(WSGITask):  # type: ignore[misc]
     """A request on its way to the application."""
 
     def set_close_on_finish(self) -> None:
-        """Close the connection after this answer. Waitress would, too, where an answer has no length because it has no body."""
+        """Close the connection after this answer, unless waitress asks for that only because an answer without a body
+        has no length."""
         bodiless = not self.wrote_header and not self.has_body and self.version == "1.1"
         if not bodiless or self.request.headers.get("CONNECTION", "").lower() == "close":
             super().set_close_on_finish()
@@ -204,33 +205,33 @@ class _Task(WSGITask):  # type: ignore[misc]
         environment[LEAVE] = self.request.give_back
         if media := environment.get("CONTENT_TYPE"):
             kind, *parameters = media.split(";", 1)
-            environment["CONTENT_TYPE"] = ";".join([kind.lower(), *parameters])  # case says nothing there
+            environment["CONTENT_TYPE"] = ";".join([kind.lower(), *parameters])  # the type is case-insensitive
         return environment
 
 
 class _Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection that lets go of what it spooled as soon as its client has gone, in the midst of a body, too."""
+    """A connection that frees its spool as soon as the client has gone, even in the middle of a body."""
 
     task_class = _Task
 
     def received(self, data: bytes) -> bool:
         refused = any(request.error for request in self.requests[-1:])
-        # The connection is closed when that is told: what still comes is the body that nobody wants.
+        # The connection closes once the refusal is sent: what still arrives is the unwanted body, and is dropped.
         return True if refused else bool(super().received(data))
 
     def handle_close(self) -> None:
         super().handle_close()
         if (request := self.request) is not None:
             request.close()
-        # Without the lock on them, which this thread may hold: to send a client's `100 Continue` may end here.
+        # Without `requests_lock`, which this thread may hold: sending `100 Continue` to a client may end up here.
         for request in list(self.requests)[1:]:
-            request.leave()  # it waits behind the first, and nobody waits for it
+            request.leave()  # it is queued behind the first, and its client is gone
 
     def write_soon(self, data: bytes) -> int:
         try:
             return int(super().write_soon(data))
         except OSError as error:
-            # What a slow client has not taken yet is kept on disk. After this, nobody knows what of it is there.
+            # What a slow client has not read yet is buffered on disk. After an error, it may be incomplete there.
             log.error("an answer cannot be kept until its client takes it", action="request", cause=error.strerror)
             self.will_close = True
             self.server.pull_trigger()
@@ -258,7 +259,7 @@ def _problem_of(error: Any, settings: Settings, *, uploading: bool) -> Problem:
 
 
 def open_door(server: Any, settings: Settings, guard: Guard, durations: Durations) -> None:
-    """Let every request to a server of waitress's through this door."""
+    """Install these checks in a waitress server, with a timeout for stalled clients and a thread for `GET /healthz`."""
 
     class Parser(_Parser):
         pass
@@ -267,13 +268,14 @@ def open_door(server: Any, settings: Settings, guard: Guard, durations: Duration
         parser_class = Parser
 
     def maintain(each: Any, real: Callable[[float], None], now: float) -> None:
-        """Waitress's own closes connections without a request; one whose client takes nothing of an answer holds its thread."""
+        """Close also connections whose client has stopped reading an answer, which holds a thread; waitress closes only
+        those without a request."""
         real(now)
         for channel in list(each.active_channels.values()):
             if channel.total_outbufs_len and channel.last_activity < now - each.adj.channel_timeout:
                 channel.handle_close()
 
-    # Whether this process answers is told by a thread that does nothing else: all others may wait for a database that hangs.
+    # `GET /healthz` has a thread of its own: all others may be waiting for a database that hangs.
     health = ThreadedTaskDispatcher()
     health.set_thread_count(1)
 

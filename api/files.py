@@ -1,4 +1,4 @@
-"""The objects of the bucket: list, look at, delete."""
+"""The objects of the bucket: list, show, delete."""
 
 import falcon
 

@@ -1,4 +1,4 @@
-"""Is the process alive, and do MongoDB and S3 answer it?"""
+"""Health checks: whether the process is alive, and whether MongoDB and S3 answer it."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from engine.errors import HeadraceError
 __all__ = ["Health", "Ready"]
 
 PATIENCE_SECONDS: Final = 5.0
-"""How long a check may take, from its beginning: of one that hangs, whoever asks later is told at once."""
+"""How long a check may take, from its start. One that has hung for longer is reported at once."""
 
 
 class Health:
-    """GET /healthz: this process answers; nothing else is touched."""
+    """GET /healthz: this process answers; nothing else is checked."""
 
     @operation(
         summary="Whether this process answers",
@@ -36,13 +36,13 @@ class Ready:
     """GET /readyz: whether MongoDB and S3 answer.
 
     Args:
-        checks: by name, what raises a HeadraceError unless one answers.
+        checks: by server name, a function that raises a HeadraceError unless the server answers.
     """
 
     def __init__(self, checks: Mapping[str, Callable[[], None]]) -> None:
         self._checks = checks
         self._pool = ThreadPoolExecutor(len(checks), thread_name_prefix="ready")
-        self._under_way: dict[str, tuple[Future[None], float]] = {}  # and when they began
+        self._under_way: dict[str, tuple[Future[None], float]] = {}  # and when it began, on the monotonic clock
 
     @operation(
         summary="Whether MongoDB and S3 answer",
@@ -52,9 +52,9 @@ class Ready:
         errors=(503,),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """200 when both answer, else a problem that says which does not; within a few seconds."""
+        """200 if both answer, else 503, which says which does not; within about `PATIENCE_SECONDS`."""
         for name, check in self._checks.items():
-            # One that hangs is asked once, however often this is called.
+            # A check that hangs is not started again, however often this is called.
             if name not in self._under_way or self._under_way[name][0].done():
                 self._under_way[name] = self._pool.submit(check), time.monotonic()
         asked = dict(self._under_way)

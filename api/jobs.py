@@ -43,7 +43,7 @@ class Status:
         errors=(404, 409, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """200 with everything about the job; 304 where nothing has changed."""
+        """200 with the job's state and progress; 304 if nothing has changed."""
         self._watch.answer(req, resp, job_id, lambda: self._watch.status(job_id))
 
 
@@ -68,7 +68,7 @@ class Detail:
         errors=(404, 409, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """200 with all that is known of the job."""
+        """200 with the job in detail; 304 if nothing has changed."""
 
         def look() -> tuple[dict[str, Any], bool]:
             job, ranges = self._queue.get(job_id), self._history.ranges(job_id)
@@ -99,7 +99,7 @@ class Jobs:
         """200 with a page."""
         query = query_of(req, JobsQuery)
         state = JobState(query.status) if query.status else None
-        # One more than asked for tells whether there is a next page.
+        # One job more than asked for shows whether there is a next page.
         page = self._history.page(
             query.limit + 1,
             before=query.cursor,
@@ -114,7 +114,7 @@ class Jobs:
 
 
 def _status_for(req: falcon.Request, job: Job) -> JobStatus:
-    """A job; to a caller who may not read, without its rejects, since they hold raw lines."""
+    """A job's status; without its rejects, which hold raw lines, if the caller may not read."""
     status = job_status(job)
     return status if req.context.may(Scope.READ) else {**status, "errors": []}
 
@@ -158,7 +158,7 @@ class Retry:
 
 
 class RejectLines:
-    """GET /jobs/{jobId}/rejects: a page of rejects, or all of their raw lines, of which only so many are sent at a time."""
+    """GET /jobs/{jobId}/rejects: a page of rejects, or all of their raw lines; `slots` bounds these downloads."""
 
     def __init__(self, queue: Queue, rejects: Rejects, slots: Slots) -> None:
         self._queue = queue
@@ -181,7 +181,7 @@ class RejectLines:
         errors=(404, 409, 422, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """200 with `rejects` and `next`; with `format=ndjson`, the raw lines to mend and load again."""
+        """200 with `rejects` and `next`; with `format=ndjson`, the raw lines to fix and load again."""
         query = query_of(req, RejectsQuery)
         job = self._queue.get(job_id)
         resp.append_header("Vary", "Accept")
@@ -194,12 +194,12 @@ class RejectLines:
             self._slots.take()
             stream = _Download(self._rejects.lines(job.id), self._slots)
             try:
-                stream.begin()  # what goes wrong at once can still be told as a problem
+                stream.begin()  # an error at the start can still be answered with a problem
             except BaseException:
                 stream.close()
                 raise
             resp.content_type = NDJSON
-            # What is loaded again under this name is taken for what it was.
+            # The extension makes a later load detect the same format.
             text = job.plan is not None and job.plan.format is Format.TEXT
             resp.downloadable_as = f"{job.id}-rejects.{'txt' if text else 'ndjson'}"
             resp.stream = stream
@@ -214,7 +214,7 @@ class RejectLines:
 
 
 class _Download:
-    """Raw lines on their way to a client; `close` is called by the server when all are sent, or the client has left."""
+    """A stream of raw lines. The server calls `close` when all of them are sent, or the client has left."""
 
     def __init__(self, lines: Iterator[bytes], slots: Slots) -> None:
         self._lines = lines

@@ -1,4 +1,4 @@
-"""Bounds on what goes on at a time: beyond them a client is told when to come again, and costs nothing."""
+"""Limits on concurrent work: beyond them a client is told when to try again, and costs nothing."""
 
 import threading
 import time
@@ -16,28 +16,29 @@ from engine.errors import KeyReused, Refused
 __all__ = ["LEAVE", "OpenJobsLimit", "S3Calls", "Slots", "gone_of"]
 
 COUNT_SECONDS: Final = 1.0
+"""How long a count of the open jobs is reused."""
 
 SLOW_SECONDS: Final = 5.0
-"""A call that has waited for S3 for so long tells that it is in trouble."""
+"""A call that has waited for S3 for this long shows that S3 is in trouble."""
 
 TURN_SECONDS: Final = 2.0
-"""How long a call waits until it may ask S3: many come at once, and take milliseconds."""
+"""How long a call waits for its turn at S3: many may come at once, and most take milliseconds."""
 
 LEAVE: Final = "headrace.leave"
-"""Where a request's environment holds what to call when an upload is done with, so that the next may be sent from then on."""
+"""Key in the WSGI environment of the function that releases an upload's slot, for the next upload to be sent."""
 
 
 def gone_of(req: falcon.Request) -> Callable[[], bool]:
-    """What tells whether the client of a request has left: nothing is to be held for it from then on."""
+    """A function that tells whether the client of a request has left: nothing is to be held for it after that."""
     return cast("Callable[[], bool]", req.env.get("waitress.client_disconnected", lambda: False))
 
 
 class Slots:
-    """So many at a time; `take` one and `give` it back.
+    """A limited number of slots: `take` one, and `give` it back.
 
     Args:
         most: how many there are.
-        status: of the problem where none is left, 429 or 503.
+        status: HTTP status of the problem when none is left, 429 or 503.
         what: a plural noun for the detail of that problem, such as "downloads".
     """
 
@@ -51,35 +52,35 @@ class Slots:
         )
 
     def take(self) -> None:
-        """Raises Problem where none is left."""
+        """Take a slot. Raises Problem if none is left."""
         if not self._free.acquire(blocking=False):
             raise Problem(self._status, "busy", self._what)
 
     def give(self) -> None:
-        """Give one back."""
+        """Give a slot back."""
         self._free.release()
 
 
 class S3Calls:
-    """Middleware: an S3 that does not answer does not take the threads from calls that do without it, `/healthz` among them.
+    """Middleware: keeps an S3 that does not answer from taking the threads of calls that do not need it.
 
     Args:
-        most: how many calls may be at S3 at a time; others wait a moment for their turn.
-        clock: tells seconds.
+        most: how many calls may wait for S3 at a time; others wait up to `TURN_SECONDS` for their turn.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._free = threading.Semaphore(most)
         self._clock = clock
-        self._began: dict[int, float] = {}  # by request; of those that are quick where S3 is well
+        self._began: dict[int, float] = {}  # by request; only calls that a healthy S3 answers at once
         self._held: set[int] = set()
         self._lock = threading.Lock()
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        """Raises Problem where S3 does not answer those that have asked it, or where too many do."""
+        """Take a turn. Raises Problem if S3 does not answer earlier calls, or if no turn comes up in time."""
         operation = operation_of(resource, req.method)
         if operation is None or operation.waits_for_s3 is None:
             return
@@ -97,7 +98,7 @@ class S3Calls:
                 self._began[id(req)] = self._clock()
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
-        """It waits no longer."""
+        """Give the turn back."""
         with self._lock:
             held = id(req) in self._held
             self._held.discard(id(req))
@@ -107,7 +108,7 @@ class S3Calls:
 
 
 class OpenJobsLimit:
-    """Keeps the queue from growing without bound; it is counted once a second at most, and what is let in between is added."""
+    """Bounds the queue. Open jobs are counted at most once a second, and those let in since are added."""
 
     def __init__(self, queue: Queue, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue = queue
@@ -116,12 +117,12 @@ class OpenJobsLimit:
         self._at = float("-inf")
         self._open = 0
         self._counting = False
-        self._since = 0  # let in since the last count began
+        self._since = 0  # jobs let in since the last count began
         self._lock = threading.Lock()
 
     @contextmanager
     def let_in(self, jobs: int) -> Iterator[None]:
-        """Within it, so many jobs are made. Raises Problem where they would be too many together with those that are open."""
+        """A context in which `jobs` jobs are created. Raises Problem if they would exceed the limit on open jobs."""
         if jobs > self._most:
             raise Problem(
                 422,
@@ -141,14 +142,14 @@ class OpenJobsLimit:
             self._since += jobs
         try:
             yield
-        except (Refused, KeyReused):  # of others, some may have been made
+        except (Refused, KeyReused):  # after any other error, some may have been created
             with self._lock:
                 self._open, self._since = max(self._open - jobs, 0), max(self._since - jobs, 0)
             raise
 
     def _count(self) -> None:
-        """Count anew where that is due. One request does, and the others go by the count before: a database that does not answer
-        must not make them queue up behind each other."""
+        """Count again if that is due. One request counts while the others use the previous count: a database that does
+        not answer must not make them queue up behind each other."""
         with self._lock:
             if self._counting or self._clock() - self._at <= COUNT_SECONDS:
                 return

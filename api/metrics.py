@@ -1,4 +1,4 @@
-"""GET /metrics for Prometheus: the queue, and the sums over all workers and all processes of the API there have been."""
+"""GET /metrics for Prometheus: the queue, and totals over all workers and API processes, past and present."""
 
 import threading
 import time
@@ -24,9 +24,13 @@ __all__ = ["Durations", "Metrics"]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 READ_SECONDS: Final = 1.0
+"""How long figures from the control database are reused."""
+
 TELL_SECONDS: Final = 3.0
+"""How often a process adds its durations to the control database."""
+
 BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Of the buckets of the durations of requests, seconds."""
+"""Upper bounds of the buckets of request durations, in seconds."""
 
 _COUNTERS: Final = {
     "lines": ("headrace_lines", "Lines that workers have taken through to their end"),
@@ -41,7 +45,7 @@ _COUNTERS: Final = {
 
 
 class _State(Collector):
-    """What the control database knows, read at most once a second."""
+    """Metrics from the control database, read at most once a second."""
 
     def __init__(self, store: Store, history: History, queue: Queue) -> None:
         self._store = store
@@ -91,17 +95,17 @@ class _State(Collector):
             "headrace_worker_memory_bytes", "Resident memory of a worker", labels=["host", "engine", "slot"]
         )
         for worker in workers:
-            # Two engines may run on one host.
+            # Host and slot are not enough: two engines may run on one host.
             engine = place_of(worker).split(":")[-2]
             memory.add_metric([worker["host"], engine, str(worker["slot"])], worker["memory"])
         yield memory
 
 
 class Durations(Collector):
-    """Middleware: how long requests take, by method, route and status, summed over all processes of the API.
+    """Middleware: the durations of requests by method, route and status, summed over all processes of the API.
 
-    Each process adds what it has seen to the control database every few seconds, and tells what is there; a crash loses the last
-    few seconds of these numbers.
+    Each process adds its durations to the control database every few seconds, and reports the sums there; a crash loses
+    the last few seconds of them.
     """
 
     def __init__(self, store: Store) -> None:
@@ -111,22 +115,22 @@ class Durations(Collector):
         threading.Thread(target=self._flush_for_ever, name="durations", daemon=True).start()
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Note when it began."""
+        """Note when the request began."""
         req.context.began = time.perf_counter()
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
-        """Note how long it took, unless it waited for a job; an unknown path is one route, whatever it is."""
+        """Count the request, unless it waited for a job. All unknown paths are one route."""
         began = getattr(req.context, "began", None)
-        # How long a client chose to wait says nothing of the API.
+        # How long a client chose to wait says nothing about the API.
         if began is None or getattr(req.context, "waited", False):
             return
         self.count(req.method, req.uri_template or "unknown", resp.status_code, time.perf_counter() - began)
 
     def count(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Note one request."""
+        """Count a request."""
         method = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
         with self._lock:
-            # For each bound how many took no longer, all of them, and their sum.
+            # For each bound the requests that took no longer, then all requests, then the sum of their seconds.
             row = self._seen.setdefault((method, route, str(status)), [0.0] * (len(BOUNDS) + 2))
             for index in range(bisect_left(BOUNDS, seconds), len(BOUNDS) + 1):
                 row[index] += 1
@@ -138,9 +142,9 @@ class Durations(Collector):
             self.flush()
 
     def flush(self) -> None:
-        """Add what this process has seen to the sums; what cannot be told is told the next time.
+        """Add this process's durations to the sums; what cannot be written is kept for the next time.
 
-        A database that does not answer is waited for once, and not once for each row.
+        The first error ends it: a database that does not answer is waited for once, not once for each row.
         """
         with self._lock:
             seen, self._seen = self._seen, {}

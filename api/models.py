@@ -1,4 +1,4 @@
-"""What comes over the wire: the bodies and queries of requests, which are checked by these and described by them."""
+"""Models of the bodies and queries of requests, which validate them and describe them in OpenAPI."""
 
 import re
 from datetime import datetime
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 PAGE: Final = 100
+"""Default size of a page."""
+
 MAX_PAGE_SIZE: Final = 1000
 MAX_KEYS: Final = 1000
 JOB_ID: Final = r"^[0-9a-f]{24}$"
@@ -42,7 +44,7 @@ _MOMENT: Final = (
     r"^2[0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?"
     r"([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
 )
-"""RFC 3339, of the years 2000 to 2999."""
+"""RFC 3339, in the years 2000 to 2999."""
 
 
 def _whole(value: object) -> object:
@@ -121,7 +123,7 @@ class ProcessRequest(_Request):
     if_loaded: Annotated[
         Literal["load", "skip"], Field(description="skip: complete at once what has been loaded before")
     ] = "load"
-    # `validate` is a method of the models of old.
+    # Not named `validate`, which is a deprecated method of pydantic models.
     dry_run: Annotated[
         StrictBool, Field(alias="validate", description="Dry run: check everything, write no document")
     ] = False
@@ -133,7 +135,7 @@ class ProcessRequest(_Request):
     timeout_seconds: Annotated[_Seconds | None, Field(description="Fail if it runs longer")] = None
 
     def options(self) -> JobOptions:
-        """As the engine takes them."""
+        """The options as the engine takes them."""
         return JobOptions(
             collection=self.collection,
             format=Format(self.format),
@@ -148,7 +150,7 @@ class ProcessRequest(_Request):
 
 
 class BatchRequest(ProcessRequest):
-    """Many objects in one call: those whose keys begin with `prefix`, or those of `fileKeys`; and how to load each."""
+    """Many objects in one call: those whose keys begin with `prefix`, or those in `fileKeys`; and how to load each."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -210,7 +212,7 @@ _RejectsCursor = Annotated[
 
 
 class JobsQuery(_Query):
-    """Which jobs."""
+    """Which jobs to return."""
 
     status: Literal["PENDING", "PROCESSING", "COMPLETED", "FAILED", "CANCELLED"] | None = None
     file: Annotated[str | None, Field(min_length=1, max_length=1024, description="Only jobs of this key")] = None
@@ -221,7 +223,7 @@ class JobsQuery(_Query):
 
 
 class RejectsQuery(_Query):
-    """Which rejects, and how."""
+    """Which rejects to return, and in which format."""
 
     format: Literal["json", "ndjson"] = "json"
     limit: Limit = PAGE
@@ -229,7 +231,7 @@ class RejectsQuery(_Query):
 
 
 class FilesQuery(_Query):
-    """Which files."""
+    """Which files to return."""
 
     prefix: Annotated[str, Field(max_length=1024)] = ""
     limit: Limit = PAGE
@@ -237,7 +239,7 @@ class FilesQuery(_Query):
 
 
 class PartsQuery(_Query):
-    """Which signed URLs."""
+    """Which signed URLs to return."""
 
     first: Annotated[int, Field(ge=1, le=MAX_PARTS, description="Number of the first part")] = 1
     count: Annotated[int, Field(ge=0, le=MAX_URLS)] = PAGE

@@ -1,4 +1,4 @@
-"""OpenAPI 3.1, made from what each call says of itself, and a page to read it that needs no internet."""
+"""The OpenAPI 3.1 document, built from the declaration of each call, and a page to read it that needs no internet."""
 
 import importlib.resources
 import re
@@ -17,7 +17,7 @@ from api.problems import Problem
 __all__ = ["Docs", "OpenApi", "Route"]
 
 Route = tuple[str, object, Mapping[str, str]]
-"""A path as Falcon takes it, its resource, and what its parameters mean."""
+"""A Falcon path template, its resource, and the meanings of its parameters by name."""
 
 METHODS: Final = ("get", "post", "delete")
 
@@ -112,7 +112,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
 
 
 def _schemas(operations: Sequence[Operation]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """Every type that is named, and what stands for it where it is used."""
+    """The schemas of all types by name, and the schema that refers to each type, by `id()` of the type."""
     types: list[tuple[int, Any, Any]] = []
     for each in operations:
         for body, mode in [(each.body, "validation"), *((a.body, "serialization") for a in each.answers.values())]:
@@ -142,7 +142,7 @@ def _operation(
         made["requestBody"] = {"content": content, "required": not _takes_nothing(operation.body)}
     if operation.scope is not None:
         problems |= {401, 403, 422, 503}
-        problems |= {413, 415}  # of a body that it does not take
+        problems |= {413, 415}  # for a body that the call does not take
         made["security"] = [{"bearer": [operation.scope.value]}, {}]
         made["description"] = f"Needs the scope `{operation.scope.value}` where the API has tokens."
     problem = {"application/problem+json": {"schema": names[id(ProblemBody)]}}
@@ -176,7 +176,7 @@ def _operation(
 
 
 def _takes_nothing(body: Any) -> bool:
-    """Whether `{}` is a body as well as any."""
+    """Whether `{}` is a valid body, so that the body may be left out."""
     try:
         TypeAdapter(body).validate_python({})
     except ValidationError:
@@ -185,7 +185,7 @@ def _takes_nothing(body: Any) -> bool:
 
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
-    """A query has no null: what may be left out is left out."""
+    """The schema of a query parameter, without null: an optional parameter is left out instead."""
     kinds = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
     if len(kinds) == 1:
         schema = {k: v for k, v in schema.items() if k not in ("anyOf", "default")} | kinds[0]
@@ -202,7 +202,7 @@ def _answer(answer: Answer, names: Mapping[int, dict[str, Any]]) -> dict[str, An
 
 
 def _headers(own: Mapping[str, str]) -> dict[str, Any]:
-    """The headers of an answer: its own, and that of all of them."""
+    """The headers of an answer: its own, and X-Request-ID, which all answers have."""
     headers = {**_REQUEST_ID, **own}
     return {name: {"description": what, "schema": {"type": "string"}} for name, what in headers.items()}
 
@@ -226,7 +226,7 @@ class OpenApi:
         self._body = b"{}"
 
     def describe(self, routes: Sequence[Route]) -> None:
-        """Make the document; once, when all routes are known."""
+        """Build the document; called once, when all routes are known."""
         self._body = orjson.dumps(document(routes))
 
     @operation(

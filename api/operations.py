@@ -1,4 +1,4 @@
-"""What a call takes and gives, said once: it is checked, described in OpenAPI, and guarded by scope from here."""
+"""Declares what each call takes and returns, once: for validation, for OpenAPI, and for the check of scopes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,9 +28,10 @@ __all__ = [
 ]
 
 MAX_BODY_BYTES: Final = 1024 * 1024
+"""Largest body of any call but an upload."""
 
 MAX_FIELDS: Final = 50
-"""Fields or parameters of one request that are looked at: each of them that is not known is told, and they are few."""
+"""Most fields or parameters in one request: no call takes this many, and the unknown ones are reported one by one."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Responder = TypeVar("Responder", bound=Callable[..., None])
@@ -45,17 +46,17 @@ class Scope(StrEnum):
 
 
 class Wait(Enum):
-    """How long a call waits for an S3 that is well."""
+    """How long a call waits for a healthy S3."""
 
-    BRIEF = auto()  # it answers at once
-    LONG = auto()  # it has much to do, as to make an object of its parts
+    BRIEF = auto()  # S3 answers at once
+    LONG = auto()  # S3 has much to do, such as assembling an object from its parts
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer of a call: what it means, its body's type, its media type, and headers of its own with their meaning.
+    """One answer of a call: its meaning, the type of its body, its media type, and its own headers with their meanings.
 
-    `other_media` is a second media type that it may have instead, as plain bytes.
+    `other_media` is a media type that the answer may have instead, with a body of plain bytes.
     """
 
     what: str
@@ -69,8 +70,8 @@ class Answer:
 class Operation:
     """One method of one path.
 
-    `scope` None: open to all. `errors` are the statuses of its problems, beside those that any call may have. `waits_for_s3`
-    tells that it ends no sooner than S3 answers, and how soon that is.
+    `scope` is None for a call that is open to all. `errors` are the statuses of its problems besides those that any
+    call may have. `waits_for_s3` is set if the call waits for S3, and says for how long.
     """
 
     summary: str
@@ -86,7 +87,7 @@ class Operation:
 
 
 def operation(**more: Any) -> Callable[[Responder], Responder]:
-    """Say of a responder what it takes and gives; the arguments are those of `Operation`."""
+    """Decorate a responder with what it takes and returns; the arguments are those of `Operation`."""
     described = Operation(**more)
 
     def mark(responder: Responder) -> Responder:
@@ -97,15 +98,15 @@ def operation(**more: Any) -> Callable[[Responder], Responder]:
 
 
 def operation_of(resource: object, method: str) -> Operation | None:
-    """What was said of a resource's method; None where it has none."""
+    """The declaration of a resource's method; None if there is none."""
     found: Operation | None = getattr(getattr(resource, f"on_{method.lower()}", None), "operation", None)
     return found
 
 
 def body_of(req: falcon.Request, model: type[Model]) -> Model:
-    """The request's JSON, checked; an empty body counts as `{}`.
+    """The request's JSON body, validated; an empty body counts as `{}`.
 
-    Raises Problem: it is too large, compressed, no JSON, or not what `model` takes.
+    Raises Problem: the body is too large, compressed, not JSON, or invalid for `model`.
     """
     raw = _whole_body(req)
     if not raw.strip():
@@ -126,7 +127,7 @@ def _whole_body(req: falcon.Request) -> bytes:
 
 
 def query_of(req: falcon.Request, model: type[Model]) -> Model:
-    """The request's query, checked. Raises Problem, also for a name that is not known, or stands there twice."""
+    """The request's query, validated. Raises Problem, also for a parameter that is unknown or given twice."""
     if twice := [name for name, value in req.params.items() if isinstance(value, list)]:
         raise Problem(
             422, "invalid_request", f"{twice[0][:MAX_NAME_LENGTH]}: this parameter is taken once: send one of them"
@@ -136,12 +137,12 @@ def query_of(req: falcon.Request, model: type[Model]) -> Model:
 
 class RefuseUnexpected:
     """Middleware: refuses parameters and bodies that a call does not take. Otherwise `?validate=true` on POST /process, or
-    options sent to a retry, would be ignored without a word."""
+    options sent to a retry, would be silently ignored."""
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        """Raises Problem."""
+        """Raises Problem for parameters or a body that the call does not take."""
         operation = operation_of(resource, req.method)
         if operation is None or operation.scope is None:
             return
@@ -155,20 +156,20 @@ class RefuseUnexpected:
 
 
 def check_encoding(encoding: str | None) -> None:
-    """Raises Problem where a body is encoded as its Content-Encoding says: nothing here decodes it."""
+    """Raises Problem if the Content-Encoding says that the body is encoded: nothing here decodes it."""
     if encoding and encoding.strip().lower() != "identity":
         detail = f"a body with Content-Encoding {encoding[:40]!r} is not accepted: send it plain, without that header"
         raise Problem(415, "encoded_body", detail)
 
 
 def check_form(media_type: str | None) -> None:
-    """Raises Problem where a body is no form, as its Content-Type says."""
+    """Raises Problem unless the Content-Type says that the body is a multipart form."""
     if (media_type or "").split(";", 1)[0].strip().lower() != "multipart/form-data":
         raise not_a_form()
 
 
 def not_a_form() -> Problem:
-    """What is told of a body that is no form, or not said to be one."""
+    """The problem for a body that is not a multipart form, or not declared as one."""
     return Problem(415, "not_a_form", "send the file as multipart/form-data, in a part named `file`")
 
 

@@ -36,7 +36,11 @@ __all__ = [
 TYPE_BASE: Final = "urn:headrace:problem:"
 RETRY_AFTER_SECONDS: Final = 5
 MAX_FAULTS: Final = 20
+"""Most faults that one problem lists."""
+
 MAX_NAME_LENGTH: Final = 100
+"""Most characters of a field's or parameter's name that a problem repeats."""
+
 MAX_LOGGED: Final = 1000
 METHODS: Final = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
@@ -68,17 +72,17 @@ class Problem(Exception):
 
 
 def request_id_of(given: str | None) -> str:
-    """The id that a request brings where it is a plain one, else a new one."""
+    """The client's request id if it is 1 to 64 letters, digits, dots, underscores and dashes; else a new one."""
     return given if given and _REQUEST_ID.fullmatch(given) else str(ULID())
 
 
 class RequestIds:
-    """Middleware: each response carries `X-Request-ID`, that of the request where it is a plain one."""
+    """Middleware: gives each response `X-Request-ID` and the security headers, and logs it."""
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Take or draw the id."""
+        """Set the id of the request, and the headers of its response."""
         req.context.request_id = request_id_of(req.get_header("X-Request-ID"))
-        # Every line that is logged in this thread until the answer carries it.
+        # Every line that this thread logs until the answer carries the id.
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request=req.context.request_id)
         resp.set_header("X-Request-ID", req.context.request_id)
@@ -86,14 +90,14 @@ class RequestIds:
             resp.set_header(name, value)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, ok: bool) -> None:
-        """Log what was answered; what was only looked at, and found, at debug."""
+        """Log the answer; successful reads and health checks only at debug level."""
         quiet = resp.status_code < 400 and req.method in ("GET", "HEAD")
         record = log.debug if quiet or req.path in ("/healthz", "/readyz") else log.info
         record("answered", action="request", method=req.method, path=logged_path(req.path), status=resp.status_code)
 
 
 def logged_path(path: str) -> str:
-    """As much of a path as a line of the log shows: keys of objects have up to 1024 bytes."""
+    """The beginning of a path, as the log shows it: the key of an object may have 1024 bytes."""
     return path[:MAX_LOGGED]
 
 
@@ -110,14 +114,14 @@ def _id(req: falcon.Request) -> str:
 
 
 def problem_body(problem: Problem, request_id: str) -> tuple[str, bytes]:
-    """The title of a problem, and it all as JSON."""
+    """The title of a problem, and the whole problem as JSON."""
     title = falcon.util.code_to_http_status(problem.status).split(" ", 1)[1]
     fields = {"type": TYPE_BASE + problem.code, "title": title, "status": problem.status, "detail": problem.detail}
     return title, orjson.dumps(fields | {"requestId": request_id} | problem.more)
 
 
 def problem_headers(problem: Problem, request_id: str) -> dict[str, str]:
-    """The headers that an answer with a problem has."""
+    """The headers of an answer with a problem."""
     headers = {"Content-Type": "application/problem+json", "X-Request-ID": request_id, **SECURITY_HEADERS}
     if problem.status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
@@ -129,7 +133,7 @@ def _answer(req: falcon.Request, resp: falcon.Response, problem: Problem) -> Non
     resp.text = None
     _, body = problem_body(problem, _id(req))
     if problem.status in (429, 503) and req.method != "HEAD":
-        # An answer whose length is not told ends the connection: a crowd that is turned away does not keep others out.
+        # An answer without a length ends the connection: a crowd that is turned away must not keep others out.
         resp.data, resp.stream = None, iter((body,))
     else:
         resp.data = body
@@ -159,7 +163,7 @@ def _ours(req: falcon.Request, resp: falcon.Response, error: HeadraceError, para
 
 
 def invalid(error: ValidationError, kind: str, names: Sequence[str]) -> Problem:
-    """A problem that names each fault; `names` are those of the fields or parameters (`kind`) that there are."""
+    """A problem that lists the faults; `kind` is "field" or "parameter", and `names` are those that exist."""
     unknown = f"there is no such {kind}; the {kind}s are {', '.join(names)}"
     faults = [
         {

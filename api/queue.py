@@ -37,7 +37,7 @@ class QueueNow:
         answers={200: Answer("The queue", QueueState)},
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """200."""
+        """200 with the state of the queue."""
         resp.media = _state(self._queue, self._history)
 
 
@@ -92,7 +92,7 @@ class Workers:
         answers={200: Answer("The workers", WorkerPage)},
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """200 with what each told within the last seconds."""
+        """200 with what each worker last reported, within the last few seconds."""
         fields = ("host", "slot", "pid", "doing", "rate", "memory", "memoryPeak", "counts")
         workers: list[Any] = [
             {"name": found["_id"]} | {name: found[name] for name in fields} for found in live(self._store)

@@ -1,4 +1,4 @@
-"""The HTTP API under waitress: its own process, stopped softly by TERM, INT and HUP."""
+"""Runs the HTTP API under waitress, in a process of its own that TERM, INT and HUP stop gracefully."""
 
 import resource
 import signal
@@ -32,25 +32,26 @@ from engine.settings import Settings
 __all__ = ["serve"]
 
 IDLE_SECONDS: Final = 120
-"""A connection on which nothing moves is closed after this."""
+"""An idle connection is closed after this."""
 
 MAX_HEAD_BYTES: Final = 32 * 1024
-"""Of a request: its first line and its headers."""
+"""Largest head of a request: its first line and its headers."""
 
 MAX_CONNECTIONS: Final = 4096
 SPARE_FILES: Final = 200
+"""File descriptors that are kept for everything but connections."""
 
 LOOP_SECONDS: Final = 0.2
-"""How often the loop looks whether a signal has come."""
+"""How often the loop checks whether a signal has arrived."""
 
 LAST_SECONDS: Final = 3.0
-"""How long the last figures may take to be told."""
+"""How long a stop waits for the last durations to be written."""
 
 log = get_logger()
 
 
 def _raise_file_limit() -> int:
-    """Let this process open as many files as its connections may need, where the system lets it; returns how many it may."""
+    """Raise the limit on open files to what connections may need, as far as allowed; returns how many may be open."""
     wanted = MAX_CONNECTIONS + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
@@ -61,7 +62,7 @@ def _raise_file_limit() -> int:
 
 
 def _checked(settings: Settings) -> list[Token]:
-    """The tokens. Raises SettingsError, which lists all that is wrong."""
+    """The accepted tokens. Raises SettingsError, which lists everything that is wrong with the settings of the API."""
     wrong: list[str] = []
     tokens: list[Token] = []
     if fault := spool_fault(settings):
@@ -82,9 +83,9 @@ def serve(settings: Settings) -> int:
     """Serve until told to stop; returns the exit code.
 
     Raises:
-        SettingsError: lists all that is wrong with the settings of the API.
-        StartError: it cannot listen.
-        AccessDenied: the user in `MONGO_URI` may not do what is needed.
+        SettingsError: lists everything that is wrong with the settings of the API.
+        StartError: the API cannot listen.
+        AccessDenied: the user in `MONGO_URI` lacks a permission that is needed.
         Transient: MongoDB does not answer, or there are no credentials for S3.
     """
     tokens = _checked(settings)
@@ -94,7 +95,7 @@ def serve(settings: Settings) -> int:
     ledger = Ledger(store, settings.engine_lease_seconds)
     queue = Queue(store, ledger)
     s3 = connect(settings)
-    # Parts of one size, however long a file turns out to be, and so large that the largest has no more than S3 takes.
+    # One part size for all files, whose lengths are unknown: the largest must not need more parts than S3 takes.
     part_bytes = max(settings.api_part_bytes, -(-settings.api_max_upload_bytes // MAX_PARTS))
     objects = Objects(s3, settings.aws_bucket_name or "", part_bytes, settings.api_upload_parallel)
     uploads = DirectUploads(store, s3, objects, settings.api_part_bytes)
@@ -110,13 +111,13 @@ def serve(settings: Settings) -> int:
             host=settings.api_host,
             port=settings.port,
             threads=settings.api_threads,
-            max_request_body_size=settings.api_max_upload_bytes + 1,  # from which on it refuses
-            # Waitress looks at all of a head again with every piece of it that comes.
+            max_request_body_size=settings.api_max_upload_bytes + 1,  # the first size that waitress refuses
+            # Small, since waitress scans the whole head again with every piece of it that arrives.
             max_request_header_size=MAX_HEAD_BYTES,
             channel_timeout=IDLE_SECONDS,
             # A crowd of idle clients must not keep others out.
             connection_limit=max(100, _raise_file_limit() - SPARE_FILES),
-            # So that a client which leaves is noticed while its request is worked on.
+            # Makes waitress notice a client that disconnects while its request is being handled.
             channel_request_lookahead=1,
             ident=None,
             clear_untrusted_proxy_headers=True,
@@ -129,7 +130,7 @@ def serve(settings: Settings) -> int:
     ended = False
 
     def handle_signal(number: int, frame: object) -> None:
-        # No exception: wherever it came up, it might be lost, or end what must not be left half done.
+        # Not an exception: it could surface anywhere, and get lost or interrupt what must not be left half done.
         nonlocal ended
         ended = True
 
@@ -142,7 +143,7 @@ def serve(settings: Settings) -> int:
             wasyncore.loop(timeout=LOOP_SECONDS, map=sockets, use_poll=True, count=1)
     finally:
         stopping.set()
-        # Requests under way are finished, within the task dispatcher's own bound of seconds.
+        # Requests under way may finish within the dispatcher's own timeout.
         server.task_dispatcher.shutdown()
         server.close()
         with pymongo.timeout(LAST_SECONDS):

@@ -25,10 +25,10 @@ __all__ = ["Batches", "Process", "ProcessMany", "checked_key"]
 
 HEADS_AT_A_TIME: Final = 16
 MAX_PREFIX_OBJECTS: Final = 10_000
-"""Objects that one prefix may name."""
+"""Most objects whose keys may begin with the prefix of one batch."""
 
 MAX_KEY_BYTES: Final = 1024
-"""Bytes that S3 takes as a key."""
+"""Longest key that S3 takes."""
 
 KEY_HEADER: Final = "Makes the call safe to repeat: the same key with the same request gives the same answer"
 
@@ -36,7 +36,7 @@ _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
 
 
 def checked_key(key: str) -> str:
-    """A key that an object can have. Raises NotFound."""
+    """The key, if an object can have it. Raises NotFound otherwise."""
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
@@ -47,7 +47,7 @@ def checked_key(key: str) -> str:
 
 
 def _listed(index: int, key: str) -> str:
-    """A key of a list. Raises Problem, which tells its place there."""
+    """A checked key of `fileKeys`. Raises Problem, which names its index there."""
     try:
         return checked_key(key)
     except NotFound as error:
@@ -55,7 +55,10 @@ def _listed(index: int, key: str) -> str:
 
 
 def _ticket(req: falcon.Request, request: ProcessRequest, what: str, place: str) -> Ticket | None:
-    """What makes this request safe to repeat, where the client asks for it: at this place, which others share the queue with."""
+    """The ticket that makes this request safe to repeat, if the client sends an Idempotency-Key. Raises Problem.
+
+    It is valid for this `place` only: APIs of other buckets or databases may share the queue.
+    """
     key = req.get_header("Idempotency-Key")
     if key is None:
         return None
@@ -72,7 +75,7 @@ def _ticket(req: falcon.Request, request: ProcessRequest, what: str, place: str)
 
 
 class Process:
-    """POST /process/{fileKey}; `place` is where it reads from and loads into."""
+    """POST /process/{fileKey}; `place` names the bucket and the database, as `bucket:database`."""
 
     def __init__(self, queue: Queue, objects: Objects, open_jobs: OpenJobsLimit, place: str) -> None:
         self._queue = queue
@@ -111,7 +114,7 @@ class Process:
 
 
 class ProcessMany:
-    """POST /process; `place` is where it reads from and loads into."""
+    """POST /process; `place` names the bucket and the database, as `bucket:database`."""
 
     def __init__(self, batches: JobBatches, objects: Objects, open_jobs: OpenJobsLimit, place: str) -> None:
         self._batches = batches
@@ -130,7 +133,7 @@ class ProcessMany:
         errors=(404, 422, 503),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """202 with the batch's id; no job is made where one of the objects does not exist."""
+        """202 with the batch's id; no job is created if one of the objects does not exist."""
         request = body_of(req, BatchRequest)
         ticket = _ticket(req, request, "many", self._place)
         redeemed = self._batches.redeem(ticket) if ticket is not None else None

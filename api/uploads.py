@@ -26,10 +26,10 @@ from engine.settings import Settings
 __all__ = ["FormUploads", "key_for", "location_of", "reduced", "spool_fault"]
 
 MAX_NAME_LENGTH: Final = 200
-"""Characters of a file's name that its key keeps."""
+"""Most characters of a file's name that its key keeps."""
 
 MAX_EXTENSION_LENGTH: Final = 20
-"""Characters behind the last dot of a name, beyond which they are no extension."""
+"""Longest extension: anything longer after the last dot of a name is not one."""
 
 MISSING: Final = "the form has no part named `file`: send the file in one"
 
@@ -37,7 +37,7 @@ MISSING: Final = "the form has no part named `file`: send the file in one"
 def reduced(name: str) -> str:
     """A file's name reduced to letters, digits, dot, dash and underscore; never empty.
 
-    The extension is kept, since it tells the format, also where nothing is left of what stands before it.
+    The extension is kept, since it determines the format, even if nothing is left of the name before it.
     """
     name = name.replace("\\", "/").rsplit("/", 1)[-1]
     stem, dot, extension = name.rpartition(".")
@@ -53,17 +53,17 @@ def _plain(text: str) -> str:
 
 
 def key_for(name: str) -> str:
-    """A key that nobody has used: keys sort by the time of their making."""
+    """A new, unique key; keys sort by the time at which they were made."""
     return f"{ULID()}-{reduced(name)}"
 
 
 def location_of(key: str) -> str:
-    """Where an object is, of this API."""
+    """The path of an object in this API."""
     return f"/files/{quote(key)}"
 
 
 def spool_fault(settings: Settings) -> str | None:
-    """Why bodies cannot be spooled; None where they can."""
+    """Why bodies cannot be spooled; None if they can."""
     try:
         with tempfile.TemporaryFile(dir=settings.api_spool_dir):
             return None
@@ -76,9 +76,9 @@ class FormUploads:
     """POST /upload.
 
     Args:
-        objects: where files go.
-        recorded: a context for the time in which an upload is unfinished.
-        stopping: is set when the process is to stop: uploads under way are given up.
+        objects: the bucket that files go to.
+        recorded: makes the context within which a multipart upload is unfinished.
+        stopping: set when the process is to stop; uploads under way are then given up.
     """
 
     def __init__(self, objects: Objects, recorded: Recorded, stopping: threading.Event) -> None:
@@ -104,7 +104,7 @@ class FormUploads:
             try:
                 form: MultipartForm = req.get_media()
             except falcon.HTTPUnsupportedMediaType:
-                raise not_a_form() from None  # with a parameter that says that it is unwanted
+                raise not_a_form() from None  # its parameters exclude the type itself, as `q=0` does
             stored = self._store(form, gone_of(req))
         except (MultipartParseError, falcon.HTTPBadRequest) as error:
             detail = error.description or "the form cannot be read"
@@ -126,7 +126,7 @@ class FormUploads:
         parts = iter(form)
 
         def go_on() -> None:
-            """Nobody would know of a file whose client has gone before it was told the key."""
+            """Raises Problem if the client has gone, as nobody would know the key, or if the server is stopping."""
             if gone():
                 raise Problem(499, "client_gone", "the client has left before the file was stored")
             if self._stopping.is_set():
@@ -148,7 +148,7 @@ class FormUploads:
 
 
 class _Watched:
-    """A stream that is read only as long as somebody waits for its end."""
+    """A stream that calls `go_on` before each read: it raises if nobody waits for the upload any longer."""
 
     def __init__(self, stream: Stream, go_on: Callable[[], None]) -> None:
         self._stream = stream
@@ -167,7 +167,7 @@ def _name(part: BodyPart) -> str:
 
 
 def _check_is_file(part: BodyPart) -> None:
-    """Raises Problem of any other part: options of a job that are sent along would be lost without a word."""
+    """Raises Problem for any other part: job options that are sent along would be silently ignored."""
     if not part.name:
         raise Problem(400, "missing_file", MISSING)
     if part.name != "file":
@@ -180,7 +180,7 @@ def _check_is_file(part: BodyPart) -> None:
 
 
 def _finish(parts: Iterator[BodyPart]) -> None:
-    """Read the form to its final boundary: one that was cut short in transit otherwise reads as whole."""
+    """Read the form to its final boundary: otherwise one that was cut short in transit would look complete."""
     for part in parts:
         if not part.name:
             raise Problem(400, "malformed_form", "the form has a part without a name: send one part, named `file`")

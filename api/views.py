@@ -14,11 +14,11 @@ __all__ = ["batch_status", "is_idle", "job_detail", "job_status", "moment", "sto
 NO_WORKER: Final = "a worker: none is alive (start `headrace engine`)"
 
 WHOLE_WITHIN: Final = timedelta(hours=1)
-"""All jobs of a batch are made within this, or the request for them has died."""
+"""How long the request for a batch may take to create its jobs; after that it has died."""
 
 
 def stored_file(source: Source) -> UploadAnswer:
-    """A file that was stored a moment ago."""
+    """The answer for a file that was just stored."""
     return {
         "message": "File uploaded successfully",
         "fileKey": source.key,
@@ -28,7 +28,7 @@ def stored_file(source: Source) -> UploadAnswer:
 
 
 def job_status(job: Job) -> JobStatus:
-    """A job."""
+    """A job's state and progress."""
     progress, tally, size = job.progress, job.progress.tally, job.source.size
     done = size if job.state is JobState.COMPLETED else min(tally.bytes, size)
     rate = progress.rate
@@ -77,20 +77,20 @@ def job_status(job: Job) -> JobStatus:
 
 
 def is_idle(job: Job, ranges: RangeReport) -> bool:
-    """Whether a job has not ended, and nobody is at work on it."""
+    """Whether a job has not ended, and no worker is at work on it."""
     return job.state not in TERMINAL and not ranges.kept
 
 
 def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) -> str | None:
-    """What an idle job waits for, in words that go on after "waits for"; None where it needs no more than a moment.
+    """What an idle job waits for, as a phrase to follow "waits for"; None if it needs no more than a moment.
 
     Args:
-        job, ranges: the job.
-        paused: whether the queue is.
-        workers: how many are alive.
+        job, ranges: the job, and the report on its ranges.
+        paused: whether the queue is paused.
+        workers: how many workers of the job's database are alive.
     """
     left = ranges.states.get(RangeState.READY, 0) + ranges.states.get(RangeState.LEASED, 0)
-    # What is to be settled, by any worker, waits neither for a time nor for the end of a pause.
+    # A job that only has to be closed is held up by neither its start time nor a pause: any worker does it.
     if job.stopping is not None or (job.state is JobState.PROCESSING and not left):
         return None if workers else NO_WORKER
     if job.options.run_at is not None and job.options.run_at > datetime.now(UTC):
@@ -107,7 +107,7 @@ def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) ->
 
 
 def job_detail(job: Job, ranges: RangeReport, waits: str | None) -> JobDetail:
-    """A job with what it was asked for, what it waits for, what became of its ranges and what happened to it."""
+    """A job with its options, what it waits for, the state of its ranges, and its timeline."""
     return {
         **job_status(job),
         "maxErrors": job.options.max_errors,
@@ -124,9 +124,10 @@ def job_detail(job: Job, ranges: RangeReport, waits: str | None) -> JobDetail:
 
 
 def batch_status(batch: JobBatch) -> BatchStatus:
-    """A batch: PROCESSING until every job has ended, then FAILED where one did, CANCELLED where one was, or COMPLETED.
+    """A batch: PROCESSING until every job has ended; then FAILED if any of them is, else CANCELLED if any is, else
+    COMPLETED.
 
-    FAILED, too, where some of its jobs were never made: its request died within, and nobody has sent it again for long.
+    It is also FAILED if some jobs were never created: its request died halfway, more than `WHOLE_WITHIN` ago.
     """
     states, tally = batch.states, batch.tally
     known = sum(states.values())

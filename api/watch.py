@@ -1,6 +1,6 @@
-"""Waiting for a job to move, at little cost: ETags, long polls, and server-sent events.
+"""Waiting for a job to change, at little cost: ETags, long polls, and server-sent events.
 
-A client that waits holds a thread, so only so many may wait at a time; the others are told to come again.
+A client that waits holds a thread, so only a limited number may wait at a time; others are told to try again later.
 """
 
 import hashlib
@@ -24,12 +24,16 @@ __all__ = ["REQUEST_HEADERS", "RESPONSE_HEADERS", "Events", "Watch"]
 
 MAX_WAIT_SECONDS: Final = 60
 LOOK_SECONDS: Final = 0.25
+"""How often a job that a client waits for is read."""
+
 EVENTS_SECONDS: Final = 600.0
-"""How long one stream of events lasts; the client asks for the next one by itself."""
+"""How long one event stream lasts; clients then reconnect by themselves."""
 
 HEARTBEAT_SECONDS: Final = 5.0
+"""How long a stream may be silent before it sends a comment."""
+
 RETRY_MILLISECONDS: Final = 3000
-"""The delay before reconnecting that clients of an event stream are told."""
+"""The delay before reconnecting that an event stream tells its client."""
 
 REQUEST_HEADERS: Final[Mapping[str, str]] = {
     "Prefer": "wait=N: answer when the job has ended, or is no longer as If-None-Match says, or after N seconds (60 at most)",
@@ -43,9 +47,10 @@ RESPONSE_HEADERS: Final[Mapping[str, str]] = {
 
 _WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,18})\"?\s*(?:$|[,;])", re.IGNORECASE)
 ANY: Final = "*"
-"""In If-None-Match: whatever is there now."""
+"""In If-None-Match: matches any state."""
 
 Look = Callable[[], tuple[dict[str, Any], bool]]
+"""Reads a job: its body as clients see it, and whether the job has ended."""
 
 
 class Watch:
@@ -54,7 +59,7 @@ class Watch:
     Args:
         queue: the jobs.
         slots: how many may wait at a time.
-        stopping: is set when the process is to stop: then nobody waits any longer.
+        stopping: set when the process is to stop; all waits then end.
     """
 
     def __init__(self, queue: Queue, slots: Slots, stopping: threading.Event) -> None:
@@ -68,7 +73,7 @@ class Watch:
         return dict(job_status(job)), job.state in TERMINAL
 
     def answer(self, req: falcon.Request, resp: falcon.Response, job_id: str, look: Look) -> None:
-        """Answer with what is told of a job: at once, or after the wait that the client prefers."""
+        """Answer with what `look` returns, or 304: at once, or after the wait that the client prefers."""
         known = _known(req)
         body, ended = look()
         tag = tag_of(body)
@@ -84,8 +89,8 @@ class Watch:
                 while time.monotonic() < end and not ended and (not known or tag in known) and not gone():
                     if self.stopping.wait(min(LOOK_SECONDS, max(end - time.monotonic(), 0))):
                         break
-                    # All else that is told, which may take a look at each range, is looked at when the job has changed, and at
-                    # the end: what it waits for changes by itself.
+                    # `look` may read all of the job's ranges. It is called only when the job has changed, and once at
+                    # the end, since what the job waits for may change by itself.
                     before, seen = seen, tag_of(self.status(job_id)[0])
                     if seen != before:
                         body, ended = look()
@@ -98,7 +103,7 @@ class Watch:
         if seconds is not None:
             resp.set_header("Preference-Applied", f"wait={seconds}")
         resp.cache_control = ["no-cache"]
-        # Weak: what is left of the time may differ.
+        # Weak: the estimate of the time left may differ.
         weak = falcon.ETag(tag)
         weak.is_weak = True
         resp.etag = weak.dumps()
@@ -109,7 +114,7 @@ class Watch:
 
 
 def tag_of(body: Mapping[str, Any]) -> str:
-    """The ETag of an answer, without quotes. What is only a guess of the time left does not count."""
+    """The ETag of an answer, without quotes. `secondsLeft`, only an estimate, does not count."""
     same = dict(body) | {"progress": {k: v for k, v in body["progress"].items() if k != "secondsLeft"}}
     return hashlib.sha256(orjson.dumps(same)).hexdigest()[:32]
 
@@ -148,7 +153,7 @@ class Events:
         errors=(404, 409, 429),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """200 with a stream; 204, upon which a browser asks no more, where its end has been told."""
+        """200 with a stream; 204, after which a browser does not reconnect, if the client has the `end` event."""
         body, ended = self._watch.status(job_id)  # 404 before the stream begins
         known = req.get_header("Last-Event-ID") or ""
         if ended and tag_of(body) == known:
@@ -161,7 +166,7 @@ class Events:
 
 
 class _Stream:
-    """The events of one client; `close` is called by the server when the client has left, or the stream has ended."""
+    """The events for one client. The server calls `close` when the client has left, or the stream has ended."""
 
     def __init__(self, watch: Watch, job_id: str, known: str, gone: Callable[[], bool]) -> None:
         self._watch = watch
@@ -193,7 +198,7 @@ class _Stream:
                 name = b"end" if ended else b"progress"
                 return b"id: %b\nevent: %b\ndata: %b\n\n" % (self._tag.encode(), name, orjson.dumps(body))
             if time.monotonic() - self._said_at >= HEARTBEAT_SECONDS:
-                # A client whose machine is gone closes nothing: only a write shows that.
+                # A client whose machine has vanished closes no connection: only a write reveals that.
                 self._said_at = time.monotonic()
                 return b": still here\n\n"
             self._watch.stopping.wait(LOOK_SECONDS)

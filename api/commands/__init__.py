@@ -1,1 +1,1 @@
-"""The command line: what each command of `headrace` does. `api.cli` is its door."""
+"""The command line: what each command of `headrace` does. `api.cli` is the entry point."""

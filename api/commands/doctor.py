@@ -1,4 +1,4 @@
-"""`headrace doctor`: look at everything that a load needs, one line each, with what to do where something is amiss."""
+"""`headrace doctor`: checks everything that a load needs, one line each, with what to do if something is wrong."""
 
 import io
 import shutil
@@ -28,11 +28,12 @@ from engine.settings import Settings
 __all__ = ["Finding", "examine"]
 
 CLOCK_SECONDS: Final = 5.0
+"""A larger difference between this machine's clock and a server's is a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, how it is (ok, warning or wrong), and a sentence."""
+    """The result of a check: what was checked, its state (ok, warning or wrong), and a sentence."""
 
     what: str
     state: str
@@ -40,7 +41,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Look at one thing after the other."""
+    """Run the checks, one after another."""
     checks: list[tuple[str, Callable[[Settings], Finding]]] = [
         ("MongoDB", _mongodb),
         ("S3", _s3),
@@ -56,7 +57,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         except HeadraceError as error:
             yield Finding(what, "wrong", mask(str(error)))
             if check is _mongodb:
-                settings = settings.model_copy(update={"mongo_uri": None})  # to wait for it once is enough
+                settings = settings.model_copy(update={"mongo_uri": None})  # waiting for it once is enough
 
 
 def _mongodb(settings: Settings) -> Finding:
@@ -80,7 +81,7 @@ def _mongodb(settings: Settings) -> Finding:
 
 
 def _clock(settings: Settings) -> Finding:
-    """This machine's clock beside those of the servers: S3 refuses signatures of a time that is minutes off."""
+    """Compare this machine's clock with the servers': S3 refuses signatures whose time is minutes off."""
     off: dict[str, float] = {}
     silent = ""
     if settings.mongo_uri is not None:
@@ -106,7 +107,7 @@ def _clock(settings: Settings) -> Finding:
 
 
 def _ahead(there: datetime) -> float:
-    """By how many seconds this machine's clock is ahead of one that was read a moment ago."""
+    """How many seconds this machine's clock is ahead of one that was just read."""
     return (datetime.now(UTC) - there).total_seconds()
 
 
@@ -139,7 +140,7 @@ def _processes(settings: Settings) -> Finding:
         with closing(Store(settings, pool=2)) as store:
             alive = serving(live(store), store.data.name)
     except HeadraceError:
-        return Finding("processes", state, message)  # the line of MongoDB says what is wrong
+        return Finding("processes", state, message)  # the check of MongoDB says what is wrong
     if not alive:
         return Finding("processes", "warning", f"{message}, and no worker is alive: start `headrace engine`")
     return Finding("processes", state, f"{message}; workers alive on all machines: {alive}")

@@ -1,4 +1,4 @@
-"""Files through upload and job, a few at a time: what `headrace load` does."""
+"""What `headrace load` does: uploads files and submits their jobs, a few files at a time."""
 
 import os
 import secrets
@@ -28,15 +28,16 @@ FILES_AT_A_TIME: Final = 4
 STDIN: Final = "-"
 
 LOOK_SECONDS: Final = 0.1
-"""How often the main thread looks whether it was interrupted; less than the end of a stream is doubted for."""
+"""How often the main thread checks for an interrupt; less than `transfer.LAST_CALL_SECONDS`, so that a stream that the
+interrupt cut short is not taken for complete."""
 
 ANSWER_SECONDS: Final = 5.0
-"""How long an interrupted load waits for the job that is being made for it."""
+"""How long an interrupt waits for the job of a stream that was read to its end."""
 
 
 @dataclass(slots=True)
 class Loaded:
-    """What became of one file: its job's id as soon as there is one, its last status, and what went wrong here."""
+    """What became of one file: its job's id once there is one, the job's last status, and what went wrong here."""
 
     file: str
     job_id: str | None = None
@@ -45,18 +46,18 @@ class Loaded:
     error: HeadraceError | None = None
     note: Note | None = None
     reused: bool = False
-    """Whether the object of an earlier command is taken for it."""
+    """Whether an object that an earlier command uploaded is used for it."""
     earlier: bool = False
-    """Whether its job was made, and has COMPLETED, before."""
+    """Whether an earlier command made its job, which has COMPLETED."""
     by_hand: str = ""
-    """Of a stream whose end has come: how to make its job by hand. From then on an interrupt does not undo the upload."""
+    """How to create a stream's job by hand; set once its end is trusted. An interrupt then does not undo the upload."""
 
     def ended(self) -> bool:
         """Whether its job was watched to its end."""
         return self.status is not None and self.status["status"] in TERMINAL
 
     def advice(self) -> str:
-        """What an interrupt leaves of it, and what to do about that."""
+        """What is left of it after an interrupt, and what to do about that."""
         if self.job_id is not None:
             return f"its job goes on without you: watch it with `headrace status {self.job_id} --wait`"
         if self.by_hand and self.error is not None:
@@ -77,7 +78,7 @@ class Loaded:
         return "it was not begun, or cannot be resumed: run the same command again"
 
     def summary(self) -> dict[str, Any]:
-        """For a script to read."""
+        """The result for a script: the job's last status, or what is known and the error."""
         if self.status is not None and self.error is None:
             return {"file": utf8_name(self.file), **self.status}
         known = {"file": utf8_name(self.file), "jobId": self.job_id, "fileKey": self.key}
@@ -85,7 +86,7 @@ class Loaded:
 
 
 class Loader:
-    """Takes files through upload and job, a few at a time, with one bar each."""
+    """Uploads files and submits their jobs, a few at a time, with a progress bar each."""
 
     def __init__(self, client: Client, options: dict[str, Any], *, wait: bool, through_api: bool) -> None:
         self._client = client
@@ -95,7 +96,7 @@ class Loader:
         self._transfer = Transfer(client)
 
     def run(self, files: list[str]) -> list[Loaded]:
-        """Load them; returns what became of each. One that fails does not keep the others."""
+        """Load the files; returns what became of each. One failure does not stop the others; an interrupt exits."""
         forget_old()
         console = Console(highlight=False, emoji=False, stderr=True)
         pool = ThreadPoolExecutor(min(FILES_AT_A_TIME, len(files)), thread_name_prefix="file")
@@ -103,7 +104,7 @@ class Loader:
         try:
             with bars(console) as shown:
                 for future in [pool.submit(self._one, load, shown) for load in loads]:
-                    # In short waits: an interrupt that the kernel hands to another thread does not end a long one.
+                    # In short waits: an interrupt that the kernel delivers to another thread does not end a long one.
                     while not wait([future], timeout=LOOK_SECONDS).done:
                         pass
                     future.result()
@@ -114,9 +115,9 @@ class Loader:
         return loads
 
     def _interrupted(self, loads: list[Loaded]) -> None:
-        # Who cannot wait for the farewell does without.
+        # A second interrupt ends the process at once.
         signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
-        # Looked at before the stop, which is an error to those that are being sent.
+        # Listed before the stop, which makes the uploads under way fail.
         going = [load for load in loads if load.error is None]
         for load in loads:
             if load.error is not None:
@@ -130,7 +131,7 @@ class Loader:
                 name = "standard input" if load.file == STDIN else load.file
                 plainly(f"interrupted; {name}: {load.advice()}")
         sys.stderr.flush()
-        os._exit(EXIT_INTERRUPTED)  # threads in the midst of a request would keep the process
+        os._exit(EXIT_INTERRUPTED)  # threads in the middle of a request would keep the process alive
 
     def _one(self, load: Loaded, shown: Bars) -> None:
         task = shown.add("standard input" if load.file == STDIN else Path(load.file).name)
@@ -140,13 +141,13 @@ class Loader:
                 load.job_id = self._submit(load, load.key)
             except CallFailed as error:
                 if load.note is None:
-                    # What came through a pipe cannot be sent again.
+                    # A stream cannot be sent again.
                     look = f"if `headrace jobs --file {load.key}` shows no job, " if error.status in AWAY else ""
                     advice = f"the file is stored: {look}{self._again(load.key)} with the same options submits it"
                     raise CommandError(f"{error}; {advice}") from None
                 if error.status != 404 or not load.reused:
                     raise
-                # A token that may not look could not tell that the object is gone.
+                # The object is gone, which a token without the scope `read` could not notice before.
                 load.note.forget()
                 load.key = self._stored(load, shown, task)
                 load.job_id = self._submit(load, load.key)
@@ -160,8 +161,8 @@ class Loader:
             load.error = error
         except OSError as error:
             load.error = CommandError(f"it cannot be read: {error.strerror}")
-        except Exception as error:  # noqa: BLE001 (told, and with the file's name)
-            # Nobody thought of this one; the other files are none the worse for it.
+        except Exception as error:  # noqa: BLE001 (reported, with the file's name)
+            # An unexpected error must not affect the other files.
             get_logger().debug("a load failed", action="command", exc_info=error)
             load.error = CommandError(f"something unexpected happened ({type(error).__name__}: {error})")
 
@@ -173,14 +174,14 @@ class Loader:
         load.note.put(asked=ticket)
         job_id, state = self._client.process(key, self._options, ticket)
         if again and state in (JobState.FAILED, JobState.CANCELLED):
-            # An earlier command was interrupted at this job: it is not what this one is for.
+            # The job is that of an interrupted earlier command, and has failed or was cancelled: submit another.
             load.note.done()
             job_id, _ = self._client.process(key, self._options, load.note.ticket(self._options))
         load.earlier = again and state == JobState.COMPLETED
         return job_id
 
     def _again(self, key: str) -> str:
-        """How to submit an object."""
+        """How to submit an uploaded object: the command, or the call if the bucket's name cannot be read."""
         try:
             bucket = self._client.ask("GET", "/files", params={"limit": 1})["bucket"]
         except HeadraceError:
@@ -188,7 +189,7 @@ class Loader:
         return f"`headrace load s3://{bucket}/{key}`"
 
     def _stored(self, load: Loaded, shown: Bars, task: TaskID) -> str:
-        """Have the file in S3; returns its key."""
+        """Make sure that the file is in S3; returns its key."""
         if load.file.startswith("s3://"):
             return self._object(load)
         path = None if load.file == STDIN else Path(load.file)
@@ -208,7 +209,7 @@ class Loader:
         return key
 
     def _object(self, load: Loaded) -> str:
-        """An object that is there already; returns its key."""
+        """Check an object that is in the bucket already; returns its key."""
         bucket, _, key = load.file.removeprefix("s3://").partition("/")
         if utf8_name(key) != key:
             raise CommandError("its key is not UTF-8, as all keys are: write it so")
@@ -221,7 +222,7 @@ class Loader:
         return key
 
     def _stream(self, load: Loaded, path: Path | None, sent: Callable[[int], None]) -> str:
-        """A stream, of standard input where no path is named; returns its key."""
+        """Upload a stream, standard input if `path` is None; returns its key."""
 
         def at_end(by_hand: str) -> None:
             load.by_hand = by_hand
@@ -234,9 +235,9 @@ class Loader:
         return self._transfer.stream(sys.stdin.buffer, "stdin.ndjson", sent, at_end)
 
     def _file(self, load: Loaded, path: Path, size: int, sent: Callable[[int], None]) -> tuple[str, bool]:
-        """A file; returns its key, and whether the object of an earlier command is taken for it."""
+        """Upload a file; returns its key, and whether an object that an earlier command uploaded is used for it."""
         found = path.stat()
-        # `cp -p` and `touch -r` give other content the same time of modification; the time of change they cannot set.
+        # `cp -p` and `touch -r` can give other content the same modification time, but not the same change time.
         stamp = [size, found.st_mtime_ns, found.st_ctime_ns]
         note = Note(self._client.url, str(path.resolve()), stamp)
         key = self._transfer.there(note, size)
@@ -250,7 +251,7 @@ class Loader:
         return key, reused
 
     def _uploaded(self, path: Path) -> dict[str, Any]:
-        """A file that went through the API. Raises CommandError where it is too large for that."""
+        """Upload a file through the API; returns its answer. Raises CommandError if the file is too large for that."""
         try:
             return self._client.stored(path)
         except CallFailed as error:

@@ -1,4 +1,4 @@
-"""The commands of `headrace` that start or look at its parts on this machine; those that talk to the API are in `remote`.
+"""The commands of `headrace` that run or inspect its parts on this machine; those that call the API are in `remote`.
 
 Exit codes: 0 done; 1 it could not be done; 2 wrong usage; 3 the job FAILED; 4 it was CANCELLED; 130 interrupted.
 """
@@ -44,7 +44,7 @@ def up(
     once: Annotated[bool, typer.Option("--once", help="Exit after the job: 0 if it completed.")] = False,
     records: Annotated[int, typer.Option(min=0, help="Records of the sample; 0: load nothing.")] = 200_000,
 ) -> None:
-    """Start real servers, the engine and the API; load a file; go on serving."""
+    """Start real servers, the engine and the API; load a file; keep serving."""
     from api.commands.up import up as run
 
     settings = settings_of(needs_servers=False)
@@ -53,7 +53,7 @@ def up(
 
 @app.command()
 def engine() -> None:
-    """Run the workers, here, against MONGO_URI and the bucket."""
+    """Run the workers on this machine, against MONGO_URI and the bucket."""
     from engine.fleet.supervisor import Supervisor
     from engine.fleet.worker import work
 
@@ -63,13 +63,13 @@ def engine() -> None:
 
 @app.command()
 def api() -> None:
-    """Run the HTTP API, here, against MONGO_URI and the bucket."""
+    """Run the HTTP API on this machine, against MONGO_URI and the bucket."""
     from api.server import serve
 
     code = serve(settings_of(needs_servers=True))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads that wait for an S3 which does not answer would keep the process for a minute
+    os._exit(code)  # threads that wait for an S3 that does not answer would keep the process alive for a minute
 
 
 app.add_typer(remote)
@@ -99,14 +99,14 @@ def config(as_json: AsJson = False) -> None:
 
 
 def _without_secrets(uri: str) -> str:
-    """A URI of MongoDB without what stands before the @, and without the values of options that may hold a secret."""
+    """A MongoDB URI, masked: everything before the @, and the values of options that may hold a secret."""
     uri = re.sub(r"(?<=://).*@", "***@", uri, flags=re.DOTALL)
     return re.sub(r"(?i)([?&;][^=&;]*(?:password|properties|token|secret)[^=&;]*=)[^&;]*", r"\1***", uri)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Look at what a load needs: settings, servers, disk and clock; exit 1 where something is wrong."""
+    """Check what a load needs: settings, servers, disk and clock; exits with 1 if something is wrong."""
     from api.commands.doctor import examine
 
     settings = settings_of(needs_servers=False)
@@ -126,7 +126,7 @@ def token(
     scope: Annotated[list[Scope], typer.Option(help="What it may do; may be given several times.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make a token for the API, and its entry for API_TOKENS. The token is shown here and nowhere else."""
+    """Make a token for the API, and its entry for API_TOKENS. The token is shown only this once."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
         raise typer.BadParameter(
             "a token's name has up to 64 letters, digits, dots, dashes and underscores", param_hint="NAME"
@@ -155,17 +155,17 @@ def _root(
 
 
 def main() -> None:
-    """Run a command; every error that a person can cause is a sentence, and exit code 1, or 2 where its usage is wrong."""
+    """Run a command. An error that a user can cause ends in a sentence and exit code 1, or 2 for wrong usage."""
     configure()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # The name of a file may be no text, and a terminal may know few letters.
+            # A file name may not be valid text, and a terminal's encoding may lack characters.
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()  # here, where it can still be told that it fails
+            sys.stdout.flush()  # here, where a failure can still be reported
     except HeadraceError as error:
         plainly(str(error))
         sys.exit(1)
@@ -173,10 +173,10 @@ def main() -> None:
         plainly("an argument is not UTF-8, as keys, ids and names of collections are: write it so")
         sys.exit(1)
     except BrokenPipeError:
-        # Who read what is printed has enough of it.
+        # The reader of the output, such as `head`, has closed it.
         _drop_output()
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001 (a person is shown a sentence, whatever it is)
+    except Exception as error:  # noqa: BLE001 (the user sees a sentence, whatever it is)
         get_logger().debug("the command failed", action="command", exc_info=error)
         message = f"something unexpected happened ({type(error).__name__}): ENGINE_LOG_LEVEL=debug shows where"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -187,5 +187,5 @@ def main() -> None:
 
 
 def _drop_output() -> None:
-    """Let nothing more be written to standard output: what is in its buffer would fail again at the end."""
+    """Discard standard output from now on: writing what is left in its buffer would fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The commands that ask the HTTP API: loads, jobs, the queue, the workers."""
+"""The commands that call the HTTP API: loads, jobs, the queue, the workers."""
 
 import os
 import re
@@ -42,8 +42,10 @@ from engine.values import http_url
 __all__ = ["remote"]
 
 TOP_SECONDS: Final = 1.0
+"""How often `top` is refreshed."""
+
 PROFILE_SECONDS: Final = 4.0
-"""Workers tell every two seconds: at least one whole such time lies within."""
+"""Workers report every two seconds: at least one whole interval lies within."""
 
 MOST_PROFILE_SECONDS: Final = 3600.0
 
@@ -86,7 +88,7 @@ def load(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload files and process them. Run it again after an interruption, and it resumes where it was."""
+    """Upload files and process them. After an interruption, run it again: it resumes where it stopped."""
     budget: Any = int(max_errors) if re.fullmatch("[0-9]{1,16}", max_errors) else max_errors
     options = {"collection": collection, "format": format.value, "maxErrors": budget, "priority": priority}
     options |= {"validate": validate, "force": force, "ifLoaded": "skip" if skip_loaded else "load"}
@@ -95,13 +97,13 @@ def load(
     _check_options(options)
     _check_files(files, through_api=through_api)
     client = _client(url)
-    client.ask("GET", "/healthz")  # one that is not there yet is told at once; one that goes later is waited for
+    client.ask("GET", "/healthz")  # fails at once without an API; one that goes away later is waited for
     loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
     if as_json:
         print_json([load.summary() for load in loads])
     else:
         for load in loads:
-            # Of one that cannot be watched to its end, the id is all that there is to go on with.
+            # The id is needed to follow a job that was not watched to its end.
             if load.job_id is not None and (not wait or load.error is not None):
                 print(load.job_id)
             elif load.status is not None:
@@ -126,7 +128,7 @@ def load(
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Raises BadParameter for what the API would not take: before a file is uploaded for nothing."""
+    """Raises BadParameter for what the API would refuse, before a file is uploaded in vain."""
     try:
         check_collection_name(ProcessRequest.model_validate(options).collection)
     except Refused as error:
@@ -138,7 +140,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _check_files(files: list[str], *, through_api: bool) -> None:
-    """Raises CommandError for one that cannot be read, BadParameter for one that is named twice, or cannot be sent so."""
+    """Raises CommandError for an unreadable file, BadParameter for a duplicate, or a stream to go through the API."""
     seen = set()
     for file in files:
         here = file != STDIN and not file.startswith("s3://")
@@ -187,7 +189,7 @@ def show_status(
     """Show a job; the exit code says how it ended."""
     client = _client(url)
     if wait:
-        client.status(job_id)  # one that is not there, or an API that is away, is told at once
+        client.status(job_id)  # fails at once if the job, or the API, is not there
         try:
             watch(client, job_id, Console(highlight=False, emoji=False, stderr=True))
         except KeyboardInterrupt:
@@ -210,14 +212,14 @@ def _act(job_id: str, what: str, url: str | None, as_json: bool) -> None:
 
 
 def _shown(reject: dict[str, Any]) -> str:
-    """The beginning of a rejected line; of one that is no text, of its base64."""
+    """The beginning of a rejected line, or of its base64 if the line is not UTF-8."""
     encoding = f"{reject['encoding']}: " if "encoding" in reject else ""
     return encoding + printable(reject["raw"][:80])
 
 
 @remote.command()
 def cancel(job_id: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """Cancel a job; what was written stays."""
+    """Cancel a job; documents that were written stay."""
     _act(job_id, "cancel", url, as_json)
 
 
@@ -250,7 +252,7 @@ def rejects(
     if out is not None:
         try:
             size = _save(out, client.rejected(job_id))
-        except (OSError, ValueError, RuntimeError) as error:  # the last one of links that lead to each other
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: symbolic links in a loop
             why = getattr(error, "strerror", None) or error
             raise CommandError(f"{str(out)!r} cannot be written ({why}): name another file") from None
         if as_json:
@@ -274,11 +276,11 @@ def rejects(
 
 
 def _save(out: Path, pieces: Iterable[bytes]) -> int:
-    """Write pieces to a file, which stays as it was until all of them have come; returns their bytes."""
+    """Write pieces to a file, which is replaced only once all of them have arrived; returns their size in bytes."""
     if out.exists() and not out.is_file():
-        with out.open("wb") as there:  # a pipe or a device: what comes is for who reads there
+        with out.open("wb") as there:  # a pipe or a device: its reader gets the pieces as they arrive
             return sum(map(there.write, pieces))
-    target = out.resolve()  # the file that a link names is written, and the link stays
+    target = out.resolve()  # the target of a symbolic link is replaced, and the link stays
     handle, part = tempfile.mkstemp(prefix=".headrace-", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -308,13 +310,13 @@ def show_queue(url: Url = None, as_json: AsJson = False) -> None:
 
 @remote.command()
 def pause(url: Url = None, as_json: AsJson = False) -> None:
-    """Begin no more ranges until the queue is resumed."""
+    """Start no more ranges until the queue is resumed."""
     _show_queue(_client(url).ask("POST", "/queue/pause"), as_json)
 
 
 @remote.command()
 def resume(url: Url = None, as_json: AsJson = False) -> None:
-    """Go on after a pause."""
+    """Resume the queue after a pause."""
     _show_queue(_client(url).ask("POST", "/queue/resume"), as_json)
 
 
@@ -351,13 +353,13 @@ def top(
 def profile(
     seconds: Annotated[
         float,
-        # Its range has a gap, which min and max cannot tell.
+        # 0 is allowed besides the range, which min and max cannot express.
         typer.Option(help=f"How long to measure, {SECONDS_RANGE}; 0: since they started."),
     ] = PROFILE_SECONDS,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where the time of the live workers goes, stage by stage; as JSON, their counters over this time."""
+    """Show where the live workers spend their time, stage by stage; as JSON, their counters over this time."""
     if seconds and not REPORT_SECONDS <= seconds <= MOST_PROFILE_SECONDS:
         why = f"workers tell every {REPORT_SECONDS:g} seconds: measure for {SECONDS_RANGE}, or 0 for all since they started"
         raise typer.BadParameter(why, param_hint="--seconds")

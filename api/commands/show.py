@@ -1,4 +1,4 @@
-"""What commands print: bars, tables, and sentences. Everything else a script reads comes as JSON."""
+"""What commands print: bars, tables and sentences for people, JSON for scripts."""
 
 import codecs
 import json
@@ -33,18 +33,19 @@ __all__ = [
 ]
 
 LINE_SECONDS: Final = 1.0
+"""How often a bar prints a line where there is no terminal."""
 
 WIDE_COLUMNS: Final = 110
-"""A terminal that has room for all that is told of a job in one row."""
+"""A terminal of this many columns has room for all columns of the table of jobs."""
 
 
 def plainly(text: str) -> None:
-    """Tell a person what is wrong, on standard error."""
+    """Print a message for a person on standard error, without secrets or control characters."""
     print(printable_lines(f"headrace: {mask(text)}"), file=sys.stderr)
 
 
 def print_json(value: object) -> None:
-    """One line of JSON on standard output; in ASCII where that does not take UTF-8."""
+    """Print a line of JSON on standard output, in ASCII if that does not take UTF-8."""
     text = orjson.dumps(value, default=str)
     if codecs.lookup(sys.stdout.encoding).name == "utf-8":
         print(text.decode())
@@ -53,7 +54,7 @@ def print_json(value: object) -> None:
 
 
 class Bars:
-    """One bar for each file, through its upload and its job. On a terminal they move; elsewhere they are lines."""
+    """One progress bar for each file, through its upload and its job; lines where there is no terminal."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress = progress
@@ -62,11 +63,11 @@ class Bars:
         self._uploading: set[TaskID] = set()
 
     def add(self, name: str) -> TaskID:
-        """A bar for a file."""
+        """Add a bar for a file."""
         return self._progress.add_task(printable(name), total=100, state="", text="")
 
     def uploaded(self, task: TaskID, sent: int, size: int | None, rate: float) -> None:
-        """So many bytes were sent; `size` None: nobody knows of how many."""
+        """Show that `sent` of `size` bytes, None if not known, were uploaded, at `rate` bytes per second."""
         share = 100 * sent / size if size else None
         text = f"{sent / 1e6:,.0f} MB  {rate / 1e6:,.0f} MB/s"
         left = (size - sent) / rate if size and rate else None
@@ -74,12 +75,12 @@ class Bars:
         self._show(task, "uploading", share, text, left, last=size is not None and sent >= size)
 
     def unchanged(self, task: TaskID) -> None:
-        """It is there as it was uploaded before."""
+        """Show that the file was uploaded before and has not changed."""
         self._uploading.add(task)
         self._show(task, "uploaded", 100, "before, and unchanged since", None, last=True)
 
     def processed(self, task: TaskID, status: dict[str, Any]) -> None:
-        """The job is so far."""
+        """Show the progress of the job."""
         progress, state = status["progress"], status["status"]
         rate = progress["recordsPerSecond"]
         speed = rate * progress["bytesDone"] / progress["lines"] / 1e6 if progress["lines"] else 0.0
@@ -96,7 +97,7 @@ class Bars:
     def _show(
         self, task: TaskID, state: str, share: float | None, text: str, left: float | None, *, last: bool
     ) -> None:
-        # One bar to the end: of a file that is uploaded and processed, each is a half.
+        # One bar from start to end: if the file is uploaded first, the upload is one half and the job the other.
         whole = share or 0
         if task in self._uploading:
             whole = whole / 2 if state in ("uploading", "uploaded") else 50 + whole / 2
@@ -112,7 +113,7 @@ class Bars:
 
 
 def _span(seconds: float) -> str:
-    """A time as people write it: 0:07, 12:30, 1:02:03."""
+    """A duration as people write it: 0:07, 12:30, 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -120,7 +121,7 @@ def _span(seconds: float) -> str:
 
 @contextmanager
 def bars(console: Console) -> Iterator[Bars]:
-    """Bars on a console, for as long as it takes."""
+    """A context that shows bars on a console."""
     columns = (
         TextColumn("{task.description}", markup=False),
         TextColumn("{task.fields[state]:<10}"),
@@ -132,7 +133,7 @@ def bars(console: Console) -> Iterator[Bars]:
 
 
 def watch(client: Client, job_id: str, console: Console, name: str = "job", **how: Any) -> dict[str, Any]:
-    """Show a job's progress until it ends; returns its last status. `how` it is watched is told to `Client.states`."""
+    """Show a job's progress until it ends; returns its last status. `how` goes to `Client.states`."""
     with bars(console) as shown:
         task = shown.add(name)
         for status in client.states(job_id, **how):
@@ -141,7 +142,7 @@ def watch(client: Client, job_id: str, console: Console, name: str = "job", **ho
 
 
 def job_lines(status: dict[str, Any]) -> Iterator[str]:
-    """A job for a person to read."""
+    """A job as lines for a person to read."""
     return map(printable, _job_lines(status))
 
 
@@ -169,7 +170,7 @@ def _job_lines(status: dict[str, Any]) -> Iterator[str]:
 
 
 def jobs_table(jobs: Sequence[dict[str, Any]], width: int) -> Table:
-    """Jobs, one a row, for a terminal of so many columns; on a narrow one without their times."""
+    """A table of jobs, one per row, for a terminal of `width` columns; a narrow one shows no times."""
     table = Table(
         Column("job", no_wrap=True, min_width=24),
         Column("status", no_wrap=True),
@@ -190,7 +191,7 @@ def jobs_table(jobs: Sequence[dict[str, Any]], width: int) -> Table:
 
 
 def queue_lines(queue: dict[str, Any]) -> Iterator[str]:
-    """The queue for a person to read."""
+    """The queue as lines for a person to read."""
     yield "paused" if queue["paused"] else "running"
     yield "  " + ", ".join(f"{count:,} {state}" for state, count in queue["jobs"].items())
     if queue["oldestSeconds"]:
@@ -198,7 +199,7 @@ def queue_lines(queue: dict[str, Any]) -> Iterator[str]:
 
 
 def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
-    """Workers, one a row."""
+    """A table of workers, one per row."""
     job = Column("job", no_wrap=True, min_width=24)
     table = Table("host", "worker", "pid", job, "range", "%", "records/s", "memory MB", "peak MB")
     for worker in workers:
@@ -210,7 +211,7 @@ def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
 
 
 def counted_since(before: Sequence[dict[str, Any]], workers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The workers, with what each has counted since `before`; all that it has where it was not there."""
+    """The workers with their counts since `before`; of a worker that is not in `before`, with all its counts."""
     earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
     now: list[dict[str, Any]] = []
     for worker in workers:
@@ -220,8 +221,8 @@ def counted_since(before: Sequence[dict[str, Any]], workers: Sequence[dict[str, 
 
 
 def profile_table(workers: Sequence[dict[str, Any]]) -> Table:
-    """Where the workers' time went by their counters: for each stage its microseconds per line, or seconds where no line has
-    come to its end; then, of all workers, its share of all stages but `stall`, in which nothing is spent."""
+    """A table of where the workers' time went: microseconds per line for each stage, or seconds if no line is done yet;
+    then each stage's share over all workers. `stall` has no share: it is idle time."""
     table = Table(
         "worker",
         Column("lines", justify="right", no_wrap=True),
@@ -252,7 +253,7 @@ def _seconds(worker: dict[str, Any]) -> dict[str, float]:
 
 
 def _spent(seconds: float, lines: float) -> str:
-    """Microseconds for each line; of a worker that has come to the end of none, seconds."""
+    """Microseconds per line; seconds if no line is done yet."""
     if not lines:
         return f"{seconds:.1f} s" if seconds else "–"
     spent = 1e6 * seconds / lines

@@ -1,4 +1,4 @@
-"""What every command begins with: its settings, and where it prints."""
+"""What all commands share: their settings, exit codes, and the console for tables."""
 
 import os
 import sys
@@ -15,9 +15,10 @@ from engine.settings import load as load_settings
 __all__ = ["EXIT_INTERRUPTED", "EXIT_OF", "AsJson", "console", "settings_of"]
 
 WIDE: Final = 240
+"""Columns of a table that is not printed on a terminal."""
 
 EXIT_OF: Final = {"COMPLETED": 0, "FAILED": 3, "CANCELLED": 4}
-"""What a command that has watched a job to its end exits with."""
+"""Exit code of a command that has watched a job to its end, by the job's state."""
 
 EXIT_INTERRUPTED: Final = 130
 
@@ -25,7 +26,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")
 
 
 def settings_of(*, needs_servers: bool) -> Settings:
-    """The settings, by which logs are written from now on. Raises SettingsError for servers that are needed and not named."""
+    """Load the settings and configure logging. Raises SettingsError, also if needed servers are not named."""
     settings, warnings = load_settings()
     configure(settings.engine_log_level, settings.engine_log_format, settings.secrets())
     for warning in warnings:
@@ -42,6 +43,6 @@ def settings_of(*, needs_servers: bool) -> Settings:
 
 
 def console() -> Console:
-    """Standard output for tables: wide enough, where no terminal sets the width, that nothing is cut."""
+    """A console for tables on standard output; `WIDE`, so that nothing is cut, if no terminal sets the width."""
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
     return Console(highlight=False, markup=False, emoji=False, width=wide)

@@ -1,7 +1,7 @@
-"""A file from here to S3, directly: its parts in parallel, to URLs that the API signs; what was sent once is not sent again.
+"""Sends files directly to S3: parts in parallel, to URLs that the API signs, and nothing twice.
 
-Where a file stands is noted in the user's state folder: the same command goes on where the last one was stopped, and loads the
-object that is there where the file has not changed since.
+The progress of each file is noted in the user's state folder: the same command resumes where the last one stopped, and
+loads the object that is already in S3 if the file has not changed since.
 """
 
 import hashlib
@@ -39,56 +39,59 @@ from engine.errors import CommandError, HeadraceError
 __all__ = ["Note", "Transfer", "forget_old"]
 
 PARALLEL: Final = 4
+"""Parts in flight at a time, of all files together."""
 
 FLYING_BYTES: Final = 64 * 1024 * 1024
-"""Parts of one file that are held while they are sent, where it is larger than one."""
+"""Most bytes of one file's parts that are held in memory while they are sent; one part may be larger."""
 
 TRIES: Final = 5
-"""Tries of a part. Once S3 has answered anything, they go on until `PATIENCE_SECONDS` have passed."""
+"""Tries of a part. Once S3 has answered anything, they continue until `PATIENCE_SECONDS` have passed."""
 
 MOST_WAIT_SECONDS: Final = 5.0
-"""Between two tries."""
+"""Longest pause between two tries."""
 
 URLS: Final = 100
+"""Signed URLs that are asked for at a time."""
 
 URLS_FRESH_SECONDS: Final = 600.0
-"""How long signed URLs are used: they are good for an hour, but no longer than the credentials that signed them. Those of a
-machine's role are renewed ten minutes before they end."""
+"""How long signed URLs are used: they are valid for an hour, but no longer than the credentials that signed them. Those
+of a machine's role are renewed ten minutes before they expire."""
 
 STREAM_PART_BYTES: Final = 16 * 1024 * 1024
-"""Parts of a stream of unknown length: ten thousand of them are 156 GiB, or 168 GB."""
+"""Size of the parts of a stream of unknown length: ten thousand of them are 156 GiB, or 168 GB."""
 
 LAST_CALL_SECONDS: Final = 0.3
-"""How long the end of a stream is not trusted: a Ctrl-C also ends the program that writes it, which looks like the end of the
-data."""
+"""How long the end of a stream is not trusted: a Ctrl-C also ends the program that writes it, which looks like the end
+of the data."""
 
 KEEP_SECONDS: Final = 30 * 24 * 3600.0
-"""How long a file is remembered that is not loaded again."""
+"""How long the note of a file that is not loaded again is kept."""
 
 STOPPED: Final = "sending was stopped"
 
 LAST_PARTS_SECONDS: Final = 2.0
-"""How long a stop waits for the parts of streams that are under way: one that arrives after the end of its upload would stay
-in S3, known to nobody."""
+"""How long a stop waits for parts of streams in flight: one that arrives after its upload was aborted would stay in S3,
+known to nobody."""
 
 USELESS: Final = (404, 409, 422)
-"""Where completing an upload is answered so, its parts are gone, or will never make an object."""
+"""Statuses with which completing an upload fails for good: its parts are gone, or will never make an object."""
 
 Sent = Callable[[int], None]
+"""Called with the number of bytes that were sent since the last call."""
 
 
 def _folder() -> Path:
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not given.is_absolute():  # a relative one counts as none
+    if not given.is_absolute():  # a relative path counts as unset
         try:
             given = Path.home() / ".local" / "state"
-        except RuntimeError:  # a user of whom nothing is known, and no HOME
+        except RuntimeError:  # HOME is not set, and the system does not know the user
             given = Path(os.devnull)  # where nothing can be kept
     return given / "headrace" / "loads"
 
 
 def forget_old() -> None:
-    """Forget the files that have not been loaded for long."""
+    """Delete the notes of files that have not been loaded for `KEEP_SECONDS`."""
     with suppress(OSError):
         for note in _folder().iterdir():
             if time.time() - note.stat().st_mtime > KEEP_SECONDS:
@@ -96,13 +99,13 @@ def forget_old() -> None:
 
 
 class Note:
-    """What is known of a file: `uploadId` while it is on its way, then `key` and `etag` of its object, and a `ticket` that
-    makes its job once, with what was `asked` by it.
+    """What earlier commands noted about a file: `uploadId` while it is sent, then `key` and `etag` of its object; a
+    `ticket`, from which idempotency keys are derived, and the key last `asked` with.
 
     Args:
-        url: of the API.
-        name: of the file, in full.
-        stamp: what must be the same for the file to be the same.
+        url: the URL of the API.
+        name: the file's full path, or the object's s3:// URL.
+        stamp: identifies the version of the file: a note with another stamp is ignored.
     """
 
     def __init__(self, url: str, name: str, stamp: list[Any]) -> None:
@@ -114,40 +117,40 @@ class Note:
                 self._state = known
 
     def get(self, name: str) -> str | None:
-        """What is known; None where it is not."""
+        """A noted value; None if there is none."""
         found = self._state.get(name)
         return found if isinstance(found, str) else None
 
     def put(self, **known: str) -> None:
-        """Keep this; without a place to keep it, the load only cannot be resumed."""
+        """Note these values. If they cannot be written, the load merely cannot be resumed."""
         self._state |= known
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_bytes(orjson.dumps(self._state))
 
     def stored(self, made: dict[str, Any]) -> str:
-        """Keep what the API answered of the object that was made of the file; returns its key."""
+        """Note the key and ETag of the file's object from the API's answer; returns the key."""
         self.put(key=made["fileKey"], etag=made["etag"])
         return str(made["fileKey"])
 
     def ticket(self, options: dict[str, Any]) -> str:
-        """The same for the same file and options, until it is forgotten."""
+        """The idempotency key for these options: the same for the same file until `done` or `forget`."""
         whole = orjson.dumps([self._state["ticket"], options], option=orjson.OPT_SORT_KEYS)
         return hashlib.sha256(whole).hexdigest()
 
     def done(self) -> None:
-        """The command is through: the next one is a job of its own, of the object that is there."""
+        """The command has finished: the next one submits a job of its own, for the same object."""
         self.put(ticket=secrets.token_hex(16))
 
     def forget(self) -> None:
-        """What was uploaded is gone: the file is to be uploaded again, for a job of its own."""
+        """What was uploaded is gone: the next command uploads the file again, for a job of its own."""
         self._state = {"stamp": self._state["stamp"], "ticket": secrets.token_hex(16)}
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
 
 
 class Transfer:
-    """Sends files. Safe to use from threads, one file each; together they send so many parts at a time."""
+    """Sends files. Thread-safe, with one file per thread; together they send `PARALLEL` parts at a time."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -156,11 +159,11 @@ class Transfer:
         self._stopped = threading.Event()
         self._reached = False  # whether S3 has answered anything yet
         self._deciding = threading.Lock()
-        self._streams: set[str] = set()  # of which the end is not taken for the end yet
+        self._streams: set[str] = set()  # uploads of streams whose end is not trusted yet
         self._flying: set[Future[None]] = set()
 
     def stop(self) -> None:
-        """Send no more parts, and free those of streams, which cannot be resumed. A stream that is not whole by now never is."""
+        """Send no more parts, and abort the uploads of streams whose end is not trusted yet: they cannot be resumed."""
         with self._deciding:
             self._stopped.set()
             streams = list(self._streams)
@@ -172,11 +175,12 @@ class Transfer:
                 self._client.ask("DELETE", f"/uploads/{upload_id}", timeout=5)
 
     def file(self, file: Path, note: Note, sent: Sent) -> str:
-        """Send a file; returns its key. `sent` is called with numbers of bytes, those that were there already too.
+        """Send a file; returns its key. `sent` also counts the bytes that S3 has already.
 
         Raises:
-            CommandError: the file cannot be read, or was written to meanwhile, or S3 cannot be reached from here.
-            CallFailed: of the API.
+            OSError: the file cannot be read.
+            CommandError: the file was written to meanwhile, or S3 cannot be reached from here or refuses a part.
+            CallFailed: a call of the API failed.
         """
         with file.open("rb") as content:
             return self._file(content, file.name, note, sent)
@@ -194,25 +198,26 @@ class Transfer:
         there = {part["partNumber"]: part for part in state["stored"]}
         self._send(state, there, lambda number: _part(content, number, state["partBytes"], size), sent)
         if version_of(content) != version:
-            # Of two versions, lines would be torn where their parts meet.
+            # Lines would be torn where parts of two versions meet.
             self._free(state)
             note.forget()
             raise CommandError(f"{name} {CHANGED}")
         return note.stored(self._complete(state))
 
     def stream(self, content: IO[bytes], name: str, sent: Sent, ended: Callable[[str], None]) -> str:
-        """Send a stream to its end; returns its key. It cannot be resumed: when it fails, its parts are freed, unless all of them
-        are there and may still become an object.
+        """Send a stream to its end; returns its key. It cannot be resumed: on failure its parts are freed, unless S3
+        has all of them and they may still become an object.
 
-        `ended` is called when the end of the stream has been taken for its end, with a sentence that says how to make its job by
+        `ended` is called when the end of the stream is trusted, with a sentence that says how to create its job by
         hand: from then on a stop does not undo the upload.
 
         Raises:
-            CommandError: it was stopped before, or S3 cannot be reached from here, or the stream is longer than an upload can be.
-            CallFailed: of the API.
+            CommandError: it was stopped before, the stream is longer than an upload can be, S3 cannot be reached from
+                here or refuses a part, or the upload could not be completed for now.
+            CallFailed: a call of the API failed.
         """
         asked = {"fileName": utf8_name(name), "partBytes": STREAM_PART_BYTES}
-        # One that is begun twice, since an answer was lost, is aborted after a day.
+        # If an answer is lost, the upload is begun twice; the one that is not used is aborted after a day.
         state = self._client.insist("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
         by_hand = (
@@ -250,15 +255,16 @@ class Transfer:
             self._client.ask("DELETE", f"/uploads/{state['uploadId']}")
 
     def there(self, note: Note, size: int) -> str | None:
-        """The key of the object that an earlier command made of this very file, where it still is; else it is forgotten.
+        """The key of the object that an earlier command made of this very file; if it is no longer there, the note is
+        forgotten.
 
-        A token that may only submit cannot look: then it is believed.
+        A token that may only submit cannot check that: the note is then trusted.
         """
         if (key := note.get("key")) is None:
             return None
         try:
             found = self._client.insist("GET", f"/files/{path_of(key)}")
-            # Another may have put an object of the same size there. Notes of earlier versions have no ETag.
+            # Somebody may have put another object of the same size there. Notes of earlier versions have no ETag.
             if found["size"] == size and note.get("etag") in (None, found["etag"]):
                 return key
         except CallFailed as error:
@@ -270,7 +276,7 @@ class Transfer:
         return None
 
     def _resumed(self, note: Note) -> dict[str, Any] | None:
-        """The upload that an earlier command began of this very file, where it is still under way."""
+        """The upload of this very file that an earlier command began, if it is still under way."""
         if (upload_id := note.get("uploadId")) is None:
             return None
         try:
@@ -281,7 +287,7 @@ class Transfer:
         return None
 
     def _completed(self, note: Note, size: int) -> dict[str, Any] | None:
-        """The object of this very file, where its upload was completed and the answer did not get here."""
+        """The object of this very file, if its upload was completed but the answer was lost."""
         if (upload_id := note.get("uploadId")) is None:
             return None
         try:
@@ -293,7 +299,7 @@ class Transfer:
         return answer if answer["size"] == size else None
 
     def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> bool:
-        """Send the parts; returns whether what is read came to its end before all the parts that there may be were sent."""
+        """Send the parts; returns whether the data ended before the upload had all the parts that it may have."""
         urls, fresh_until = _signed(state)
         flying: set[Future[None]] = set()
         ended = False
@@ -315,7 +321,7 @@ class Transfer:
                 flying.add(future)
                 self._flying.add(future)
                 future.add_done_callback(self._flying.discard)
-                # The parts of a file of terabytes are large, and each is held while it is sent.
+                # The parts of a file of terabytes are large, and each is held in memory while it is sent.
                 if len(flying) >= max(1, min(PARALLEL, FLYING_BYTES // state["partBytes"])):
                     done, flying = wait(flying, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -324,7 +330,7 @@ class Transfer:
                 future.result()
             return ended
         except BaseException:
-            # A part that arrives after the end of its upload would stay in S3, known to nobody.
+            # A part that arrives after its upload was aborted would stay in S3, known to nobody.
             wait([future for future in flying if not future.cancel()])
             raise
 
@@ -335,7 +341,7 @@ class Transfer:
             if self._stopped.is_set():
                 raise CommandError(STOPPED)
             try:
-                # As a stream: of bytes, all that is left of a part is copied each time that a socket takes some.
+                # As a stream: from bytes, the rest of the part would be copied for each write to the socket.
                 answer = self._http.put(url, content=io.BytesIO(data), headers=state["headers"])
                 self._reached = True
                 if answer.is_success:
@@ -343,14 +349,14 @@ class Transfer:
                     return
                 code = re.search("<Code>([A-Za-z]+)</Code>", answer.text)
                 failure = f"was answered with {answer.status_code}{f' ({code[1]})' if code else ''}"
-                # A part that comes too slowly is answered by AWS with 400.
+                # AWS answers a part that arrives too slowly with 400 RequestTimeout.
                 if answer.status_code < 500 and "RequestTimeout" not in answer.text:
                     break
             except httpx.HTTPError as error:
                 failure = f"failed {why_not_reached(error)}"
             tries += 1
             failing = failing or time.monotonic()
-            # An S3 that was there is waited for, as the API is.
+            # An S3 that has answered before is waited for, as the API is.
             if tries >= TRIES and (not self._reached or time.monotonic() - failing > PATIENCE_SECONDS):
                 break
             self._stopped.wait(min(0.1 * 2**tries, MOST_WAIT_SECONDS))
@@ -366,12 +372,12 @@ class Transfer:
 
 
 def _signed(state: dict[str, Any]) -> tuple[dict[int, str], float]:
-    """URLs by number of part, and until when they are used, on the monotonic clock."""
+    """URLs by part number, and the time on the monotonic clock until which they are used."""
     return {part["partNumber"]: part["url"] for part in state["urls"]}, time.monotonic() + URLS_FRESH_SECONDS
 
 
 def _part(content: IO[bytes], number: int, part_bytes: int, size: int) -> bytes:
-    """Part `number` of the first `size` bytes: a file may have grown since it was asked for its size."""
+    """Part `number` of the first `size` bytes: the file may have grown since its size was read."""
     start = (number - 1) * part_bytes
     content.seek(start)
     return content.read(min(part_bytes, size - start))
@@ -381,7 +387,7 @@ def _exactly(content: IO[bytes], size: int) -> bytes:
     pieces: list[bytes] = []
     while size:
         piece: bytes | None = content.read(size)
-        if piece is None:  # a pipe that another program has made non-blocking has nothing just now
+        if piece is None:  # a pipe that another program made non-blocking is empty right now
             select.select([content], [], [])
             continue
         if not piece:

@@ -1,4 +1,4 @@
-"""`headrace up`: real servers, the engine and the API as children, and one load to show it, from one command."""
+"""`headrace up`: starts real servers, and the engine and the API as children, and loads one file to show the result."""
 
 import os
 import shlex
@@ -32,48 +32,49 @@ from engine.settings import Settings
 __all__ = ["up"]
 
 READY_SECONDS: Final = 60.0
+"""How long the API and the servers may take until they are ready."""
 
 QUIET_SECONDS: Final = 5.0
-"""What keeps the parts from being ready is told after this."""
+"""How long to wait before reporting what is not ready yet."""
 
 SAMPLE_SEED: Final = 1
 
 GOES_ON: Final = "goes on when Headrace runs here again (`make run RECORDS=0` loads nothing more)"
 
 OF_THEM: Final = ("", "; one of them:", "; two of them:")
-"""By how many documents are shown."""
+"""By the number of documents that are shown."""
 
 
 class _Stopped(BaseException):
-    """TERM, INT or HUP came. No error of the program: nothing may swallow it."""
+    """TERM, INT or HUP arrived. Not an Exception: nothing may swallow it."""
 
 
 class _Signals:
-    """A signal ends what goes on; from the stop's beginning it only hurries it, so that the servers still stop softly."""
+    """Handles signals: one starts the stop; later ones only hurry it, so that the servers still stop gracefully."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._before: int | None = None  # how many had come when the stop began
+        self._before: int | None = None  # how many had arrived when the stop began
 
     def note(self, number: int, frame: object) -> None:
         """Handle a signal."""
         self.count += 1
-        # Every one: where Python cannot let an exception out, such as in the callback of some library, it is lost.
+        # Raised for every signal: where Python cannot propagate it, as from a library's callback, it is lost.
         if self._before is None:
             raise _Stopped
 
     def stopping(self) -> None:
-        """The stop begins: from now on a signal ends nothing, and does not change how the command ends."""
+        """The stop begins: from now on a signal raises nothing, and does not change the exit code."""
         if self._before is None:
             self._before = self.count
 
     def hurried(self) -> bool:
-        """Whether one has come since the stop began."""
+        """Whether a signal has arrived since the stop began."""
         return self._before is not None and self.count > self._before
 
 
 class _Child:
-    """One `headrace` command as a child with its log in a file."""
+    """One `headrace` command as a child process with its log in a file."""
 
     def __init__(self, name: str, log: Path, environment: dict[str, str]) -> None:
         self.name = name
@@ -82,18 +83,18 @@ class _Child:
             output.write(b"")
             self._from = output.tell()
             self.process = subprocess.Popen(
-                # -P: a folder called `api` where the command is run is none of ours.
+                # -P: a folder `api` in the working directory is not ours.
                 [sys.executable, "-P", "-m", "api.cli", name],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # a Ctrl-C at the terminal is for this process alone, which stops them in order
-                preexec_fn=before_exec,  # noqa: PLW1509 (what threads there are hold no lock)
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops them in order
+                preexec_fn=before_exec,  # noqa: PLW1509 (the threads that exist hold no lock)
                 env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
 
     def check(self) -> None:
-        """Raises StartError when it has ended by itself."""
+        """Raises StartError if it has ended by itself."""
         if (code := exit_code(self.process)) is not None:
             lines = self.log.read_bytes()[self._from :].decode(errors="replace").strip().splitlines()
             last = lines[-1][:500] if lines else "nothing"
@@ -101,7 +102,7 @@ class _Child:
             raise StartError(f"`headrace {self.name}` {how}; its last words: {last} (log: {self.log})")
 
     def stop(self, seconds: float, signals: _Signals) -> None:
-        """TERM; QUIT after so many seconds or when a person is in a hurry; then KILL."""
+        """Send TERM; after `seconds`, or when another signal hurries the stop, QUIT; three seconds later KILL."""
         end = time.monotonic() + seconds
         self.process.terminate()
         while self.process.poll() is None and time.monotonic() < end and not signals.hurried():
@@ -117,27 +118,27 @@ class _Child:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """All that runs: the embedded servers, and the API and the engine as children."""
+    """Everything that runs: the embedded servers, and the API and the engine as children."""
 
     servers: LocalServers
     children: list[_Child] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises StartError when one of them has ended by itself."""
+        """Raises StartError if one of them has ended by itself."""
         if died := self.servers.died():
             raise StartError(died)
         for child in self.children:
             child.check()
 
     def check_at_work(self) -> None:
-        """The same, while jobs may be at work, of which it says what becomes of them."""
+        """Like `check`, but the error also says what becomes of a job that has not ended."""
         try:
             self.check()
         except StartError as error:
             raise StartError(f"{error}. All the rest was stopped; a job that had not ended {GOES_ON}") from None
 
     def serve(self, console: Console) -> NoReturn:
-        """Go on until a signal comes or one of them ends."""
+        """Serve until a signal arrives (raises _Stopped) or one of them ends (raises StartError)."""
         console.print("Serving. Ctrl-C stops it.")
         while True:
             time.sleep(0.5)
@@ -148,13 +149,15 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
     """Run everything and load a file; returns the exit code.
 
     Args:
-        settings: what they do not name is started here.
-        file: loaded through the HTTP API; None: a sample.
+        settings: servers that they do not name are started here.
+        file: the file to load through the HTTP API; None for a sample.
         once: end after the job, with 0 if it COMPLETED; else serve until told to stop.
-        records: lines of the sample.
+        records: lines of the sample; 0 loads nothing.
 
     Raises:
-        StartError: something cannot be started, and nothing is left running.
+        StartError: something cannot be started, or has ended by itself; nothing is left running.
+        CommandError: the file cannot be read, or changes while it is sent.
+        CallFailed: a call of the API failed.
     """
     console = _console()
     if file is not None:
@@ -204,7 +207,7 @@ def _run(
     environment = {name.upper(): str(value) for name, value in servers.overrides.items()}
     token = None
     if tokens_of(settings):
-        # The API asks for one: this command's own, for as long as it runs.
+        # The API needs a token: this command draws its own, valid as long as it runs.
         token, entry = draw("up", [Scope.READ, Scope.SUBMIT])
         known = settings.api_tokens.get_secret_value() if settings.api_tokens else ""
         environment["API_TOKENS"] = f"{known} {entry}"
@@ -212,7 +215,7 @@ def _run(
     logs.mkdir(parents=True, exist_ok=True)
     parts = _Parts(servers)
     for name in ("api", "engine"):  # stopped in the opposite order
-        with signals_blocked():  # a child that is there is stopped as one
+        with signals_blocked():  # no signal gets between starting a child and registering its stop
             child = _Child(name, logs / f"{name}.log", environment)
             stack.callback(_stop, child, servers, settings.engine_grace_seconds + 5, signals)
         parts.children.append(child)
@@ -243,10 +246,10 @@ def _run(
             console.print(f"Job {job_id} has not ended: it {GOES_ON}")
             raise
     except CallFailed:
-        parts.check_at_work()  # which says more of it, where one of them has ended
+        parts.check_at_work()  # says more, if one of them has ended
         raise
     if once:
-        signals.stopping()  # what became of the job is known, and how the command ends with it
+        signals.stopping()  # the job has ended, and with that the exit code is known
     _summary(settings, overrides, status, console)
     console.print("By hand:")
     bearer = '-H "Authorization: Bearer $API_TOKEN" ' if token else ""
@@ -263,7 +266,7 @@ def _run(
 
 
 def _stop(child: _Child, servers: LocalServers, seconds: float, signals: _Signals) -> None:
-    """Stop a child; at once where it would wait for a server that has ended."""
+    """Stop a child, with no grace period if it would wait for a server that has ended."""
     child.stop(0 if servers.died() else seconds, signals)
 
 
@@ -295,7 +298,7 @@ def _wait_ready(console: Console, client: Client, parts: _Parts) -> None:
 
 
 def _console() -> Console:
-    """Shows texts as they are."""
+    """A console that prints text as it is."""
     return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
@@ -313,7 +316,7 @@ def _summary(settings: Settings, overrides: dict[str, Any], status: dict[str, An
         console.print(f"Rejected at byte {reject['offset']}: {reject['reason']}: {printable(reject['detail'])}")
     try:
         _show_documents(settings, overrides, status, console)
-    except HeadraceError as error:  # how the job ended is known all the same
+    except HeadraceError as error:  # the job's outcome does not depend on it
         console.print(f"Its documents cannot be shown: {error}")
     console.print()
 
@@ -326,7 +329,7 @@ def _show_documents(settings: Settings, overrides: dict[str, Any], status: dict[
         job = store.jobs.find_one({"_id": ObjectId(status["jobId"])}) or {}
         tag = bytes(job.get("plan", {}).get("tag", b""))
         ids = {"$gte": ObjectId(tag + bytes(6)), "$lte": ObjectId(tag + b"\xff" * 6)} if len(tag) == 6 else {}
-        # Records that bring their own ids are not known by them: then any two are shown.
+        # Records that bring their own ids cannot be found by the job's tag: then any two are shown.
         found = list(collection.find({"_id": ids}).limit(2)) if ids else []
         found = found or list(collection.find().limit(2))
     console.print(
