@@ -1,5 +1,6 @@
 """Health checks: whether the process is alive, and whether MongoDB and S3 answer it."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -42,6 +43,7 @@ class Ready:
     def __init__(self, checks: Mapping[str, Callable[[], None]]) -> None:
         self._checks = checks
         self._pool = ThreadPoolExecutor(len(checks), thread_name_prefix="ready")
+        self._lock = threading.Lock()
         self._under_way: dict[str, tuple[Future[None], float]] = {}  # and when it began, on the monotonic clock
 
     @operation(
@@ -53,11 +55,12 @@ class Ready:
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """200 if both answer, else 503, which says which does not; within about `PATIENCE_SECONDS`."""
-        for name, check in self._checks.items():
-            # A check that hangs is not started again, however often this is called.
-            if name not in self._under_way or self._under_way[name][0].done():
-                self._under_way[name] = self._pool.submit(check), time.monotonic()
-        asked = dict(self._under_way)
+        with self._lock:
+            for name, check in self._checks.items():
+                # A check that hangs is not started again, however often this is called: the other one has a thread left.
+                if name not in self._under_way or self._under_way[name][0].done():
+                    self._under_way[name] = self._pool.submit(check), time.monotonic()
+            asked = dict(self._under_way)
         for future, began in asked.values():
             wait([future], max(0, began + PATIENCE_SECONDS - time.monotonic()))
         states = {name: _state_of(future) for name, (future, _) in asked.items()}
