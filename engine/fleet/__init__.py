@@ -1,1 +1,1 @@
-"""The processes: what a worker does next, the worker, and its supervisor."""
+"""The processes: the worker, how it chooses its next work, and its supervisor."""

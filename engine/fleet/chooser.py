@@ -1,4 +1,4 @@
-"""What a worker does next: it looks at the queue, and takes a lease on a range of some job, or leases on several small jobs."""
+"""Chooses a worker's next work: looks at the queue and leases a range of some job, or several small jobs."""
 
 import random
 import threading
@@ -20,17 +20,17 @@ from engine.steps import Step, reach
 __all__ = ["Chooser"]
 
 MAX_TOGETHER: Final = 16
-"""Small jobs that a worker takes on together."""
+"""The most small jobs that a worker takes on together."""
 
 BARREN_SECONDS: Final = 700.0
-"""The longest that a job is passed over because all its ranges are put off: longer than any of them is. After an outage there may
-be thousands of such jobs, and each look at one takes two round trips."""
+"""The longest that a job is passed over because all its ranges are put off; no range is put off for longer. After an
+outage there may be thousands of such jobs, and each look at one takes two round trips."""
 
 SETTLE_SECONDS: Final = 20.0
-"""How often a worker looks, while the queue is paused, for jobs of which nothing is left to do but to end them."""
+"""How often a worker looks, while the queue is paused, for jobs that only have to be ended."""
 
 LOOK_SECONDS: Final = 0.5
-"""How long a look at the queue stays good for taking the next job from it."""
+"""How long jobs seen in one look at the queue may be taken without looking again."""
 
 log = get_logger()
 
@@ -39,10 +39,10 @@ class Chooser:
     """Takes leases for one worker.
 
     Args:
-        queue, plans, ledger, planner: where jobs and ranges are, and who plans them.
+        queue, plans, ledger, planner: the jobs, their plans and ranges, and what plans them.
         holder: the worker's name.
         stop: is set when the worker is to stop.
-        moved: called whenever something moves.
+        moved: called as a sign of life.
 
     `tried` counts the jobs that it has tried to take on.
     """
@@ -68,30 +68,30 @@ class Chooser:
         self._looked_at = 0.0
         self._settled_at = float("-inf")
         self._seen: deque[Job] = deque()
-        self._barren: dict[tuple[str, int], float] = {}  # jobs, in their rounds, that have nothing to lease until then
+        self._barren: dict[tuple[str, int], float] = {}  # until when a job, in its round, has nothing to lease
         self._may_hold_strays = False
 
     def suspect_strays(self) -> None:
-        """An error may have hidden from the worker what it holds: it is to be freed before anything else is taken."""
+        """After an error, the worker may hold leases that it does not know of: free them before it takes others."""
         self._may_hold_strays = True
 
     def awake(self) -> None:
-        """Somebody has called: what others held a moment ago may be free."""
+        """After a wake-up: look again at jobs whose ranges others held a moment ago."""
         soon = time.monotonic() + HELD_SECONDS
         self._barren = {of: until for of, until in self._barren.items() if until > soon}
 
     def release_strays(self, held: Sequence[Run] = ()) -> None:
-        """Free what the worker may hold unknowingly, besides these. Raises Transient, and the doubt stays."""
+        """If strays are suspected, free the worker's leases except those of `held`. Still suspected after Transient."""
         if self._may_hold_strays:
             self._ledger.release_strays(self._holder, [run.lease.token for run in held])
             self._may_hold_strays = False
 
     def take(self, *, ahead: bool = False) -> list[Run]:
-        """A lease on a range of some job; or leases on the only ranges of several small ones; or none where there is nothing
-        to do now.
+        """Take a lease on a range of some job, or leases on the only ranges of several small jobs; returns none if
+        there is nothing to do now.
 
-        `ahead`: the worker is still at work, so that nothing that it holds may be freed. It gets no more than one lease, and none
-        where the job whose turn it is has to be planned: should the worker die meanwhile, that would be taken for the reason.
+        `ahead`: the worker is still at work, so no lease that it holds may be freed. It takes at most one lease, and
+        none if the next job has to be planned: if the worker died meanwhile, that job would be blamed.
         """
         if not ahead:
             self.release_strays()
@@ -103,14 +103,14 @@ class Chooser:
                 self._settle_while_paused()
             return []
         if time.monotonic() - self._looked_at < LOOK_SECONDS:
-            # What is left of the last look at the queue is still fresh: every move is a compare-and-set all the same.
+            # The rest of the last look is still fresh enough, since every step is a compare-and-set.
             runs = self._first_seen(ahead)
             if runs or self._seen:
                 return runs
         return self._look(ahead)
 
     def _look(self, ahead: bool) -> list[Run]:
-        """Look at the queue page by page, and take what there is to do on the first page that has something."""
+        """Look at the queue page by page, and take work from the first page that has some."""
         self._looked_at = time.monotonic()
         self._seen.clear()
         self._barren = {of: until for of, until in self._barren.items() if until > time.monotonic()}
@@ -119,9 +119,9 @@ class Chooser:
             if not page:
                 continue
             leased = self._ledger.leased(job.id for job in page)
-            # Workers that look at the same page begin at different jobs of it.
+            # Workers that look at the same page begin with different jobs.
             random.shuffle(page)
-            # Of one priority, the job with the fewest workers first, so that a huge file does not hold up small ones.
+            # Within a priority, jobs with the fewest workers go first, so that a huge file does not hold up small ones.
             page.sort(key=lambda job: (-job.options.priority, leased.get(job.id, 0)))
             self._seen = deque(job for job in page if not _all_held(job, leased.get(job.id, 0)))
             runs = self._first_seen(ahead)
@@ -130,8 +130,8 @@ class Chooser:
         return []
 
     def _first_seen(self, ahead: bool) -> list[Run]:
-        """What there is to do on the first of the jobs seen that has something. Some are left where the worker stops, or the next
-        one is to be planned and it looks ahead."""
+        """Take work from the first of the jobs seen that has some. If it returns none, jobs are left only because the
+        worker is to stop, or because it looks ahead and the next job has to be planned."""
         while self._seen and not self._stop.is_set():
             self._moved()
             if ahead and self._seen[0].state is JobState.PENDING:
@@ -141,9 +141,9 @@ class Chooser:
         return []
 
     def _settle_while_paused(self) -> None:
-        """Bring to their end the jobs of which nothing is left to do: whoever closed the last range may have died over it."""
+        """End the jobs that have nothing left to do: whoever closed the last range may have died before ending them."""
         if time.monotonic() - self._settled_at < SETTLE_SECONDS:
-            return  # there may be thousands
+            return  # there may be thousands of jobs
         self._settled_at = time.monotonic()
         for page in self._queue.open_jobs.processing():
             for job in page:
@@ -172,7 +172,7 @@ class Chooser:
             elif seconds > 0:
                 self._barren[job.id, job.round] = time.monotonic() + seconds
             return []
-        # Read after the lease: a stamp that came before it is seen here, one that comes later by the keeper.
+        # Read after the lease: an earlier request to stop the job is seen here, a later one by the keeper.
         job = self._queue.get(job.id)
         if job.stopping is not None or job.state is not JobState.PROCESSING:
             self._ledger.give_back(lease, lease.confirmed, lease.tally)
@@ -185,11 +185,11 @@ class Chooser:
         return Run(job, lease, self._stop, self._moved, head, ahead=ahead)
 
     def _small_ones_like(self, job: Job) -> list[Job]:
-        """Other small jobs of the last look at the queue that may go along with a small one: each by itself would spend its
-        time waiting for the journal.
+        """Other small jobs from the last look at the queue to take along with a small one: alone, each would spend its
+        time waiting for the database's journal.
 
-        Alone go one whose planners died, since it may kill the next one, too; and of several that load the same object into
-        the same collection each, so that the later ones are told of the first.
+        A job whose planners died goes alone, since it may kill the next planner, too. Of several jobs that load the
+        same object into the same collection, only one goes along, so that the later ones learn of its load.
         """
         together = [job]
         places = {_place(job)}
@@ -204,7 +204,7 @@ class Chooser:
         return together[1:]
 
     def _prepare(self, jobs: list[Job]) -> list[Prepared]:
-        """Plan those of these jobs that nobody else is about to; what cannot be planned is put off or stopped."""
+        """Plan the jobs that nobody else is about to plan; those that cannot be planned are put off or stopped."""
         jobs = self._plans.claim(jobs, self._holder)
         if not jobs:
             return []
@@ -221,7 +221,7 @@ class Chooser:
                 else:
                     self._queue.stop(job, Stop(JobState.FAILED, trouble.failure()))
             except HeadraceError as error:
-                # The others are leased by now. This one is planned again when the claim on it has lapsed.
+                # The other jobs are leased by now. This one is planned again once the claim on it has lapsed.
                 log.warning(str(error), action="plan", job=job.id, worker=self._holder)
         return [p for p in prepared if p.error is None]
 
@@ -233,14 +233,14 @@ class Chooser:
             self.suspect_strays()
             if len(jobs) == 1 or (isinstance(error, Transient) and not isinstance(error, Unexpected)):
                 return [Prepared(job, error=error) for job in jobs]
-        # Whose fault it is shows when each is planned by itself.
+        # Plan each job by itself, to find the one at fault.
         return [prepared for job in jobs for prepared in self._planned([job])]
 
 
 def _all_held(job: Job, leased: int) -> bool:
-    """Whether there is nothing to do on a job but what its holders do.
+    """Whether every range of a job is DONE or leased, so that there is none to take.
 
-    A range that was DONE when the job was read stays so, and is not among those that are leased now. A job without holders is
+    A range that was DONE when the job was read stays DONE, so it is not among those leased now. A job without leases is
     not passed over: it may have to be settled.
     """
     if job.stopping is not None or job.plan is None or not leased:
@@ -249,7 +249,7 @@ def _all_held(job: Job, leased: int) -> bool:
 
 
 def _may_go_along(job: Job) -> bool:
-    """Whether a job is small, and nothing is known against working it off together with others."""
+    """Whether a job is small and has had no trouble so far, so that it may be loaded together with others."""
     small = job.source.size <= SMALL_BYTES
     trouble = job.stopping is not None or job.planner_deaths or job.attempts
     return small and job.state is JobState.PENDING and not trouble

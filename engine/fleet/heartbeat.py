@@ -1,8 +1,8 @@
-"""A few bytes that a worker shares with its supervisor: when it last moved, whether it has booted, what it has freed.
+"""A few bytes that a worker shares with its supervisor: when it last moved, and how far its start has come.
 
-Made before the fork. No lock: each field is written by one store of the processor, so that nobody reads one half written. That
-rules out `struct.pack_into`, which fills with zeros first: a supervisor that looked just then would see a worker that had
-not moved since the machine was started, and kill it.
+They are mapped before the fork. No lock is needed: each field is written by a single store instruction, so that it is
+never read half written. That rules out `struct.pack_into`, which writes zeros first: a supervisor that read them would
+see a worker that has not moved since the machine booted, and kill it.
 """
 
 import mmap
@@ -16,7 +16,7 @@ _RELEASED: Final = 9
 
 
 class Heartbeat:
-    """Shared between one worker and its supervisor. Times are of the system's monotonic clock, seconds."""
+    """Shared between one worker and its supervisor. Times are seconds of the system's monotonic clock."""
 
     __slots__ = ("_clock", "_memory")
 
@@ -26,7 +26,7 @@ class Heartbeat:
         self.touch()
 
     def touch(self) -> None:
-        """The worker: I have moved."""
+        """Record that the worker has moved just now."""
         self._clock[0] = time.monotonic()
 
     def age(self) -> float:
@@ -34,22 +34,22 @@ class Heartbeat:
         return time.monotonic() - self._clock[0]
 
     def mark_booted(self) -> None:
-        """The worker: I have reached the servers."""
+        """Record that the worker has reached MongoDB."""
         self._memory[_BOOTED] = 1
 
     def booted(self) -> bool:
-        """Whether the worker has reached the servers."""
+        """Whether the worker has reached MongoDB."""
         return self._memory[_BOOTED] == 1
 
     def mark_released(self) -> None:
-        """The worker: what my predecessors held is free."""
+        """Record that the predecessors' leases have been freed."""
         self._memory[_RELEASED] = 1
 
     def released(self) -> bool:
-        """Whether the predecessors' leases are free."""
+        """Whether the predecessors' leases have been freed."""
         return self._memory[_RELEASED] == 1
 
     def close(self) -> None:
-        """The supervisor, when the worker is gone."""
+        """Release the memory; for the supervisor, once the worker is gone."""
         self._clock.release()
         self._memory.close()

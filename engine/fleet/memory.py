@@ -1,4 +1,4 @@
-"""How a worker process deals with the memory that its batches give back."""
+"""Memory of a worker process, whose batches come and go: garbage collection, and what the allocator keeps."""
 
 import ctypes
 import gc
@@ -8,39 +8,40 @@ from typing import Final
 __all__ = ["Garbage", "tune"]
 
 COLLECT_SECONDS: Final = 10.0
-"""How often, at most, between two ranges, garbage that holds cycles is looked for."""
+"""The shortest time between two garbage collections of a busy worker; they run between ranges."""
 
 IDLE_SECONDS: Final = 300.0
-"""The same for an idle worker: the driver leaves cycles each time it finds a member down."""
+"""The shortest time between two collections of an idle worker: the driver leaves cycles when it finds a member down."""
 
+# Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 
 KEPT_BLOCK_BYTES: Final = 8 * 1024 * 1024
-"""A larger block of memory goes back to the kernel when it is freed: it holds a line of megabytes, of which there are few."""
+"""Larger blocks of memory go back to the kernel when they are freed: they hold very long lines, which are rare."""
 
 KEPT_BYTES: Final = 32 * 1024 * 1024
-"""Free memory above this, at the end of what has been used, goes back to the kernel."""
+"""Free memory at the top of the heap goes back to the kernel when there is more of it than this."""
 
 
 def tune() -> None:
-    """Once in a process that is to work: let it spend less time on memory that comes and goes.
+    """Spend less time on short-lived memory; called once, when a worker process starts.
 
-    Documents die young and hold no cycles: counting their births to look for cycles is all cost, so that from here on nothing
-    does but `Garbage`, and what is there by now (the libraries) is left out of it. The allocator keeps what a batch gave back
-    for the next one, up to a bound. By default it returns every large block to the kernel at once, and each page of the next
-    one is faulted in and cleared anew: with records of 20 KiB that takes more time than parsing them.
+    Documents die young and hold no cycles, so automatic garbage collection is pure cost: from here on only `Garbage`
+    collects, and objects that exist by now (the libraries) are exempt. The allocator keeps the memory of one batch for
+    the next, up to a bound. By default it returns every large block to the kernel at once, and each page of the next
+    one is faulted in and zeroed again: with records of 20 KiB, that takes more time than parsing them.
     """
     gc.disable()
     gc.freeze()
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; others do without
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; other libraries keep their defaults
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 class Garbage:
-    """What holds cycles, looked for now and then between two ranges."""
+    """Collects cyclic garbage now and then, between two ranges."""
 
     def __init__(self) -> None:
         self._next_at = 0.0
@@ -48,7 +49,7 @@ class Garbage:
         self._done = 0
 
     def collect(self, done: int) -> None:
-        """Collect if it is time; `done` counts what was tried so far: while it stays the same, the worker is idle."""
+        """Collect if it is time; `done` counts what was tried so far: while it does not change, the worker is idle."""
         now = time.monotonic()
         if now >= (self._idle_at if done == self._done else self._next_at):
             self._next_at, self._idle_at, self._done = now + COLLECT_SECONDS, now + IDLE_SECONDS, done

@@ -1,7 +1,8 @@
 """Fork workers, reap them, replace those that die or fall silent, stop them.
 
-It touches no payload: it opens no client and starts no thread, since it forks all day and clients do not survive that.
-A signal handler only notes the signal; one loop, awake at least once a second, does everything else.
+The supervisor touches no payload: it opens no client and starts no thread, since it forks at any time and neither
+survives a fork. Signal handlers only record the signal; one loop, which wakes at least every `LOOP_SECONDS`, does
+everything else.
 """
 
 import os
@@ -30,12 +31,13 @@ __all__ = ["Supervisor"]
 Work = Callable[[Settings, WorkerIdentity, Heartbeat], int]
 
 ASLEEP_SECONDS: Final = 5.0
-"""When the loop itself was away for longer (suspended, stopped), silence of the workers proves nothing."""
+"""If the loop itself did not run for longer than this (suspended, stopped), the workers' silence proves nothing."""
 
 YOUNG_SECONDS: Final = 1.0
-"""A worker that dies younger than this, without having booted, is replaced with a delay that doubles."""
+"""A worker that dies younger than this is replaced after a delay that doubles, unless it was killed after booting."""
 
 MAX_DELAY_SECONDS: Final = 5.0
+"""The longest delay before a worker is replaced; also the wait after a fork that failed."""
 
 SIGNALS: Final = tuple(getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "QUIT", "HUP", "TTIN", "TTOU", "CHLD"))
 
@@ -47,13 +49,14 @@ class _Child:
     identity: WorkerIdentity
     heartbeat: Heartbeat
     born: float
-    leaving: bool = False  # told to stop softly; not to be replaced by reap
+    leaving: bool = False  # it was sent TERM or QUIT
     silent: bool = False  # killed because it did not move
 
 
 @dataclass(slots=True)
 class _Slot:
-    """A place for one worker. `dead` are names whose leases may still stand."""
+    """A place for one worker. `dead`: names of workers whose leases may not be freed yet; `not_before`: when it may be
+    filled again, in seconds of the monotonic clock."""
 
     number: int
     dead: tuple[str, ...] = ()
@@ -66,7 +69,7 @@ class Supervisor:
     """Keeps `engine_workers` children at work.
 
     Args:
-        settings: of the engine.
+        settings: those of the engine.
         work: what a child runs; its result is the child's exit code.
     """
 
@@ -78,17 +81,17 @@ class Supervisor:
         self._slots: list[_Slot] = []
         self._children: dict[int, _Child] = {}  # by pid
         self._forks = 0
-        self._ever_booted = False  # whether any worker has reached the servers
-        self._signals: deque[int] = deque()  # that came and are not handled yet
-        self._wake = (-1, -1)  # a pipe on which a signal ends the loop's sleep
-        self._replacing: deque[int] = deque()  # pids of those that HUP has still to replace
+        self._ever_booted = False  # whether any worker has reached MongoDB
+        self._signals: deque[int] = deque()  # received, but not handled yet
+        self._wake = (-1, -1)  # a pipe through which a signal wakes the loop
+        self._replacing: deque[int] = deque()  # pids of the workers that HUP still has to replace
         self._stopping = False
-        self._deadline = 0.0  # of the stop
+        self._deadline = 0.0  # of the stop, on the monotonic clock
         self._killed = False
         self._exit = 0
 
     def run(self) -> int:
-        """Supervise until told to stop; returns the exit code: 0 after a soft stop in time."""
+        """Supervise until told to stop; returns the exit code: 0 if all workers left in time."""
         self._wake = os.pipe()
         for end in self._wake:
             os.set_blocking(end, False)
@@ -121,7 +124,7 @@ class Supervisor:
         try:
             os.write(self._wake[1], b".")
         except BlockingIOError:
-            pass  # it is awake already
+            pass  # the pipe is full: the loop is being woken already
 
     def _sleep(self) -> None:
         select.select([self._wake[0]], [], [], LOOP_SECONDS)
@@ -156,7 +159,7 @@ class Supervisor:
                 if slot.pid is not None:
                     self._signal(slot.pid, signal.SIGTERM)
                 else:
-                    self._slots[0].dead += slot.dead  # whoever comes next frees what they held
+                    self._slots[0].dead += slot.dead  # the next worker there frees their leases
 
     def _stop(self, exit_code: int = 0) -> None:
         if self._stopping:
@@ -169,12 +172,12 @@ class Supervisor:
             self._signal(pid, signal.SIGTERM)
 
     def _signal(self, pid: int, number: int) -> None:
-        """Tell a child to leave: TERM softly, QUIT at once."""
+        """Tell a child to leave: gracefully with TERM, at once with QUIT."""
         child = self._children.get(pid)
         if child is None:
             return
         child.leaving = True
-        # The pid is ours until we reap it, so it cannot have become another process.
+        # A pid is not reused before it is reaped, so it cannot have become another process.
         os.kill(pid, number)
 
     def _quit_all(self) -> None:
@@ -221,18 +224,19 @@ class Supervisor:
         slot = next((slot for slot in self._slots if slot.pid == pid), None)
         booted, age = child.heartbeat.booted(), time.monotonic() - child.born
         self._ever_booted |= booted or any(other.heartbeat.booted() for other in self._children.values())
-        # One that has not reached the servers holds nothing.
+        # The successor frees the leases of these names. A worker that has not booted holds none itself.
         names = () if child.heartbeat.released() else child.identity.predecessors
         names += (child.identity.name,) if booted and code != 0 else ()
         child.heartbeat.close()
         if slot is None and self._slots:
-            # Its place is gone (TTOU): any other worker to come may free what it held.
+            # Its slot is gone (TTOU): the next worker in the first slot frees what it held.
             self._slots[0].dead += names
         if slot is not None:
             slot.pid = None
             slot.dead += names
-            lasted = age >= YOUNG_SECONDS and code != EXIT_AGAIN  # to look for credentials in vain takes seconds
-            # One that was ready and gave up at once by itself, for want of a thread perhaps, is no better than one that was not.
+            lasted = age >= YOUNG_SECONDS and code != EXIT_AGAIN  # a futile search for credentials takes seconds
+            # A worker that booted and then exited at once by itself, perhaps for want of a thread, is no better than
+            # one that has not booted.
             killed = booted and code < 0
             slot.failures = 0 if killed or code == 0 or lasted else slot.failures + 1
             if slot.failures > 1:
@@ -247,13 +251,13 @@ class Supervisor:
             log.warning("worker died and is replaced", action="reap", worker=child.identity.name, cause=cause)
 
     def _replace_next(self) -> None:
-        """HUP: one at a time, the next only when every place is filled by one that has booted."""
+        """For HUP: replace one worker at a time, the next only when every slot is filled by one that has booted."""
         if not self._replacing or self._stopping:
             return
         standing = (self._children.get(slot.pid or 0) for slot in self._slots)
         if not all(child is not None and not child.leaving and child.heartbeat.booted() for child in standing):
             return
-        # Its place is filled when it has gone, by a successor that frees at once what it held if it does not go softly.
+        # Once it has gone, a successor fills its slot, and frees its leases at once if it did not leave gracefully.
         self._signal(self._replacing.popleft(), signal.SIGTERM)
 
     def _top_up(self) -> None:
@@ -267,7 +271,7 @@ class Supervisor:
         self._forks += 1
         identity = WorkerIdentity(self._host, self._boot, slot.number, self._forks, slot.dead, os.getpid())
         _flush()
-        # A signal between the fork and the child's own handlers would be noted in a queue that nobody reads.
+        # A signal between the fork and the child's own handlers would be recorded in a queue that nobody reads.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             heartbeat = Heartbeat()
@@ -290,7 +294,7 @@ class Supervisor:
         self._children[pid] = _Child(identity, heartbeat, time.monotonic())
 
     def _be_child(self, identity: WorkerIdentity, heartbeat: Heartbeat, blocked: set[int | signal.Signals]) -> None:
-        """Never returns, so that nothing of the supervisor runs twice."""
+        """Run the child. Never returns, so that no code of the supervisor runs twice."""
         code = 1
         try:
             for number in SIGNALS:
@@ -299,7 +303,7 @@ class Supervisor:
                 os.close(end)
             be_killed_with_parent()
             if os.getppid() != identity.parent:
-                os._exit(1)  # the supervisor died before it could be watched
+                os._exit(1)  # the supervisor died before prctl took effect
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             code = self._work(self._settings, identity, heartbeat)
         except BaseException:
@@ -312,7 +316,7 @@ class Supervisor:
 
 
 def _flush() -> None:
-    """What is in the buffers, which a fork would double, goes out. Where the log cannot be written, work goes on without."""
+    """Flush the output buffers, which a fork would duplicate. If the log cannot be written, work continues."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

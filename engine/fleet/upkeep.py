@@ -1,4 +1,4 @@
-"""What is due by the clock, whichever worker sees to it: leases that ran out, jobs that wait or run too long, and what is old."""
+"""Periodic work that any worker may do: expired leases, jobs to be started or stopped, and history to be deleted."""
 
 import random
 import threading
@@ -19,38 +19,38 @@ from engine.s3.direct import DirectUploads
 __all__ = ["Upkeep"]
 
 DUE_JOBS: Final = 1000
-"""Jobs whose time has come that a worker lets begin at a time."""
+"""The most jobs that a worker admits at a time when their start time has come."""
 
 PRUNE_SECONDS: Final = 3600.0
-"""How often, about, a worker looks for jobs whose history has been kept long enough."""
+"""About how often a worker looks for jobs whose history has been kept long enough, and for abandoned uploads."""
 
 PRUNE_JOBS: Final = 200
-"""Jobs that it looks up to delete at a time."""
+"""The most jobs that a worker looks up for deletion at a time."""
 
 PRUNING_SECONDS: Final = 1.0
-"""How long it does so at a time, about: jobs may wait."""
+"""About how long a worker deletes at a time, since jobs may be waiting."""
 
 PRUNE_PAUSE: Final = 2
-"""How soon it goes on where there are more, as a multiple of the time that this took."""
+"""How long a worker pauses before it deletes more, as a multiple of the time that the last deletion took."""
 
 SETTLE_SECONDS: Final = 5.0
-"""How often, about, it looks for jobs that are to stop, and at which nobody is any more."""
+"""About how often a worker looks for jobs that are being stopped and on which nobody works any more."""
 
 DUE_SECONDS: Final = 1.0
-"""How often, about, a worker sees to what is due by the clock."""
+"""About how often a worker does what is due."""
 
 log = get_logger()
 
 
 class Upkeep:
-    """Sees to what is due, between the leases of one worker.
+    """Does the periodic work of one worker.
 
     Args:
-        store, ledger, queue, uploads, stats: of the worker.
-        keep_days: how long ended jobs and their rejects are kept.
+        store, ledger, queue, uploads, stats: the worker's.
+        keep_days: how many days ended jobs and their rejects are kept.
         name: the worker's, for the log.
         stop: is set when the worker is to stop.
-        moved: called whenever something moves.
+        moved: called as a sign of life.
     """
 
     def __init__(
@@ -75,29 +75,29 @@ class Upkeep:
         self._name = name
         self._stop = stop
         self._moved = moved
-        # When each is due next, seconds of the monotonic clock.
+        # When each is due next, in seconds of the monotonic clock.
         self._due_at = self._settle_at = self._prune_at = self._sweep_at = 0.0
 
     def see_to_due(self) -> None:
-        """See to what is due by the clock: leases that ran out, jobs that may begin, run for too long or are to stop."""
+        """If it is time, free expired leases, admit jobs that may start, stop overdue ones, end those being stopped."""
         if time.monotonic() < self._due_at:
             return
-        # Apart, so that the workers of a fleet do not all ask at once.
+        # Jitter, so that the workers of a fleet do not all ask at once.
         self._due_at = time.monotonic() + DUE_SECONDS * random.uniform(1, 1.5)
         if freed := self._ledger.expire():
             self._stats.add(leases_expired=len(freed))
             log.warning("leases ran out and were freed", action="expire", worker=self._name, ranges=len(freed))
             self._store.wake()
             self.tell(freed, "did not renew its lease")
-        # All of them before any is taken on, since the last may be the one of the highest priority.
+        # Admit all of them before any is taken on, since the last may have the highest priority.
         while self._goes_on() and self._queue.admit_due(DUE_JOBS):
             self._store.wake()
         if stopped := self._queue.stop_overdue():
             log.warning("jobs ran for longer than they may", action="timeout", worker=self._name, jobs=stopped)
         if time.monotonic() >= self._settle_at:
             self._settle_at = time.monotonic() + SETTLE_SECONDS * random.uniform(1, 1.5)
-            # Whoever let go of its last range may not have known that it is to stop, and nobody comes to it under a stream of
-            # jobs of a higher priority.
+            # Whoever let go of a job's last range may not have known that it is being stopped, and under a stream of
+            # jobs of a higher priority nobody would get to it.
             for page in self._queue.open_jobs.stopping():
                 for job in page:
                     if not self._goes_on():
@@ -105,7 +105,7 @@ class Upkeep:
                     self._queue.settle(job.id)
 
     def clean_up(self) -> None:
-        """Delete the history of old jobs, and abort uploads that nobody goes on with, now and then."""
+        """Now and then, delete the history of old jobs and abort abandoned uploads."""
         self._prune()
         self._sweep()
 
@@ -119,7 +119,7 @@ class Upkeep:
             return self._goes_on() and time.monotonic() - began < PRUNING_SECONDS
 
         if pruned := self._retention.prune(self._keep_days, PRUNE_JOBS, goes_on):
-            # There may be hundreds of thousands, and jobs that wait.
+            # There may be hundreds of thousands of them, while jobs wait: continue soon, after a pause.
             now = time.monotonic()
             self._prune_at = now + PRUNE_PAUSE * (now - began)
             log.info("old jobs are deleted", action="prune", worker=self._name, jobs=pruned)
@@ -132,13 +132,13 @@ class Upkeep:
             log.info("unfinished uploads were aborted", action="prune", worker=self._name, uploads=swept)
 
     def tell(self, freed: Sequence[Freed], why: str) -> None:
-        """Tell the jobs whose ranges were freed, and why."""
+        """Record in each job which of its ranges were freed and why; settles jobs that waited for nothing else."""
         for job_id, ranges in groupby(sorted(freed, key=lambda f: f.job_id), key=lambda f: f.job_id):
             first, *others = ranges
             more = f" and {len(others)} more" if others else ""
             self._queue.freed(job_id, f"range {first.index}{more} freed: {first.holder} {why}")
 
     def _goes_on(self) -> bool:
-        """Whether this worker is not told to stop; called within work of many steps, each of which shows that it lives."""
+        """Whether to continue with work of many steps: not once the worker is to stop. Each call is a sign of life."""
         self._moved()
         return not self._stop.is_set()

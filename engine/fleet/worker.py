@@ -1,7 +1,7 @@
-"""The loop of one child: look for a job, plan it where nobody has, lease a range, run it; idle cheaply; stop softly.
+"""The loop of a worker process: find a job, plan it if nobody has, load a leased range; idle cheaply; stop gracefully.
 
-Clients are built here, after the fork. One worker works on one lease at a time, or on up to 16 of small objects; when it
-comes to the end of one, it takes the next.
+Clients are created here, after the fork. A worker works on one lease at a time, or on up to 16 of small objects; near
+the end of a range it leases the next one.
 """
 
 import os
@@ -45,29 +45,29 @@ from engine.settings import Settings
 __all__ = ["EXIT_AGAIN", "EXIT_BOOT", "WorkerIdentity", "work"]
 
 EXIT_BOOT: Final = 3
-"""This child can never boot: the supervisor stops the whole."""
+"""This worker can never boot: the supervisor stops the engine, unless a worker has booted before."""
 
 EXIT_AGAIN: Final = 5
-"""It could not make its clients, for a reason that may pass."""
+"""This worker could not create its clients, for a reason that may pass."""
 
 EXIT_NOW: Final = 4
-"""Told to exit at once: what it held is freed by its successor, or when its lease runs out."""
+"""This worker may still hold leases: its successor frees them, or they run out."""
 
 LAST_SECONDS: Final = 3.0
-"""How long a worker that stops tries to tell the database what it still has to: a service manager may not wait for long."""
+"""Time limit for each of a stopping worker's last writes to the database: a service manager may not wait for long."""
 
 BOOT_WAIT_SECONDS: Final = 2.0
-"""The longest wait between tries to reach the servers at the start."""
+"""The longest wait between tries to reach MongoDB at the start."""
 
 log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """A worker's place: what its supervisor tells it at the fork.
+    """A worker's identity, which its supervisor assigns at the fork.
 
-    `boot` is drawn anew by each supervisor; `predecessors` are names of dead workers whose leases it must free first;
-    `parent` is the supervisor's pid.
+    `boot` is a random string of its supervisor; `incarnation` counts the supervisor's forks; `predecessors` are names
+    of dead workers whose leases it must free first; `parent` is the supervisor's pid.
     """
 
     host: str
@@ -79,19 +79,19 @@ class WorkerIdentity:
 
     @property
     def name(self) -> str:
-        """The holder's name on its leases; never used twice."""
+        """The name under which it holds leases; never used twice."""
         return f"{self.host}:{self.boot}:{self.slot}:{self.incarnation}"
 
 
 def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> int:
-    """Work until told to stop; returns the exit code. TERM stops softly, however often it comes, and QUIT at once."""
+    """Work until told to stop; returns the exit code. TERM, even repeated, stops gracefully; QUIT stops at once."""
     stop = threading.Event()
     signals: SimpleQueue[int] = SimpleQueue()
 
     def handle(number: int, frame: object) -> None:
         if number == signal.SIGQUIT:
             os._exit(EXIT_NOW)
-        # Not set here: this thread may be in the midst of a wait for the event, and hold its lock.
+        # The event is not set here: this thread may be waiting for it, and hold its lock.
         signals.put(number)
 
     def set_when_told() -> None:
@@ -99,8 +99,8 @@ def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> 
         stop.set()
 
     threading.Thread(target=set_when_told, name="stop", daemon=True).start()
-    # What a terminal or a service manager sends to all processes is for the supervisor, whose word counts. It may well send
-    # TERM to all of them, and the supervisor's own comes on top.
+    # A terminal or a service manager may signal all processes, but only the supervisor decides about its workers. TERM
+    # may come twice: from the service manager and from the supervisor.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, handle)
@@ -113,7 +113,7 @@ def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> 
         log.error(str(error), action="boot", worker=identity.name)
         return EXIT_BOOT
     except Transient as error:
-        # Without clients it can do nothing; the next one in its place may have better luck.
+        # Without clients a worker can do nothing; its successor may have better luck.
         log.error(str(error), action="boot", worker=identity.name)
         return EXIT_AGAIN
 
@@ -131,7 +131,7 @@ class _Worker:
         self._ledger = Ledger(self._store, settings.engine_lease_seconds)
         self._queue = Queue(self._store, self._ledger)
         self._plans = Plans(self._store, self._queue, self._ledger)
-        # One attempt: two would outlast a lease, and perhaps the watchdog.
+        # One attempt per request: two would outlast a lease, and perhaps the watchdog.
         s3 = connect(settings, attempts=1)
         self._objects = Objects(s3, settings.aws_bucket_name or "")
         uploads = DirectUploads(self._store, s3, self._objects, settings.api_part_bytes)
@@ -172,7 +172,7 @@ class _Worker:
         self._errors = 0
 
     def _moved(self) -> None:
-        # The commands of these two say nothing of the work.
+        # The commands of these two threads are no sign that the work progresses.
         if threading.current_thread().name not in (KEEPER, REPORTER):
             self._heartbeat.touch()
 
@@ -193,19 +193,19 @@ class _Worker:
                 self._chooser.suspect_strays()
                 self._say_once(error)
                 if type(error) is Permanent:
-                    # Somebody has perhaps dropped the control database, and its indexes with it.
+                    # Perhaps the control database was dropped, and its indexes with it.
                     with suppress(HeadraceError):
                         self._store.prepare()
                 self._stop.wait(random.uniform(0.5, 1.5))
         return self._leave(reporter)
 
     def _leave(self, reporter: Reporter) -> int:
-        """Give back what is still leased, say the last figures, close everything; returns the exit code."""
+        """Give back what is still leased, report the last figures, close everything; returns the exit code."""
         try:
             with unexpected_translated("giving back what was leased ahead"):
                 if (ahead := self._lookout.take()) is not None:
                     with pymongo.timeout(LAST_SECONDS):
-                        self._run_one(ahead)  # it is told to stop
+                        self._run_one(ahead)  # which gives it back, since `stop` is set
         except HeadraceError:
             self._chooser.suspect_strays()
         self._lookout.close()
@@ -216,13 +216,13 @@ class _Worker:
                 self._chooser.release_strays()
                 reporter.report(last=True)
         except HeadraceError:
-            return EXIT_NOW  # something may be held, which the successor frees
+            return EXIT_NOW  # it may hold leases, which the successor frees
         finally:
             self._store.close()
         return 0
 
     def _turn(self) -> None:
-        """See to what is due; then work on what there is to do, or wait for it."""
+        """Do what is due; then work on the next leases, or wait if there are none."""
         self._garbage.collect(self._errors + self._chooser.tried)
         self._upkeep.clean_up()
         ahead = self._found_ahead()
@@ -234,12 +234,12 @@ class _Worker:
             self._wait()
         else:
             self._run(found)
-            # But where it writes documents itself, what this thread waited for was the queue.
+            # This thread waits for the queue only, unless it writes documents itself.
             if not found[0].cautious:
                 self._stats.add(seconds_queue=self._store.waited() - waited)
 
     def _look_ahead(self) -> Run | None:
-        """See to what is due by the clock, and look for something to do, while this worker comes to the end of a range."""
+        """Do what is due, and look for the next range, while this worker finishes one."""
         self._upkeep.see_to_due()
         for run in self._chooser.take(ahead=True):
             self._pipeline.keeper.hold_next(run)
@@ -247,13 +247,13 @@ class _Worker:
         return None
 
     def _found_ahead(self) -> Run | None:
-        """What was leased ahead, if anything, and is to begin: the queue may be paused by now."""
+        """The run that was leased ahead, if any; given back if the queue has been paused since."""
         began = time.perf_counter()
         run, paused = self._lookout.take(), False
         if run is not None:
             self._chooser.release_strays([run])
             paused = self._queue.paused()
-        self._stats.add(seconds_queue=time.perf_counter() - began)  # what the other thread waits for, too
+        self._stats.add(seconds_queue=time.perf_counter() - began)  # including the wait for the lookout's thread
         if run is None or not paused:
             return run
         run.cancelled.set()
@@ -261,7 +261,7 @@ class _Worker:
         return None
 
     def _boot(self) -> bool:
-        """Reach MongoDB and free what the predecessors held; False when told to stop before that."""
+        """Reach MongoDB and free what the predecessors held; False if told to stop before that."""
         wait, released = 0.1, 0
         while not self._stop.is_set():
             self._heartbeat.touch()
@@ -280,7 +280,7 @@ class _Worker:
                     )
             except Transient as error:
                 self._errors += 1
-                self._garbage.collect(self._errors)  # MongoDB may be away for days
+                self._garbage.collect(self._errors)  # MongoDB may be down for days
                 self._say_once(error)
                 self._stop.wait(wait)
                 wait = min(wait * 2, BOOT_WAIT_SECONDS)
@@ -288,7 +288,7 @@ class _Worker:
             self._heartbeat.mark_released()
             self._heartbeat.mark_booted()
             log.info("worker is ready", action="boot", worker=self._identity.name, released=released)
-            if self._identity.slot == 0:  # one tells it for all of them
+            if self._identity.slot == 0:  # one warns for all of them
                 warn_if_away(self._objects)
             setproctitle(f"headrace: worker {self._identity.slot} idle")
             return True
@@ -300,7 +300,7 @@ class _Worker:
             log.warning(str(error), action="wait", worker=self._identity.name)
 
     def _run(self, runs: list[Run]) -> None:
-        """Work on leases to their end, and bring their jobs to an end where that was the last of them."""
+        """Work on leases until they end, and end their jobs if nothing is left to do on them."""
         self._report(runs[0])
         try:
             if len(runs) == 1:
@@ -331,7 +331,7 @@ class _Worker:
 
     def _run_together(self, runs: list[Run]) -> None:
         outcomes, closed = self._pipeline.run_together(runs)
-        # First, since what is told of the others may fail.
+        # These first, since recording the outcome of the others may fail.
         done = [run for run, outcome in outcomes if outcome is Ended.DONE] if closed else []
         if done:
             for job in self._queue.finish_all([(run.job, run.mark()[1]) for run in done]):
@@ -343,7 +343,7 @@ class _Worker:
                 self._ended(self._queue.settle(run.job.id))
 
     def _failed(self, run: Run, error: HeadraceError) -> None:
-        """A lease ended with an error."""
+        """Handle the error with which a lease ended."""
         job, index = run.job, run.lease.range.index
         context: dict[str, Any] = {"job": job.id, "range": index, "worker": self._identity.name}
         if isinstance(error, LeaseLost):
@@ -351,7 +351,7 @@ class _Worker:
             log.warning(str(error), action="lost", **context)
             self._settle(job)
         elif isinstance(error, Transient):
-            self._chooser.suspect_strays()  # perhaps nobody could be told that the range goes back
+            self._chooser.suspect_strays()  # the range may not have been given back
             log.warning(str(error), action="postpone", **context)
             self._queue.note(job.id, f"range {index} put off: {error}")
             self._settle(job)
@@ -361,14 +361,14 @@ class _Worker:
             self._queue.stop(job, Stop(JobState.FAILED, error.failure()))
 
     def _call_off(self, job: Job) -> None:
-        """What was leased ahead of a job that is being stopped is given back as soon as its turn comes."""
+        """The job is being stopped: if a range of it is leased ahead, have it given back as soon as its turn comes."""
         if (run := self._lookout.holds(job.id)) is not None:
             run.cancelled.set()
 
     def _settle(self, job: Job) -> None:
-        """Bring a job to its end where this was the last of its ranges, which may have been given up, or be DONE and the answer
-        lost: under a stream of jobs of a higher priority nobody would look at it for long."""
-        # Where this worker has more to do on it, it is not at its end.
+        """End a job if this was the last of its ranges, which may have been given up, or be DONE although the reply was
+        lost: under a stream of jobs of a higher priority nobody else would look at it for a long time."""
+        # A job is not at its end while this worker has leased a range of it ahead.
         if self._lookout.holds(job.id) is None and not self._ledger.busy(job.id):
             self._ended(self._queue.settle(job.id))
 
@@ -377,7 +377,7 @@ class _Worker:
             log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._identity.name)
 
     def _report(self, run: Run) -> None:
-        """Show in the process list what this worker does."""
+        """Show what this worker does, in the process list and in its reports."""
         lease = run.lease
         size = max(lease.range.end - lease.range.start, 1)
         percent = min(100, 100 * (run.mark()[0] - lease.range.start) // size)
@@ -385,9 +385,9 @@ class _Worker:
         setproctitle(f"headrace: worker {self._identity.slot} job {run.job.id} range {lease.range.index} {percent} %")
 
     def _wait(self) -> None:
-        """Block until somebody submits a job, or a little while has passed."""
+        """Block until a wake-up comes or the poll interval has passed."""
         seconds = self._settings.engine_poll_seconds * random.uniform(0.75, 1.25)
-        # The answer must come before the socket is given up, and the watchdog looks on.
+        # The reply must come before the socket times out, and before the watchdog acts.
         seconds = min(seconds, self._settings.socket_timeout_seconds / 2)
         if self._wakeups.wait(seconds):
             self._chooser.awake()

@@ -1,1 +1,1 @@
-"""One load: how a job is planned, and one lease from its first byte to its close."""
+"""Loading: planning a job, and working on a lease from its first byte to its close."""

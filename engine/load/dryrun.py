@@ -1,10 +1,10 @@
 """A load that writes nothing to its collection: every line is read, parsed and judged as a load would judge it.
 
-What only an insert would reveal is found otherwise: the validator runs in an aggregation over documents that are sent with it,
-and values that must be unique are claimed in the control database, so that lines which conflict are found whichever workers read
-them. Not detected: conflicts on unique indexes over arrays or with options; what an index cannot hold (geometry that is none, an
-array for a hashed one, two arrays for a compound one); an `_id` of more than 8 MiB. Reported although a load would take it: a
-line whose rival is later rejected by another worker.
+What only an insert would reveal is found by other means: the validator runs in an aggregation over documents sent with
+the command, and values that must be unique are claimed in the control database, so that conflicting lines are found
+whichever workers read them. Not detected: conflicts on unique indexes over arrays or with options such as `sparse`;
+values that an index cannot hold (invalid geometry, an array in a hashed index, two arrays in a compound one); an `_id`
+of more than 8 MiB. Reported although a load would accept it: a line whose rival is later rejected by another worker.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ from engine.model import Plan, Reason
 __all__ = ["DryRun"]
 
 MAX_DEPTH: Final = 180
-"""How deep the server takes a document to be nested (measured on 6.0; it documents 100)."""
+"""Levels of nesting that the server accepts in a document (measured on 6.0; its manual says 100)."""
 
 VALIDATION_FAILED: Final = 121
 
 MAX_QUERY_BYTES: Final = 8 * 1024 * 1024
-"""Of the values in one query; the driver sends none over 16 MiB."""
+"""The most bytes of values in one query; the driver sends no query over 16 MiB."""
 
 _ID_IS_ARRAY: Final = 53
 _ID_HAS_OPERATOR: Final = 52
@@ -59,13 +59,13 @@ _MISSING: Final = object()
 
 
 _Keys = tuple[str, str, dict[int, object]]
-"""What is claimed, why a line is refused that loses, and the key of each document that has one."""
+"""A kind of claim: its name, why a line that loses it is refused, and the keys of documents by index."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What a collection asks of its documents: its validator, where one is in force, the collation that goes for it, and the
-    fields of each unique index."""
+    """What a collection demands of its documents: its validator, if one is in force, the collation that applies to it,
+    and the fields of each unique index."""
 
     validator: Document | None
     collation: Document | None
@@ -73,15 +73,15 @@ class _Rules:
 
 
 class DryRun(Sink):
-    """Judges the batches of a job where a Sink writes them.
+    """Judges the batches of a job where a `Sink` would write them.
 
     Args:
-        job_id: under which keys are claimed; the other arguments are those of a Sink.
+        job_id: the job in whose name keys are claimed; the other arguments are those of `Sink`.
     """
 
     def __init__(self, store: Store, collection: str, plan: Plan, write_timeout_seconds: float, job_id: str) -> None:
         super().__init__(store, collection, plan, write_timeout_seconds)
-        self._data = leniently(store.data)  # what is there is compared, and not calculated with
+        self._data = leniently(store.data)  # stored values are only compared, which allows this
         self._job = job_key(job_id)
         self._claims = store.claims
         self._rules: _Rules | None = None  # read with the first batch
@@ -110,16 +110,16 @@ class DryRun(Sink):
             for index in taken:
                 work.refuse(index, Reason.DUPLICATE_KEY, why, DUPLICATE_KEY)
             left = sorted(standing - set(taken))
-        # Claimed is only by lines against which the collection has nothing.
+        # Only lines that do not conflict with the collection make claims.
         lost = self._fight(made, left, keys)
         for index, why in lost.items():
             work.refuse(index, Reason.DUPLICATE_KEY, why, DUPLICATE_KEY)
         work.inserted += len(left) - len(lost)
 
     def _fight(self, made: list[Document], indexes: Sequence[int], keys: Sequence[_Keys]) -> dict[int, str]:
-        """Let documents claim their keys, one kind after the other; returns those that lost, and why.
+        """Claim the keys of documents, one kind after the other; returns the documents that lost, and why.
 
-        A document that loses one claim releases its others; one that lost only against a released claim tries again.
+        A document that loses a claim releases those that it holds; one that lost to a claim released since tries again.
         """
         lost: dict[int, str] = {}
         while indexes:
@@ -163,8 +163,8 @@ class DryRun(Sink):
     def _valid(
         self, work: Work, made: list[Document], indexes: list[int], validator: Document, collation: Document | None
     ) -> list[int]:
-        """Those of these documents that the validator takes; the others are refused."""
-        # It answers with an `_id`: of documents that have the same one, each is asked about apart from the others.
+        """Indexes of the documents that the validator accepts; the others are refused."""
+        # The server answers with `_id`s, so documents that share one are checked in separate rounds.
         rounds: list[dict[bytes, int]] = []
         for index in indexes:
             identity = _identity(made[index]["_id"])
@@ -183,7 +183,7 @@ class DryRun(Sink):
         return [index for index in indexes if index not in refused]
 
     def _failed(self, documents: list[Document], validator: Document, collation: Document | None) -> set[bytes]:
-        """The `_id`s of those of these documents that a validator does not take."""
+        """The `_id`s, as BSON, of the documents that a validator does not accept."""
         stages: list[Document] = [
             {"$documents": {"$literal": documents}},
             {"$match": {"$nor": [validator]}},
@@ -198,12 +198,13 @@ class DryRun(Sink):
             if half := len(documents) // 2:
                 parts = documents[:half], documents[half:]
                 return set().union(*(self._failed(part, validator, collation) for part in parts))
-            # Too large or too deep with what is around it here is fine by itself; on any other error a load would stumble, too.
+            # Too large or too deep is due to this command's wrapping: alone, the document is fine. A load would hit any
+            # other error, too.
             fine = code is None or code == TOO_DEEP_CODE or code in TOO_LARGE_CODES
             return set() if fine else {_identity(documents[0]["_id"])}
 
     def _known(self, work: Work, made: list[Document], indexes: Sequence[int]) -> list[int]:
-        """Those of these documents whose `_id` is in the collection already."""
+        """Indexes of the documents whose `_id` is already in the collection."""
         own_ids = set(work.documents.own_ids)
         asked = [index for index in indexes if not self._sole or index in own_ids]
         if not asked:
@@ -218,7 +219,7 @@ class DryRun(Sink):
         return [index for index in asked if _identity(_normal(made[index]["_id"])) in there]
 
     def _taken(self, keys: dict[int, object], fields: Sequence[str]) -> list[int]:
-        """Those of these documents whose values of a unique index a document of the collection has."""
+        """Indexes of the documents whose values for the fields of a unique index are already in the collection."""
         if not keys:
             return []
         queries = [
@@ -227,7 +228,7 @@ class DryRun(Sink):
             if isinstance(values, list)
         ]
         with translated("looking for documents that are there already"):
-            # By whole fields: MongoDB takes no projection of both a path and a part of it.
+            # Project top-level fields: MongoDB refuses a projection of both a path and a part of it.
             shown = {"_id": 0} | {field.partition(".")[0]: 1 for field in fields}
             there = {
                 _identity(_normal([_value(document, field) for field in fields]))
@@ -240,7 +241,7 @@ class DryRun(Sink):
         return {"job": self._job, "what": what, "key": _digest(_normal(key))}
 
     def _lost(self, made: list[Document], claims: Iterable[tuple[int, str, object]]) -> list[int]:
-        """Those of these documents that claim a key which another line claimed before; the same document may come again."""
+        """Indexes of the documents whose key another line has claimed; the same document may claim it again."""
         wanted = [
             {"_id": self._claim(what, key), "by": _digest(made[index]), "index": index} for index, what, key in claims
         ]
@@ -257,7 +258,7 @@ class DryRun(Sink):
                 for claim in there:
                     by = held.get(bson.encode(claim["_id"]))
                     if by is None:
-                        wanted.append(claim)  # another worker has let go of it since
+                        wanted.append(claim)  # another worker has released it since
                     elif by != bytes(claim["by"]):
                         lost.append(int(claim["index"]))
         return lost
@@ -287,7 +288,7 @@ def _identity(value: object) -> bytes:
 
 
 def _in_pieces(values: Iterable[Any]) -> Iterator[list[Any]]:
-    """These values, as many at a time as a query holds: as BSON they are larger by far than the lines that they stand in."""
+    """The values in pieces that each fit into a query: as BSON they may be far larger than the lines they come from."""
     piece: list[Any] = []
     size = 0
     for value in values:
@@ -306,27 +307,27 @@ def _digest(value: object) -> Binary:
 
 
 def _normal(value: object) -> object:
-    """A value as an index compares it: numbers of any type are one key where they are equal."""
+    """A value as an index compares it: equal numbers of different types are the same key."""
     if isinstance(value, Decimal128):
         exact = value.to_decimal()
         return int(exact) if exact.is_finite() and exact == exact.to_integral_value() and abs(exact) < 2**63 else value
     if isinstance(value, float):
         return int(value) if value.is_integer() and -(2**63) <= value < 2**63 else value
     if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)  # what was read from the database knows that it was written as 64 bits
+        return int(value)  # an Int64 from the database would always be encoded as 64 bits
     if isinstance(value, dict):
         return {key: _normal(item) for key, item in value.items()}
     return [_normal(item) for item in value] if isinstance(value, list) else value
 
 
 def _values(made: list[Document], fields: Sequence[str]) -> dict[int, object]:
-    """What each of these documents has for the fields of a unique index; those with an array there are left out."""
+    """Each document's values for the fields of a unique index; documents with an array there are left out."""
     values = {index: [_value(document, field) for field in fields] for index, document in enumerate(made)}
     return {index: key for index, key in values.items() if not any(isinstance(value, list) for value in key)}
 
 
 def _value(document: Document, path: str) -> object:
-    """What an index holds for a path; None where there is nothing. An array anywhere comes out as it is."""
+    """The value that an index holds for a path; None if it is missing. An array on the path is returned as it is."""
     found: Any = document
     for name in path.split("."):
         if isinstance(found, list):
@@ -336,8 +337,8 @@ def _value(document: Document, path: str) -> object:
 
 
 def _has_operators(value: object) -> bool:
-    """Whether an `_id` has a key that begins with $, at any depth, but for those of a reference (DBRef)."""
-    left = [value]  # and not by calls of itself: it may be nested deeper than these may be
+    """Whether an `_id` has a key that begins with $, at any depth, other than those of a reference (DBRef)."""
+    left = [value]  # not recursive: the value may be nested deeper than Python's recursion limit
     while left:
         item = left.pop()
         if isinstance(item, dict):
@@ -353,7 +354,7 @@ def _has_operators(value: object) -> bool:
 
 
 def _depth(document: Document) -> int:
-    """How deep a document is nested, as the server counts: it does not look into what is empty."""
+    """The nesting depth of a document as the server counts it: empty objects and arrays add no level."""
     deepest = 0
     level: list[tuple[Any, int]] = [(document, 1)]
     while level:

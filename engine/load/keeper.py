@@ -1,7 +1,4 @@
-"""The thread that renews the leases at hand.
-
-It renews only while the worker moves, and learns on the way whether the jobs are being stopped.
-"""
+"""The thread that renews the leases that a worker holds."""
 
 import threading
 import time
@@ -20,23 +17,24 @@ __all__ = ["KEEPER", "STIR_SECONDS", "Keeper"]
 log = get_logger()
 
 KEEPER: Final = "keeper"
-"""Name of the thread that renews."""
+"""Name of the thread, by which the worker knows that its commands are no sign of progress."""
 
 STIR_SECONDS: Final = 0.5
 """How often a thread that waits on purpose reports that it is alive."""
 
 TICK_SECONDS: Final = 0.7
-"""How often a lease is renewed and its progress recorded: so often that the numbers of a job move every second."""
+"""How often a lease is renewed and its progress recorded: often enough for a job's numbers to change every second."""
 
 
 class Keeper(threading.Thread):
-    """Renews the leases of the runs at hand, every `TICK_SECONDS`, and learns whether their jobs are being stopped.
+    """Renews the leases of the current runs every `TICK_SECONDS`, and learns whether their jobs are being stopped.
 
-    It renews only while the worker moves: one that hangs loses its leases. One run among several side by side need not move: it
-    may be waiting for its turn.
+    It renews only while the worker makes progress: one that hangs loses its leases. Progress of any run counts for all,
+    since one of several side by side may be waiting for its turn.
 
     Args:
-        still: tells for how many seconds nothing has moved: no bytes, no batch, no command but those of this thread.
+        still: returns the seconds since anything moved: bytes, a batch, or a command other than this thread's.
+        report: called with a run whenever its lease has been renewed, once work on it has begun.
     """
 
     def __init__(
@@ -58,30 +56,30 @@ class Keeper(threading.Thread):
         self._next_since = self._next_at = 0.0
         self._ticked_at = self._held_at = time.monotonic()
         self._busy = threading.Lock()
-        self._changed = threading.Condition()  # for `_runs` and `_next`: the thread of an idle worker sleeps
+        self._changed = threading.Condition()  # guards `_runs` and `_next`; the thread of an idle worker waits on it
 
     def hold(self, *runs: Run) -> None:
-        """Keep the leases of these runs from now on."""
+        """Renew the leases of these runs from now on, instead of any others."""
         with self._changed:
             self._held_at = time.monotonic()
             self._runs, self._next = runs, None
             self._changed.notify()
 
     def hold_next(self, run: Run) -> None:
-        """Keep the lease of the run that comes next, too, until it is held itself; but no longer than a lease lasts, since it may
-        be free for others where the present one does not come to its end."""
+        """Also renew the lease of the next run until it becomes the current one; but only for `lease_seconds`, so that
+        others get its range if the current run does not end."""
         with self._changed:
             self._next_since = self._next_at = time.monotonic()
             self._next = run
             self._changed.notify()
 
     def drop(self) -> None:
-        """Let go of what is held; when it returns, no tick of a run is under way."""
+        """Stop renewing the current runs; on return, no tick of theirs is in progress."""
         with self._changed:
             runs, self._runs = self._runs, ()
             if self._next is not None:
                 runs = (*runs, self._next)
-        # Its commands are no movement, and may take long: who waits for them lives all the same.
+        # The keeper's commands do not count as progress and may take long: show that this thread is alive meanwhile.
         while not self._busy.acquire(timeout=STIR_SECONDS):
             for run in runs:
                 run.move()
@@ -100,13 +98,13 @@ class Keeper(threading.Thread):
         return bool(self._runs) or self._next is not None
 
     def turn(self) -> None:
-        """Tick the runs at hand, where it is time for that."""
+        """Tick the current runs and the next one, if they are due."""
         with self._busy:
             if (runs := self._runs) and time.monotonic() - self._since(runs) >= TICK_SECONDS:
                 self._ticked_at = time.monotonic()
                 for run in runs:
                     if self._runs is not runs:
-                        break  # they have ended, and somebody waits
+                        break  # they have ended, and `drop` is waiting
                     self.tick(run)
             if (ahead := self._next) and self._runs is runs:
                 self._turn_next(ahead)
@@ -122,15 +120,15 @@ class Keeper(threading.Thread):
             self.tick(run, begun=False)
 
     def _since(self, runs: Sequence[Run]) -> float:
-        """From when on the time to the next tick counts.
+        """The time from which the next tick is measured, in seconds of the monotonic clock.
 
-        The clock is the worker's and not the run's: ranges of less than a second must move the numbers of their job, too.
-        Small jobs side by side have told all by their end, which mostly is nearer than a tick.
+        It belongs to the worker and not to a run, so that ranges of less than a second also update their job's numbers.
+        Small jobs side by side restart it, since most of them end, and record everything, before a tick is due.
         """
         return max(self._ticked_at, self._held_at) if len(runs) > 1 else self._ticked_at
 
     def tick(self, run: Run, *, begun: bool = True) -> None:
-        """Renew, record progress, look at the signals of the job. Errors that pass are left to the next tick."""
+        """Renew the lease, record progress, and act on the job's signals. After an error the next tick tries again."""
         if self._still() >= self._lease_seconds:
             return
         try:
@@ -149,11 +147,11 @@ class Keeper(threading.Thread):
         except HeadraceError as error:
             log.warning("the lease could not be renewed", action="renew", job=run.job.id, cause=str(error))
         except Exception:
-            # A thread that ends here would leave every lease from now on to itself.
+            # If this thread died, no lease would be renewed any more.
             log.exception("unexpected error", action="renew", job=run.job.id)
 
     def renew(self, run: Run) -> None:
-        """Renew the lease of a run at its mark. Raises LeaseLost."""
+        """Renew the lease of a run and record its mark. Raises LeaseLost."""
         asked_at = time.monotonic()
         reach(Step.CONFIRM)
         self._ledger.renew(run.lease, *run.mark())

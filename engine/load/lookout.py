@@ -1,4 +1,4 @@
-"""Looks for the next range while the worker comes to the end of one: it takes ten round trips, in which nothing would be read."""
+"""Looks for the next range while the worker finishes one, so that reading does not stop for the ten round trips."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +9,7 @@ __all__ = ["Lookout"]
 
 
 class Lookout:
-    """A look ahead, in a thread of its own: one at a time, and nobody else looks until what it found is taken.
+    """Looks ahead in a thread of its own. There is one look at a time: its result must be taken before the next.
 
     Args:
         look: returns the run that it found, if any.
@@ -21,17 +21,17 @@ class Lookout:
         self._found: Future[Run | None] | None = None
 
     def begin(self) -> None:
-        """Look now, if nothing is left of an earlier look."""
+        """Begin a look, unless the result of an earlier one has not been taken."""
         if self._found is None:
             self._found = self._thread.submit(self._look)
 
     def take(self) -> Run | None:
-        """What was found, once the look is over; None where there was no look. Raises what it raised."""
+        """Wait for the look to end and take its result; None if there was no look. Raises what the look raised."""
         found, self._found = self._found, None
         return None if found is None else found.result()
 
     def holds(self, job_id: str) -> Run | None:
-        """What was found, where that is known by now, is of this job, and is held still."""
+        """The run that was found, if the look is over, the run is of this job and its lease is not lost; else None."""
         found = self._found
         if found is None or not found.done() or found.exception():
             return None
@@ -39,5 +39,5 @@ class Lookout:
         return None if run is None or run.job.id != job_id or run.lost.is_set() else run
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Wait for the thread to end."""
         self._thread.shutdown()

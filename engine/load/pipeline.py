@@ -1,7 +1,7 @@
 """A lease from its start to its end: batches, bulk writes, confirmation.
 
-Knows nothing of processes. The calling thread reads and splits; a few writer threads decode and write one batch each,
-so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease all the while.
+It knows nothing of processes. The calling thread reads and splits; a few writer threads decode and write one batch
+each, so that neither S3's nor MongoDB's latency stalls the other; a keeper thread renews the lease meanwhile.
 """
 
 import time
@@ -39,31 +39,31 @@ __all__ = ["Ended", "Pipeline"]
 log = get_logger()
 
 AHEAD_SECONDS: Final = 0.2
-"""How long before the end of a range, at least, the next one is looked for. Not longer: a range that is leased ahead is one that
-an idle worker cannot take."""
+"""The search for the next range begins at least this long before the end of the current one. Kept short, since a range
+that is leased ahead is not available to an idle worker."""
 
 AHEAD_ROUND_TRIPS: Final = 16
-"""The same in round trips to MongoDB, whichever is longer: a look takes about ten."""
+"""The search also begins at least this many round trips to MongoDB before the end of a range; it takes about ten."""
 
 CAUTIOUS_LINES: Final = 50
-"""Lines in the first batch of a range whose holders died. Each is confirmed before the next, of twice as many, begins:
-what kills a worker is found among few after a few deaths."""
+"""Lines in the first batch of a range whose earlier holders died. Each batch is confirmed before the next, twice as
+large, begins, so that a few deaths narrow down the lines that kill workers."""
 
 
 class Ended(Enum):
-    """How the work on a lease ended, where no error did."""
+    """How the work on a lease ended, unless with an error."""
 
     DONE = auto()
-    STOPPED = auto()  # the worker is told to stop; the range was given back
+    STOPPED = auto()  # the worker was told to stop; the range was given back
     CANCELLED = auto()  # the job is being stopped; the range was given back
 
 
 _Flying = deque[tuple[Future[None], int]]
-"""Batches under way in the order of the file, each with its bytes: lines of megabytes must not add up."""
+"""Batches in flight in file order, each with its size in bytes, since batches of very long lines must not add up."""
 
 
 class Pipeline:
-    """Takes leases through to their end: one at a time, or several of small objects side by side."""
+    """Works on leases until they end: one at a time, or several of small objects side by side."""
 
     def __init__(
         self,
@@ -90,22 +90,22 @@ class Pipeline:
         self.keeper.start()
         self._window = Window(settings.engine_writers)
         self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
-        # A pool of its own, whose threads start only where MongoDB is far away: each takes memory, and a share of a core's cache.
+        # A separate pool, whose threads start only if MongoDB is far away: each takes memory and CPU cache.
         self._more = ThreadPoolExecutor((MOST_TIMES - 1) * settings.engine_writers, thread_name_prefix="more")
 
     def close(self) -> None:
-        """Let the writer threads end."""
+        """Stop renewing leases, and let the writer threads end."""
         self.keeper.drop()
         for pool in (self._writers, self._more):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def run(self, run: Run) -> Ended:
-        """Work on a lease until it is done, or is given back.
+        """Work on a lease until its range is done or given back.
 
         Raises:
             LeaseLost: somebody else owns the range; nothing more was written.
-            Transient: it was put off, and will be leased again later.
-            Permanent: the job cannot go on; the range was given back.
+            Transient: the range was put off, and will be leased again later.
+            Permanent: the job cannot continue; the range was given back.
         """
         self.keeper.hold(run)
         try:
@@ -135,9 +135,9 @@ class Pipeline:
         return self._work_in_turn(run) if run.cautious else self._work(run)
 
     def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
-        """Work on leases of small objects, whose bytes are all there, side by side.
+        """Work side by side on leases of small objects, whose bytes have been read already.
 
-        Returns how each ended, and whether all those that are DONE were closed: with False, some lease was lost meanwhile.
+        Returns how each ended, and whether all that are DONE were closed; False means that a lease was lost meanwhile.
         """
         self.keeper.hold(*runs)
         futures = [self._writers.submit(self._work_alone, run) for run in runs]
@@ -162,7 +162,7 @@ class Pipeline:
         return results, closed
 
     def _hand_back(self, run: Run, error: HeadraceError | None = None) -> None:
-        """Tell the ledger that a lease ended before its range did, and because of what."""
+        """Tell the ledger that a lease ended before its range did, and why."""
         if isinstance(error, LeaseLost):
             return
         if isinstance(error, Transient):
@@ -172,7 +172,7 @@ class Pipeline:
             insist(run, lambda: self._ledger.give_back(run.lease, *run.mark()))
 
     def _work_alone(self, run: Run) -> Ended | HeadraceError:
-        """Work on the lease of a small object in this thread."""
+        """Work on the lease of a small object in this thread; returns an error instead of raising it."""
         try:
             with unexpected_translated(f"working on range {run.lease.range.index}"):
                 return self._work_in_turn(run)
@@ -180,7 +180,7 @@ class Pipeline:
             return error
 
     def _begin(self, run: Run) -> tuple[Sink, Splitter, Batcher]:
-        """What the batches of a run go through."""
+        """The sink, splitter and batcher of a run."""
         lease, job = run.lease, run.job
         assert job.plan is not None
         given = (self._store, job.options.collection, job.plan, self._settings.write_timeout_seconds)
@@ -191,7 +191,7 @@ class Pipeline:
         )
 
     def _work_in_turn(self, run: Run) -> Ended:
-        """One batch after the other, in this thread."""
+        """Write one batch after the other, in this thread."""
         sink, splitter, batcher = self._begin(run)
         most = batcher.max_lines
         if run.cautious:
@@ -207,11 +207,11 @@ class Pipeline:
         return Ended.DONE if splitter.done else _ended_early(run)
 
     def _work(self, run: Run) -> Ended:
-        """As many batches at a time as the window has room for."""
+        """Write batches in the writer threads, as many at a time as the window allows."""
         settings = self._settings
         sink, splitter, batcher = self._begin(run)
         flying: _Flying = deque()
-        room = (settings.engine_writers + 1) * settings.engine_batch_bytes  # however many there are: it is memory
+        room = (settings.engine_writers + 1) * settings.engine_batch_bytes  # bytes in flight, whatever their number
         exhausted = looked = False
         started = time.monotonic()
         try:
@@ -235,38 +235,38 @@ class Pipeline:
                     exhausted = splitter.done
             if exhausted and not looked:
                 self._near_end()
-            # Told apart from the waits above: until the last batch is written, this thread reads nothing.
+            # Counted apart from the stalls above: until the last batch is written, this thread reads nothing.
             began = time.perf_counter()
             _make_room(flying, 1)
             self._stats.add(seconds_drain=time.perf_counter() - began)
         except BaseException:
             run.failed.set()
-            # What flies may still be written, which changes nothing: wait, so that the mark tells all of it.
+            # Batches in flight may still be written, which does no harm: wait, so that the mark covers them.
             for future, _ in flying:
                 future.cancel() or future.exception()
             raise
         return Ended.DONE if exhausted else _ended_early(run)
 
     def _seconds_left(self, run: Run, started: float) -> float:
-        """How long the rest of a range takes at the pace at which it was acknowledged so far."""
+        """Seconds that the rest of a range takes at its pace so far; infinite until something is acknowledged."""
         lease, (confirmed, _) = run.lease, run.mark()
         if confirmed == lease.confirmed:
             return float("inf")
         return (lease.range.end - confirmed) * (time.monotonic() - started) / (confirmed - lease.confirmed)
 
     def _ahead_seconds(self) -> float:
-        """How long before the end of a range the next one is looked for."""
+        """How many seconds before the end of a range the search for the next one begins."""
         return max(AHEAD_SECONDS, AHEAD_ROUND_TRIPS * self._store.round_trip())
 
     def _write(self, run: Run, sink: Sink, batch: Batch, close: Callable[[Tally], None]) -> None:
-        """One batch, in a writer thread: decode, write, write its rejects, confirm."""
+        """Decode one batch, write its documents and rejects, and close it with its tally."""
         job, plan = run.job, run.job.plan
         assert plan is not None
         began, waited, backed_off = time.perf_counter(), self._store.waited(), 0.0
         documents = decode(batch, plan.format, plan.tag, job.source.key)
         if documents.any():
             reach(Step.PARSED)
-        at_a_time, severed = None, 0  # in a row
+        at_a_time, severed = None, 0  # connections severed in a row
         for tries in range(1, TRIES + 1):
             try:
                 self._guard(run)
@@ -284,7 +284,7 @@ class Pipeline:
                     raise
                 severed = severed + 1 if isinstance(error, Severed) else 0
                 if severed == 2:
-                    # Once it may have been the network; and of many commands one fails sooner.
+                    # The first time may be the network's fault, and of many small commands one is likelier to fail.
                     at_a_time, severed = max(1, (at_a_time or batch.count) // 4), 0
                 backed_off += back_off(run, tries)
         close(tally)
@@ -305,7 +305,7 @@ class Pipeline:
         )
 
     def _guard(self, run: Run) -> None:
-        """Nothing is written without a lease: one that ran out while this process slept is asked for first."""
+        """Raise LeaseLost if the lease is lost; one that may have run out while this process slept is renewed first."""
         if not run.lost.is_set() and time.monotonic() - run.renewed_at >= self._settings.engine_lease_seconds:
             try:
                 self.keeper.renew(run)
@@ -316,7 +316,7 @@ class Pipeline:
 
 
 def _make_room(flying: _Flying, most: int, room: int = 0) -> None:
-    """Wait until fewer than `most` batches fly, of no more than `room` bytes; raises what a batch raised."""
+    """Wait until fewer than `most` batches, with at most `room` bytes, are in flight; raises what a batch raised."""
     while flying and (len(flying) >= most or flying[0][0].done() or sum(size for _, size in flying) > room):
         flying[0][0].result()
         flying.popleft()

@@ -1,6 +1,6 @@
-"""Decide, once, how a job is loaded: its format, the tag of its ids, its ranges.
+"""Decide, once, how a job is loaded: its format, the tag of its `_id`s, its ranges.
 
-Anyone may plan a job at any time and as often as they like: the first compare-and-set holds, and the others follow it.
+Any worker may plan a job at any time, and repeatedly: the first compare-and-set wins, and the others follow it.
 """
 
 import time
@@ -28,34 +28,34 @@ from engine.text.ranges import count, cut
 __all__ = ["SMALL_BYTES", "Planner", "Prepared"]
 
 SNIFF_BYTES: Final = 64 * 1024
-"""How much of an object is looked at before it is loaded."""
+"""Bytes of an object that are read to decide its format."""
 
 BLANK_BYTES: Final = 4 * 1024 * 1024
-"""How much of an object is looked at whose beginning is all blank."""
+"""Bytes that are read to decide the format if the first `SNIFF_BYTES` are all blank."""
 
 SMALL_BYTES: Final = 256 * 1024
-"""An object that is no larger is read at once, when it is looked at."""
+"""An object up to this size is read whole when it is planned."""
 
 READERS: Final = 16
-"""Objects that are looked at side by side: as many as are planned together, so that none waits for one that hangs."""
+"""Objects that are read side by side: as many as are planned together, so that none waits for one that hangs."""
 
 LOOK_SHARE: Final = 0.5
-"""Share of a lease's time in which S3 must return the first bytes of the objects. A job whose object takes longer is put off."""
+"""Share of a lease in which S3 must return the first bytes of an object; jobs whose objects take longer are put off."""
 
 RANGES_PER_WORKER: Final = 4
-"""Several, so that at the end of a file the other workers are idle for a part of one worker's share only."""
+"""More than one, so that at the end of a file the other workers are idle for only a fraction of one worker's share."""
 
 SMALL_RANGE_BYTES: Final = 8 * 1024 * 1024
-"""A range is not made smaller than this only to have more of them: each costs a request and a few writes."""
+"""No object is cut into smaller ranges than this only to have more of them: each costs a request and a few writes."""
 
 MAX_RANGES: Final = 100_000
-"""Ranges of one object, whatever the settings: each is a document, and they are summed once a second."""
+"""The most ranges of one object, whatever the settings: each is a document, and they are summed about once a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job that was planned, perhaps a lease on its only range, and what was read of the object's beginning; or the error
-    because of which it could not be planned."""
+    """A planned job, perhaps with a lease on its only range, and the first bytes of its object; or the error that kept
+    it from being planned."""
 
     job: Job
     lease: Lease | None = None
@@ -65,7 +65,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A job whose object has been looked at."""
+    """A job, with the first bytes of its object and the format decided on."""
 
     job: Job
     head: bytes
@@ -76,10 +76,10 @@ class Planner:
     """Plans jobs.
 
     Args:
-        store, queue, plans, ledger, objects: where things are.
-        settings: `engine_range_bytes` is the most that one range of a new plan holds; an object is cut so that each of
-            `engine_workers` gets several ranges, unless these were tiny.
-        moved: called while S3 is waited for, within a bound.
+        store, queue, plans, ledger, objects: the databases, the jobs, their plans and ranges, and S3.
+        settings: `engine_range_bytes` is the largest range of a new plan, unless there would be over `MAX_RANGES`; an
+            object is cut so that each of `engine_workers` gets several ranges, unless these would be tiny.
+        moved: called about every second while S3 is waited for, for no longer than `LOOK_SHARE` of a lease.
     """
 
     def __init__(
@@ -107,19 +107,19 @@ class Planner:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="planner")
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end, without waiting for them."""
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self, jobs: Sequence[Job], holder: str) -> list[Prepared]:
-        """Plan PENDING jobs, and lease the ranges of those that have but one; whoever is quicker plans a job.
+        """Plan PENDING jobs, unless others have by now, and lease the ranges of those that have only one.
 
-        Each step is one command for all of them, and their objects are looked at side by side: what a small job waits for is
-        the database's journal and S3's first byte. Nothing is told of a job whose turn to be looked at did not come: it is
-        given back, for anyone to plan.
+        Each step is one command for all jobs, and their objects are read side by side, since a small job mostly waits
+        for the database's journal and S3's first byte. A job whose object could not be requested is released for anyone
+        to plan, and is not in the result.
 
         Raises:
-            Transient, Permanent: of MongoDB; some of the jobs may be planned. What is wrong with one job or its object is told in
-                what is returned of it.
+            Transient, Permanent: MongoDB failed; some of the jobs may be planned. An error of a single job or its
+                object is not raised but returned with that job.
         """
         drafts, failed = self._drafts(jobs, holder)
         plans, unread = self._decide(drafts)
@@ -128,7 +128,7 @@ class Planner:
         return failed + unread + self._fix(plans, heads, holder)
 
     def _drafts(self, jobs: Sequence[Job], holder: str) -> tuple[list[_Draft], list[Prepared]]:
-        """The jobs whose object could be looked at, and those that cannot be planned; the others are given back."""
+        """The jobs whose object could be read, and those that cannot be planned; the others are released."""
         drafts: list[_Draft] = []
         failed: list[Prepared] = []
         unseen: list[Job] = []
@@ -147,7 +147,7 @@ class Planner:
         return drafts, failed
 
     def _decide(self, drafts: Sequence[_Draft]) -> tuple[list[tuple[Job, Plan, str | None]], list[Prepared]]:
-        """Plans, as `Plans.fix` takes them; and the jobs that are COMPLETED without reading."""
+        """Plans, as `Plans.fix` takes them, and the jobs that are COMPLETED without being read."""
         plans: list[tuple[Job, Plan, str | None]] = []
         unread: list[Prepared] = []
         sources = self._sources.register([(draft.job, draft.format) for draft in drafts])
@@ -164,7 +164,7 @@ class Planner:
     def _fix(
         self, plans: Sequence[tuple[Job, Plan, str | None]], heads: Mapping[str, bytes], holder: str
     ) -> list[Prepared]:
-        """Fix plans, and open the ranges of those that hold; the only range of a job is leased at once."""
+        """Fix plans, and open the ranges of those that hold; a job's only range is leased at once."""
         done: list[Prepared] = []
         planned = {job.id: job for job in self._plans.fix(plans)}
         single: dict[str, ByteRange] = {}
@@ -176,7 +176,7 @@ class Planner:
                 continue
             if holds == plan:
                 self._queue.open_ranges(job)
-                self._wake()  # the others have looked already, and found nothing to lease
+                self._wake()  # other workers have already looked, and found nothing to lease
             done.append(Prepared(job, None, heads[job.id]))
         if single:
             reach(Step.PLANNED)
@@ -185,8 +185,8 @@ class Planner:
         return done
 
     def _unfit(self, jobs: Sequence[Job]) -> dict[str, Refused]:
-        """Why collections of these jobs cannot take documents: they may have been made, or made anew, since a job was submitted,
-        and a capped one takes all and keeps the last of them."""
+        """Why collections of these jobs cannot take documents, by name. They are checked again here: they may have been
+        created since a job was submitted, and a capped one would accept every document but keep only the last."""
         refusals: dict[str, Refused] = {}
         for name in {job.options.collection for job in jobs}:
             try:
@@ -196,8 +196,8 @@ class Planner:
         return refusals
 
     def _looks(self, jobs: Sequence[Job]) -> "list[_Draft | HeadraceError | None]":
-        """Look at all of them. One that S3 does not show in time must not hold up the others, nor this worker. None for those
-        that were not asked for at all: what hangs of earlier looks has all the threads."""
+        """Look at the objects of all jobs. One that S3 does not return in time must not hold up the others, nor this
+        worker. None for those that were never requested because earlier requests that hang occupy all the threads."""
         looks = [self._readers.submit(self._look, job) for job in jobs]
         end = time.monotonic() + self._look_seconds
         waiting = set(looks)
@@ -211,7 +211,7 @@ class Planner:
         return [None if look in never else late if look in waiting else look.result() for look in looks]
 
     def _look(self, job: Job) -> "_Draft | HeadraceError":
-        """The beginning of a job's object, all of it where that is small, and the format that it has."""
+        """Read the beginning of a job's object, or all of it if small, and decide its format; returns any error."""
         try:
             with unexpected_translated(f"looking at {job.source.key}"):
                 head = b""
@@ -219,14 +219,14 @@ class Planner:
                     size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)
                     head = self._head(job.source, size)
                     if job.options.format is Format.AUTO and size < job.source.size and not begins(head):
-                        # The first byte that is not blank decides, in small objects and in large ones.
+                        # The first byte that is not blank decides the format: look further for it.
                         head = self._head(job.source, min(job.source.size, BLANK_BYTES))
                 return _Draft(job, head, decide(job.options.format, job.source.key, head))
         except HeadraceError as error:
             return error
 
     def _head(self, source: Source, size: int) -> bytes:
-        """The first bytes of an object. A second try is for a connection that S3 had closed: it is worth no wait of the job."""
+        """The first bytes of an object; tried twice, since a connection closed by S3 is no reason to put a job off."""
         for last in (False, True):
             try:
                 with self._objects.open(source, 0, size) as reader:

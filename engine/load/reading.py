@@ -1,4 +1,4 @@
-"""A range read: its bytes, cut into lines, put together to batches."""
+"""Reads a range: fetches its bytes, cuts them into lines, and gathers these into batches."""
 
 import time
 from collections.abc import Generator
@@ -16,7 +16,7 @@ from engine.text.lines import Splitter
 __all__ = ["Reading"]
 
 BEYOND_BYTES: Final = 64 * 1024
-"""How far past the end of its range the first read goes, so that the last line mostly needs no second."""
+"""Bytes past the end of its range that the first request covers, so that the last line rarely needs a second one."""
 
 
 class Reading:
@@ -28,11 +28,11 @@ class Reading:
         self._read_bytes = read_bytes
 
     def batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:
-        """The batches of a run in the order of the file, up to the end of its range, or to where it is told to end.
+        """The batches of a run in file order, up to the end of its range or until it is told to end.
 
         Raises:
-            Transient: a read failed `TRIES` times, without a byte between.
-            Permanent: the object is gone, is another one by now, or may not be read.
+            Transient: a read failed `TRIES` times without a byte of progress.
+            Permanent: the object is gone, was overwritten, or may not be read.
         """
         for chunk in self._chunks(run, splitter):
             began = time.perf_counter()
@@ -44,11 +44,11 @@ class Reading:
             for block in splitter.finish():
                 yield from batcher.add(block)
         elif not splitter.done:
-            return  # told to stop: what is carried may be half a line
+            return  # told to end: the splitter may hold half a line
         yield from batcher.flush()
 
     def _chunks(self, run: Run, splitter: Splitter) -> Generator[bytes, None, None]:
-        """The bytes of the object from where the splitter starts until it has enough, or the object ends."""
+        """The object's bytes from where the splitter starts until it is done, the object ends or the run is to end."""
         source, end = run.job.source, run.lease.range.end
         at = splitter.read_from
         stop = min(source.size, end + BEYOND_BYTES)
@@ -58,7 +58,7 @@ class Reading:
             yield run.head
         while not splitter.done and at < source.size:
             if at >= stop:
-                # The last line goes on: ever larger reads, so that a line of gigabytes costs few requests.
+                # The last line is longer: request ever more, so that a line of gigabytes takes few requests.
                 stop = min(source.size, at + max(2 * (stop - end), BEYOND_BYTES))
             try:
                 run.move()

@@ -1,4 +1,4 @@
-"""A lease that is worked on. No I/O: it only holds what its threads tell each other."""
+"""A lease that is being worked on. No I/O: it only holds what its threads share."""
 
 import threading
 import time
@@ -14,10 +14,11 @@ __all__ = ["Run"]
 class Run:
     """The state that the threads at work on one lease share.
 
-    `move()` is called whenever bytes or batches move. `stop`: the worker is to stop. `cancelled`: the job is being stopped, or
-    this is not to begin. `lost`: the lease is no longer this worker's. `failed`: a read or another batch of this run has failed.
-    `cautious`: earlier holders died here. `renewed_at`: the start of the last renewal, or of the run, seconds of the monotonic
-    clock. `head`: first bytes of the object, if already read. `ahead`: leased while another one was at work.
+    `move()` is called whenever bytes or batches move. `stop`: the worker is to stop. `cancelled`: the job is being
+    stopped, or the run is not to begin. `lost`: the lease is no longer this worker's. `failed`: a read or another batch
+    of this run has failed. `cautious`: earlier holders died at this offset. `renewed_at`: when the last renewal began,
+    or the run if there was none, in seconds of the monotonic clock. `head`: the first bytes of the object, if already
+    read. `ahead`: the lease was taken while the worker was still working on another range.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Run:
         self._mark = Watermark(lease.confirmed, lease.tally)
 
     def opened(self, batch: Batch) -> Callable[[Tally], None]:
-        """A batch is under way; returns what to call with its tally once it is acknowledged."""
+        """Record that a batch is in flight; returns a function to call with its tally once it is acknowledged."""
         with self._lock:
             slot = self._mark.open(batch.end)
 

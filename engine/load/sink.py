@@ -1,7 +1,8 @@
 """Unordered bulk writes, and the triage of what the server or the encoder refuses.
 
-One document that cannot be stored never costs its neighbours: it becomes a reject with the server's code. What is
-returned has been acknowledged at `w: majority`. Anything wrong with the connection or the server raises instead.
+A document that cannot be stored never affects its neighbours: it becomes a reject, with the server's error code if
+there is one. What is counted as inserted has been acknowledged at `w: majority`; any trouble with the connection or the
+server raises instead.
 """
 
 import traceback
@@ -26,37 +27,37 @@ from engine.text.decode import Documents, reject
 __all__ = ["TOO_DEEP_CODE", "TOO_DEEP_DETAIL", "TOO_LARGE_CODES", "Sink", "Work", "encode", "size_fault", "unencodable"]
 
 MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
-"""What the server takes as one document, `_id` included."""
+"""The largest document that the server accepts, `_id` included."""
 
 MAX_COMMAND_BYTES: Final = 12 * 1024 * 1024
-"""How much one insert command carries when documents have to be parted by size."""
+"""Bytes of documents in one insert command when they have to be split by size."""
 
 TOO_DEEP_CODE: Final = 15
-"""The code with which the server answers a document that is nested too deep."""
+"""The server's code for a document that is nested too deeply."""
 
 TOO_DEEP_DETAIL: Final = "the document is nested deeper than MongoDB takes"
 
 TOO_LARGE_CODES: Final = frozenset({10334, 17280, 17419, 17420})
-"""The codes for one that is too large, or has a key too large for an index."""
+"""The server's codes for a document that is too large, or has a key too large for an index."""
 
 _NO_COLLECTION: Final = frozenset({73, 166})
-"""The codes, for each document, of a name that no collection can have, and of a view."""
+"""The server's codes, repeated for each document, for an invalid collection name and for a view."""
 
 _BAD_ID: Final = frozenset({52, 53})
 _BAD_VALUE: Final = 2
-# With these codes the server fails a whole command, although one document in it is at fault.
+# Codes with which the server fails a whole command although only one document in it is at fault.
 _OF_ONE_DOCUMENT: Final = frozenset({_BAD_VALUE, TOO_DEEP_CODE, 22}) | TOO_LARGE_CODES | _BAD_ID
 
 _REFUSALS: Final = (DocumentTooLarge, OperationFailure, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
-# An error quotes long values cut at any byte, even within a character, and the validator with dates that Python cannot represent:
-# it is decoded leniently.
+# Replies are decoded leniently: errors quote long values cut at any byte, even within a character, and those of the
+# validator may contain dates that Python cannot represent.
 _REPLIES: Final[CodecOptions[Document]] = CodecOptions(
     tz_aware=True, unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
 
-# What others have stored may hold dates that Python has not, and strings that are no UTF-8. Of these documents only the `_id`
-# is read, and their bytes are compared.
+# Documents stored by others may contain dates that Python cannot represent, and strings that are not UTF-8. Only their
+# `_id` is decoded; apart from that their bytes are compared.
 _STORED: Final = DEFAULT_RAW_BSON_OPTIONS.with_options(
     datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="replace"
 )
@@ -64,7 +65,7 @@ _STORED: Final = DEFAULT_RAW_BSON_OPTIONS.with_options(
 
 @dataclass(slots=True)
 class Work:
-    """A batch on its way in: what became of its documents so far."""
+    """A batch that is being written, and what became of its documents so far."""
 
     documents: Documents
     inserted: int = 0
@@ -72,11 +73,11 @@ class Work:
     rejects: list[Reject] = field(default_factory=list)
 
     def materialize(self) -> list[Document]:
-        """The documents, made anew; for the few batches in which one of them has to be looked at."""
+        """All documents, parsed again; for the few batches in which one of them has to be examined."""
         return list(self.documents)
 
     def refuse(self, index: int, reason: Reason, detail: str, code: int | None = None) -> None:
-        """Document `index` is a reject."""
+        """Record document `index` as a reject."""
         self.rejects.append(reject(self.documents.batch, self.documents.positions[index], reason, detail, code))
 
 
@@ -85,8 +86,8 @@ class Sink:
 
     Args:
         store: the databases.
-        collection: takes the documents.
-        plan: tells whether a replayed `_id` counts as inserted or as a duplicate.
+        collection: the name of the one that takes the documents.
+        plan: determines whether a replayed `_id` counts as inserted or as a duplicate.
         write_timeout_seconds: how long the server may wait for a majority.
     """
 
@@ -101,17 +102,17 @@ class Sink:
     def write(
         self, documents: Documents, at_a_time: int | None = None, between: Callable[[], None] = lambda: None
     ) -> tuple[Tally, list[Reject]]:
-        """Write the documents of a batch; returns its tally and all its rejects, which are not written yet.
+        """Write the documents of a batch; returns its tally and all its rejects, which the caller has to write.
 
         Args:
-            documents: of the batch.
-            at_a_time: how many go into one command; None: all of them. Fewer are for another try: a server whose answer would
-                be too large, since it quotes each document, closes the connection without a word.
-            between: called before each of these commands; what it raises ends the writing.
+            documents: those of the batch.
+            at_a_time: documents in one command; None: all of them. Fewer are for a retry: a server whose reply would be
+                too large, since it quotes each document, closes the connection without an error.
+            between: called before each command if there are several; what it raises ends the writing.
 
         Raises:
-            Transient: nothing or only a part is acknowledged; write the batch again, where it is Severed with fewer at a time.
-            Permanent: the server will never take this, whatever the documents are.
+            Transient: not all of it is acknowledged; write the batch again, with fewer at a time if it is Severed.
+            Permanent: the server will never accept this, whatever the documents are.
         """
         work = Work(documents)
         if documents.any():
@@ -130,7 +131,7 @@ class Sink:
         return tally, work.rejects
 
     def _insert(self, work: Work, at_a_time: int, between: Callable[[], None]) -> None:
-        """Insert all documents of a batch, so many in one command."""
+        """Insert all documents of a batch, `at_a_time` in one command."""
         if at_a_time < work.documents.batch.count:
             made = work.materialize()
             for first in range(0, len(made), at_a_time):
@@ -146,7 +147,7 @@ class Sink:
             self._account(work, range(len(work.documents.positions)), reply)
 
     def _insert_some(self, work: Work, made: list[Document], indexes: Sequence[int]) -> None:
-        """Insert some documents of a batch, and find which of them are at fault when they are refused."""
+        """Insert some documents of a batch; if the command is refused, find which of them are at fault."""
         try:
             reply = self._command([made[index] for index in indexes])
         except _REFUSALS as error:
@@ -155,11 +156,10 @@ class Sink:
             self._account(work, indexes, reply)
 
     def _command(self, documents: Iterable[Document]) -> Document:
-        """The reply to an insert. Raises one of `_REFUSALS` where a document may be at fault, and what `write` tells."""
+        """Insert; returns the reply. Raises one of `_REFUSALS` if a document may be at fault, else as `write` does."""
         try:
-            # The command itself, since insert_many looks at each document in Python, which costs more than encoding it. And
-            # the documents as an iterable, which the driver walks through while it encodes: no more than a few of them are
-            # ever there at a time.
+            # A raw command, since insert_many examines each document in Python, which costs more than encoding it. The
+            # documents are an iterable that the driver consumes while it encodes, so that only a few exist at a time.
             return self._data.command(
                 {
                     "insert": self._collection,
@@ -182,7 +182,7 @@ class Sink:
         except PyMongoError as error:
             _forget_frames(error)
             failure = translate(error, f"writing to collection {self._collection}")
-            # Its subclasses tell of a time that ran out, or of a primary that is none.
+            # Subclasses of AutoReconnect mean a timeout, or a server that is not the primary.
             raise (Severed(str(failure)) if type(error) is AutoReconnect else failure) from error
 
     def _account(self, work: Work, indexes: Sequence[int], reply: Document) -> None:
@@ -218,7 +218,7 @@ class Sink:
         own = set(work.documents.own_ids)
         unclear: list[tuple[int, Document]] = []
         for index, error in duplicates:
-            # A generated `_id` is that of this very line: it is there already, whoever changed it since.
+            # A generated `_id` belongs to this very line: its document is already stored, even if changed since.
             if index not in own and list(error.get("keyPattern", ())) == ["_id"]:
                 work.replayed += 1
             else:
@@ -231,7 +231,7 @@ class Sink:
             by_id.setdefault(_key(made[index]["_id"]), []).append(index)
         same: set[int] = set()
         with translated("reading documents back"):
-            # One after the other: what is stored may be larger by far than the lines.
+            # One at a time: stored documents may be far larger than the lines.
             for found in self._raw.find({"_id": {"$in": [made[index]["_id"] for index, _ in unclear]}}):
                 indexes = by_id.get(_key(found["_id"]), ())
                 same.update(index for index in indexes if index not in own or found.raw == encode(made[index]))
@@ -264,7 +264,7 @@ class Sink:
             sizes.append(size)
         parts = _part(good, sizes)
         if len(good) == len(indexes) and len(parts) == 1:
-            # Nothing is wrong with any of them that can be seen from here: the server says of which half it is true.
+            # Nothing seems wrong with any of them: let the server tell which half is at fault.
             half = len(good) // 2
             parts = [good[:half], good[half:]]
         for part in parts:
@@ -272,7 +272,7 @@ class Sink:
 
 
 def size_fault(size: int) -> str | None:
-    """Why MongoDB takes no document of so many bytes of BSON; None where it does."""
+    """Why MongoDB refuses a document of `size` bytes of BSON; None if it accepts it."""
     return (
         f"the document has {size} bytes as BSON; MongoDB takes at most {MAX_DOCUMENT_BYTES}"
         if size > MAX_DOCUMENT_BYTES
@@ -281,7 +281,7 @@ def size_fault(size: int) -> str | None:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Forget what the frames of an error hold: the driver leaves cycles there, and with them the whole batch in memory."""
+    """Clear the frames of an error: the driver leaves cycles in them, which would keep the whole batch in memory."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
@@ -289,7 +289,7 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 def _part(indexes: list[int], sizes: list[int]) -> list[list[int]]:
-    """Runs of documents that each fit into one command."""
+    """Split documents into consecutive groups that each fit into one command."""
     parts: list[list[int]] = []
     room = 0
     for index, size in zip(indexes, sizes, strict=True):
@@ -326,7 +326,7 @@ def unencodable(error: Exception) -> tuple[Reason, str]:
 
 
 def _message(error: Exception) -> str:
-    """What the server says, without the rest of its answer, which the driver repeats."""
+    """The server's error message, without the full reply that the driver adds to it."""
     details = error.details if isinstance(error, OperationFailure) else None
     return str((details or {}).get("errmsg") or error)
 
@@ -335,7 +335,7 @@ def _verdict(code: int, message: str, info: Document | None) -> tuple[Reason, st
     """Reason and detail of a document that the server refuses with `code`."""
     detail = message[:1000]
     if code == TOO_DEEP_CODE:
-        return Reason.TOO_DEEP, TOO_DEEP_DETAIL  # the server's own is a path of a thousand characters
+        return Reason.TOO_DEEP, TOO_DEEP_DETAIL  # the server's own text is a path of a thousand characters
     if code in TOO_LARGE_CODES or (code == _BAD_VALUE and "too large" in message):
         return Reason.TOO_LARGE, detail
     if code in _BAD_ID or (code == _BAD_VALUE and "_id" in message):

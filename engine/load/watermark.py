@@ -18,7 +18,7 @@ class Watermark:
     """The offset below which every line is acknowledged, and the tally up to there.
 
     Args:
-        confirmed: where the lease starts, bytes.
+        confirmed: the offset in bytes at which the lease starts.
         tally: what earlier holders counted up to there.
     """
 
@@ -30,13 +30,13 @@ class Watermark:
         self._slots: deque[_Slot] = deque()
 
     def open(self, end: int) -> _Slot:
-        """A batch that ends at offset `end` is under way; batches open in the order of the file."""
+        """Record that a batch that ends at offset `end` is in flight; batches must be opened in file order."""
         slot = _Slot(end)
         self._slots.append(slot)
         return slot
 
     def close(self, slot: _Slot, tally: Tally) -> None:
-        """The batch is acknowledged: the mark rises over it as soon as all before it are, too."""
+        """Record that a batch is acknowledged; the mark advances past it once all batches before it are, too."""
         slot.tally = tally
         while self._slots and self._slots[0].tally is not None:
             first = self._slots.popleft()

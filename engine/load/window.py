@@ -1,4 +1,4 @@
-"""How many batches a worker sends at a time: more where the way to MongoDB takes up much of their time."""
+"""How many batches a worker keeps in flight: more if the round trip to MongoDB takes up much of their time."""
 
 import threading
 from typing import Final
@@ -6,17 +6,17 @@ from typing import Final
 __all__ = ["MOST_TIMES", "Window"]
 
 MOST_TIMES: Final = 2
-"""So many times the number asked for is the most: each batch under way takes memory, and a thread."""
+"""The window is at most this multiple of the requested number: each batch in flight takes memory and a thread."""
 
 WEIGHT: Final = 1 / 16
-"""Of the latest batch in the mean over those before it."""
+"""Weight of the latest batch in the exponential moving average."""
 
 
 class Window:
-    """As many batches at a time as keep `writers` of them with the database: its `size`.
+    """Its `size` is the number of batches in flight that keeps `writers` of them at the database.
 
-    By Little's law: of a batch that is waited for over `mean` seconds, the database has `mean - round_trip`; so that `writers`
-    are there at any time, `writers * mean / (mean - round_trip)` must be under way.
+    By Little's law: of the `mean` seconds that a batch is waited for, it spends `mean - round_trip` at the database; to
+    have `writers` there at any time, `writers * mean / (mean - round_trip)` must be in flight.
     """
 
     def __init__(self, writers: int) -> None:
@@ -25,7 +25,7 @@ class Window:
         self._lock = threading.Lock()
 
     def fit(self, waited: float, round_trip: float) -> None:
-        """A batch was waited for so long, in seconds, of which the way took `round_trip`."""
+        """Adjust the size: a batch was waited for `waited` seconds, of which the round trip took `round_trip`."""
         with self._lock:
             self._mean += (waited - self._mean) * (WEIGHT if self._mean else 1)
             way = min(round_trip, self._mean * (1 - 1 / MOST_TIMES))

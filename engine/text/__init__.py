@@ -1,1 +1,1 @@
-"""Lines of bytes, without I/O: where to cut them, what they become, and how they are put together."""
+"""Lines of text, without I/O: cutting bytes into lines, lines into batches, and decoding lines into documents."""

@@ -1,7 +1,7 @@
-"""Lines into batches, capped by count and by bytes. Pure.
+"""Gathers lines into batches, capped by count and by bytes. Pure.
 
-A batch is what one worker thread decodes and one unordered bulk write carries. The cap on bytes keeps a command, and
-a reply in which every document is an error that quotes it, within what the server takes.
+A batch is what one writer thread decodes and one unordered bulk write carries. The cap on bytes keeps the command, and
+a reply in which an error quotes each document, within the server's limits.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ NO_ENDS = np.empty(0, np.intp)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Lines of one range that follow each other.
+    """Consecutive lines of one range.
 
-    `offset` is that of the first line's first byte, `end` the one after the last terminator; `ordinal` is the first
-    line's 0-based number within the range. `data` holds the lines with their newlines, and `ends` the position in it
-    of each of these; of a last line without one, the position after its last byte. An oversized line travels alone,
-    with `data` and `ends` empty.
+    `offset` is the offset in the object of the first line's first byte, `end` that after the last terminator; `ordinal`
+    is the first line's 0-based number within the range. `data` holds the lines with their newlines, and `ends` the
+    position of each newline in it, or for a last line without one the position after its last byte. An oversized line
+    is a batch of its own, with `data` and `ends` empty.
     """
 
     offset: int
@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """Lines in it."""
+        """The number of lines."""
         return 1 if self.oversized is not None else len(self.ends)
 
     @property
@@ -58,7 +58,7 @@ class Batcher:
     Args:
         max_lines: lines in a batch.
         max_bytes: bytes of lines in a batch, newlines included; a single longer line makes a batch of its own.
-        ordinal: the number, within the range, of the first line to come.
+        ordinal: the 0-based number, within the range, of the first line to come.
     """
 
     __slots__ = ("_bytes", "_ends", "_lines", "_max_bytes", "_offset", "_ordinal", "_pieces", "max_lines")
@@ -69,13 +69,13 @@ class Batcher:
         self._max_bytes = max_bytes
         self._ordinal = ordinal
         self._offset = 0
-        self._pieces: list[memoryview] = []  # what waits
-        self._ends: list[Ends] = []  # of its lines, counted from the first byte of the first piece
+        self._pieces: list[memoryview] = []  # the lines gathered so far
+        self._ends: list[Ends] = []  # their ends, counted from the first byte of the first piece
         self._lines = 0
         self._bytes = 0
 
     def add(self, block: Block | Oversized) -> Iterator[Batch]:
-        """Take what the splitter handed out; yields the batches that it fills. Exhaust the iterator."""
+        """Take what the splitter returned; yields the batches that it fills. The iterator must be exhausted."""
         if isinstance(block, Oversized):
             yield from self.flush()
             yield Batch(block.offset, block.end, self._ordinal, b"", NO_ENDS, block)
@@ -83,11 +83,11 @@ class Batcher:
             return
         at, start = 0, block.start
         while at < len(block.ends):
-            room = start + self._max_bytes - self._bytes  # the position that the last newline must lie before
+            room = start + self._max_bytes - self._bytes  # the last newline must lie before this position
             fit = int(np.searchsorted(block.ends, room)) - at
             take = min(self.max_lines - self._lines, fit)
             if take <= 0 and not self._lines:
-                take = 1  # longer than a batch may be: it travels alone
+                take = 1  # longer than a batch may be: it goes alone
             if take > 0:
                 if not self._lines:
                     self._offset = block.offset + start - block.start
@@ -101,7 +101,7 @@ class Batcher:
                 yield from self.flush()
 
     def flush(self) -> Iterator[Batch]:
-        """What is left, as a batch."""
+        """Yields the lines that are left as a batch, if there are any."""
         if not self._lines:
             return
         end = self._offset + self._bytes

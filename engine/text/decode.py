@@ -1,6 +1,6 @@
-"""One line to one document or one reject, through orjson. Pure: no I/O, and no bad line ever raises.
+"""Decodes each line into a document or a reject, with orjson. Pure: no I/O, and no bad line ever raises.
 
-What becomes of a line depends on its bytes and its offset alone, so that a replay gives the same documents.
+Within a job, a line's outcome depends only on its bytes and its offset, so that a replay gives the same documents.
 """
 
 import re
@@ -26,29 +26,29 @@ BOM: Final = b"\xef\xbb\xbf"
 BLANK: Final = " \t\n\r\x0b\x0c"
 
 PIECE_BYTES: Final = 32 * 1024
-"""Bytes of lines that are parsed at a time, about: their documents are encoded and freed while they are still in the CPU cache.
-With a whole batch at a time every object would be fetched from memory three times."""
+"""About how many bytes of lines are parsed at a time: their documents are encoded and freed while they are still in the
+CPU cache. With a whole batch at a time, every object would be fetched from memory three times."""
 
 SPARSE_BYTES: Final = 4096
-"""Places where a long run of digits may begin are checked one by one if there is at most one per so many bytes; otherwise a scan
-of all bytes is as quick."""
+"""Possible places of a long run of digits are checked one by one if there is at most one per this many bytes; otherwise
+a scan of all bytes is as fast."""
 
-# Stands between the lines of a piece as an element of an array, so that one call parses them all. It is random in each process,
-# so that no file can contain it on purpose.
+# Separates the lines of a piece, which are parsed as the elements of one array by a single call. It is random in each
+# process, so that no file can contain it on purpose.
 _MARK: Final = secrets.randbits(62) | 1 << 61
 _SEPARATOR: Final = b",%d," % _MARK
 
-# orjson turns an integer beyond 64 bits into a float without a word, so integers outside int64 are looked for in the bytes, by
-# three passes, each slower and more exact than the one before: `_may_have_wide_digits` over a batch, `_has_wide_digits` over a
-# piece of it, `_beyond_int64` over one line.
-# The smallest integer outside int64 has 19 digits. All digits made '0', a run of 19 is one `find` away.
+# orjson silently turns an integer beyond 64 bits into a float, so integers outside int64 are searched for in the bytes,
+# in up to three passes, each slower and more exact than the one before: `_may_have_wide_digits` over a batch,
+# `_has_wide_digits` over a piece of it, `_beyond_int64` over one line.
+# The smallest integer outside int64 has 19 digits. With each digit replaced by '0', one `find` locates a run of 19.
 _ZEROS: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
 _RUN: Final = b"0" * 19
 _DIGIT_RUN: Final = re.compile(rb"0++")
 _INT64_MAX_LITERAL: Final = b"%d" % (2**63 - 1)
 _INT64_MIN_LITERAL: Final = b"%d" % 2**63
 
-# Strings are matched first, so that digits within them are passed over; then numbers, whole, to see if they are integers.
+# Strings are matched first, so that digits within them are skipped; then numbers in full, to tell if they are integers.
 _TOKEN: Final = re.compile(
     rb'"(?:[^"\\]++|\\.)*+"|(-?\d{19,}+)((?:\.\d+)?(?:[eE][+-]?\d+)?)|\d++(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL
 )
@@ -56,17 +56,17 @@ _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 _DIGITS: Final = b"0123456789"
 
-# So many digits are no int64 for certain, and are not handed to int(), which refuses thousands of them.
+# A literal of this many digits is certainly not an int64. It is not passed to int(), which refuses thousands of digits.
 _CERTAINLY_WIDE: Final = 40
 
 _Object = dict[str, Any]
-"""A JSON object, and the document that is made of it."""
+"""A JSON object, and the document that it becomes."""
 
 
 class Identity(tuple[bytes]):
-    """A generated `_id`, made of a tuple of twelve bytes: encoded as the ObjectId of these, without Python code for each.
+    """A generated `_id`: a tuple that holds its twelve bytes, encoded as an ObjectId without running Python code.
 
-    `_type_marker` is by what PyMongo's encoder knows the types of BSON; 7 is an ObjectId, and `binary` its bytes.
+    PyMongo's encoder recognizes types of BSON by their `_type_marker`: 7 is an ObjectId, with its bytes in `binary`.
     """
 
     __slots__ = ()
@@ -75,11 +75,11 @@ class Identity(tuple[bytes]):
 
 
 class Documents:
-    """The documents of a batch. Each pass over them parses the lines anew, a piece at a time, as they are asked for.
+    """The documents of a batch. Each pass over them parses the lines anew, lazily and a piece at a time.
 
-    At the end of a pass, document `i` came from line `positions[i]` of the batch; those in `own_ids` (indexes of
-    documents) brought their own `_id`; `rejects` holds the lines that became none, and `blank` counts those of white space
-    only. `seconds` is what parsing has taken so far, over all passes.
+    At the end of a pass, document `i` came from line `positions[i]` of the batch; `own_ids` has the indexes of
+    documents that brought their own `_id`; `rejects` holds the lines that did not become documents, and `blank` counts
+    those of white space only. `seconds` is the time spent on parsing so far, over all passes.
 
     What `any` has parsed is not parsed again by the pass that follows.
     """
@@ -146,7 +146,7 @@ class Documents:
         return documents
 
     def _one_by_one(self, first: int, lines: list[bytes], identities: Iterable[bytes], wide: bool) -> list[_Object]:
-        """As `_ndjson`, where some line is bad or blank or holds a long run of digits."""
+        """As `_ndjson`, but line by line, since some line is bad or blank or holds a long run of digits."""
         documents: list[_Object] = []
         for position, (line, identity) in enumerate(zip(lines, identities, strict=True), first):
             body = line.removeprefix(BOM) if self.batch.offset == position == 0 else line
@@ -228,12 +228,12 @@ def reject(batch: Batch, position: int, reason: Reason, detail: str, code: int |
 
 
 def _objects(data: bytes, start: int, ends: list[int]) -> list[_Object] | None:
-    """The objects of the lines that end at `ends`, the first of which begins at `start`; None unless every line is one."""
+    """The objects of the lines that end at `ends`, the first from `start` on; None unless every line is an object."""
     try:
         if ends[-1] - start < LONG_LINE_BYTES * len(ends):
             values = _together(data[start : ends[-1]], len(ends))
         else:
-            # What one call for all of them saves is less than the copies of long lines that it takes.
+            # With long lines, a single call for all of them saves less than the copies that it needs cost.
             view, begins = memoryview(data), [start, *(end + 1 for end in ends[:-1])]
             values = [orjson.loads(view[begin:end]) for begin, end in zip(begins, ends, strict=True)]
     except orjson.JSONDecodeError:
@@ -242,13 +242,13 @@ def _objects(data: bytes, start: int, ends: list[int]) -> list[_Object] | None:
 
 
 def _together(text: bytes, count: int) -> list[Any]:
-    """The values of `count` lines, parsed as one array with a mark between each two; [] unless every line is one JSON value.
+    """The values of `count` lines, parsed as one array with marks between them; [] unless each line is one JSON value.
 
-    Lines that are JSON only together with a neighbour are caught: a value across a line break swallows the mark there, and no
-    line can contain one to make up for it.
+    Lines that are JSON only together with a neighbour are detected: a value across a line break swallows the mark
+    there, and no line can contain one to make up for it.
 
     Raises:
-        orjson.JSONDecodeError: all of it is no array.
+        orjson.JSONDecodeError: together, the lines are not a valid array.
     """
     found = orjson.loads(b"[%b]" % text.replace(b"\n", _SEPARATOR))
     whole = len(found) == 2 * count - 1 and found[1::2].count(_MARK) == count - 1
@@ -256,7 +256,7 @@ def _together(text: bytes, count: int) -> list[Any]:
 
 
 def _fault(line: bytes, error: orjson.JSONDecodeError) -> str:
-    """What is wrong with a line that is no JSON; of one that is no UTF-8, the parser does not say where."""
+    """What is wrong with a line that is not JSON; the parser does not say where UTF-8 is invalid, so this does."""
     try:
         line.decode()
     except UnicodeDecodeError as fault:
@@ -265,12 +265,12 @@ def _fault(line: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 def _no_utf8(error: UnicodeDecodeError) -> str:
-    """Where a line is no UTF-8, and why."""
+    """Where a line is not UTF-8, and why."""
     return f"byte {error.start} of the line, 0x{error.object[error.start]:02x}: {error.reason}"
 
 
 def _decoded(text: bytes) -> Sequence[str | bytes]:
-    """The lines of a text, each as it was where not all of them are UTF-8."""
+    """The lines of a text, decoded; or all of them as bytes if any is not UTF-8."""
     try:
         return text.decode().split("\n")
     except UnicodeDecodeError:
@@ -300,18 +300,18 @@ _KINDS: Final = {
 
 
 def _may_have_wide_digits(data: bytes) -> bool:
-    """Whether there may be a run of 19 digits; False is certain. Six times as fast as a look at every byte.
+    """Whether an integer may be outside int64; False is certain. Six times as fast as a scan of every byte.
 
-    Such a run always covers four whole words of four bytes, and three more bytes beside them. A byte counts as a digit if its
-    high half is 3: 0 to 9, and :;<=>?.
+    Such an integer has at least 19 digits, which always cover four whole words of four bytes and three more bytes next
+    to them. A byte counts as a digit if its upper four bits are 3: 0 to 9, and :;<=>?.
     """
     words = np.frombuffer(data, "<u4", len(data) // 4) & np.uint32(0xF0F0F0F0) == np.uint32(0x30303030)
     at = 4 * np.flatnonzero(words[:-3] & words[1:-2] & words[2:-1] & words[3:])
     if not len(at):
         return False
     if at[0] < 3 or at[-1] + 22 > len(data):
-        return True  # no whole neighbourhood to look at
-    # Fractions have up to 17 digits, so that there may be many such places: they are looked at all at once.
+        return True  # too close to the edge to look at the bytes around it
+    # Fractions have up to 17 digits, so there may be many such places: they are all checked at once.
     octets = np.frombuffer(data, np.uint8)
     before, behind = (
         digits[0] * (1 + digits[1] * (1 + digits[2].astype(np.uint8)))
@@ -319,7 +319,7 @@ def _may_have_wide_digits(data: bytes) -> bool:
     )
     places = at[before + behind >= 3]
     if len(places) > len(data) // SPARSE_BYTES:
-        return True  # to look at every byte takes no longer
+        return True  # a scan of every byte takes no longer
     return any(_wide_at(data, place) for place in places.tolist())
 
 
@@ -338,17 +338,17 @@ def _wide_at(data: bytes, place: int) -> bool:
 
 
 def _has_wide_digits(data: bytes) -> bool:
-    """Whether any run of digits may be an integer that int64 cannot hold; a look at all bytes, and at few of them twice."""
+    """Whether any run of digits may be an integer that int64 cannot hold; scans all bytes, and few of them twice."""
     zeros = data.translate(_ZEROS)
     if zeros.rfind(_RUN) < 0:
-        return False  # of most data; from the right, the search is a third quicker
+        return False  # true of most data; searching from the right is faster by a third
     at = zeros.find(_RUN)
     while at >= 0:
         run = _DIGIT_RUN.match(zeros, at)
         assert run is not None  # it begins there
         before, end = zeros[at - 1 : at], run.end()
         most = _INT64_MIN_LITERAL if before == b"-" else _INT64_MAX_LITERAL
-        # Behind a point stands a fraction.
+        # Digits after a decimal point are a fraction.
         if before != b"." and (end - at > len(_RUN) or data[at:end] > most):
             return True
         at = zeros.find(_RUN, end)
@@ -356,7 +356,7 @@ def _has_wide_digits(data: bytes) -> bool:
 
 
 def _beyond_int64(line: bytes) -> str | None:
-    """The first integer literal of a valid JSON text that int64 cannot hold, shortened; None where there is none."""
+    """The first integer literal of a valid JSON text that int64 cannot hold, shortened; None if there is none."""
     if not _has_wide_digits(line):
         return None
     for match in _TOKEN.finditer(line):

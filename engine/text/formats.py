@@ -10,7 +10,7 @@ from engine.text.decode import BOM
 __all__ = ["begins", "decide"]
 
 WIDE_SAMPLE: Final = 4096
-"""Bytes that tell whether a text is UTF-16 or UTF-32."""
+"""How many of the first bytes are examined for UTF-16 and UTF-32."""
 
 _NDJSON_SUFFIXES: Final = (".ndjson", ".jsonl", ".json")
 _TEXT_SUFFIXES: Final = (".txt", ".log")
@@ -29,12 +29,12 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
     """The format of an object whose first bytes are `head`.
 
     Raises:
-        Refused: it is not a text of lines, or it is JSON that is not newline-delimited.
+        Refused: it is not line-oriented text, or it is JSON that is not newline-delimited.
     """
     kinds = [name for magic, name in _COMPRESSED.items() if head.startswith(magic)]
     if kinds := kinds or ["bzip2"] * bool(_BZIP2.match(head)):
         raise Refused(f"{key} is compressed ({kinds[0]}): decompress it before you upload it")
-    # A UTF-16 or UTF-32 text has a mark at its start, or a NUL in each character of a plain line.
+    # UTF-16 or UTF-32 text begins with a byte order mark, or has NULs in each ASCII character.
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")) or _looks_wide(head):
         raise Refused(f"{key} looks like UTF-16 or UTF-32: convert it to UTF-8, for example with iconv")
     if asked is not Format.AUTO:
@@ -55,13 +55,13 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
 
 
 def begins(head: bytes) -> bytes:
-    """The first byte that is not blank; none where all are."""
+    """The first byte that is not blank; empty if all are blank."""
     return head.removeprefix(BOM).lstrip()[:1]
 
 
 def _looks_wide(head: bytes) -> bool:
-    """Whether it looks like UTF-16 or UTF-32: in mostly ASCII text most high bytes are NUL, and hardly any low byte is. A run of
-    NULs, as in a log that was cut off while it was written, does not count."""
+    """Whether it looks like UTF-16 or UTF-32: in mostly ASCII text most high bytes are NUL, and hardly any low byte is.
+    A run of NULs, as in a log that was cut off while it was written, does not count."""
     sample = head[: min(WIDE_SAMPLE, len(head)) // 4 * 4]
     half, quarter = len(sample) // 2, len(sample) // 4
     even, odd = sample[::2].count(0), sample[1::2].count(0)

@@ -2,12 +2,12 @@
 
 The rule: a range owns the lines whose first byte lies in it. A line ends at a newline byte, or at the end of the
 object. So a range that starts at `start > 0` is read from `start - 1`, everything through the first newline is
-dropped, and reading goes on past `end` until the last owned line is whole. For any bytes and any cut into ranges, the
-ranges together yield exactly the lines of the object, each once.
+dropped, and reading continues past `end` until the last owned line is complete. For any bytes and any cut into ranges,
+the ranges together yield exactly the lines of the object, each once.
 
-This is a machine without I/O: it is fed chunks of any size, in order, and never asks for one. It holds no more than
-one unfinished line, and of a line over the limit no more than a head. Lines are not copied: a block refers to its chunk
-and lists where each line ends. A `bytes` per line would cost as much as all the rest.
+The splitter is a state machine without I/O: it is fed chunks of any size, in order. It holds at most one unfinished
+line, and only the head of a line over the limit. Lines are not copied: a block refers to its chunk and lists where each
+line ends. A `bytes` object per line would cost as much as all the rest.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ LONG_LINE_BYTES = 2048
 """From this average length on, lines are handled one by one; shorter ones many at a time."""
 
 FEW_LINES = 16
-"""Up to this many lines, newlines are searched one by one, however short the lines are."""
+"""Up to this many lines, newlines are searched for one by one, however short the lines are."""
 
 NEWLINE = ord("\n")
 
@@ -33,11 +33,11 @@ Ends = NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Lines that follow each other.
+    """Consecutive lines.
 
-    `data` holds them from position `start` on, and `ends` the position in it of each line's newline; of a last line that
-    the object ends in without one, the position after its last byte. A carriage return before a newline is still
-    there. `offset` is that of the first line's first byte in the object.
+    `data` holds them from position `start` on, and `ends` the position of each line's newline in it, or for a last line
+    of the object without one the position after its last byte. A carriage return before a newline is still there.
+    `offset` is the offset in the object of the first line's first byte.
     """
 
     offset: int
@@ -63,7 +63,7 @@ def _newlines(data: bytes, start: int, stop: int) -> Ends:
     while at >= 0:
         found.append(at)
         if at - start < LONG_LINE_BYTES * (len(found) - FEW_LINES):
-            # A search for each costs more than a look at every byte.
+            # A search for each newline would cost more than a scan of every byte.
             return np.flatnonzero(np.frombuffer(data, np.uint8, stop - start, start) == NEWLINE) + start
         at = data.find(b"\n", at + 1, stop)
     return np.array(found, np.intp)
@@ -73,10 +73,10 @@ class Splitter:
     """Splits the bytes of one range into the lines that it owns.
 
     Args:
-        start, end: the range, bytes; `end` exclusive. To resume, `start` is any line's first byte.
+        start, end: the range in bytes, `end` exclusive. To resume, `start` may be the first byte of any line.
         max_line_bytes: a longer line, its terminator not counted, comes out as `Oversized`.
 
-    Feed it the object's bytes from `read_from` on until `done` turns true, or call `finish()` where the object ends.
+    Feed it the object's bytes from `read_from` on until `done` turns true, or call `finish()` when the object ends.
     """
 
     __slots__ = ("_carried", "_carry", "_dropping", "_end", "_last", "_line", "_max", "done", "position", "read_from")
@@ -85,16 +85,16 @@ class Splitter:
         self.read_from = max(start - 1, 0)
         """Offset of the first byte to feed."""
         self.done = start >= end
-        """Every owned line has been handed out; further bytes are of no use."""
+        """Whether every owned line has been returned; further bytes are ignored."""
         self._end = end
         self._max = max_line_bytes
         self.position = self.read_from
         """Offset of the next byte to feed."""
         self._dropping = start > 0
-        self._line = start  # first byte of the line under way
-        self._carry: list[bytes] = []  # what of it has been fed; a head, once over the limit
-        self._carried = 0  # bytes of it that have been fed, whether kept or not
-        self._last = b""  # the last byte of it
+        self._line = start  # offset of the first byte of the unfinished line
+        self._carry: list[bytes] = []  # its bytes so far; only its head, once over the limit
+        self._carried = 0  # the number of its bytes so far, whether kept or not
+        self._last = b""  # its last byte so far
 
     def feed(self, data: bytes) -> list[Block | Oversized]:
         """Take the next bytes of the object; returns what they complete, in order. Ignored once `done`."""
@@ -106,7 +106,7 @@ class Splitter:
         if self._dropping:
             newline = data.find(b"\n")
             if newline < 0:
-                # A newline at `end - 1` or later starts a line that the next range owns.
+                # A line after a newline at `end - 1` or later belongs to another range.
                 self.done = self.position >= self._end - 1
                 return []
             self._dropping = False
@@ -141,13 +141,13 @@ class Splitter:
         return out
 
     def _blocks(self, data: bytes, start: int, ends: Ends) -> list[Block | Oversized]:
-        """Terminated lines, the first of them at `self._line`, as one block; or more where oversized ones stand between."""
-        # No line is longer than all of them together, which mostly saves a look at each.
+        """Terminated lines, the first at offset `self._line`, as one block, or as several around oversized lines."""
+        # No line is longer than all of them together, which mostly saves checking each.
         if int(ends[-1]) - start <= self._max:
             return [Block(self._line, data, start, ends)]
         out: list[Block | Oversized] = []
         base = self._line - start
-        done = 0  # lines that are told
+        done = 0  # lines that are in `out`
         for index in np.flatnonzero(np.diff(ends, prepend=start - 1) - 1 > self._max).tolist():
             begin, end = int(ends[index - 1]) + 1 if index else start, int(ends[index])
             length = end - begin - (data[end - 1 : end] == b"\r")
@@ -172,7 +172,7 @@ class Splitter:
             self._last = piece[-1:]
 
     def _take(self, *, terminated: bool) -> Block | Oversized:
-        """The line under way, now whole."""
+        """The unfinished line, which is now complete."""
         line, carried = b"".join(self._carry), self._carried
         length = carried - (terminated and self._last == b"\r")
         self._carry, self._carried, self._last = [], 0, b""
@@ -181,7 +181,7 @@ class Splitter:
         return Block(self._line, line + b"\n" if terminated else line, 0, np.array([len(line)], np.intp))
 
     def finish(self) -> list[Block | Oversized]:
-        """The object ends here: returns its last line where that has no newline. `done` is true afterwards."""
+        """The object ends here: returns its last line if that has no newline. `done` is true afterwards."""
         if self.done:
             return []
         self.done = True

@@ -15,6 +15,6 @@ def count(size: int, range_bytes: int) -> int:
 def cut(size: int, of: int, index: int) -> ByteRange:
     """Range `index` when `size` bytes are cut into `of` ranges.
 
-    The ranges are even, to a byte: with a short last one, the workers that take full ones would finish after it.
+    Their sizes differ by at most one byte: with a short last range, workers that have full ones would finish after it.
     """
     return ByteRange(index, size * index // of, size * (index + 1) // of)
