@@ -1,4 +1,4 @@
-"""An HTTP API that answers as a test says, and a client of it."""
+"""A client of the HTTP API whose requests the test itself answers. No servers."""
 
 import httpx
 
@@ -6,13 +6,13 @@ from api.client import Client
 
 
 def client_of(answer):
-    """A client whose requests `answer` answers."""
+    """A client of the API; `answer` is called with each request and returns the response."""
     client = Client("http://api")
     client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
     return client
 
 
 def problem(status, kind):
-    """An answer that tells of a problem of this kind."""
+    """An error response with a problem of type `kind`."""
     told = {"type": f"urn:headrace:problem:{kind}", "detail": f"it is {kind}"}
     return httpx.Response(status, headers={"X-Request-ID": "r"}, json=told)

@@ -1,4 +1,4 @@
-"""Real servers for the suites that need them, and an environment without anybody's settings."""
+"""Fixtures for all suites: real servers, databases for each test, and an environment without anybody's settings."""
 
 import gc
 import io
@@ -27,7 +27,7 @@ from engine.s3.objects import Objects
 from engine.settings import Settings
 from engine.text.batches import Batch
 
-# How long an example takes says something of the machine, and nothing of what is tested.
+# How long an example takes depends on the machine, and says nothing about what is tested.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
@@ -35,7 +35,7 @@ PREFIXES = ("AWS_", "ENGINE_", "API_", "MONGO_", "PORT")
 
 for name in list(os.environ):
     if name.upper() in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        del os.environ[name]  # the servers of the tests are on this machine
+        del os.environ[name]  # the tests' servers run on this machine
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +48,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
-    """A real mongod, with fail points, and a real S3 server, once for all suites."""
+    """A real mongod with fail points enabled, and a real S3 server, started once per session."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.upper().startswith(PREFIXES):
                 patch.delenv(name)
         folder = tmp_path_factory.mktemp("servers")
         patch.chdir(folder)
-        for name in ("mongod.port", "s3.port"):  # other suites may run beside this one
+        for name in ("mongod.port", "s3.port"):  # free ports: other test processes may run at the same time
             (folder / name).write_text(f"{free_port()}\n")
         options = ("--setParameter", "enableTestCommands=1")
         with LocalServers(Settings(), folder, options) as started:
@@ -63,7 +63,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
 
 
 def batch_of(*lines: bytes, offset: int = 0, terminated: bool = True) -> Batch:
-    """These lines as one batch, of which the first begins at `offset`."""
+    """These lines as one batch, which begins at `offset`; unless `terminated`, the last line has no newline."""
     data = b"".join(line + b"\n" for line in lines)
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
     data = data if terminated else data[:-1]
@@ -71,7 +71,7 @@ def batch_of(*lines: bytes, offset: int = 0, terminated: bool = True) -> Batch:
 
 
 def own_settings(servers: LocalServers) -> Settings:
-    """Settings that lead to the real servers, with databases of their own."""
+    """Settings for the real servers, with databases of their own."""
     name = f"t{uuid.uuid4().hex[:12]}"
     uri = servers.overrides["mongo_uri"].replace("/headrace?", f"/{name}?")
     fresh = {"mongo_uri": uri, "engine_control_db": f"{name}_control", "engine_workers": 2, "engine_poll_seconds": 0.2}
@@ -80,7 +80,7 @@ def own_settings(servers: LocalServers) -> Settings:
 
 @pytest.fixture
 def settings(servers: LocalServers, clean_environment: None) -> Settings:
-    """Settings of one test."""
+    """Settings for one test."""
     return own_settings(servers)
 
 
@@ -121,7 +121,7 @@ def objects(settings: Settings) -> Objects:
 
 @pytest.fixture
 def drain(settings: Settings, queue: Queue) -> Callable[..., list[Job]]:
-    """Run one worker, in this process, until these jobs have ended; returns them as they are then."""
+    """Run one worker in this process until these jobs have ended, for at most `seconds`; returns the ended jobs."""
 
     def run(*job_ids: str, seconds: float = 60, **changes: object) -> list[Job]:
         stop = threading.Event()

@@ -1,4 +1,4 @@
-"""Commands of Headrace as processes of their own, for the suites that kill them."""
+"""For suites with real processes: run and kill `headrace` commands, wait for conditions, make MongoDB commands fail."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def alive(pid):
 
 
 def until(true, seconds=30, what="it"):
-    """Wait for something to become true; fails loudly, never passes silently."""
+    """Wait until `true()` returns something truthy, and return it; after `seconds` the test fails."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := true():
@@ -42,11 +42,13 @@ def until(true, seconds=30, what="it"):
 
 @contextmanager
 def failing(client, commands, mode="alwaysOn", app="headrace", **how):
-    """While it lasts, these commands of an application fail on the server as `how` says; yields a list that holds how often, at
-    its end."""
+    """Within it, these commands of an application fail, or are delayed, on the server as `how` says.
+
+    Yields a list, to which the number of affected commands is appended at the end.
+    """
     came = []
     data = {"failCommands": commands, "appName": app} | how
-    # Counted from the start of the server, over all that came before.
+    # `count` is a total since the server started, over all earlier uses.
     on = client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
     try:
         yield came
@@ -56,12 +58,12 @@ def failing(client, commands, mode="alwaysOn", app="headrace", **how):
 
 
 def taking(milliseconds):
-    """How a command fails that takes so long."""
+    """The `how` of `failing` that delays each command by this long."""
     return {"blockConnection": True, "blockTimeMS": milliseconds}
 
 
 def _as_anywhere():
-    """In a child: HUP is not ignored, as it would be where the tests are run under nohup."""
+    """For `preexec_fn`: as `before_exec`, but HUP is not ignored, even if the tests run under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before_exec()
 
@@ -88,14 +90,14 @@ class Running:
         self.pid = self.process.pid
 
     def lines(self):
-        """The log, line by line."""
+        """The JSON lines of the log."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
     def workers(self):
         return [pid for pid in children(self.pid) if alive(pid)]
 
     def ready(self, count):
-        """Wait until so many workers in all have booted."""
+        """Wait until `count` workers have booted since the start, replaced ones included."""
         until(lambda: self._booted() >= count, what=f"boot number {count}")
 
     def _booted(self):
@@ -109,7 +111,7 @@ class Running:
         return self.process.wait(seconds)
 
     def end(self):
-        """Whatever state it is in: nothing of it is left when this returns."""
+        """Kill it, whatever state it is in; on return, neither it nor any of its children is left."""
         pids = [self.pid, *children(self.pid)]
         for pid in pids:
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What the suites of jobs share."""
+"""Fixtures and helpers for the suites of jobs, on a real MongoDB and a real S3 server."""
 
 import io
 import uuid
@@ -30,7 +30,7 @@ def plan(ranges, tag=b"tagtag"):
 
 
 def loaded(planner, queue, ledger, source, **options):
-    """A job that has been worked off, without its documents."""
+    """A job that is planned and ended as if it had loaded one line; no document is written."""
     [prepared] = planner.prepare([queue.submit(source, JobOptions(**options))], "holder")
     if prepared.lease is None:
         return prepared.job

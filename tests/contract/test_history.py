@@ -1,4 +1,4 @@
-"""What is known of jobs of before: loads that are told, history that is deleted, counts, batches."""
+"""The history of jobs: what was loaded before, the deletion of old jobs, counts, and batches. On real servers."""
 
 import threading
 import time
@@ -52,7 +52,7 @@ def test_a_job_that_was_retried_since_is_not_pruned(store, queue, source):
     real = store.jobs.update_one
 
     class Late:
-        """Between the look for old jobs and the first write, somebody retries this one and it ends again."""
+        """The jobs; between the look for old ones and the first write, somebody retries this one and it ends again."""
 
         def __getattr__(self, name):
             return getattr(store.jobs, name)
@@ -74,7 +74,7 @@ def test_jobs_that_are_old_are_found_by_their_index_however_many_have_ended(stor
     store.jobs.update_many({"_id": {"$in": old}}, [{"$set": {"finishedAt": {"$subtract": ["$$NOW", 864e5 * 40]}}}])
     store.jobs.update_one(
         {"_id": old[0]}, [{"$set": {"pruned": True, "finishedAt": "$$NOW"}}]
-    )  # begun, under other settings
+    )  # its deletion was begun under other settings
     store.control.command("profile", 2)
     retention = Retention(store, ledger)
     assert (retention.prune(30, 3), retention.prune(30, 9), retention.prune(30, 9)) == (3, 2, 0)
@@ -110,7 +110,7 @@ def test_one_job_that_cannot_be_deleted_leaves_the_others_to_be(store, queue, le
     monkeypatch.setattr(ledger, "delete", fail)
     assert Retention(store, ledger).prune(30, 9) == 2
     monkeypatch.undo()
-    assert Retention(store, ledger).prune(30, 9) == 0  # it is begun again a minute later
+    assert Retention(store, ledger).prune(30, 9) == 0  # it is tried again a minute later
     store.jobs.update_one({}, [{"$set": {"prunedAt": {"$subtract": ["$$NOW", 61_000]}}}])
     assert Retention(store, ledger).prune(30, 9) == 1
     assert store.jobs.count_documents({}) == 0
@@ -123,9 +123,9 @@ def test_ranges_that_are_all_put_off_tell_why(store, queue, plans, ledger, sourc
     assert history.ranges(job.id).put_off is None
     first = ledger.lease(job.id, "w1")
     ledger.postpone(first, first.confirmed, first.tally, failure)
-    assert history.ranges(job.id).put_off is None  # the other one need not wait
+    assert history.ranges(job.id).put_off is None  # the other range need not wait
     second = ledger.lease(job.id, "w1")
-    assert history.ranges(job.id).put_off == "S3 is away"  # and is not READY now
+    assert history.ranges(job.id).put_off == "S3 is away"  # the other range is LEASED, and no longer counts
     ledger.postpone(second, second.confirmed, second.tally, Failure("transient", "S3 is slow"))
     assert history.ranges(job.id).put_off in ("S3 is away", "S3 is slow")
     store.ranges.update_many({}, [{"$set": {"notBefore": "$$NOW"}}])
@@ -238,10 +238,10 @@ def test_the_rejects_of_an_old_job_go_slice_by_slice_and_one_worker_at_a_time(
     left: list[int] = []
 
     def goes_on():
-        """Is asked after each slice; this one stops within the rejects."""
+        """Called after each slice; stops after the second, with rejects left."""
         left.append(store.rejects.count_documents({}))
         if len(left) == 1:
-            assert other.prune(30, 9) == 0  # this job is another's
+            assert other.prune(30, 9) == 0  # another worker is deleting this job
         return len(left) < 2
 
     assert retention.prune(30, 9, goes_on) == 1

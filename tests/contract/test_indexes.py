@@ -1,4 +1,4 @@
-"""However long the history of jobs is, nobody reads more of it than what they ask for."""
+"""However long the history of jobs is, no call reads more of it than it needs, by the profiler of a real mongod."""
 
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,12 +19,15 @@ from tests.contract.conftest import loaded
 
 HISTORY = 1000
 FEW = 50
+"""The most documents that one operation may examine."""
+
 GROWING = {"jobs", "batches", "ranges", "sources", "rejects", "claims", "uploads"}
+"""Collections that grow with the history."""
 
 
 @pytest.fixture
 def read_too_much(store):
-    """What was asked since the fixture was made, or asked before, and answered by reading many documents or all of them."""
+    """A function: the operations since its last call that examined more than `FEW` documents, or a whole collection."""
     store.control.command("profile", 2)
 
     def run():
@@ -46,7 +49,7 @@ def read_too_much(store):
 
 @pytest.fixture
 def history(store, queue, planner, ledger, source):
-    """A thousand jobs that have ended long ago, of one object, each with a ticket and a batch of its own."""
+    """A job that has ended, beside `HISTORY` others, each of them with an object, a ticket and a batch of its own."""
     job = loaded(planner, queue, ledger, source)
     kept = store.jobs.find_one({"_id": ObjectId(job.id)})
     assert kept is not None

@@ -1,4 +1,4 @@
-"""Only the holder of the token may speak for a range, and what is counted in a row begins anew with every byte of progress."""
+"""Only the holder of the token can change a range, and progress resets what is counted in a row. On a real MongoDB."""
 
 import time
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def stored(store, job):
 
 
 def run_out(store, job):
-    """The leases of the job's ranges ran out a minute ago."""
+    """Set the leases of the job's ranges to have run out a minute ago."""
     store.ranges.update_many({"job": ObjectId(job)}, {"$set": {"until": datetime.now(UTC) - timedelta(minutes=1)}})
 
 
@@ -84,7 +84,7 @@ def test_several_leases_are_closed_again_where_the_answer_was_lost(ledger, opene
 
 
 def test_leases_that_are_freed_late_are_those_of_then(store, ledger, opened, monkeypatch):
-    """The command was given up, and another freed them; then the server gets to it."""
+    """A command that timed out and was repeated must not free a later lease if the server still runs it."""
     ledger.lease(opened, "holder")
     real = Collection.update_many
     leases = []
@@ -110,7 +110,7 @@ def test_a_range_has_one_holder_at_a_time_and_the_next_begins_where_it_stopped(l
 
 
 def test_what_an_older_version_has_leased_again_was_not_leased_ahead(store, ledger, opened):
-    """It knows no `ahead`, and leaves that of the lease before."""
+    """An older version does not know `ahead`, and leaves in place what the lease before it set."""
     ledger.lease(opened, "dead", ahead=True)
     ledger.release(["dead"])
     ledger.lease(opened, "of an older version")
@@ -268,7 +268,7 @@ def test_what_was_freed_before_an_error_is_told_and_the_rest_is_freed_the_next_t
     real, calls = ledger._ranges, []
 
     class Failing:
-        """Loses its primary at the second range, and again at the first of the next call."""
+        """The ranges, without a primary for the second range of the first `release`, and for the first of the next."""
 
         def __getattr__(self, name):
             return getattr(real, name)

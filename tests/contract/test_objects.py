@@ -1,4 +1,4 @@
-"""What is true of objects on every S3 that the suites know: a real server, and moto's model of AWS."""
+"""What holds for objects on a real S3 server (SeaweedFS) and on moto's model of AWS."""
 
 import io
 import itertools
@@ -35,7 +35,7 @@ MIB = 1024 * 1024
 
 @pytest.fixture(params=["weed", "moto"])
 def s3(request):
-    """Objects on one S3, its client and the bucket's name."""
+    """The objects on SeaweedFS or on moto, the client, and the bucket's name."""
     if request.param == "weed":
         settings = request.getfixturevalue("settings")
         client = connect(settings)
@@ -183,7 +183,7 @@ def test_however_many_uploads_there_are_only_so_many_parts_are_in_memory(s3):
     for thread in threads:
         thread.join()
     assert [objects.head(f"many-{number}").size for number in range(4)] == [60 * MIB] * 4
-    # Those under way, the first part of each upload until it is, and one or two on their way out of memory.
+    # Parts in flight, the first part of each upload until it is sent, and one or two that are about to be freed.
     assert 0 < most[0] <= 4 + 4 + 2
 
 
@@ -223,7 +223,7 @@ def test_why_an_upload_failed_is_told_whatever_comes_of_the_rest_of_it(s3, monke
     def fail(**given):
         raise ConnectionClosedError(endpoint_url="s3")
 
-    put(objects, b"y" * 12 * MIB, "old")  # another object is there: it is none of this upload's
+    put(objects, b"y" * 12 * MIB, "old")  # not to be mistaken for the next upload's object
     monkeypatch.setattr(client, "complete_multipart_upload", fail)
     monkeypatch.setattr(client, "abort_multipart_upload", fail)
     with pytest.raises(Transient, match="ConnectionClosedError"):
@@ -231,7 +231,7 @@ def test_why_an_upload_failed_is_told_whatever_comes_of_the_rest_of_it(s3, monke
 
 
 def refused(code, status):
-    """What a client raises that S3 answers so."""
+    """A method of the client that fails as if S3 had answered with this code and status."""
 
     def answer(**given):
         raise ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "answer")
@@ -372,7 +372,7 @@ def test_of_a_body_that_trickles_less_is_waited_for_at_a_time(monkeypatch):
     class Body:
         def read(self, size):
             asked.append(size)
-            now[0] += size / 1000  # bytes a second
+            now[0] += size / 1000  # 1000 bytes a second
             return b"x" * size
 
     reader = RangeReader({"Body": Body()}, "key", 0, 2**20)

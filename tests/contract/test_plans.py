@@ -1,4 +1,4 @@
-"""Who plans a job, which plan holds, and what a planner does with objects that are late or wrong."""
+"""Who plans a job, which plan holds, and what a planner does with objects that are late or wrong. On real servers."""
 
 import io
 import threading
@@ -52,7 +52,7 @@ def test_a_claim_whose_answer_was_lost_is_had_by_claiming_again(queue, plans, so
 
 
 def test_claims_that_lapse_may_be_of_some_who_only_wait(store, queue, plans, source):
-    """They count, but not as deaths do: it takes more of them, and from the first on the job goes alone."""
+    """It takes more of them than of deaths to stop a job; but from the first one on, the job is planned alone."""
     job = queue.submit(source, JobOptions())
     for number in range(VANISHED):
         [claimed] = plans.claim([job], f"slow {number}")
@@ -68,7 +68,7 @@ def test_a_job_that_ended_while_it_was_planned_stays_as_it_is(queue, plans, plan
     real = planner._sources.register
 
     def register(drafts):
-        """Others are quicker, and skip it."""
+        """Another worker is quicker, and skips the job."""
         found = real(drafts)
         plans.complete_unread(job, replace(first.plan, sole=False), first.id)
         return found
@@ -211,7 +211,7 @@ def test_what_hangs_holds_up_no_job_that_is_looked_at_with_it_or_after_it(
         found = {each.job.id: each for each in planner.prepare(plans.claim([*stuck, *fine], "holder"), "holder")}
         assert all(isinstance(found[job.id].error, Transient) for job in stuck)
         assert all(found[job.id].lease for job in fine)
-        # With every thread taken, what cannot even be asked for is given back as it was.
+        # While all threads hang, a job whose object cannot even be requested is given back unchanged.
         planner.prepare(plans.claim(jobs("hung", 8), "holder"), "holder")
         later = jobs("fine", 2)
         assert planner.prepare(plans.claim(later, "holder"), "holder") == []
@@ -222,7 +222,7 @@ def test_what_hangs_holds_up_no_job_that_is_looked_at_with_it_or_after_it(
 
 
 def register_alone(planner, plans, job, monkeypatch):
-    """Let trouble come between the registration of a job's source and its plan."""
+    """Register a job's source, and fail before its plan is fixed."""
 
     def fail(_):
         raise Transient("stepped down")
@@ -250,7 +250,7 @@ def test_a_job_that_registered_and_is_planned_again_is_the_first_all_the_same(
 ):
     job = queue.submit(source, JobOptions())
     register_alone(planner, plans, job, monkeypatch)
-    # What another has loaded under ids of its own is no duplicate of anything.
+    # Documents that a forced load wrote have ids of their own, so they are not taken for this job's.
     other = loaded(planner, queue, ledger, source, force=True) if forced else None
     store.data["records"].insert_one({})
     [prepared] = planner.prepare([job], "holder")
@@ -260,7 +260,7 @@ def test_a_job_that_registered_and_is_planned_again_is_the_first_all_the_same(
 def test_a_collection_that_became_capped_since_a_job_was_submitted_takes_none_of_it(
     store, queue, plans, planner, ledger, source
 ):
-    """It would take every document, and keep the last of them."""
+    """It would accept every document, but keep only the last ones."""
     first, again, other = (queue.submit(source, JobOptions(name)) for name in ("capped", "later", "records"))
     [again] = plans.fix([(again, plan(2), None)])
     queue.cancel(again.id)

@@ -1,4 +1,4 @@
-"""What holds of jobs whoever is quicker: stops, ends, retries, and moves as the tables say."""
+"""What holds for jobs, whoever is quicker: stops, ends, retries, and only the moves in the tables. On real servers."""
 
 import contextlib
 import io
@@ -136,7 +136,7 @@ def test_every_write_that_a_load_depends_on_waits_for_a_majority(settings, submi
     monkeypatch.setattr("pymongo.monitoring._LISTENERS", _Listeners([Writes()], [], [], [], []))
     drain(submit(b'{"n":1}\n{bad\n' * 1000, max_errors=1000).id, submit(b'{"n":1}\n' * 10**6).id)
     assert {of for of in concerns if of[1] in ("records", "rejects", "sources")} >= {("insert", "records")}
-    # A claim on planning guards nothing, and what workers tell of themselves is for people.
+    # A claim for planning guards nothing, and what workers report only informs people: neither needs a majority.
     quick = {("update", "jobs"): {1, "majority"}, ("update", "workers"): {1}, ("update", "totals"): {1}}
     quick[("delete", "workers")] = {1}
     assert {of: concern for of, concern in concerns.items() if concern != {"majority"}} == quick
@@ -208,7 +208,7 @@ def test_a_job_that_is_loaded_whole_before_anybody_looks_is_completed_in_spite_o
     assert ledger.close_all([(each.lease, Tally(lines=1, inserted=1)) for each in prepared])
     ended = queue.finish_all([(each.job, Tally(lines=1, inserted=1)) for each in prepared])
     assert {job.id: job.state for job in ended} == {
-        prepared[0].job.id: JobState.COMPLETED,  # every line of it was loaded before anybody looked
+        prepared[0].job.id: JobState.COMPLETED,  # every line was loaded before anybody saw the cancel
         prepared[1].job.id: JobState.COMPLETED,
     }
 

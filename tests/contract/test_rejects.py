@@ -1,4 +1,4 @@
-"""What is true of rejects on a real MongoDB and on mongomock's model of one."""
+"""What holds for rejects on a real MongoDB and on mongomock's model of it."""
 
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -80,7 +80,7 @@ def test_a_raw_line_that_was_cut_within_a_character_stays_text_and_tells_its_len
 def test_a_holder_takes_away_what_earlier_ones_left_beyond_the_mark_and_nothing_of_later_ones(rejects, job):
     rejects.write(job, lease(job, number=1), [made(5), made(50)])
     rejects.write(job, lease(job, number=3), [made(60)])
-    rejects.forget(lease(job, number=2, confirmed=10))  # a zombie, which wakes when the third holder is at work
+    rejects.forget(lease(job, number=2, confirmed=10))  # a zombie that wakes up while the third holder is at work
     assert [told["offset"] for told in rejects.page(job.id, 9)[0]] == [5, 60]
     rejects.forget(lease(job, number=4, confirmed=10))
     assert [told["offset"] for told in rejects.page(job.id, 9)[0]] == [5]

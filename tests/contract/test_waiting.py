@@ -1,4 +1,4 @@
-"""Jobs and ranges that wait for a time: nobody looks at them before, and everybody sees them afterwards."""
+"""Jobs and ranges that wait for a time: workers pass over them before it, and see all of them after. On real servers."""
 
 import threading
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_a_job_whose_ranges_are_all_put_off_is_passed_over_until_one_is_due(
     assert [run.job.id for run in chooser.take()] == [fresh.id]
     queue.cancel(job.id)
     store.ranges.update_many({"job": job_key(job.id)}, {"$unset": {"notBefore": "", "waiting": ""}})
-    queue.retry(job.id)  # another round: what was known of it is void
+    queue.retry(job.id)  # a new round: what was known about the job no longer holds
     chooser._looked_at = 0
     assert [run.job.id for run in chooser.take()] == [job.id]
 
@@ -84,7 +84,7 @@ def seen(queue):
 
 
 def looks(store, look):
-    """What the server read for the looks at the jobs that `look` takes: the most keys, and the most documents."""
+    """The most index keys, and the most documents, that the server examined for any query of jobs in `look`."""
     store.control.command("profile", 2)
     look()
     store.control.command("profile", 0)
@@ -148,7 +148,7 @@ def test_a_job_that_was_put_off_since_it_was_seen_is_claimed_by_nobody(store, qu
     [claimed] = plans.claim([job], "one")
     plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
     assert plans.claim([job], "other") == []
-    # As an older version puts off, which knows no flag.
+    # As if put off by an older version, which does not know the flag.
     store.jobs.update_one({}, {"$unset": {"waiting": ""}})
     assert plans.claim([job], "other") == []
     plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
@@ -186,7 +186,7 @@ def test_a_job_whose_ranges_are_all_done_or_held_is_left_to_its_holders(queue, p
     assert run.job.id == job.id
     for lease in (held[1], run.lease):
         ledger.close(lease, Tally(lines=1, inserted=1))
-    # Without a holder there is its end to bring about.
+    # Now nobody holds a range, and the job is to be ended.
     chooser._looked_at = 0
     assert chooser.take() == []
     assert queue.get(job.id).state is JobState.COMPLETED
@@ -203,7 +203,7 @@ def test_a_look_ahead_leases_one_range_and_leaves_what_is_to_be_planned(queue, p
     first = queue.submit(source, JobOptions(priority=9, collection="other"))
     ledger.give_back(ahead.lease, 0, Tally())
     chooser._looked_at = 0
-    assert chooser.take(ahead=True) == []  # its turn is not before that of the one to be planned
+    assert chooser.take(ahead=True) == []  # the job that has to be planned comes first
     assert queue.get(first.id).state is JobState.PENDING
     chooser._looked_at = 0
     [run] = chooser.take()

@@ -1,4 +1,4 @@
-"""Batches keep every line in order, within the caps of count and bytes, and know their offsets."""
+"""Batches hold every line once and in order, at its offset, within the limits on lines and bytes."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -15,7 +15,7 @@ from engine.model import JobOptions, Tally
         (1000, 1001, 10**9, True, True),
         ("2%", 200, 10_000, False, False),
         ("2%", 201, 10_000, True, True),
-        ("2%", 9_999, 9_999, False, True),  # the first lines may be the bad ones
+        ("2%", 9_999, 9_999, False, True),  # judged only at the end: the first lines may be the bad ones
         ("0%", 0, 0, False, False),
         ("0%", 1, 20_000, True, True),
         ("100%", 20_000, 20_000, False, False),

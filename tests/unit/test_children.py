@@ -1,4 +1,4 @@
-"""Children: how they ended is told without a lock, which a signal in the midst of it could leave taken."""
+"""`exit_code` says how a child ended without taking a lock, which a signal handler's exception could leave held."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def test_a_child_that_was_killed_has_the_number_of_the_signal(child):
 
 
 def test_a_lock_that_a_signal_left_taken_hides_no_end(child):
-    # As an exception of a handler leaves it that is raised in the midst of `Popen.poll`.
+    # As if a signal handler had raised an exception within `Popen.poll`.
     child._waitpid_lock.acquire()
     try:
         say(child, b"3\n")

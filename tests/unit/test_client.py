@@ -1,4 +1,4 @@
-"""What the commands make of an API that is slow, busy or away, or whose certificate is of an authority they do not know."""
+"""The client of an API that is slow, busy or away, or has a certificate of an unknown authority. Stubs answer."""
 
 import itertools
 import socket
@@ -20,7 +20,7 @@ from tests.answering import client_of, problem
 
 
 class Clock:
-    """Stands for the module `time`: what is waited for passes at once."""
+    """Stands in for the module `time`: `sleep` moves the clock and returns at once."""
 
     now = 0.0
 
@@ -98,7 +98,7 @@ def test_a_key_is_asked_for_as_it_is(key):
 def test_a_watcher_for_whom_there_is_no_room_learns_all_the_same_what_a_job_waits_for(monkeypatch):
     clock, details = Clock(), []
     monkeypatch.setattr("api.client.time", clock)
-    # There is room for nobody for 42 seconds; with a half between each two questions.
+    # No slot is free for waiting: 84 requests, half a second apart, are answered with 429 and 304 in turn.
     statuses = itertools.chain([200], itertools.islice(itertools.cycle([429, 304]), 84), [200])
 
     def answer(request):
@@ -145,7 +145,7 @@ def test_why_an_api_is_not_reached_is_told():
 
 
 def certified(folder):
-    """A certificate for localhost that nobody vouches for, and its key, in one file."""
+    """A self-signed certificate for localhost and its key, in one file."""
     key, now = rsa.generate_private_key(65537, 2048), datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
@@ -181,7 +181,7 @@ def test_an_authority_of_ones_own_is_trusted_where_it_is_named(tmp_path, monkeyp
         assert Client(url).ask("GET", "/jobs") == {"jobs": []}
         with pytest.raises(CallFailed, match="CERTIFICATE_VERIFY_FAILED") as other:
             Client(url.replace("localhost", "127.0.0.1")).ask("GET", "/jobs")
-        assert "SSL_CERT_FILE" not in str(other.value)  # it would not help
+        assert "SSL_CERT_FILE" not in str(other.value)  # the host name is wrong, so further authorities would not help
         server.shutdown()
 
 

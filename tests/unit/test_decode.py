@@ -1,4 +1,4 @@
-"""One line becomes one document or one reject, never an exception, never a changed number."""
+"""A line that is not blank becomes one document or one reject: it never raises, and no number ever changes."""
 
 import json
 from types import SimpleNamespace
@@ -183,7 +183,7 @@ def test_runs_of_19_digits_are_found_wherever_they_stand(runs, between, alone):
     found = _may_have_wide_digits(data if alone else b" " * 32 + data + b" " * 32)
     if max(runs) >= 19:
         assert found
-    elif not alone:  # at the ends of a batch it may say so without need
+    elif not alone:  # at the edges of a batch, it may be a false alarm
         assert not found
 
 
@@ -194,13 +194,13 @@ FRAGMENTS = [
     b'{"a":1},4611686018427387904,{"b":2}', b"\xff", b"{" * 1100, b'{"long":"' + b"x" * 90 + b'"}',
 ]  # fmt: skip
 
-# Lines of which each is bad, and which together are as many objects as there are lines, when they are read as one text.
+# In each list, every line is bad, but read together as one text, they are as many objects as there are lines.
 CONSPIRACIES = [
     [b'{"a":1', b'"b":2}', b'{"a":1},{"b":2}'],
     [b'{"c":3},{"d":4}', b'{"a":[1', b"2]}"],
     [b'{"a":[1', b"2", b'3]},{"b":1},{"c":2}'],
     [b'{"a":[{}', b'{}]},{"b":1}'],
-    [b'{"a":[1', b"2]}", b'{"b":1},5,{"c":2}'],  # and one that guesses at what is put between the lines
+    [b'{"a":[1', b"2]}", b'{"b":1},5,{"c":2}'],  # a guess at the mark that is put between lines
 ]
 LINE = st.sampled_from(FRAGMENTS) | st.binary(max_size=8).map(lambda b: b.replace(b"\n", b""))
 
@@ -222,7 +222,7 @@ def test_lines_that_are_objects_only_together_are_rejects_each(lines, long, monk
     st.booleans(),
 )
 def test_what_becomes_of_a_line_does_not_depend_on_its_neighbours(lines, piece, long, format, terminated):
-    terminated = terminated or not lines[-1]  # an empty last line is none
+    terminated = terminated or not lines[-1]  # without a newline, an empty last line does not exist
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.text.decode.PIECE_BYTES", piece)
         patch.setattr("engine.text.decode.LONG_LINE_BYTES", long)

@@ -1,4 +1,4 @@
-"""What the program imports where it runs comes with it: every such package is one of the project's own dependencies."""
+"""Every package that the program imports at run time is a dependency of the project, and every dependency is pinned."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ def names(requirements):
 
 
 def imported(tree):
-    """The top-level packages that a module imports when it runs: not those under `if TYPE_CHECKING`."""
+    """The top-level packages that a module imports at run time: not those under `if TYPE_CHECKING`."""
     found = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):

@@ -1,4 +1,4 @@
-"""What kind of text an object is, from its name and its first bytes; what is none is refused in a sentence."""
+"""An object's format is decided by its name and its first bytes; an object that cannot be loaded is refused."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""What a worker and its supervisor share, read while it is written."""
+"""The heartbeat that a worker shares with its supervisor is never read half written."""
 
 import multiprocessing
 
@@ -22,7 +22,7 @@ def test_a_worker_that_moves_without_end_is_never_seen_as_one_that_does_not():
     finally:
         worker.kill()
         worker.join()
-    # Of a half written time there would be thousands, years or the machine's whole life away.
+    # If times were read half written, thousands of these would be off by years, or by the machine's uptime.
     assert [age for age in ages if not -60 < age < 60] == []
     assert worker.exitcode == -9
 

@@ -1,4 +1,4 @@
-"""A tool that is no good costs its own row of the report, whatever is wrong with it."""
+"""An import tool that does not work costs only its own row of the report, whatever is wrong with it. No servers."""
 
 from pathlib import Path
 

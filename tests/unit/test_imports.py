@@ -1,4 +1,4 @@
-"""Imports run downwards only, and take what is offered."""
+"""Modules import downwards, never in a circle, and only names in `__all__`; the engine does not read the wall clock."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# From the ground up. A module belongs to the longest name here that its own begins with.
+# From the bottom up. A module belongs to the last of these names that its own begins with.
 FLOORS = (
     "engine",
     "engine.text",
@@ -48,7 +48,7 @@ def floor(module: str) -> int:
 
 
 def test_every_folder_of_modules_is_a_floor():
-    alone = {"api.cli"}  # a module that stands above the folders that it puts together
+    alone = {"api.cli"}  # a module above the folders that it puts together
     assert {name.rpartition(".")[0] for name in modules()} == set(FLOORS) - alone
 
 
@@ -63,13 +63,13 @@ def test_a_module_imports_from_its_own_floor_and_lower_ones_only():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """Whatever the depth: a module can be read, and tested, after those that it imports."""
+    """Not even in a long one: every module can be read, and tested, after those that it imports."""
     imports = TopologicalSorter({name: imported(path) for name, path in modules().items()})
     assert set(imports.static_order()) == set(modules())
 
 
 def test_the_engine_reads_no_clock_that_somebody_sets():
-    """Times are the database server's, and what is waited for is measured by the clock that nobody sets."""
+    """Timestamps are the database server's, and durations are measured with the monotonic clock."""
     reads = {"time", "time_ns", "gmtime", "localtime", "now", "utcnow", "today"}
     found = [
         f"{name}: {ast.unparse(node)}"
@@ -82,7 +82,7 @@ def test_the_engine_reads_no_clock_that_somebody_sets():
 
 
 def exported(path: Path) -> set[str]:
-    """What `__all__` of a module names."""
+    """The names in a module's `__all__`."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
             return set(ast.literal_eval(node.value))

@@ -1,4 +1,4 @@
-"""When the leases at hand are renewed, and their numbers told."""
+"""When the keeper renews the leases of a worker, which also updates the numbers of their jobs. No servers."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def kept(keeper: Keeper, clock: list[float], *runs: Any, seconds: float) -> None:
-    """Hold these runs for so long, with a turn of the keeper after every quarter of a tick, about."""
+    """Hold these runs for `seconds`, with a turn of the keeper about every quarter of a tick."""
     keeper.hold(*runs)
     for _ in range(round(seconds / SHORT)):
         clock[0] += SHORT
@@ -57,6 +57,7 @@ def test_ranges_of_less_than_a_tick_move_the_numbers_of_their_job(keeper: Keeper
 
 
 def test_small_jobs_that_end_within_a_tick_are_not_told_of_before_their_end(keeper: Keeper, clock: list[float]) -> None:
+    """Their end records everything, so that a renewal would only cost time."""
     for _ in range(8):
         kept(keeper, clock, Mock(), Mock(), seconds=2 * SHORT)
     assert renewed(keeper) == []
@@ -97,7 +98,7 @@ def test_the_lease_that_comes_next_is_kept_between_two_runs_too(keeper: Keeper, 
         keeper.turn()
         keeper.turn()
     assert renewed(keeper) == [ahead, ahead]
-    told.assert_not_called()  # the worker is at work on another one
+    told.assert_not_called()  # the worker is still working on another run
     keeper.hold(ahead)
     keeper.drop()
     clock[0] += TICK_SECONDS
@@ -140,7 +141,7 @@ def test_a_lease_that_comes_next_is_not_kept_for_ever(keeper: Keeper, clock: lis
         clock[0] += TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == []
-    assert not keeper.holds_any()  # and the thread sleeps
+    assert not keeper.holds_any()  # so the thread sleeps
 
 
 def test_what_is_at_work_is_renewed_before_what_comes_next(keeper: Keeper, clock: list[float]) -> None:
@@ -150,7 +151,7 @@ def test_what_is_at_work_is_renewed_before_what_comes_next(keeper: Keeper, clock
     clock[0] += TICK_SECONDS
     keeper.turn()
     assert renewed(keeper) == [run, ahead]
-    # And where it ends meanwhile, nobody waits for the other.
+    # If the current run ends during its renewal, `drop` is waiting: the next run is not renewed in this turn.
     keeper.renew.side_effect = lambda run: setattr(keeper, "_runs", ())  # type: ignore[attr-defined]
     clock[0] += TICK_SECONDS
     keeper.turn()
@@ -192,7 +193,7 @@ def test_who_waits_for_a_slow_renewal_shows_that_it_lives(keeper: Keeper, monkey
         assert dropping.is_alive()
     dropping.join(5)
     assert not dropping.is_alive()
-    with keeper._busy:  # and it holds nothing itself
+    with keeper._busy:  # `drop` has released the lock
         pass
 
 
@@ -215,7 +216,7 @@ def test_a_keeper_of_nothing_sleeps_and_one_of_a_lease_looks_after_it_again(monk
         keeper.hold(Mock())
         assert ticked.wait(5)
         keeper.drop()
-        until(sleeps)  # when a turn that had begun is over
+        until(sleeps)  # a turn that had begun may not be over yet
 
 
 def test_small_jobs_that_are_let_go_in_the_midst_of_a_turn_are_not_renewed_any_more(

@@ -14,7 +14,7 @@ contents = st.lists(pieces, max_size=60).map(b"".join) | st.binary(max_size=200)
 
 
 def whole(data: bytes) -> list[tuple[int, bytes]]:
-    """The lines of a file and their offsets, the plain way."""
+    """The lines of a file with their offsets, found in the simplest way."""
     found, offset = [], 0
     for line in data.split(b"\n"):
         found.append((offset, line))

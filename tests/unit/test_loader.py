@@ -1,4 +1,4 @@
-"""What is told about each file of a load that was interrupted or failed: what is left of it, and what to do about that."""
+"""What a load that failed or was interrupted says of each file: what is left of it, and what to do. No servers."""
 
 import io
 
@@ -10,7 +10,7 @@ from api.commands.transfer import Transfer
 from engine.errors import CommandError
 from tests.answering import client_of, problem
 
-UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # by a command that can resume
+UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # the note lets the same command resume
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_job_that_has_ended_is_that_of_an_earlier_command_only_where_there_was
         url = "http://api"
 
         def process(self, key, options, ticket):
-            # An answer got lost, and the job has ended by the second call.
+            # As if an earlier answer was lost, and the job has ended by the time of this call.
             return jobs.setdefault(ticket, f"job {len(jobs)}"), state
 
         def states(self, job_id):

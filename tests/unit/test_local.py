@@ -1,4 +1,4 @@
-"""The embedded servers, without them: what is kept of them between runs, and how they are stopped."""
+"""What is kept of the embedded servers between runs, and how they are stopped. None is started."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path, monkeypatc
 def test_a_port_beside_which_another_user_left_a_socket_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.local.servers.SOCKET_FOLDER", tmp_path)
     (tmp_path / "seaweedfs-s3-grpc-18833.sock").touch()
-    assert _may_make_sockets(8833)  # one's own is replaced
+    assert _may_make_sockets(8833)  # a socket of the same user is replaced
     other = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: other)
     assert not _may_make_sockets(8833)

@@ -1,4 +1,4 @@
-"""Logs: JSON with the four words of context on every line, and never a secret."""
+"""Logs: four fields of context on every JSON line, secrets masked, control characters escaped, full pipes survived."""
 
 import fcntl
 import io
@@ -109,7 +109,7 @@ def test_a_line_that_a_full_pipe_cut_spoils_no_other(monkeypatch):
 
 @pytest.mark.parametrize("before", [set(), {signal.SIGTTOU, signal.SIGHUP}])
 def test_a_line_written_from_the_background_is_not_answered_with_a_signal(monkeypatch, before):
-    """Where a terminal has `tostop`, the supervisor's handler of TTOU would let the write be tried again for ever."""
+    """Otherwise, on a terminal with `tostop`, the supervisor, which handles TTOU, would retry the write for ever."""
     held = []
 
     class Terminal(io.StringIO):
@@ -137,9 +137,9 @@ def test_what_a_client_asked_for_is_shown_and_not_obeyed(capsys):
     said = capsys.readouterr().err
     assert r"/a\x1b]0;b\x07\u202ec" in said
     assert not set(said) & set("\x1b\x07\u202e")
-    assert len([line for line in said.splitlines() if "ValueError" in line]) == 2  # a traceback has lines
+    assert len([line for line in said.splitlines() if "ValueError" in line]) == 2  # a traceback keeps its lines
 
 
 def test_a_long_text_is_masked_in_one_pass():
-    text = "a." * 1_000_000  # from each word to the end of it, that would be hours
+    text = "a." * 1_000_000  # a scan to its end from each word would take hours
     assert mask(f"{text} redis://me:secret@h") == f"{text} redis://***@h"

@@ -1,4 +1,4 @@
-"""One look ahead at a time, and what it found waits for whoever takes it."""
+"""There is one look ahead at a time, and what it finds is kept until it is taken. No servers."""
 
 import threading
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""How many cores and how much memory a process may use, in containers of either version of control groups."""
+"""How many cores and how much memory a process may use, in containers with either version of control groups."""
 
 import os
 
@@ -52,7 +52,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine of 16 GiB, and where its files are."""
+    """The root folder of a machine with 16 GiB of memory, whose process is in the control group /a/b."""
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 * GIB // 4096}.__getitem__)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")

@@ -1,4 +1,4 @@
-"""When a worker looks for garbage that holds cycles."""
+"""When a worker collects cyclic garbage."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from engine.fleet.memory import COLLECT_SECONDS, IDLE_SECONDS, Garbage
 
 @pytest.fixture
 def looks(monkeypatch):
-    """The clock's seconds, which a test sets, and the looks so far."""
+    """The clock, in seconds, for the test to set, and the times of the collections so far."""
     clock, found = [100.0], []
     monkeypatch.setattr("engine.fleet.memory.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("engine.fleet.memory.gc.collect", lambda: found.append(clock[0]))

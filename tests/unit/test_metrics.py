@@ -1,4 +1,4 @@
-"""Figures that a process of the API tells, where the database does not take them."""
+"""Durations of requests: kept while the database is away, and not counted for requests that wait. No servers."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from api.metrics import BOUNDS, Durations
 
 
 class Sums:
-    """A collection that is away when it is told to be."""
+    """A collection whose server is unreachable while `away` is set."""
 
     def __init__(self):
         self.away, self.asked, self.rows = False, 0, {}

@@ -1,4 +1,4 @@
-"""What is told of answers that S3 would not give. No servers: each answer is what a test says."""
+"""Answers that no proper S3 gives become errors that say what is wrong. No servers: the tests supply the answers."""
 
 import contextlib
 import io
@@ -29,8 +29,8 @@ ENTRY = {"Key": "k", "Size": "4", "ETag": '"e"', "LastModified": "2026-11-29T17:
 
 @pytest.fixture
 def s3():
-    """A client, the objects of a bucket, a function that sets what each call is answered with, or those to such URLs, and how
-    many were answered."""
+    """A client and the objects of a bucket; `answer`, which sets the answer to all calls, or to those with `where` in
+    their URL; and the URLs that were `asked` so far."""
     asked = []
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
     client = connect(Settings.model_validate(keys | {"aws_endpoint_url": "http://127.0.0.1:1"}))
@@ -66,7 +66,7 @@ def test_a_server_that_sends_elsewhere_is_asked_once_and_where_it_leads_is_told(
 
 
 def listing(*entries, **told):
-    """The body of a listing."""
+    """The body of a listing: its entries, and its other elements."""
 
     def tags(fields):
         return "".join(f"<{name}>{value}</{name}>" for name, value in fields.items())
@@ -142,13 +142,13 @@ BEGUN = b"<R><UploadId>u</UploadId></R>"
 
 
 def send(s3):
-    """Two parts of an upload."""
+    """Upload two parts of one byte each."""
     parts = Parts(s3.client, "bucket", 1, 2, s3.objects.head)
     parts.store(io.BytesIO(b"ab"), "some/key", lambda: None, lambda key, upload: contextlib.nullcontext())
 
 
 def direct(s3):
-    """Direct uploads, of which one is under way."""
+    """Direct uploads, one of which is in progress."""
     store = MagicMock()
     upload = {"_id": "n", "key": "some/key", "uploadId": "u", "size": 4, "partBytes": 5, "createdAt": None}
     store.uploads.find_one.return_value = upload

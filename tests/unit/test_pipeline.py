@@ -1,4 +1,4 @@
-"""What one lease does between its reads."""
+"""One lease: its batches in flight, its retries, where its time goes, and the look for the next range. No servers."""
 
 import threading
 from unittest.mock import MagicMock, Mock
@@ -37,7 +37,7 @@ def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
 
 
 def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_room(monkeypatch):
-    """While it lasts nothing is read: it costs what the other does not."""
+    """Nothing is read during the wait at the end of a range, so it costs time that a wait for room does not."""
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
     stats = Stats()
@@ -57,8 +57,11 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
 
 
 def worked(monkeypatch, seconds_each, round_trip, batches=100, at_once=1):
-    """After how many batches of a range, each of which takes so long to write, the next range is looked for; so many are read
-    before the first of them is written."""
+    """How many batches had been read at each look for the next range.
+
+    The range has `batches` of them. Each takes `seconds_each` to write, and `at_once` of them are read before the first
+    is written.
+    """
     lease = Lease("0" * 24, ByteRange(0, 0, batches * 10), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
     store, now, read, unwritten, looks = Mock(), [50.0], [], [], []
@@ -94,6 +97,7 @@ def test_the_next_range_is_looked_for_once_shortly_before_the_end_of_this_one(mo
 
 
 def test_how_fast_a_range_is_read_says_nothing_of_how_soon_it_ends(monkeypatch):
+    """The pace is that of acknowledged batches: the first few are read before any is written."""
     assert worked(monkeypatch, 0.0101, 0.0003, at_once=5) == [86]
     assert worked(monkeypatch, 0.0101, 0.0003, batches=4, at_once=5) == [4]
 
@@ -167,7 +171,7 @@ def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkey
 
 
 def tried(sink, monkeypatch, guard=None):
-    """What the sink was told to write at a time, try by try."""
+    """How many documents at a time the sink was told to write, by try; None means all."""
     lease = Lease("0" * 24, ByteRange(0, 0, 3000), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
     store = Mock()

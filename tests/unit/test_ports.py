@@ -1,4 +1,4 @@
-"""A port that is free is free for whoever listens there next, and what cannot be listened on is told."""
+"""A free port is free on every address, and an address that cannot be listened on is refused with the reason."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Ranges: in order, without gap or overlap, from the first byte to the last, none larger than asked."""
+"""Ranges: in order, without gap or overlap, from the first byte to the last, none larger than requested."""
 
 import pytest
 from hypothesis import given

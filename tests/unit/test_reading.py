@@ -1,4 +1,4 @@
-"""Which bytes of an object the work on one of its ranges asks for."""
+"""Which bytes of an object are requested to read one of its ranges. No servers."""
 
 import threading
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The README tells the truth: its table of settings is that of the code, and the files and targets it names exist."""
+"""The README is true: its tables match the code, and the files and make targets that it names exist."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def shown(value, unit):
-    """A default as the table writes it."""
+    """A default, as the table shows it."""
     if value is None:
         return "–"
     if unit == "bytes":
@@ -95,7 +95,7 @@ def test_every_type_of_problem_is_told():
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Problem"
     ]
     literal = {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
-    # Those of the engine's errors which an answer may be, and of Falcon's; and one that no client is left to read.
+    # Also the engine's errors that can become an answer, and Falcon's; but not the one that no client is left to read.
     answered = {
         e.code
         for e in (Transient, WrongClock, TokenExpired, AccessDenied, NotFound, Conflict, Refused, KeyReused, Permanent)

@@ -1,4 +1,4 @@
-"""Commands that talk to the API: what they print of what it answers. No servers."""
+"""What the commands that call the API print of its answers. No servers."""
 
 import httpx
 import pytest
@@ -11,7 +11,7 @@ from tests.answering import client_of
 
 @pytest.fixture
 def run(monkeypatch):
-    """Run a command against an API that knows of no worker; returns its result."""
+    """Run a command with an API that has no worker; returns its result."""
 
     def answer(request):
         return httpx.Response(200, headers={"X-Request-ID": "r"}, json={"workers": []})

@@ -1,4 +1,4 @@
-"""The report's sentences follow from the figures, whichever way these fall."""
+"""The sentences of the benchmark report follow from its figures, whatever these are. No servers."""
 
 from dataclasses import replace
 from unittest.mock import Mock
@@ -38,7 +38,7 @@ def test_taken_cores_are_what_stops_a_load_whatever_its_threads_wait_for():
     ("stages", "named"),
     [
         ({"read": 20.0, "stall": 1.0}, "S3:"),
-        ({"read": 6.5}, "the workers' CPU:"),  # less than until its lines are taken on and written
+        ({"read": 6.5}, "the workers' CPU:"),  # less than `stall` and `drain` together
         ({"read": 6.5, "stall": 2.0, "drain": 5.0}, "the ends of ranges:"),
         ({"wait": 80.0}, "MongoDB:"),
         ({"wait": 16.0}, "the workers' CPU:"),
@@ -60,7 +60,7 @@ def test_whatever_a_load_waited_for_a_machine_that_did_something_else_says_so(st
 
 
 def test_writers_wait_side_by_side():
-    # 40 µs by eight at a time are 5 of a worker's, less than the 5.2 of its own work.
+    # Eight at a time, waits of 40 µs take 5 µs of a worker's time: less than the 5.2 µs of its own work.
     assert bottleneck(spent()).startswith("the workers' CPU: MongoDB's answers take 5.0 µs")
 
 
@@ -142,7 +142,7 @@ def test_a_section_that_fails_stands_in_the_table_and_costs_no_other(capsys):
 
 
 def test_what_is_measured_are_the_defaults_whatever_the_environment_says(monkeypatch, tmp_path):
-    """A bucket of somebody's is nothing to upload ten gigabytes to."""
+    """Otherwise ten gigabytes might be uploaded to somebody's bucket."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text("AWS_BUCKET_NAME=mine\nENGINE_WRITERS=3\n")
     monkeypatch.setenv("MONGO_URI", "mongodb://somebody")

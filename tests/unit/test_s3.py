@@ -1,4 +1,4 @@
-"""How long the clients of AWS wait for an answer, and where they ask. No servers."""
+"""How long the AWS clients wait for an answer, and which hosts they call. No servers."""
 
 from urllib.parse import urlsplit
 
@@ -29,8 +29,8 @@ def test_the_server_of_roles_is_waited_for_no_longer_than_a_worker_may_be_silent
     ],
 )
 def test_a_signed_url_leads_to_where_the_calls_of_its_client_go(monkeypatch, region, bucket, environment, host):
-    """The host that is there for all regions refuses what is of the newer ones, and sends on what is of a new bucket, which a
-    signature does not survive."""
+    """The global host rejects requests for newer regions, and redirects those for a new bucket, which invalidates their
+    signatures."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region": region}

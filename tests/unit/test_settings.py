@@ -1,4 +1,4 @@
-"""Settings: from the environment and .env, checked together, wrong ones told all at once, secrets never shown."""
+"""Settings: read from the environment and .env, checked together, all errors reported at once, secrets never shown."""
 
 import pytest
 

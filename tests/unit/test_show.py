@@ -1,4 +1,4 @@
-"""The tables that commands print."""
+"""What commands print: tables, jobs, the queue, and JSON."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def test_a_profile_shares_the_time_among_the_stages_in_which_any_is_spent():
         "50",
         "0",
         "0",
-    ]  # none of stall
+    ]  # `stall` has no share
     assert "`wait` / ENGINE_WRITERS" in " ".join(told.split())
 
 

@@ -1,4 +1,4 @@
-"""What becomes of the server's words on a batch. No server."""
+"""What the server's answer to a bulk write means for the job and for its documents. No servers."""
 
 from unittest.mock import MagicMock
 
@@ -18,7 +18,7 @@ BATCH = Batch(0, len(DATA), 0, DATA, np.array([7, 15, 23], np.intp))
 
 
 def written(*errors):
-    """What a batch of three becomes where the server answers with these codes for its first documents."""
+    """The result of writing a batch of three, if the server answers with these codes for its first documents."""
     store = MagicMock()
     failed = [{"index": index, "code": code, "errmsg": "no"} for index, code in enumerate(errors)]
     store.data.command.return_value = {"n": BATCH.count - len(failed), "writeErrors": failed}

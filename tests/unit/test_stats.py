@@ -1,4 +1,4 @@
-"""What a worker tells of itself: each thing once."""
+"""A worker reports each of its counts once, even if it leaves during a report. No servers."""
 
 import threading
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from engine.control.stats import Reporter, Stats
 
 
 class Told:
-    """A collection that keeps what it is told, and takes its time over the first sum."""
+    """A collection that records what it is sent, and answers the first update of the sums only after `go_on`."""
 
     def __init__(self):
         self.sums, self.workers = [], []

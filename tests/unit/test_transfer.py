@@ -1,4 +1,4 @@
-"""Streams and files on their way to S3: the whole of them or nothing, whatever the other side does. No servers."""
+"""Streams and files on their way to S3 arrive whole or not at all, whatever the other side does. No servers."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from engine.errors import CommandError
 
 
 class Api:
-    """Answers as the HTTP API does, and keeps what it was asked. `parts` of `part_bytes` is what an upload may have."""
+    """Answers as the HTTP API does, and records the calls. An upload may have `parts` parts of `part_bytes` each."""
 
     url = "http://api"
 
@@ -97,7 +97,7 @@ def test_what_another_writes_into_a_pipe_after_its_end_is_not_looked_at(sent):
         def read(self, size=-1):
             data = super().read(size)
             self.ends += not data
-            # The end is seen by the part that it cuts short, and by the one after it.
+            # The end is read twice: by the part that it cuts short, and by the empty one after it.
             return b"more" if self.ends > 2 else data
 
     assert Transfer(Api(parts=5)).stream(Pipe(bytes(10)), "s", lambda n: None, lambda by_hand: None) == "k"
@@ -136,7 +136,7 @@ def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
 
     def whole(by_hand):
         wholes.append(by_hand)
-        if late:  # the stop comes when the end was taken for the end already, and has to wait for that
+        if late:  # the stop comes once the end is trusted: it has to wait, and undoes nothing
             stopper = threading.Thread(target=transfer.stop)
             stopper.start()
             stops.append(stopper)
@@ -147,7 +147,7 @@ def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
         stops[0].join()
         assert api.asked == ["POST /uploads", "POST /uploads/u/complete"]
     else:
-        stopper = threading.Timer(0.05, transfer.stop)  # while the end of the stream is doubted
+        stopper = threading.Timer(0.05, transfer.stop)  # while the end of the stream is not trusted yet
         stopper.start()
         with pytest.raises(CommandError):
             transfer.stream(io.BytesIO(), "s", lambda n: None, whole)
@@ -317,7 +317,7 @@ def test_a_user_without_a_home_has_nowhere_to_resume_from_and_loads_all_the_same
     [
         ({"etag": "e-2"}, {"size": 8, "etag": "e-2"}, True),
         ({"etag": "e-2"}, {"size": 8, "etag": "other"}, False),
-        ({}, {"size": 8, "etag": "other"}, True),  # a note of an earlier version
+        ({}, {"size": 8, "etag": "other"}, True),  # a note of an earlier version has no ETag
         ({}, {"size": 9, "etag": "e-2"}, False),
     ],
 )

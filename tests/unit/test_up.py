@@ -1,4 +1,4 @@
-"""`headrace up` while it waits for its parts: what keeps them is told once, and the wait has an end."""
+"""`headrace up` while it waits for its parts: each reason is shown once, and the wait has an end. No servers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from engine.settings import Settings
 
 @pytest.fixture
 def wait(monkeypatch, capsys):
-    """Wait until there are no more reasons, told at once; returns what was printed."""
+    """Wait until there are no `reasons` left, each shown without delay; returns the printed lines."""
     monkeypatch.setattr(up, "QUIET_SECONDS", 0)
     monkeypatch.setattr(up.time, "sleep", lambda seconds: None)
 

@@ -1,4 +1,4 @@
-"""What is due by the clock, and when. No servers."""
+"""When a worker does its periodic work. No servers."""
 
 from types import SimpleNamespace
 from unittest.mock import Mock

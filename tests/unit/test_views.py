@@ -1,4 +1,4 @@
-"""What clients are told of a job that nobody is at work on."""
+"""What the API says about a job that nobody is working on. No servers."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,13 +22,13 @@ def report(put_off=None, **states):
     ("job", "ranges", "idle"),
     [
         (JOB, report(), True),
-        (replace(JOB, state=JobState.PROCESSING), report(), True),  # its ranges are to be made
+        (replace(JOB, state=JobState.PROCESSING), report(), True),  # its ranges have yet to be made
         (replace(JOB, state=JobState.PROCESSING), report(READY=3, DONE=1), True),
         (replace(JOB, state=JobState.PROCESSING), report(READY=3, LEASED=1), False),
-        (replace(JOB, state=JobState.PROCESSING), report(DONE=4), True),  # it is to be ended
+        (replace(JOB, state=JobState.PROCESSING), report(DONE=4), True),  # it has yet to be ended
         (replace(JOB, state=JobState.COMPLETED), report(DONE=4), False),
         (replace(JOB, state=JobState.PROCESSING), report(LEASED=2, stale=1), False),
-        (replace(JOB, state=JobState.PROCESSING), report(LEASED=2, stale=2), True),  # of a host that died
+        (replace(JOB, state=JobState.PROCESSING), report(LEASED=2, stale=2), True),  # leases of a host that died
         (replace(JOB, stopping=Stop(JobState.CANCELLED, None)), report(READY=1, LEASED=1), False),
         (replace(JOB, stopping=Stop(JobState.CANCELLED, None)), report(LEASED=1, stale=1), True),
     ],
@@ -44,8 +44,8 @@ def test_a_job_is_idle_until_it_has_ended_while_nobody_works_on_it(job, ranges, 
             replace(JOB, stopping=Stop(JobState.CANCELLED, None), options=JobOptions(run_at=MADE.replace(year=2099))),
             report(),
         ),
-        (replace(JOB, state=JobState.PROCESSING), report()),  # who planned it died before its ranges were there
-        (replace(JOB, state=JobState.PROCESSING), report(DONE=3, FAILED=1)),  # and who did its last range, after that
+        (replace(JOB, state=JobState.PROCESSING), report()),  # its planner died before it made the ranges
+        (replace(JOB, state=JobState.PROCESSING), report(DONE=3, FAILED=1)),  # its last worker died before ending it
     ],
 )
 def test_a_job_that_is_to_be_settled_waits_for_a_worker_at_most(job, ranges):

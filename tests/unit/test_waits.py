@@ -1,4 +1,4 @@
-"""What a thread is said to have waited for the database."""
+"""How long a thread has waited for the database, by the driver's events. No servers."""
 
 import threading
 from unittest.mock import Mock
@@ -12,7 +12,7 @@ EVENT = Mock(duration_micros=1000)
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Stands still unless it is set."""
+    """A clock that stands still unless it is set."""
     now = Mock(return_value=0.0)
     monkeypatch.setattr("engine.control.waits.time.perf_counter", now)
     return now
@@ -36,7 +36,7 @@ def test_a_thread_waits_for_its_connection_and_for_its_answer_and_encodes_betwee
 def test_what_a_handshake_asks_is_waited_for_once(clock, ended):
     waits = Waits(lambda: None)
     at(clock, 0.0, waits.connection_check_out_started)
-    at(clock, 1.0, waits.started)  # its authentication
+    at(clock, 1.0, waits.started)  # the handshake's authentication
     at(clock, 2.0, waits.succeeded)
     at(clock, 3.0, getattr(waits, ended))
     assert waits.waited == 3.0
@@ -53,7 +53,7 @@ def test_each_thread_has_waited_for_itself(clock):
 
     def other():
         found.append(waits.waited)
-        waits.connection_check_out_failed(Mock())  # of a check-out that this thread did not see begin
+        waits.connection_check_out_failed(Mock())  # this thread has not seen this check-out begin
         found.append(waits.waited)
 
     thread = threading.Thread(target=other)

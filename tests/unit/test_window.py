@@ -1,4 +1,4 @@
-"""How many batches are sent at a time, by how much of their time the way takes."""
+"""How many batches are in flight, by how much of their time the round trip takes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a worker does when leases have ended. No servers."""
+"""How a worker ends jobs, takes leases ahead, and stops. MongoDB and S3 are mocked."""
 
 import threading
 from typing import Any
@@ -10,6 +10,7 @@ from engine.errors import LeaseLost, Permanent, Transient
 from engine.fleet.worker import WorkerIdentity, _Worker
 from engine.load.pipeline import Ended
 from engine.model import JobState
+from engine.settings import Settings
 
 
 @pytest.fixture
@@ -88,8 +89,10 @@ def test_what_a_look_ahead_has_found_is_kept_until_it_begins(worker: Any) -> Non
     worker._upkeep.clean_up.assert_not_called()
 
 
-def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings: Any, monkeypatch: Any) -> None:
+def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(monkeypatch: Any) -> None:
     stop, run = threading.Event(), Mock()
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    settings = Settings.model_validate(keys | {"aws_endpoint_url": "http://127.0.0.1:1"})
     monkeypatch.setattr("engine.fleet.worker.Store", MagicMock())
     monkeypatch.setattr("engine.fleet.worker.Reporter", Mock())
     worker = _Worker(settings, WorkerIdentity("here", "boot", 0, 0, (), 0), Mock(), stop)
@@ -98,7 +101,7 @@ def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(settings:
     ran = []
 
     def turn() -> None:
-        worker._pipeline._near_end()  # as it does when a range comes to its end
+        worker._pipeline._near_end()  # as near the end of a range
         monkeypatch.setattr(worker._pipeline, "run", lambda run: (ran.append(run), Ended.STOPPED)[1])
         stop.set()
 
