@@ -1,4 +1,4 @@
-"""The API and an engine as processes, on a real port, over real servers."""
+"""Fixtures: the API and an engine as processes, on a real MongoDB and S3, and commands that call the API."""
 
 import io
 import os
@@ -25,7 +25,7 @@ from tests.running import ROOT, Running, failing, taking, until
 
 @pytest.fixture(scope="session")
 def live(servers, tmp_path_factory):
-    """A namespace: `http` (a client), `port`, `objects`, `s3`, `data` (the database), `store`, `settings`, `api`."""
+    """An API and an engine for all tests of the session, with clients of the API, of S3 and of the databases."""
     from engine.control.store import Store
 
     folder = tmp_path_factory.mktemp("live")
@@ -87,7 +87,7 @@ def finish(live):
 
 @pytest.fixture
 def raw(live):
-    """Send bytes as they are, and say with `leave` that no more will come; returns the answer, once the server has closed."""
+    """Send bytes, and with `leave` an end of file; returns all that the server sends until it closes the connection."""
 
     def run(data, leave=False):
         with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
@@ -104,7 +104,7 @@ def raw(live):
 
 @pytest.fixture
 def run(live, tmp_path):
-    """Run a command; returns the finished process."""
+    """Run a `headrace` command, which must exit with `code`; returns the process, its output as `out` and `err`."""
 
     def go(*arguments, code=0, stdin=None, **changes):
         environment = {
@@ -130,7 +130,7 @@ def run(live, tmp_path):
 
 @pytest.fixture
 def start(live, tmp_path):
-    """Start a command and let it run; whatever is left of it is killed in the end."""
+    """Start a `headrace` command and return its process, which is killed after the test if it still runs."""
     started = []
 
     def go(*arguments, stdin=None):
@@ -142,7 +142,7 @@ def start(live, tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd=tmp_path,
-            # Whoever runs the tests in the background ignores INT, and so would a child of theirs.
+            # A child would inherit that INT is ignored, as it is if the tests run in the background.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
@@ -163,23 +163,23 @@ def file(tmp_path):
 
 @contextmanager
 def slow_inserts(live, milliseconds):
-    """While it lasts, so long for each bulk write: a load takes its time on any machine."""
+    """Within it each insert command takes this long, so that a load lasts on any machine."""
     with failing(live.store.client, ["insert"], **taking(milliseconds)):
         yield
 
 
 def counted(live, method, route, status):
-    """How many such requests the API has answered."""
+    """How many requests with this method, route and status the API has answered, by its metrics."""
     label = f'headrace_http_request_seconds_count{{method="{method}",route="{route}",status="{status}"}}'
     rows = live.http.get("/metrics").text.splitlines()
     return next((float(row.split()[-1]) for row in rows if row.startswith(label)), 0)
 
 
 def put(live, data=b'{"n":1}\n', key=None):
-    """The key of a new object."""
+    """Store a new object; returns its key."""
     return live.objects.upload(io.BytesIO(data), key or f"q/{uuid.uuid4().hex}.ndjson").key
 
 
 def process(live, key, headers=None, **body):
-    """The answer to a job's submission."""
+    """Submit a job over HTTP; returns the response."""
     return live.http.post(f"/process/{key}", json=body, headers=headers)

@@ -1,4 +1,4 @@
-"""Strings that break what reads them."""
+"""Strings that break careless code that reads them."""
 
 import random
 import string
@@ -38,7 +38,7 @@ HOSTILE = [
 
 
 def hostile(seed):
-    """Five hundred strings: the known ones, and seeded draws from what breaks parsers."""
+    """Five hundred strings: `HOSTILE`, and seeded random ones of characters that tend to break parsers."""
     draw = random.Random(seed)
     letters = string.printable + "\x00\x7f\x80ÿßあ\u2028\ud7ff\ufffe" + "%{}$[]\"'\\" * 5
     return HOSTILE + ["".join(draw.choices(letters, k=draw.randrange(1, 60))) for _ in range(500 - len(HOSTILE))]

@@ -1,4 +1,4 @@
-"""Tokens see what they should and nothing else; secrets are found nowhere."""
+"""Tokens, on APIs over real servers: each may do what its scopes allow and nothing else; secrets are shown nowhere."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,8 @@ SCOPED = {
 
 @pytest.fixture(scope="module")
 def guarded(live, tmp_path_factory):
-    """An API with tokens, beside the one without, over the same servers: a client for each token, and for none."""
+    """An API with tokens, over the same servers as the one without: by name, a client for each token, one with none and
+    one with an unknown token; and its `log`, and the tokens as `secrets`."""
     folder, port = tmp_path_factory.mktemp("guarded"), free_port()
     drawn = {name: draw(name, scopes) for name, scopes in SCOPED.items()}
     file = folder / "tokens"
@@ -95,7 +96,7 @@ MAY = {
 @pytest.mark.parametrize(("method", "path", "scope"), CALLS)
 def test_a_call_needs_its_scope(guarded, who, method, path, scope):
     answer = guarded[who].request(method, path)
-    if path == "/queue/pause":  # the next test may be one that waits for a job
+    if path == "/queue/pause":  # other tests wait for jobs
         assert guarded["admin"].post("/queue/resume").status_code == 200
     if scope in MAY[who]:
         assert answer.status_code not in (401, 403)
@@ -140,6 +141,7 @@ def test_the_hash_is_no_token(guarded):
 
 
 def test_one_token_does_not_see_the_repeats_of_another(guarded, live):
+    """Two tokens may use the same idempotency key for different jobs."""
     key = live.objects.upload(io.BytesIO(b"{}\n"), f"t/{uuid.uuid4().hex}").key
     same = {"Idempotency-Key": "same"}
     ids = {guarded[who].post(f"/process/{key}", headers=same).json()["jobId"] for who in ("sender", "admin")}
@@ -203,7 +205,7 @@ def test_without_tokens_pages_of_other_sites_are_refused(live, headers, status):
 
 
 def test_secrets_planted_in_the_settings_are_found_nowhere(settings, tmp_path):
-    """A database and an S3 that do not exist, under passwords that must not come out: in no log, error or answer."""
+    """No log, error or output shows the credentials of a database and an S3 that cannot be reached."""
     planted = "pl4nted-secret"
     port = free_port()
     changes = {
@@ -240,7 +242,7 @@ def test_secrets_planted_in_the_settings_are_found_nowhere(settings, tmp_path):
 
 
 def test_nobody_who_may_not_upload_fills_the_spool(guarded):
-    """The head alone is answered: the body of a gigabyte is never asked for."""
+    """The refusal follows the head alone: a body of a gigabyte is never received."""
     port = guarded["nobody"].base_url.port
     for who, status in (("nobody", b" 401 "), ("reader", b" 403 ")):
         token = guarded[who].headers.get("Authorization", "").encode()
@@ -260,7 +262,7 @@ def test_raw_lines_are_shown_to_who_may_read_only(guarded, live, who):
     until(lambda: live.http.get(f"/status/{job_id}").json()["status"] == "FAILED", what="the failure")
     for what in ("retry", "cancel"):
         answer = guarded[who].post(f"/jobs/{job_id}/{what}")
-        assert answer.status_code == 202 or what == "cancel"  # which may come after the end
+        assert answer.status_code == 202 or what == "cancel"  # which may come after the job's end
         if answer.status_code == 202:
             assert bool(answer.json()["errors"]) == (who == "admin")
     assert live.http.get(f"/status/{job_id}").json()["errors"]
@@ -300,7 +302,7 @@ def test_a_comment_in_a_file_of_tokens_may_be_indented(tmp_path):
 
 
 def test_a_list_without_an_entry_is_no_open_door(settings, tmp_path):
-    """Whoever takes the last token away does not mean to let everybody in."""
+    """An empty list is an error: whoever removes the last token does not mean to let everybody in."""
     (tmp_path / "tokens").write_text("# ci:read:0000\n\n")
     for given in ({"api_tokens_file": tmp_path / "tokens"}, {"api_tokens": " , "}):
         with pytest.raises(SettingsError, match="hold no entry"):

@@ -1,4 +1,4 @@
-"""Batches of jobs: their totals, repeats that make nothing twice, and what becomes of them."""
+"""Batches of jobs over HTTP, on real servers: their totals, idempotent repeats, and how they end."""
 
 import uuid
 from datetime import UTC, datetime
@@ -82,7 +82,7 @@ def test_a_batch_by_prefix_is_safe_to_repeat_whatever_came_or_went_since(live):
 def test_a_batch_that_is_sent_twice_at_a_time_has_the_jobs_that_it_counts(live):
     prefix = uuid.uuid4().hex
     sources = [live.objects.head(put(live, key=f"{prefix}/{number}.ndjson")) for number in range(2)]
-    # Both have looked for the key, and found none; then something comes to the prefix.
+    # Both have looked for a batch with this key and found none; then an object is added under the prefix.
     ticket, batches = Ticket(uuid.uuid4().hex, "digest"), JobBatches(live.store)
     options = JobOptions(run_at=datetime(2099, 1, 1, tzinfo=UTC))
     first = batches.submit(sources[:1], options, ticket)

@@ -1,4 +1,4 @@
-"""The command line against a real API: each command, its JSON and its exit code."""
+"""The command line against an API on real servers: each command, its JSON and its exit code."""
 
 import hashlib
 import io
@@ -96,7 +96,7 @@ def test_top_and_profile_show_the_workers(run, file, live):
     assert len(json.loads(run("top", "--json").out)["workers"]) == 2
     assert "memory" in run("top", "--once", COLUMNS="160").out
     assert "decode" in run("profile", COLUMNS="200").out
-    # The caption is as wide as the table, which is as wide as its figures.
+    # The caption wraps at the width of the table, which depends on its figures.
     assert "has no share" in " ".join(run("profile", "--seconds", "0", COLUMNS="200").out.split())
     assert "workers tell every 2 seconds" in run("profile", "--seconds", "1", code=2, COLUMNS="200").err
     told = json.loads(run("profile", "--json", "--seconds", "0").out)["workers"]

@@ -1,4 +1,4 @@
-"""What is deployed speaks of figures that exist: each metric of the dashboard and the alerts is one that the API tells."""
+"""The dashboard and the alerts in `deploy` use only metrics that the API, on real servers, exports."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Uploads whose bytes do not pass through the API, and the files that are there."""
+"""Uploads whose bytes go straight to S3, and the calls for files, on real servers."""
 
 import hashlib
 import io
@@ -90,6 +90,7 @@ def test_an_upload_that_cannot_be_recorded_leaves_nothing(live, monkeypatch):
 
 @pytest.mark.parametrize("dots", ["x/%2E%2E/", "%2E/", "x/y/%2E%2E/%2E%2E/"])
 def test_a_key_with_dots_is_no_other(live, dots):
+    """Encoded dots in a path are part of the key; resolved, they would lead to another object."""
     key = live.objects.upload(io.BytesIO(b"{}\n"), f"dots-{uuid.uuid4().hex}").key
     assert live.http.get(f"/files/{key}").status_code == 200
     assert live.http.get(f"/files/{dots}{key}").status_code == 404
@@ -97,6 +98,7 @@ def test_a_key_with_dots_is_no_other(live, dots):
 
 
 def test_completing_is_safe_to_repeat_also_where_nobody_got_to_write_it_down(live):
+    """An API may die after S3 has completed an upload and before that is recorded."""
     state = begin(live, size=MIB)
     put(state, 1, b"x" * MIB)
     path = f"/uploads/{state['uploadId']}/complete"
@@ -131,6 +133,7 @@ def test_an_upload_that_is_given_up_leaves_nothing(live, end):
 
 
 def test_an_upload_that_was_completed_is_not_given_up_also_where_nobody_got_to_write_it_down(live):
+    """An API may die after S3 has completed an upload and before that is recorded."""
     state = begin(live, size=MIB)
     put(state, 1, b"x" * MIB)
     path = f"/uploads/{state['uploadId']}"

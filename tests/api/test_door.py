@@ -1,4 +1,4 @@
-"""What reaches the server before the application does: it costs little, is answered, and never ends the server."""
+"""Requests before they reach the application, on an API over real servers: bad ones cost little and never end it."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ MIB = 1024 * 1024
 
 
 def told(line):
-    """All that comes on a connection until it is closed."""
+    """All that is received on a connection until it is closed."""
     pieces = b""
     with contextlib.suppress(OSError):
         while piece := line.recv(65536):
@@ -33,7 +33,7 @@ def told(line):
 
 
 def sent(port, *pieces, pause=0.0):
-    """What is answered to these bytes, which may not all be taken."""
+    """Send these bytes, as far as the server takes them, `pause` seconds apart; returns its answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
         with contextlib.suppress(OSError):
             for piece in pieces:
@@ -60,7 +60,7 @@ def test_a_head_that_cannot_be_read_is_answered(live, head):
 @pytest.mark.parametrize(
     ("head", "status"),
     [
-        (b"GET a://" + b"9" * 30_000 + b" x\r\nHost: localhost\r\n", b"400"),  # a minute, in which nobody was served
+        (b"GET a://" + b"9" * 30_000 + b" x\r\nHost: localhost\r\n", b"400"),  # waitress would block for a minute
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX:" + b" " * 100 + b"a\r\n", b"400"),
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX:" + b"\t " * 15_000 + b"\0\r\n", b"400"),
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n", b"400"),
@@ -95,6 +95,7 @@ def test_a_body_that_is_no_form_is_refused_when_its_head_is_there(live):
 
 
 def test_what_comes_with_a_refused_head_is_no_other_request(live):
+    """The body of a refused request must not be parsed as the next request."""
     head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: %b\r\nContent-Type: application/json\r\n"
     body = b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\nx\r\n--x--\r\n"
     for apart in (False, True):
@@ -116,13 +117,15 @@ def test_what_follows_a_refused_request_on_its_connection_is_not_parsed():
 
 
 def test_a_body_of_nobody_who_is_known_is_refused_when_its_head_is_there(live):
+    """Otherwise a crowd of unknown callers could fill the memory with bodies."""
+
     def head(host):
         return b"POST /process/x HTTP/1.1\r\nHost: " + host + b"\r\nContent-Length: 500000\r\n\r\n"
 
     with socket.create_connection(("127.0.0.1", live.port), timeout=30) as known:
         known.sendall(head(b"localhost"))
         assert sent(live.port, head(b"evil.example")).startswith(b"HTTP/1.1 403 ")
-        # The body of who is known is waited for, all the while.
+        # Meanwhile the server waits for the body of the known caller.
         known.settimeout(0.1)
         assert told(known) == b""
 
@@ -152,7 +155,7 @@ def test_a_media_type_is_the_same_in_any_case_of_letters(live):
 
 @pytest.fixture
 def full(live, tmp_path):
-    """An API of its own whose files cannot grow beyond 1 MiB: the client, its port and its process."""
+    """An API whose files cannot grow beyond 1 MiB: a client, the port, and its process."""
     port = free_port()
     api = Running("api", live.settings, tmp_path / "api.log", port=port, api_spool_dir=tmp_path)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
@@ -237,7 +240,7 @@ def test_a_client_that_asks_first_and_sends_nothing_is_answered_and_so_is_its_ne
 
 
 def test_a_client_that_asks_first_and_is_gone_before_the_answer_holds_up_nobody(live):
-    # The answer to it fails in the midst of the look at its request.
+    # Sending `100 Continue` fails while the server is still parsing the request.
     for number in range(300):
         with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -247,6 +250,7 @@ def test_a_client_that_asks_first_and_is_gone_before_the_answer_holds_up_nobody(
 
 
 def test_a_connection_that_ends_while_its_lock_is_held_lets_go_of_what_waits_on_it():
+    """Sending `100 Continue` to a client that has gone closes its connection under this lock."""
     channel, waiting = _Channel.__new__(_Channel), Mock()
     channel.requests_lock, channel.outbuf_lock = threading.Lock(), threading.Condition()
     channel.requests, channel.request, channel.outbufs, channel.socket = [Mock(), waiting], None, [], Mock()

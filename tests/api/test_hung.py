@@ -1,4 +1,7 @@
-"""A MongoDB or an S3 that takes connections and answers nothing: the API says so, goes on, and ends when it is told to."""
+"""A MongoDB or an S3 that accepts connections and never answers.
+
+The API, beside real servers, reports it, stays alive, and stops when it is told to.
+"""
 
 import io
 import os
@@ -29,7 +32,7 @@ def silent():
 
 @contextmanager
 def passed_on(port):
-    """A proxy in a process of its own, which can be stopped."""
+    """A proxy for `port` in a process of its own, which SIGSTOP can freeze: its pid and its port."""
     command = [sys.executable, "-m", "bench.delay", str(port), "0"]
     proxy = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, preexec_fn=before_exec)
     try:

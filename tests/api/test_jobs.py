@@ -1,4 +1,4 @@
-"""Jobs over HTTP: any object can be processed, what is wrong is named, and the numbers are true."""
+"""Jobs over HTTP, on real servers: any object can be processed, errors name their cause, and the numbers are exact."""
 
 import io
 import re
@@ -264,7 +264,7 @@ def test_cancel_and_retry_are_safe_to_repeat(live, finish):
 def test_the_numbers_move_while_it_runs(live):
     data = b"".join(b'{"n":%d,"t":"%s"}\n' % (n, b"x" * 200) for n in range(60_000))
     put(live, data, "moving.ndjson")
-    with slow_inserts(live, 700):  # for each of 13 ranges, two at a time: far longer than two ticks
+    with slow_inserts(live, 700):  # 13 ranges, two at a time: over four seconds, with numbers each second
         job = process(live, "moving.ndjson", collection="moving").json()["jobId"]
         seen, told = [], {"status": "PENDING"}
         while told["status"] in ("PENDING", "PROCESSING"):

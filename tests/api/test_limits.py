@@ -1,4 +1,4 @@
-"""How many calls may wait for S3, and jobs be open: the others are told so, and whoever counts holds up nobody."""
+"""Limits on calls that wait for S3 and on open jobs: with stand-ins, and once on an API over real servers."""
 
 import io
 import threading
@@ -63,6 +63,7 @@ def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
 
 
 def test_jobs_that_were_refused_take_no_room():
+    """After any other error, some of the jobs may have been created."""
     limit = OpenJobsLimit(SimpleNamespace(depth=lambda most: 0), 5, clock=lambda: 0.0)
     for refusal in (Refused("a view"), KeyReused("another")):
         with pytest.raises(type(refusal)), limit.let_in(5):
@@ -93,7 +94,7 @@ def test_calls_take_turns_at_s3_and_are_refused_where_it_does_not_answer(monkeyp
     monkeypatch.setattr("api.limits.TURN_SECONDS", 20)
     end(ask())  # which waited for its turn
     now[0] = 6
-    end(ask())  # one that is slow is none of many, and what takes long by itself tells nothing
+    end(ask())  # one slow call proves nothing, nor do those that always take long
     held.append(ask())
     now[0] = 12
     with pytest.raises(Problem, match="S3 does not answer"):

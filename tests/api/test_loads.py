@@ -1,4 +1,4 @@
-"""`headrace load`: files, objects and streams through upload and job, whatever comes between."""
+"""`headrace load` on real servers: files, objects and streams are uploaded and loaded, even after interruptions."""
 
 import io
 import json
@@ -100,7 +100,7 @@ def test_a_file_that_was_replaced_by_one_of_its_size_and_time_is_uploaded_anew(r
     other.replace(path)
     second = load()
     assert second != first
-    # What an earlier version noted does not fit, which is no harm.
+    # A note of an earlier version has another stamp and is ignored.
     note.write_text(json.dumps(json.loads(note.read_bytes()) | {"stamp": [8, found.st_mtime_ns]}))
     assert load() not in (first, second)
 
@@ -149,7 +149,7 @@ def test_an_upload_whose_completion_was_not_heard_of_is_not_sent_again(run, file
     [first] = json.loads(run("load", file, "--wait", "--json", "--collection", "unheard").out)
     [note] = tmp_path.glob("headrace/loads/*")
     known = json.loads(note.read_bytes())
-    del known["key"]  # what is noted when the answer has come
+    del known["key"]  # noted only once the answer has arrived
     note.write_text(json.dumps(known))
     [second] = json.loads(run("load", file, "--wait", "--json", "--collection", "unheard").out)
     assert second["fileKey"] == first["fileKey"]
@@ -217,7 +217,7 @@ def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, t
     assert status["jobId"] == job_id
     assert "run the same command again" in done.err or not over
     assert (status["status"], live.data[name].count_documents({})) == ("COMPLETED", 3000)
-    # It is through, and was told so: the next one is a load of its own.
+    # Its end has been reported: the next load of the file makes a new job.
     [again] = json.loads(run("load", path, "--collection", name, "--wait", "--json").out)
     assert again["jobId"] != job_id
 

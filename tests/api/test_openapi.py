@@ -1,4 +1,4 @@
-"""What the API says of itself is what it does: schemathesis runs over it, and hostile strings end in no error of ours."""
+"""An API over real servers does what its description says, by schemathesis; hostile strings cause no server error."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from tests.api.hostile import hostile
 
 @pytest.fixture(autouse=True)
 def tidy(live):
-    """What these tests submit must not hold up the others."""
+    """Cancel and delete what these tests submit: it would hold up other tests."""
     yield
     for job in live.store.jobs.find({"open": True}, {"_id": 1}):
         live.http.post(f"/jobs/{job['_id']}/cancel")
@@ -76,7 +76,7 @@ def test_the_page_needs_no_internet(live):
     assert live.http.get("/docs/nothing").status_code == 404
 
 
-# Streams that wait have tests of their own; a paused queue would hold up the other tests.
+# Event streams have tests of their own; a paused queue would hold up the other tests.
 LEFT_OUT = re.compile(r"/(events|pause)$")
 
 
@@ -93,19 +93,19 @@ def test_what_is_described_is_what_is_answered(live, described):
         @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def call(case):
             case.headers.pop("Prefer", None)
-            # Any key may be answered with 404; and an invalid header is refused by the server, before the application.
+            # A valid key may be answered with 404, and a header that the server refuses never reaches the application.
             excluded = [checks.positive_data_acceptance, checks.ignored_auth]
             case.call_and_validate(base_url=str(live.http.base_url), excluded_checks=excluded)
 
         try:
             call()
-        except Exception as error:  # noqa: BLE001 (all calls are tried before one is told)
+        except Exception as error:  # noqa: BLE001 (all calls are tried before any error is reported)
             wrong.append(f"{operation.label}: {error}"[:1500])
     assert len(seen) >= 25
     assert wrong == []
 
 
-# Fields that take any text go alone, so that each is used; of typed ones every fault is told in one answer.
+# Fields that take any text are sent alone, so that each is used; errors of all typed fields come in one answer.
 TYPED = ("format", "maxErrors", "priority", "force", "ifLoaded", "validate", "runAt", "timeoutSeconds")
 
 PLACES = [
@@ -148,7 +148,7 @@ HEADERS = [b"Idempotency-Key", b"Prefer", b"If-None-Match", b"X-Request-ID", b"A
 
 
 def ask(http, method, path, given):
-    """What is wrong with an answer, or None."""
+    """Send a request; returns what is wrong with its answer, or None."""
     answer = http.request(method, path, **given)
     told = (method, path[:80], str(given)[:200], answer.status_code, answer.text[:200])
     if answer.status_code >= 500 or "Traceback" in answer.text:
@@ -176,8 +176,8 @@ def test_five_hundred_hostile_strings_in_every_place_end_in_no_error_of_ours(liv
             asks.append(("POST", "/process/HOSTILE", given))
 
     def lane(number):
-        # A client of its own: where the server closes a connection, as it does after some of these, a thread that shares the
-        # client may be about to use it.
+        # A client for each thread: the server closes the connection after some of these requests, when another thread
+        # that shared it might be about to use it.
         with httpx.Client(base_url=live.http.base_url, timeout=60) as http:
             return [ask(http, *one) for one in asks[number::4]]
 

@@ -1,4 +1,4 @@
-"""Jobs as a queue: lists, details, repeats that make nothing twice, schedules, deadlines, pauses, dry runs."""
+"""The queue over HTTP, on real servers: lists, details, idempotent repeats, schedules, deadlines, pauses, dry runs."""
 
 import os
 import signal
@@ -93,7 +93,7 @@ def test_the_same_idempotency_key_with_another_request_is_refused(live):
         assert (answer.status_code, answer.json()["type"]) == (422, "urn:headrace:problem:idempotency_key_reused")
     assert process(live, key, {"Idempotency-Key": "with space"}).status_code == 422
     made = live.store.jobs.find_one({"ticket.key": {"$regex": name["Idempotency-Key"]}})
-    # Others who share the queue may have chosen the same key.
+    # Another API that shares the queue may receive the same key.
     assert made["ticket"]["key"].startswith(f"{live.objects.bucket}:{live.store.data.name}:")
 
 
@@ -127,7 +127,7 @@ def test_a_time_that_is_none_is_named(live, at):
 
 
 def test_a_job_that_runs_too_long_fails_and_goes_on_when_retried(live, finish):
-    lines = 300_000  # eight batches of 1000 at a time: more than 15 seconds
+    lines = 300_000  # 300 batches, eight at a time: more than 15 seconds
     key = put(live, b'{"n":1}\n' * lines)
     with slow_inserts(live, 500):
         job_id = process(live, key, collection="late", timeoutSeconds=1).json()["jobId"]
@@ -149,7 +149,7 @@ def test_a_job_that_runs_too_long_fails_and_goes_on_when_retried(live, finish):
 def test_a_paused_queue_begins_nothing_and_goes_on_when_resumed(live, finish):
     assert live.http.post("/queue/pause").json()["paused"] is True
     try:
-        time.sleep(0.7)  # a look at the queue stays good for half a second
+        time.sleep(0.7)  # workers reuse a look at the queue for half a second
         job_id = process(live, put(live)).json()["jobId"]
         time.sleep(1)
         assert live.http.get(f"/status/{job_id}").json()["status"] == "PENDING"
@@ -216,7 +216,7 @@ def test_the_metrics_are_those_of_the_whole_fleet(live, finish):
     until(lambda: figure("headrace_records_total") >= before + 1000, what="the sum over all workers")
     assert figure("headrace_rejects_total") >= 100
     assert figure('headrace_jobs{state="COMPLETED"}') >= 2
-    # One of another database, which takes none of these jobs, is no worker for those who wait here.
+    # A worker of another database takes none of these jobs, so it does not count.
     other = live.store.workers.find_one() | {"_id": "elsewhere:1:0:1", "host": "elsewhere", "database": "elsewhere"}
     other["at"] += timedelta(minutes=1)
     live.store.workers.insert_one(other)
@@ -230,7 +230,7 @@ def test_the_metrics_are_those_of_the_whole_fleet(live, finish):
 
 
 def test_a_job_in_its_only_range_runs_no_longer_than_it_may(live, finish):
-    key = put(live, b'{"n":1}\n' * 100_000)  # one range of less than a MiB for an engine of ranges of one
+    key = put(live, b'{"n":1}\n' * 100_000)  # 800 kB, one range for an engine with ranges of 1 MiB
     with slow_inserts(live, 700):
         told = finish(process(live, key, collection="slowly", timeoutSeconds=1).json()["jobId"])
     assert (told["status"], told["error"]["code"]) == ("FAILED", "timeout")
@@ -266,7 +266,7 @@ def test_a_job_that_waits_tells_what_for(live, finish):
 
 
 def test_what_a_job_went_through_is_told_when_it_is_over(live, finish):
-    """A worker that is killed in mid-job shows in the job's deaths, workers and timeline."""
+    """A worker that is killed mid-job shows in the job's deaths, workers and timeline."""
     key = put(live, b'{"n":1}\n' * 1_500_000)
     job_id = process(live, key, collection="deaths").json()["jobId"]
     victim = until(
@@ -296,10 +296,10 @@ def test_dry_runs_are_not_counted_as_records(live, finish):
         text = live.http.get("/metrics").text
         return next(float(row.split()[-1]) for row in text.splitlines() if row.startswith(f"headrace_{name}_total"))
 
-    time.sleep(5)  # what went before has been told
+    time.sleep(5)  # until the workers have reported what went before
     before, lines = total("records"), total("lines")
     finish(process(live, put(live, b'{"n":1}\n' * 700), collection="undone", validate=True).json()["jobId"])
     finish(process(live, put(live, b'{"n":1}\n' * 7), collection="undone").json()["jobId"])
-    # A worker tells both numbers at once.
+    # A worker reports both numbers at the same time.
     until(lambda: total("lines") >= lines + 707, what="the sum over all workers")
     assert total("records") == before + 7

@@ -1,4 +1,4 @@
-"""The lines of the README that call curl and headrace do what they say: each is run as it stands there."""
+"""The lines of the README that call curl and headrace all run as they are written, on an API over real servers."""
 
 import io
 import json
@@ -18,7 +18,7 @@ LINES = [line for block in BLOCKS for line in block.splitlines() if line and not
 
 @pytest.fixture
 def shell(live, tmp_path):
-    """Run a line in bash as the README has it, with this API in the place of port 3000; returns what it printed."""
+    """Run a line of the README in bash, with this API's port in place of 3000; returns what it printed."""
     binary = tmp_path / "bin"
     binary.mkdir()
     command = binary / "headrace"

@@ -1,4 +1,4 @@
-"""Uploads that nobody ends are swept a day later."""
+"""The sweep of unfinished uploads after a day, on a real MongoDB and S3."""
 
 import contextlib
 import uuid
@@ -46,7 +46,7 @@ def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_
     assert uploads.sweep(lambda: False) == 0
     assert uploads.sweep() == 2
     monkeypatch.undo()
-    # It is not asked for again within a day, lest such ones keep the others from their turn.
+    # It is not tried again for a day: otherwise uploads like it could crowd out all others.
     assert uploads.sweep() == 0
     a_day_later(live, {"key": "left-1"}, "keptAt")
     assert uploads.sweep() == 1
@@ -55,6 +55,7 @@ def test_uploads_that_a_dead_process_left_are_swept_and_one_that_cannot_be_does_
 
 
 def test_what_was_completed_is_forgotten_a_day_later_however_much_there_is(live, monkeypatch):
+    """`SWEEP_UPLOADS` limits what one sweep aborts, but not the records of completed uploads that it deletes."""
     monkeypatch.setattr("engine.s3.direct.SWEEP_UPLOADS", 2)
     uploads = DirectUploads(live.store, live.s3, live.objects, 8 * MIB)
     for number in range(5):

@@ -1,4 +1,4 @@
-"""Uploads: stored whole under a key of the server's making, or not at all."""
+"""Uploads as forms, on an API over real servers: stored whole under a key that the server makes, or not at all."""
 
 import contextlib
 import json
@@ -160,7 +160,7 @@ def test_a_client_that_disconnects_leaves_nothing(live, raw):
 
 def test_a_form_that_was_cut_short_in_transit_is_refused_and_leaves_nothing(live, raw):
     draw = random.Random(6)
-    # Clients of before may still be on their way out.
+    # Clients of earlier tests may still hold slots.
     until(lambda: live.http.post("/upload", files={"file": ("a", b"x")}).status_code == 201, what="room for uploads")
     for size in (100, 12 * MIB):
         whole = form(draw.randbytes(size))
@@ -220,6 +220,7 @@ def test_a_form_without_a_body_has_no_file(live, raw):
 
 
 def test_what_is_wrong_beside_the_file_is_not_told_as_its_being_missing(raw):
+    """A fault in the rest of the form must not be reported as `missing_file`."""
     nameless = b"\r\n--" + BOUNDARY + b"\r\nContent-Disposition: form-data\r\n\r\ny\r\n--" + BOUNDARY + b"--\r\n"
     answer = raw(request(form(b"x")[: -len(BOUNDARY) - 8] + nameless))
     assert b"malformed_form" in answer
@@ -237,6 +238,7 @@ def test_a_name_that_is_not_utf_8_is_told_without_words_of_python(raw):
 
 @pytest.mark.parametrize("path", [b"/upload", b"//upload", b"upload", b"///%75pload"])
 def test_what_leads_to_the_upload_goes_through_its_door_and_is_counted(live, raw, path):
+    """Every path that the application would route to the upload is checked as one, before its body is received."""
     before = counted(live, "POST", "/upload", 413)
     kind = b"Content-Type: multipart/form-data; boundary=x\r\n"
     answer = raw(b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\n" + kind + b"Content-Length: 99999999999\r\n\r\n")
@@ -289,7 +291,7 @@ def test_a_client_that_leaves_before_the_answer_leaves_nothing_that_nobody_knows
         with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
             line.sendall(whole)
             time.sleep(0.05 + turn % 4 * 0.03)  # it is on its way to S3 now
-        # Whoever has gone before the application begins is not even asked about.
+        # If the client has gone before the application begins, there is no line in the log.
         with contextlib.suppress(pytest.fail.Exception):
             until(lambda said=said: len(answered(live)) > said, 3)
         left = answered(live)[earlier:].count(499)
@@ -302,7 +304,7 @@ def test_a_client_that_leaves_before_the_answer_leaves_nothing_that_nobody_knows
 
 
 def answered(live):
-    """The statuses of the uploads so far."""
+    """The statuses of all uploads so far, from the log."""
     told = [json.loads(line) for line in live.log().splitlines()]
     return [line["status"] for line in told if line.get("path") == "/upload"]
 
@@ -342,7 +344,7 @@ def test_one_upload_too_many_is_refused_before_it_is_sent(live):
 
 
 def test_who_has_been_answered_may_send_the_next_at_once(live):
-    """As many at a time as are allowed, one after the other: none of them is told to come again."""
+    """Four clients, as many as may upload at a time, each send one file after another: none is refused."""
     data = b"x" * (6 * MIB)
 
     def send(turns):

@@ -1,4 +1,4 @@
-"""Waiting costs little: ETags, long polls, streams of events, and a bound that keeps uploads possible."""
+"""Waiting for a job, on an API over real servers: ETags, long polls, event streams, and the limit on watchers."""
 
 import io
 import re
@@ -27,7 +27,7 @@ from tests.running import Running, until
 
 @pytest.fixture
 def waiting(live):
-    """A job that does not begin while the test lasts: its time has not come."""
+    """The id of a job that stays PENDING during the test: its time has not come."""
     key = live.objects.upload(io.BytesIO(b"{}\n"), f"w/{uuid.uuid4().hex}.ndjson").key
     job_id = live.http.post(f"/process/{key}", json={"runAt": "2099-01-01T00:00:00Z"}).json()["jobId"]
     yield job_id
@@ -80,7 +80,7 @@ def test_events_tell_the_progress_to_its_end(live):
 
 def test_a_stream_goes_on_where_the_last_one_was(live, waiting):
     def first(known):
-        """What is told first, beside the time after which to come again."""
+        """The beginning of a stream: the delay before reconnecting, and the first event."""
         pieces = b""
         with live.http.stream("GET", f"/jobs/{waiting}/events", headers={"Last-Event-ID": known}) as answer:
             for piece in answer.iter_raw():
@@ -94,7 +94,7 @@ def test_a_stream_goes_on_where_the_last_one_was(live, waiting):
     tag = re.search(rb"id: (\w+)\nevent: progress\n", told)[1].decode()
     threading.Timer(1, lambda: live.http.post(f"/jobs/{waiting}/cancel")).start()
     told = first(tag)
-    assert b"event: end\n" in told  # and no progress that is known already
+    assert b"event: end\n" in told  # and not the progress that the client already has
     end = re.search(rb"id: (\w+)", told)[1].decode()
     assert live.http.get(f"/jobs/{waiting}/events", headers={"Last-Event-ID": end}).status_code == 204
     assert live.http.get(f"/jobs/{waiting}/events", headers={"Last-Event-ID": tag}).status_code == 200
@@ -153,7 +153,7 @@ def test_a_long_poll_is_asked_for_in_any_case_of_letters_and_a_star_knows_whatev
 def test_a_thousand_watchers_do_not_stop_an_upload(live, waiting):
     request = f"GET /jobs/{waiting}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # of this test, which is all of the watchers
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # of this process, which holds all the watchers
     lines = []
     try:
         for _ in range(1000):
@@ -207,7 +207,7 @@ def test_a_crowd_of_watchers_is_bounded_and_an_upload_goes_through(live, waiting
     assert {status for status, _ in statuses} == {200, 429}
     assert len(busy) >= 84
     assert all(busy)
-    # What watched has left: there is room again, after a heartbeat at the latest.
+    # The watchers have left: there is room again, after one heartbeat at the latest.
     end = time.monotonic() + 20
     while live.http.get(f"/status/{waiting}", headers={"Prefer": "wait=1"}).status_code != 200:
         assert time.monotonic() < end

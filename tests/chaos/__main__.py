@@ -1,4 +1,4 @@
-"""`python -m tests.chaos [--short] [name …]`: break loads on purpose, on real servers of its own, and tell what was found."""
+"""`python -m tests.chaos [--short] [name …]`: inject faults into loads, on servers of its own, and show the outcome."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ def main():
     heed = on_leave(lambda number: sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else 1))
     folder = Path(tempfile.mkdtemp(prefix="headrace-chaos-"))
     isolate()
-    os.chdir(folder)  # where no .env is
+    os.chdir(folder)  # a folder without a .env
     reports = []
     try:
         with LocalServers(Settings(), folder / "servers", ("--setParameter", "enableTestCommands=1")) as servers:
@@ -48,13 +48,13 @@ def main():
 
 
 def run(name, servers, folder, short):
-    """One scenario, in databases of its own; whatever it raises is a problem in its report."""
+    """Run one scenario in databases of its own; an error that it raises becomes a problem in its report."""
     fresh = {"mongo_uri": servers.overrides["mongo_uri"].replace("/headrace?", f"/chaos_{name}?")}
     settings = Settings.model_validate(servers.overrides | fresh | {"engine_control_db": f"chaos_{name}_control"})
     began = time.monotonic()
     try:
         report = SCENARIOS[name](settings, folder, short)
-    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 (the others are to run all the same)
+    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 (the other scenarios still have to run)
         report = Report(name, problems=["".join(traceback.format_exception(error)[-3:])])
     report.seconds = time.monotonic() - began
     return report

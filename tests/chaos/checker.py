@@ -1,7 +1,8 @@
-"""The independent checker: one thread, nothing of the engine, the whole file against the whole collection.
+"""The independent checker: compares a whole file with a whole collection, in one thread, with no code of the engine.
 
-It reads the file line by line with the standard library's JSON parser, works out which documents and which rejects there
-must be, and compares them with what is stored, byte for byte of BSON, so that a type that changed is seen as well as a value.
+It parses the file line by line with the standard library's JSON parser, works out which documents and rejects there
+must be, and compares them with those that are stored. Documents are compared as BSON, byte for byte, so that a changed
+type is noticed as well as a changed value.
 """
 
 import base64
@@ -17,17 +18,22 @@ from bson import ObjectId
 from bson.codec_options import CodecOptions
 from bson.raw_bson import RawBSONDocument
 
-sys.setrecursionlimit(20_000)  # the standard library's parser nests as deep as its input
+sys.setrecursionlimit(20_000)  # the standard library's parser recurses as deep as its input is nested
 
 BLANK = re.compile(rb"[ \t\n\r\x0b\x0c]*")
 DEPTH = 1024
+"""The deepest nesting of a line that is valid JSON to the engine."""
+
 SERVER_DEPTH = 180
+"""The deepest nesting of a document that MongoDB accepts."""
+
 MAX_BSON_BYTES = 16 * 1024 * 1024
+"""The largest document that MongoDB accepts."""
 
 
 @dataclass
 class Verdict:
-    """What was found wrong; all zero and `counts` empty is a pass."""
+    """How many errors of each kind there are. `counts` lists wrong counts of the job; `examples` a few errors."""
 
     lost: int = 0
     duplicate: int = 0
@@ -53,7 +59,7 @@ class Bad(Exception):
 
 
 def lines_of(stream):
-    """(offset, line without terminator, length of the line with it) of a binary file."""
+    """Yields (offset, line without terminator, length with terminator) for each line of a binary file."""
     offset = 0
     for raw in stream:
         line = raw
@@ -94,7 +100,7 @@ def document_of(line):
         raise Bad("invalid_json") from None
     if _nesting(text) > DEPTH:
         raise Bad("invalid_json")
-    # All literals of the line, those too whose key comes again and is overruled: the last one wins.
+    # Includes literals under a repeated key, of which the parser keeps only the last value.
     literals = []
 
     def keep(literal):
@@ -117,7 +123,7 @@ def document_of(line):
 
 
 def _checked_later(literal):
-    # A bad integer in a line that is not JSON, or not an object, is not its fault.
+    # In a line that is not JSON, or not an object, an integer out of range is not the reason for the reject.
     _float(literal)
     return Literal(literal)
 
@@ -125,7 +131,7 @@ def _checked_later(literal):
 def _float(literal):
     number = float(literal)
     if math.isinf(number):
-        raise Bad("invalid_json")  # no double holds it, and the parser refuses it
+        raise Bad("invalid_json")  # the engine's parser refuses what no double can hold
     return number
 
 
@@ -134,7 +140,7 @@ class Literal(str):
 
 
 def _finished(value):
-    """The value with its integers checked; without recursion, since a line may nest a thousand deep."""
+    """The value with its literals as checked integers. Not recursive, since a line may be nested a thousand deep."""
     root = [value]
     level = [root]
     while level:
@@ -148,7 +154,7 @@ def _finished(value):
 
 
 def _nesting(text):
-    """The deepest nesting of brackets outside strings; cheap where there can be none that matters."""
+    """The deepest nesting of brackets outside strings; 0 if there are too few brackets to exceed `DEPTH`."""
     if text.count("[") + text.count("{") <= DEPTH:
         return 0
     depth = most = 0
@@ -194,22 +200,23 @@ def text_of(line, file_key):
 
 
 MAX_RAW_BYTES = 64 * 1024
+"""The most bytes of its line that a reject keeps."""
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a reject must say of its line."""
+    """What the reject of a line must contain."""
 
     length: int
     reason: str
-    number: int  # of the line, from 0
+    number: int  # of the line, 0-based
     raw: bytes
 
 
 def _says(reject, wanted, before):
-    """Whether a reject says of its line what it must."""
+    """Whether a reject contains what it must; `before` is as in `check`."""
     raw = reject["raw"].encode() if "encoding" not in reject else base64.b64decode(reject["raw"])
-    # A raw line that is cut may end before a character that the cut went through.
+    # A truncated line may end up to three bytes early, before a character that would have been cut.
     whole = raw == wanted.raw or (
         wanted.length > MAX_RAW_BYTES and wanted.raw.startswith(raw) and len(raw) > MAX_RAW_BYTES - 4
     )
@@ -223,18 +230,18 @@ def _says(reject, wanted, before):
 
 
 def check(stream, collection, rejects, told, tag, before, limit, text_key=None, refuses=None):
-    """Compare a file with what became of it when it was loaded for the first time.
+    """Compare a file with the outcome of its first load; returns a Verdict.
 
     Args:
         stream: the file, opened for reading bytes.
         collection: the PyMongo collection that holds this file's documents and nothing else.
         rejects: the documents of this job in the PyMongo collection of rejects.
-        told: lines, inserted, duplicates, rejected, blank and bytes, as they are kept in the job.
+        told: the job's own counts: lines, inserted, duplicates, rejected, blank and bytes.
         tag: the six bytes that begin each generated `_id`.
-        before: for each range, by its index, how many lines stand before it, as the ledger has it.
-        limit: the longest line, bytes.
-        text_key: the file's key, where its lines are loaded as text.
-        refuses: a key that the validator of the collection refuses.
+        before: by range index, the number of lines before the range, according to the ledger.
+        limit: the longest line that is not too large, in bytes.
+        text_key: the file's key, if its lines are loaded as text.
+        refuses: a key that the collection's validator refuses.
     """
     verdict, expected, bad, blank, lines, size = Verdict(), {}, {}, 0, 0, 0
     rivals = defaultdict(list)

@@ -1,13 +1,15 @@
-"""`headrace engine` with a fault built in: a crash or a hang at the n-th time a step is reached, or a clock that is wrong.
+"""`headrace engine` with built-in faults, which the environment selects.
 
-CHAOS_STEP, CHAOS_NTH: the step and the time of it, counted over all workers. CHAOS_FIRED: a file that is written then.
-CHAOS_HANG: instead of a crash the worker is "stopped", goes on "looping", or is "blocked" in a read.
-CHAOS_POISON: a worker that decodes a line which holds these characters is killed.
+CHAOS_STEP, CHAOS_NTH: crash when this step is reached for the nth time, counted over all workers.
+CHAOS_FIRED: a file that is written just before the crash, or hang.
+CHAOS_HANG: hang instead of crashing: "stopped" by SIGSTOP, "looping", or "blocked" in a read.
+CHAOS_POISON: kill a worker that is about to decode a batch with these characters in it.
 CHAOS_SLOW: seconds that a worker sleeps before it decodes a batch.
-CHAOS_CLOCK: seconds that `time.time` is off, by which the driver makes ids: the engine itself reads no clock but the monotonic
-one, which tests/unit/test_imports.py holds; CHAOS_CLOCK_SIGNS=1: also the clock of signatures.
+CHAOS_CLOCK: seconds by which `time.time` is off. The driver reads it for new ids; the engine itself reads no clock but
+the monotonic one, as tests/unit/test_imports.py ensures.
+CHAOS_CLOCK_SIGNS=1: the clock of S3 signatures is off as well.
 
-It is known to MongoDB as APP, so that a fail point is for it alone.
+Its application name at MongoDB is APP, so that a fail point can be limited to it.
 """
 
 import datetime as dt
@@ -49,9 +51,8 @@ def harm_at(step, nth, fired, harm):
     def hook(reached):
         if reached != step:
             return
-        with count.open(
-            "ab"
-        ) as counter:  # locked, and let go of by whoever dies: no two workers are the same time of it
+        # Locked, so that no two workers get the same number; a worker that dies releases the lock.
+        with count.open("ab") as counter:
             fcntl.flock(counter, fcntl.LOCK_EX)
             counter.write(b"x")
             counter.flush()

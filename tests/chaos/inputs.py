@@ -1,4 +1,4 @@
-"""Files that are hard to load: lines of megabytes and gigabytes, a thousand kinds of bad ones, and one that kills its reader."""
+"""Files that are hard to load: lines of up to 2 GiB, a thousand distinct bad lines, a line that kills its reader."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from tests.chaos.rig import Report, Rig
 
 
 def lines(settings, folder, short):
-    """One single line of gigabytes, and lines of 20 MiB among good ones: right rejects, flat memory."""
+    """One line of 2 GiB (256 MiB if `short`), and lines of 20 MiB among short ones: right rejects, bounded memory."""
     report = Report("lines", {"oversized lines": 0, "lines of 20 MiB": 0})
     with Rig(settings, folder) as rig:
         engine = rig.engine(engine_range_bytes="64MiB")
@@ -46,7 +46,7 @@ def lines(settings, folder, short):
 
 
 def lines_of_all_kinds(settings, folder, short):
-    """A corpus with at least a thousand distinct bad lines over all reasons, at several range sizes."""
+    """A corpus with at least a thousand distinct bad lines that cover all reasons, at several range sizes."""
     report = Report("corpus", {"distinct bad lines": 0})
     wrong, reasons = set(), Counter()
     longest = {"engine_max_line_bytes": corpus.LONGEST}
@@ -74,7 +74,7 @@ def lines_of_all_kinds(settings, folder, short):
 
 
 def _too_large(rig, report, engine, size, seed):
-    """Lines that are short enough, and too large as documents: just so, and far."""
+    """Lines within the limit for lines whose documents exceed MongoDB's limit, by a few bytes or by far."""
     engine.stop()
     huge = rig.folder / f"huge-{seed}.ndjson"
     most = rig.settings.engine_max_line_bytes
@@ -86,7 +86,7 @@ def _too_large(rig, report, engine, size, seed):
 
 
 def poison(settings, folder, short):
-    """A line that kills whoever reads it: its range fails after three deaths, with its offsets, and all others finish."""
+    """A line that kills its reader: only its range fails, after three deaths, and the error names its offsets."""
     report = Report("poison", {"poisoned ranges": 0, "deaths": 0})
     with Rig(settings, folder) as rig:
         path = rig.folder / "poison.ndjson"
@@ -98,7 +98,7 @@ def poison(settings, folder, short):
         [job] = rig.wait(rig.submit(path))
         [bad] = rig.store.ranges.find({"state": "FAILED"})
         report.faults["poisoned ranges"] += 1
-        # Three at the line itself; before that each death brings the next worker closer to it.
+        # Three without progress between them; after each earlier death the next worker came closer to the line.
         report.faults["deaths"] = len(engine.actions("reap"))
         if not 3 <= report.faults["deaths"] <= 12:
             report.problems.append(f"{report.faults['deaths']} workers died of it")

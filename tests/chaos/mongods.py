@@ -83,7 +83,7 @@ class Mongods:
         self.running[port].wait()
 
     def pause(self, port, seconds):
-        """Let a member stand still for so long."""
+        """Freeze a member for `seconds`."""
         self.running[port].send_signal(signal.SIGSTOP)
         try:
             time.sleep(seconds)
@@ -91,7 +91,7 @@ class Mongods:
             self.running[port].send_signal(signal.SIGCONT)
 
     def primary(self):
-        """The port of the primary now, or None."""
+        """The port of the current primary; None if there is none now."""
         for port in self.ports:
             with contextlib.suppress(PyMongoError), self.direct(port) as client:
                 if client.admin.command("hello").get("isWritablePrimary"):
@@ -99,7 +99,7 @@ class Mongods:
         return None
 
     def step_down(self):
-        """Make the primary step down; False where there was none."""
+        """Make the primary step down; returns False if there was none, or if it refused."""
         port = self.primary()
         if port is None:
             return False

@@ -1,4 +1,4 @@
-"""Harm to processes: workers, supervisors and whole hosts that are killed, stopped, hung, or have a wrong clock."""
+"""Faults of processes: workers, supervisors and hosts are killed, are stopped, hang, or have a wrong clock."""
 
 import random
 import signal
@@ -14,14 +14,17 @@ from tests.chaos.rig import HEAVY, Report, Rig, kill, made
 from tests.running import alive, until
 
 SMALL_IN_SHORT = {Step.PLANNED, Step.LEASED, Step.WRITTEN, Step.CLOSE, Step.FINISH}
+"""The steps at which the short version crashes small jobs."""
+
 MOST_SEEDS = 60
-"""Loads after which it is of no use to wait for more kills."""
+"""The most loads that are tried to reach the wanted number of kills."""
 
 ONLY_OF_LARGE_JOBS = {Step.OPENED, Step.READ, Step.CONFIRM, Step.CONFIRMED}
+"""Steps that small jobs do not reach."""
 
 
 def kills(settings, folder, short):
-    """kill -9 of a random worker that holds a lease, every half second; and among small jobs that are worked off together."""
+    """kill -9 of a random worker that holds a lease, every half second; also among small jobs loaded together."""
     report = Report("kills", {"kills": 0, "kills among small jobs": 0}, {"retries": 0})
     wanted, least_seeds, count = (6, 1, 40_000) if short else (200, 5, 1_000_000)
     seed = 0
@@ -55,7 +58,7 @@ def kills(settings, folder, short):
 
 
 def _retry_after_deaths(report, rig, job):
-    """Three deaths in a row may have met the same range before its first line: what a person would do is to retry."""
+    """Retry a job, as a person would, if three kills in a row hit one range without progress between them."""
     failure = rig.queue.get(job.id).failure
     if failure is None or failure.code != "workers_died":
         return
@@ -68,19 +71,18 @@ def _retry_after_deaths(report, rig, job):
 
 
 def steps(settings, folder, short):
-    """A crash at every labelled step, the first, second and third time that it is reached: of large jobs, and of small ones
-    that are worked off together."""
+    """A crash at every labelled step, the first, second and third time that it is reached, among large jobs and among
+    small ones loaded together."""
     report = Report("steps", {"crashes": 0, "crashes of small jobs": 0})
     for step in Step:
         for nth in (1,) if short else (1, 2, 3):
             with Rig(settings, folder) as rig:
-                if step in (Step.CONFIRM, Step.CONFIRMED):  # these come once a second: the load must last
+                if step in (Step.CONFIRM, Step.CONFIRMED):  # reached once a second: the load must last
                     path = made(rig, 70_000 if short else 150_000)
                 else:
                     path = rig.folder / "mixed.ndjson"
                     corpus.mixed(path, 7, 6000)
-                # As many jobs as times, since some steps are reached once a job; the next waits for the one before, lest
-                # that two of them crash one range too often.
+                # `nth` jobs, since some steps are reached only once per job.
                 jobs = [rig.submit(path) for _ in range(nth)]
                 fired = _crashing(rig, step, nth, engine_batch_records=300, engine_range_bytes="128KiB")
                 rig.wait(*jobs, seconds=90)
@@ -93,7 +95,7 @@ def steps(settings, folder, short):
                 fired = _crashing(rig, step, nth, engine_batch_records=30)
                 jobs = []
                 for _ in range(nth):
-                    # While the queue stands still they gather, and are worked off together.
+                    # Paused, so that the jobs gather in the queue and are loaded together.
                     rig.queue.pause()
                     jobs += rig.submit_small(path, 6)
                     rig.queue.resume()
@@ -103,7 +105,7 @@ def steps(settings, folder, short):
 
 
 def _crashing(rig, step, nth, **changes):
-    """An engine that crashes there; returns the file that is written then."""
+    """Start an engine that crashes the nth time it reaches `step`; returns the file that it writes just before."""
     fired = rig.folder / f"{step}-{nth}"
     fired.unlink(missing_ok=True)
     fired.with_suffix(".count").unlink(missing_ok=True)
@@ -112,7 +114,7 @@ def _crashing(rig, step, nth, **changes):
 
 
 def _crashed(report, rig, kind, fired, path, jobs):
-    """Count a crash that must have come, and judge what became of the jobs."""
+    """Count the crash, which must have happened, and verify the jobs."""
     if fired.exists():
         report.faults[kind] += 1
     else:
@@ -122,7 +124,7 @@ def _crashed(report, rig, kind, fired, path, jobs):
 
 
 def ranges(settings, folder, short):
-    """Another engine with ranges of another size joins while a job is planned, and while it runs."""
+    """An engine with another range size joins while a job is planned, before its ranges exist, and while it runs."""
     report = Report(
         "ranges", {"joins while planning": 0, "joins before the ranges are in": 0, "joins while running": 0}
     )
@@ -133,7 +135,7 @@ def ranges(settings, folder, short):
                 path = made(rig, 60_000 if short else 500_000)
                 fired = rig.folder / f"held-{step}-{turn}"
                 held = {"CHAOS_HANG": "stopped", "CHAOS_STEP": step, "CHAOS_NTH": 1, "CHAOS_FIRED": fired}
-                # Its supervisor leaves it alone, so that it wakes after another has planned.
+                # Its supervisor must not kill the stopped planner before it wakes, after another engine has planned.
                 held |= {"engine_watchdog_seconds": 60}
                 first = rig.engine(engine_workers=1, engine_range_bytes="128KiB", **held)
                 job = rig.submit(path)
@@ -149,7 +151,7 @@ def ranges(settings, folder, short):
     with Rig(settings, folder) as rig:
         path = made(rig, 60_000 if short else 1_000_000)
         jobs = [rig.submit(path) for _ in range(2 if short else 4)]
-        # It is slow, so that the other one is there before the end.
+        # It is slow, so that the other engine joins before the end.
         first = rig.engine(ready=False, engine_range_bytes="128KiB", CHAOS_SLOW=0.02)
         until(lambda: rig.store.ranges.find_one({"state": "LEASED"}), what="the first lease")
         rig.engine(engine_range_bytes="300KiB")
@@ -171,7 +173,7 @@ def _ranges_are_those_of_the_plan(report, rig, path, job):
 
 
 def zombies(settings, folder, short):
-    """SIGSTOP of a supervisor and its workers for three leases, another engine at work on what they held, then SIGCONT."""
+    """SIGSTOP of an engine for three lease periods, then SIGCONT while another engine works on its ranges."""
     report = Report("zombies", {"workers stopped": 0, "ranges held by others at the waking": 0, "leases found lost": 0})
     with Rig(settings, folder) as rig:
         path = made(rig, 60_000 if short else 300_000)
@@ -187,8 +189,7 @@ def zombies(settings, folder, short):
             stale = {d["_id"]["index"]: d["token"] for d in rig.store.ranges.find({"state": "LEASED"})}
             report.faults["workers stopped"] += len(held)
             time.sleep(3 * rig.settings.engine_lease_seconds)
-            # The other engine comes so late that what the zombies held is at work when they wake, and is slow, so that it is
-            # met there.
+            # The other engine starts late and is slow, so that it still works on the zombies' ranges when they wake.
             pace = 0.4 if short else 0.1
             second = rig.engine(
                 ready=False, engine_range_bytes="256KiB", engine_writers=1, engine_batch_records=500, CHAOS_SLOW=pace
@@ -219,7 +220,7 @@ def zombies(settings, folder, short):
 
 
 def supervisors(settings, folder, short):
-    """kill -9 of the supervisor under load: no orphan after two seconds, and another engine goes on."""
+    """kill -9 of the supervisor under load: no orphan is left after two seconds, and another engine continues."""
     report = Report("supervisors", {"kills": 0})
     with Rig(settings, folder) as rig:
         path = made(rig, 60_000 if short else 1_000_000)
@@ -241,7 +242,7 @@ def supervisors(settings, folder, short):
 
 
 def terms(settings, folder, short):
-    """TERM under load: exit code 0 within the grace period, and no lease held."""
+    """TERM under load: exit code 0 within the grace period, no lease left, no attempt spent."""
     report = Report("terms", {"terms": 0})
     with Rig(settings, folder) as rig:
         path = made(rig, 60_000 if short else 1_000_000)
@@ -266,7 +267,7 @@ def terms(settings, folder, short):
 
 
 def hups(settings, folder, short):
-    """HUP in mid-load: every worker is replaced, one by one, and the load goes on."""
+    """HUP under load: every worker is replaced, one by one, and the load continues."""
     report = Report("hups", {"hups": 0})
     with Rig(settings, folder) as rig:
         path = made(rig, 150_000 if short else 1_000_000)
@@ -287,7 +288,7 @@ def hups(settings, folder, short):
 
 
 def hung(settings, folder, short):
-    """A worker that is stopped, loops, or blocks in a read: it is killed in time and replaced, and loses nothing."""
+    """A worker that is stopped, loops, or blocks in a read: it is killed in time and replaced, and nothing is lost."""
     report = Report("hung", {"hangs": 0})
     for turn, (hang, step) in enumerate(
         (h, s) for h in ("stopped", "looping", "blocked") for s in ((Step.READ,) if short else (Step.READ, Step.PARSED))
@@ -310,7 +311,7 @@ def hung(settings, folder, short):
 
 
 def hosts(settings, folder, short):
-    """kill -9 of everything on one host: another host goes on within the lease and ten seconds."""
+    """kill -9 of everything on one host: another host frees its leases within one lease period plus ten seconds."""
     report = Report("hosts", {"hosts": 0, "leases taken over": 0})
     with Rig(settings, folder) as rig:
         path = made(rig, 100_000 if short else 1_000_000)
@@ -336,8 +337,8 @@ def hosts(settings, folder, short):
 
 
 def clocks(settings, folder, short):
-    """A host whose clock is an hour off, both ways: it steals no lease, keeps none too long when it dies, and takes over what
-    others held when they die; and one whose signatures S3 refuses for it."""
+    """A host whose clock is an hour slow or fast: it steals no lease, its leases end in time when it dies, and it frees
+    those of another host that dies. And a host whose signatures S3 refuses because of its clock."""
     report = Report("clocks", {"wrong clocks": 0, "hosts killed": 0, "refused signatures": 0})
     for off in (-3600, 3600):
         with Rig(settings, folder) as rig:

@@ -1,4 +1,4 @@
-"""A proxy between a worker and S3 that breaks what it is told to break, and counts what it broke."""
+"""A proxy between workers and S3 that injects faults, and counts them."""
 
 import http.client
 import random
@@ -15,8 +15,8 @@ PIECE = 16 * 1024
 class Proxy(ThreadingHTTPServer):
     """Listens on loopback and passes requests on to `upstream`.
 
-    Shares of GET requests that go wrong: `busy` (503), `reset` (the connection is reset in mid-body), `short` (closed in
-    mid-body), `whole` (a 200 with the whole object for a range). `delay` seconds are added to each request.
+    `shares` of the GET requests for a range fail: `busy` (503), `reset` (the connection is reset mid-body), `short` (it
+    is closed mid-body), `whole` (200 with the whole object, read with `s3`). Each request takes `delay` seconds longer.
     """
 
     daemon_threads = True
@@ -43,7 +43,7 @@ class Proxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def fate(self):
-        """What is to happen to a GET, and at what share of its body."""
+        """Draw the fault of a GET, or None, and the share of the body after which it occurs."""
         with self.lock:
             at, where = self.draw.random(), self.draw.random()
         for name in ("busy", "reset", "short", "whole"):
@@ -53,7 +53,7 @@ class Proxy(ThreadingHTTPServer):
         return None, 0.0
 
     def handle_error(self, request, client_address):
-        pass  # a worker that was killed has left its connection
+        pass  # a killed worker leaves its connection behind
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(200, {"ETag": found["ETag"]}, found["Body"].read())
         upstream = http.client.HTTPConnection(proxy.upstream.hostname, proxy.upstream.port, timeout=60)
         try:
-            # The signature covers the Host header, which the S3 server compares with what it is sent: passed on as it is.
+            # The signature covers the Host header, so it is passed on unchanged.
             upstream.request(self.command, self.path, body or None, dict(self.headers.items()))
             answer = upstream.getresponse()
             length = int(answer.headers.get("Content-Length") or 0)
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
     def _break(self, fate):
         self.close_connection = True
         if fate == "reset":
-            # Closed with a linger of zero seconds, TCP sends a reset.
+            # SO_LINGER of zero seconds: closing the connection sends a reset.
             self.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")
         self.wfile.flush()
         self.connection.shutdown(2) if fate == "short" else self.connection.close()
@@ -115,4 +115,4 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass  # noqa: N815 (names that the library looks for)
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass  # noqa: N815 (names that http.server looks up)

@@ -1,4 +1,4 @@
-"""One load under fire: put a file into S3, submit its job, run engines, do harm, wait, let the checker judge."""
+"""The steps of a scenario: put a file into S3, submit its job, run engines, inject faults, wait, run the checker."""
 
 import io
 import os
@@ -30,11 +30,12 @@ HEAVY = {
     "engine_poll_seconds": 0.2,
     "engine_grace_seconds": 20,
 }
+"""Settings with which leases run out, and hung workers are noticed, within seconds."""
 
 
 @dataclass
 class Report:
-    """What one scenario did and found. It has passed when every kind of harm was done and nothing is wrong."""
+    """What one scenario did and found. It passed if every kind of fault was injected and there is no problem."""
 
     name: str
     faults: dict = field(default_factory=dict)
@@ -78,7 +79,7 @@ class Rig:
         self.store.close()
 
     def engine(self, module="tests.chaos.engine", ready=True, **changes):
-        """A supervisor with its workers; returns it once they have booted."""
+        """Start a supervisor with its workers; returns it once they have booted, or at once without `ready`."""
         given = HEAVY | {"engine_workers": 2, "engine_range_bytes": "1MiB"} | changes
         made = Running("engine", self.settings, self.folder / f"{uuid.uuid4().hex}.log", module, **given)
         self._stack.callback(made.end)
@@ -87,15 +88,15 @@ class Rig:
         return made
 
     def submit(self, path, **options):
-        """Put a file into S3 and its job on the queue; each job has a collection of its own."""
+        """Put a file into S3 and submit its job, by default with a collection of its own."""
         with path.open("rb") as content:
             source = self.objects.upload(content, f"{uuid.uuid4().hex}-{path.name}")
         asked = JobOptions(**{"collection": f"c{uuid.uuid4().hex[:8]}", "max_errors": 10**9} | options)
-        ticket = Ticket(uuid.uuid4().hex, "")  # so that it may be sent again
+        ticket = Ticket(uuid.uuid4().hex, "")  # so that it can be submitted again after an error
         return self._patiently(lambda: self.queue.submit(source, asked, ticket))
 
     def submit_small(self, path, count):
-        """A file of its own for each of so many jobs, which workers take on together."""
+        """Submit `count` jobs, each for its own copy of the file; workers load small ones together."""
         return [self.submit(path) for _ in range(count)]
 
     def overwrite(self, job, data=b'{"other":1}\n'):
@@ -106,7 +107,7 @@ class Rig:
         return self._patiently(lambda: self.queue.get(job.id)).state in TERMINAL
 
     def _patiently(self, ask):
-        """What is answered; a database that is away for a moment is asked again."""
+        """Call `ask`, again for up to a minute while the database is away; returns its result."""
         end = time.monotonic() + 60
         while True:
             try:
@@ -117,7 +118,7 @@ class Rig:
                 time.sleep(0.2)
 
     def under_way(self, *jobs, seconds=240, pause=0.1):
-        """Again and again, with a pause after each time, until these jobs have ended."""
+        """Yield every `pause` seconds until these jobs have ended. Raises AssertionError after `seconds`."""
         end = time.monotonic() + seconds
         while not all(map(self.ended, jobs)):
             if time.monotonic() > end:
@@ -126,35 +127,35 @@ class Rig:
             time.sleep(pause)
 
     def wait(self, *jobs, seconds=240):
-        """Until these jobs have ended; returns them."""
+        """Wait until these jobs have ended; returns them."""
         for _ in self.under_way(*jobs, seconds=seconds):
             pass
         return [self.queue.get(job.id) for job in jobs]
 
     def busy(self, jobs):
-        """Whether any of these is under way: harm counts only then."""
+        """Whether any of these jobs has not ended: only then does a fault count."""
         return not all(map(self.ended, jobs))
 
     def keep_busy(self, path, jobs):
-        """One more job for this file where all of these have ended: there is always a load to break."""
+        """If all of these jobs have ended, submit another for this file, so that there is always a load to break."""
         if not self.busy(jobs):
             jobs.append(self.submit(path))
 
     def turns(self, faults, kind, wanted):
-        """As many turns as it takes to inject a fault this often, and five times as many at most: a load may end before it."""
+        """Yield until a fault of this kind was injected `wanted` times. Gives up after five times as many turns."""
         for _ in range(5 * wanted):
             if faults[kind] >= wanted:
                 return
             yield
 
     def settle(self, report, path, jobs):
-        """Wait for these jobs for one file, and let the checker judge each."""
+        """Wait for these jobs, all for one file, and verify each."""
         self.wait(*jobs)
         for job in jobs:
             self.verify(report, path, job)
 
     def verify(self, report, path, job, state="COMPLETED", **more):
-        """Let the checker judge a job that has ended; what is wrong goes into the report. `more` goes to the checker."""
+        """Have the checker verify a job that has ended; problems go into the report, `more` to the checker."""
         job = self.queue.get(job.id)
         if job.state != state:
             report.problems.append(f"job is {job.state}, not {state}: {job.failure}")
@@ -180,20 +181,14 @@ class Rig:
         if not verdict.passed:
             report.problems.append(str(verdict))
 
-    def holders(self, *engines):
-        """Pids of workers that hold a lease now."""
-        slots = {tuple(d["holder"].split(":")[1:3]) for d in self.store.ranges.find({"state": "LEASED"}, {"holder": 1})}
-        wanted = {int(slot) for _, slot in slots}
-        return [
-            pid
-            for engine in engines
-            for pid in engine.workers()
-            if any(f"worker {slot} job" in title(pid) for slot in wanted)
-        ]
+    def holders(self, engine):
+        """Pids of this engine's workers that hold a lease now; no other engine may hold one."""
+        slots = {found["holder"].split(":")[2] for found in self.store.ranges.find({"state": "LEASED"}, {"holder": 1})}
+        return [pid for pid in engine.workers() if any(f"worker {slot} job" in title(pid) for slot in slots)]
 
 
 def kill(pid, number=signal.SIGKILL):
-    """Whether the signal found its process."""
+    """Send a signal; returns whether the process existed."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -202,7 +197,7 @@ def kill(pid, number=signal.SIGKILL):
 
 
 def made(rig, count, seed=1):
-    """A file of so many ordinary records, made once."""
+    """A file of `count` ordinary records, written on first use."""
     path = rig.folder / f"plain-{seed}-{count}.ndjson"
     if not path.exists():
         corpus.plain(path, seed, count)

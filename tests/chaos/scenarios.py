@@ -1,6 +1,6 @@
-"""Every way in which a load is broken on purpose. Each scenario does its harm, counts it, and lets the checker judge.
+"""All scenarios of `make chaos`, by name. Each injects its faults, counts them, and has the checker verify the loads.
 
-`short` is for `make test`: the same harm, seeded, on a smaller file and fewer times.
+`short` selects the version for `make test`: the same faults, fewer of them, on smaller files.
 """
 
 from tests.chaos.fuzz import fuzz

@@ -1,4 +1,4 @@
-"""Harm to servers: a MongoDB and an S3 server that are slow, fail, lie, are killed, or change under a running job."""
+"""Faults of servers: MongoDB and S3 are slow, fail, send wrong answers or are killed; objects change mid-job."""
 
 import json
 import random
@@ -16,16 +16,16 @@ from tests.running import failing, taking, until
 
 
 def slow(settings, folder, short):
-    """One command that takes longer than a lease, again and again: no lease goes round, no range is put off."""
+    """Commands longer than a lease, and a frozen database: no lease is lost, no range put off, no worker killed."""
     report = Report("slow", {"slow inserts": 0, "slow writes to ranges": 0, "stops of the whole database": 0})
-    # The long run waits as long as a person would fear it: 40 seconds at the default lease of 30.
+    # The full run has the default lease of 30 seconds, and commands of 40.
     lease, watchdog, block = (3, 7, 4) if short else (30, 60, 40)
     patience = {"engine_lease_seconds": lease, "engine_watchdog_seconds": watchdog}
     for kind, commands in (("slow inserts", ["insert"]), ("slow writes to ranges", ["update", "findAndModify"])):
         with Rig(settings, folder) as rig, ExitStack() as stack:
             path = made(rig, 30_000)
             engine = rig.engine(engine_range_bytes="1MiB", **patience)
-            # A client without deadlines: a fail point is turned off only when nobody is within it.
+            # A client without timeouts: turning off a fail point waits for the commands that it holds.
             client = stack.enter_context(MongoClient(rig.settings.mongo_uri.get_secret_value(), appname="chaos"))
             place = {} if commands == ["insert"] else {"namespace": f"{rig.settings.engine_control_db}.ranges"}
             job = rig.submit(path)
@@ -53,7 +53,7 @@ def slow(settings, folder, short):
 
 
 MOST_LOADS = 100
-"""After which it is of no use to wait for more faults."""
+"""The most loads that are tried to reach the wanted number of faults."""
 
 FAIL = (
     {"closeConnection": True},
@@ -66,7 +66,7 @@ COMMANDS = ["insert", "update", "findAndModify", "find", "aggregate", "getMore",
 
 
 def failpoints(settings, folder, short):
-    """mongod's own fail points at one command in ten: closed connections, error codes, write-concern errors."""
+    """mongod's own fail points, on one command in ten: closed connections, error codes, write-concern errors."""
     report = Report("failpoints", {})
     for fault in FAIL:
         with Rig(settings, folder) as rig:
@@ -115,7 +115,7 @@ def databases(settings, folder, short):
 
 
 def replica(settings, folder, short):
-    """Three members: the primary steps down every ten seconds, and is killed now and then."""
+    """Three members: every ten seconds the primary steps down, and five seconds later the primary is killed."""
     report = Report("replica", {"step-downs": 0, "kills": 0})
     folder.mkdir(parents=True, exist_ok=True)
     kills_wanted, pause = (1, 3) if short else (10, 10)
@@ -139,7 +139,7 @@ def replica(settings, folder, short):
 
 
 def storage(settings, folder, short):
-    """S3 through a proxy that breaks: busy, resets and short bodies at random bytes, whole bodies, latency, an overwrite."""
+    """S3 through a proxy: busy, resets and short bodies at random bytes, whole bodies, latency; objects that change."""
     report = Report("storage", {})
     plans = [
         ({"reset": 0.7}, "reset", 200),
@@ -191,7 +191,7 @@ def storage(settings, folder, short):
 
 
 def _of_one_version(report, rig, job, data):
-    """Every document is the line at its offset in the version that the job pinned."""
+    """Every document must be the line at its offset in the version that the job pinned."""
     for found in rig.store.data[job.options.collection].find():
         at = int.from_bytes(found.pop("_id").binary[6:], "big")
         if json.loads(data[at : data.index(b"\n", at)]) != found:

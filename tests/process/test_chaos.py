@@ -1,4 +1,7 @@
-"""Every scenario of `make chaos` in its short, seeded version: nothing is lost, twice, unexpected or changed."""
+"""Every scenario of `make chaos`, on real servers, in its short version.
+
+No document may be lost, duplicate, unexpected or changed.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A dry run tells what a load would, and leaves nothing behind."""
+"""Dry runs on a real MongoDB and S3: they report what a load would, and leave nothing behind."""
 
 import uuid
 
@@ -10,7 +10,7 @@ from bson.raw_bson import RawBSONDocument
 from engine.model import JobState
 from tests.running import failing
 
-# A validator, unique indexes, the lines, and how many of them are inserted and rejected.
+# For each case: a validator, unique indexes, lines, and how many of the lines are inserted and rejected.
 JUDGED = {
     "numbers of two types are one _id": ({}, [], b'{"_id":1}\n{"_id":1.0,"b":1}\n', (1, 1)),
     "and one key": ({}, ["e"], b'{"e":1}\n{"e":1.0}\n{"e":2}\n{"e":0}\n{"e":-0.0}\n', (3, 2)),
@@ -83,6 +83,7 @@ def test_a_dry_run_tells_what_a_load_would(store, submit, drain, case):
 
 
 def test_an_option_of_an_index_that_is_off_is_none(store, submit, drain):
+    """An index that lists `sparse: false` is checked like any other, unlike a sparse one."""
     store.data["records"].create_index("e", unique=True, sparse=False)
     [dry] = drain(submit(b'{"e":1}\n{"e":1,"b":2}\n', validate=True).id)
     assert (dry.progress.tally.inserted, dry.progress.tally.rejected) == (1, 1)
@@ -116,6 +117,7 @@ def test_a_dry_run_survives_a_majority_that_lags_while_it_lets_go_of_claims(stor
 def test_what_a_dry_run_has_claimed_is_let_go_slice_by_slice_while_that_takes_no_long(
     store, submit, drain, monkeypatch, seconds, left
 ):
+    """A worker deletes claims only until `RELEASE_SECONDS` are over: it has other work to do."""
     monkeypatch.setattr("engine.control.store.SLICE", 20)
     monkeypatch.setattr("engine.control.queue.RELEASE_SECONDS", seconds)
     [dry] = drain(submit(b"".join(b'{"_id":%d}\n' % n for n in range(100)), validate=True).id)

@@ -1,4 +1,4 @@
-"""On a real MongoDB and a real S3: the good lines all land, and each bad one is a reject with its offset and reason."""
+"""Whole loads on a real MongoDB and S3: all good lines are stored, and bad ones become rejects at their offset."""
 
 import json
 import threading
@@ -36,7 +36,7 @@ BAD = {
 
 
 def mixed(times: int) -> tuple[bytes, list[bytes], list[tuple[int, str]]]:
-    """A file with every kind of bad line among good ones: its bytes, the good lines, the rejects to come."""
+    """A file with every kind of bad line among good ones: its bytes, the good lines, and the expected rejects."""
     good, bad, out, offset = [], [], [], 0
 
     def put(line: bytes) -> None:
@@ -80,7 +80,8 @@ def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submi
 
 
 def test_a_document_too_large_for_mongodb_costs_only_itself(store, submit, drain, rejects):
-    # As BSON, a few bytes over the limit, further over it, and over what a message may have: the driver fails in three ways.
+    # As BSON: exactly the limit, a few bytes over it, further over it, and larger than a message may be. The driver
+    # fails in three different ways.
     sizes = [16 * 2**20 - 30, 16 * 2**20 + 1, 17 * 2**20, 20 * 2**20, 50 * 2**20]
     data = b"".join(b'{"n":%d}\n{"a":"%s"}\n' % (n, b"x" * size) for n, size in enumerate(sizes))
     [job] = drain(submit(data).id, engine_max_line_bytes=64 * 2**20)
@@ -237,7 +238,7 @@ def test_loads_of_one_object_that_come_together_are_told_of_each_other(store, su
 
 
 def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, drain, ledger, monkeypatch):
-    """More of them than are written at a time, which takes longer than a lease lasts and is waited for."""
+    """With one writer, the last job waits for longer than a lease lasts: its lease must be renewed meanwhile."""
     monkeypatch.setattr("engine.control.ledger.EXPIRY_GRACE_SECONDS", 0)
     store.data.create_collection("slow")
     jobs = [submit(b'{"n":1}\n' * 3000, collection="slow") for _ in range(3)]
@@ -267,6 +268,7 @@ LONG = "é" * 100
 def test_a_value_that_the_server_cuts_in_the_midst_of_a_character_costs_no_other_line(
     store, submit, drain, rejects, at_once
 ):
+    """The server cuts long values that it quotes in errors at any byte, so its reply may not be valid UTF-8."""
     lines = [json.dumps({"_id": f"{number:03}{LONG}", "n": number}) for number in range(20)]
     lines += [json.dumps({"_id": f"006{LONG}", "n": "another"})]
     [job] = drain(submit("\n".join(lines).encode()).id, engine_batch_records=at_once)
@@ -277,6 +279,7 @@ def test_a_value_that_the_server_cuts_in_the_midst_of_a_character_costs_no_other
 
 
 def test_a_replay_of_such_a_value_is_a_replay(submit, drain, store):
+    """The server cuts these `_id`s within a character when it reports duplicates, which must not become rejects."""
     data = "\n".join(json.dumps({"_id": f"{number}{LONG}"}) for number in range(50)).encode()
     job = submit(data, "long.ndjson")
     drain(job.id)
@@ -286,6 +289,7 @@ def test_a_replay_of_such_a_value_is_a_replay(submit, drain, store):
 
 
 def test_a_batch_whose_answer_would_be_too_large_is_written_in_pieces(store, submit, drain):
+    """If its reply would be too large, with a long reason for each document, the server closes the connection."""
     columns = [f"c{number:03}" for number in range(200)]
     schema = {"bsonType": "object", "properties": {name: {"bsonType": "double"} for name in columns}}
     store.data.create_collection("records", validator={"$jsonSchema": schema})

@@ -1,4 +1,7 @@
-"""The embedded servers beside signals: whatever thread a library starts, INT is for the main one, which can hold it back."""
+"""An embedded mongod: the threads of the driver that waits for it block the stop signals.
+
+Only the main thread then receives these, and can hold them back during a fork.
+"""
 
 import signal
 import subprocess
@@ -30,6 +33,6 @@ def test_the_threads_that_look_for_mongod_take_no_signal_that_is_held_back_in_a_
     )
     assert made.returncode == 0, made.stderr
     blocked = [int(mask, 16) for mask in made.stdout.split()]
-    assert blocked  # else there is nothing to hold back from
+    assert blocked  # otherwise there are no such threads, and this proves nothing
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         assert all(mask >> (number - 1) & 1 for mask in blocked)

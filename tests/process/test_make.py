@@ -1,4 +1,4 @@
-"""What people call: the targets of the Makefile, and what these say where they cannot do it."""
+"""The targets of the Makefile, and what they say when they cannot run; without servers."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from tests.running import ROOT
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tree with nothing but what make reads."""
+    """A folder with only the files that make reads."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -25,7 +25,7 @@ def test_make_hands_on_the_name_of_a_file_as_it_is(folder):
     (tools / "python").chmod(0o755)
     (folder / ".venv" / ".installed").touch()
     name = 'it\'s [x] "mine".ndjson'
-    make = ["make", "--no-print-directory", "run"]  # where make runs the tests, it would tell of its folders
+    make = ["make", "--no-print-directory", "run"]  # within another make, it would print the folders it enters
     made = subprocess.run([*make, f"FILE={name}", "ONCE=1"], cwd=folder, capture_output=True, text=True)
     assert made.stdout == f"<up><--records><200000><--file><{name}><--once>"
     made = subprocess.run([*make, "RECORDS=7", "ONCE=0"], cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,7 @@
-"""A worker looks for garbage that holds cycles only now and then: what it drops after a batch must hold none."""
+"""What writing a batch holds in memory, on a real MongoDB.
+
+It must leave no cycles behind, since a worker collects these only now and then.
+"""
 
 import gc
 import tracemalloc
@@ -15,7 +18,7 @@ TAG = b"\0" * 6
 
 
 class Watched(list):
-    """A list that can be watched."""
+    """A list that can be weakly referenced."""
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,7 @@ def test_a_batch_with_a_refused_document_leaves_no_cycle(store, monkeypatch, lin
 
 
 def test_what_small_lines_collide_with_may_be_larger_than_memory(store):
+    """Documents that have the lines' `_id`s, 240 MiB in all, are compared one at a time."""
     sink = Sink(store, "records", Plan(Format.NDJSON, TAG, 1, 1, False, 2**25), 10)
     for first in range(0, 120, 10):
         store.data["records"].insert_many({"_id": key, "text": "x" * 2**21} for key in range(first, first + 10))

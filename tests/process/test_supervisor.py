@@ -1,4 +1,7 @@
-"""The supervisor, as a real process with real forks: it replaces what dies or hangs, stops softly, and leaves no orphan."""
+"""The supervisor as a real process, with real forks and servers.
+
+It replaces workers that die or hang, stops gracefully, and leaves no orphan.
+"""
 
 import errno
 import fcntl
@@ -124,12 +127,12 @@ def test_the_supervisor_holds_no_connection_and_no_thread(engine):
 def test_workers_that_die_hand_their_leases_on_at_once_and_the_job_completes(engine, queue, submit, store):
     lines = 60_000
     job = submit(b"".join(b'{"n":%d,"text":"%s"}\n' % (n, b"x" * 100) for n in range(lines)))
-    # The leases outlast the test: what their holders held is freed by their successors, or by nobody.
+    # The leases outlast the test, so only the successors of dead workers can free their ranges.
     lease = {"engine_lease_seconds": 120, "engine_watchdog_seconds": 200}
     running = engine(engine_range_bytes="256KiB", engine_batch_records=200, **lease)
     kills = 0
     while kills < 4 and queue.get(job.id).state not in ("COMPLETED", "FAILED"):
-        # A third death at one place would be the range's own fault.
+        # A third death at one byte would be blamed on the range.
         holder = store.ranges.find_one({"state": "LEASED", "deaths": {"$lt": 2}}, {"holder": 1})
         if holder is not None:
             slot = int(holder["holder"].split(":")[2])
@@ -196,7 +199,7 @@ def test_workers_pass_over_what_is_meant_for_their_supervisor(engine, submit, qu
 def test_hup_waits_for_one_to_leave_before_the_next_is_told(engine):
     running = engine()
     first, second = running.workers()
-    os.kill(first, signal.SIGSTOP)  # takes its time
+    os.kill(first, signal.SIGSTOP)  # so it does not leave yet
     running.process.send_signal(signal.SIGHUP)
     time.sleep(2)
     assert running.workers() == [first, second]
@@ -219,7 +222,7 @@ def test_a_successor_that_cannot_start_does_not_take_the_others_with_it(engine, 
 
 
 def test_a_log_that_nobody_takes_does_not_end_the_engine(settings, tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # or there is no buffer to flush
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # otherwise there is no buffer to flush
     log = tmp_path / "engine.log"
     os.mkfifo(log)
     reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
@@ -235,12 +238,13 @@ def test_a_log_that_nobody_takes_does_not_end_the_engine(settings, tmp_path, mon
             victim = idle()[0]
             os.kill(victim, signal.SIGKILL)
             until(lambda victim=victim: len(idle()) == 2 and victim not in idle(), what="another one in its place")
-        assert running.stop() == 120  # with which Python tells that its last words were lost
+        assert running.stop() == 120  # Python's exit code if its last output cannot be flushed
     finally:
         running.end()
 
 
 def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(settings):
+    """The backoff is bounded before it is computed: 2**5001 is too large for a float."""
     supervisor, slot = Supervisor(settings, lambda *_: 0), _Slot(0, pid=7, failures=5000)
     supervisor._slots, supervisor._ever_booted = [slot], True
     now = time.monotonic()
@@ -250,6 +254,7 @@ def test_a_place_that_cannot_be_filled_for_days_is_tried_every_few_seconds(setti
 
 
 def test_a_worker_without_clients_holds_nothing_and_is_not_tried_again_at_once(settings):
+    """Its successor frees the leases of earlier workers only, after a backoff, however long this one lasted."""
     supervisor, slot = Supervisor(settings, lambda *_: 0), _Slot(0, failures=1)
     supervisor._slots, supervisor._ever_booted = [slot], True
     for pid in range(7, 10):
@@ -264,7 +269,7 @@ def test_a_worker_without_clients_holds_nothing_and_is_not_tried_again_at_once(s
 
 @pytest.mark.parametrize(("code", "failures"), [(1, 3), (-signal.SIGKILL, 0), (0, 0)])
 def test_a_worker_that_is_ready_and_gives_up_at_once_by_itself_is_not_replaced_without_end(settings, code, failures):
-    """As for want of a thread, where a container has too few."""
+    """It may lack threads, in a container that allows few. One that is killed, or exits with 0, is replaced at once."""
     supervisor, slot = Supervisor(settings, lambda *_: 0), _Slot(0)
     supervisor._slots = [slot]
     for pid in range(7, 10):
@@ -321,7 +326,7 @@ def test_idle_workers_join_a_job_as_soon_as_its_ranges_are_there(engine, store, 
             return {found["holder"] for found in store.ranges.find({"job": job_key(job.id), "state": "LEASED"})}
 
         until(lambda: len(joined()) == 3, what="the work of all three")
-    # They were called when the job was submitted, and again when there was work for all.
+    # The workers were woken when the job was submitted, and again when its ranges were there.
     assert store.control["wakeups"].count_documents({}) >= called + 2
     until(lambda: queue.get(job.id).state == "COMPLETED", 60, "the end of the job")
     assert running.stop() == 0

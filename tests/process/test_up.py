@@ -1,4 +1,7 @@
-"""`headrace up` as a person runs it: it shows the main job, and whatever goes wrong is one sentence with nothing left."""
+"""`headrace up` as a user runs it, with the servers that it embeds.
+
+It loads a file and shows the result; whatever goes wrong is reported in one sentence and leaves no process behind.
+"""
 
 import os
 import re
@@ -29,10 +32,10 @@ class Up:
     """`headrace up` with data, ports and output of its own."""
 
     def __init__(self, folder, *arguments, limit=None, **changes):
-        self.folder = folder / "run"  # not that of the tests themselves
+        self.folder = folder / "run"  # not tmp_path, where the test itself runs
         self.folder.mkdir(exist_ok=True)
         self.data = data = folder / "data, ours"
-        for name in ("mongod.port", "s3.port"):  # other suites start servers beside this one
+        for name in ("mongod.port", "s3.port"):  # other suites start servers at the same time
             if not (data / name).exists() and "ENGINE_DATA_DIR" not in changes:
                 data.mkdir(exist_ok=True)
                 (data / name).write_text(f"{free_port()}\n")
@@ -54,7 +57,7 @@ class Up:
         self.said = ""
 
     def wait_for(self, *words):
-        """Read on until one of these is said."""
+        """Read the output until a line contains one of these words."""
         for line in self.process.stdout:
             self.said += line
             if any(word in line for word in words):
@@ -66,7 +69,7 @@ class Up:
         return self.process.returncode
 
     def left(self):
-        """Processes that were started in the folders of this run."""
+        """Pids of the processes that run in the folders of this run."""
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit() and alive(int(folder.name)):
@@ -94,7 +97,7 @@ def up(tmp_path):
 
 
 def sentence(run):
-    """What a run that failed said: its last line, which must be the only complaint."""
+    """The error of a failed run, which must be a single line."""
     assert "Traceback" not in run.said
     lines = [line for line in run.said.splitlines() if line.startswith("headrace: ")]
     assert len(lines) == 1, run.said
@@ -173,7 +176,7 @@ def test_a_database_that_dies_is_told_at_once_and_not_waited_for(up):
 
 
 def test_a_job_that_ctrl_c_cuts_short_goes_on_the_next_time_with_nothing_loaded_beside(up, tmp_path):
-    # What is stopped takes no ranges: the job is open when the command ends, however quick this machine is.
+    # A stopping engine leases no more ranges, so the job is still open when the command ends, even on a fast machine.
     first = up("--records", "400000")
     first.wait_for("PENDING", "PROCESSING")
     first.process.send_signal(signal.SIGINT)
@@ -213,7 +216,7 @@ def test_a_second_ctrl_c_hurries_the_stop_and_harms_nothing(up):
 
 def test_ctrl_c_during_its_own_stop_does_not_change_what_became_of_the_job(up):
     run = up("--once", "--records", "1000")
-    run.wait_for("/status/")  # the last it has to say; then it stops
+    run.wait_for("/status/")  # the last line of its output; then it stops
     run.process.send_signal(signal.SIGINT)
     assert run.finish() == 0
     assert "Traceback" not in run.said
@@ -238,7 +241,7 @@ def test_ctrl_c_before_it_serves_ends_it_quietly(up):
 
 
 def test_ctrl_c_while_servers_are_started_is_never_lost(up):
-    # Within a fork, Python prints what a handler raises, and goes on.
+    # Python only prints an exception that a signal handler raises during a fork.
     for turn in range(6):
         run = up("--records", "1000")
         run.wait_for("Starting")
