@@ -41,9 +41,9 @@ class ProblemBody(TypedDict):
     title: Annotated[str, Field(description="The name of the status")]
     status: Annotated[int, Field(description="The status of the response")]
     detail: Annotated[str, Field(description="What happened, and what to do next")]
-    requestId: Annotated[str, Field(description="As in X-Request-ID and in the log")]
+    requestId: Annotated[str, Field(description="Also in X-Request-ID and in the log")]
     errors: NotRequired[Annotated[list[dict[str, str]], Field(description="Each `field` that is wrong, and why")]]
-    checks: NotRequired[Annotated[dict[str, str], Field(description="Of /readyz: how each server is")]]
+    checks: NotRequired[Annotated[dict[str, str], Field(description="/readyz only: state of each server")]]
 
 
 class Failed(TypedDict):
@@ -62,15 +62,15 @@ class Failed(TypedDict):
 class RejectBody(TypedDict):
     """A line that did not become a document. `raw` is base64 where `encoding` says so."""
 
-    line: Annotated[int | None, Field(description="Its number in the file, from 1; null while it is not known")]
+    line: Annotated[int | None, Field(description="Its number in the file, from 1; null while unknown")]
     offset: Annotated[int, Field(description="Offset of its first byte in the file")]
-    length: Annotated[int, Field(description="Bytes, without what ends it")]
+    length: Annotated[int, Field(description="Bytes, without the line end")]
     reason: Annotated[_Reason, Field(description="Stable: match on it")]
     detail: Annotated[str, Field(description="What is wrong with it")]
-    raw: Annotated[str, Field(description="The line as it is, or its beginning")]
-    encoding: NotRequired[Annotated[str, Field(description="base64 where `raw` is that, since the line is not UTF-8")]]
-    rawLength: NotRequired[Annotated[int, Field(description="Bytes of the whole line, where `raw` is cut short")]]
-    code: NotRequired[Annotated[int, Field(description="Code of MongoDB's error, where it refused the document")]]
+    raw: Annotated[str, Field(description="The line itself, or its beginning")]
+    encoding: NotRequired[Annotated[str, Field(description="base64 if `raw` is, because the line is not UTF-8")]]
+    rawLength: NotRequired[Annotated[int, Field(description="Bytes of the whole line, if `raw` is cut short")]]
+    code: NotRequired[Annotated[int, Field(description="MongoDB's error code, if it refused the document")]]
 
 
 class ProgressBody(TypedDict):
@@ -83,15 +83,13 @@ class ProgressBody(TypedDict):
     lines: Annotated[int, Field(description="Lines that are done")]
     inserted: Annotated[
         int,
-        Field(
-            description="Lines that became documents; of those with an `_id` of their own, the same may have been there"
-        ),
+        Field(description="Lines that became documents; one with its own `_id` may have been there before"),
     ]
-    duplicates: Annotated[int, Field(description="Lines whose documents were there already")]
+    duplicates: Annotated[int, Field(description="Lines whose documents already existed")]
     rejected: Annotated[int, Field(description="Lines that did not become documents")]
     blank: Annotated[int, Field(description="Lines of white space")]
     percent: Annotated[float, Field(description="Share of the bytes that are done")]
-    recordsPerSecond: Annotated[float, Field(description="Recent; for a job that has ended, its average")]
+    recordsPerSecond: Annotated[float, Field(description="Recent rate; once the job has ended, its average")]
     secondsLeft: Annotated[float | None, Field(description="An estimate; null until there is one")]
 
 
@@ -104,7 +102,7 @@ class JobStatus(TypedDict):
         _State, Field(description="COMPLETED, FAILED and CANCELLED are final; a retry reopens the last two")
     ]
     stopping: Annotated[bool, Field(description="It will end as soon as its workers have released it")]
-    database: Annotated[str, Field(description="Where that collection is")]
+    database: Annotated[str, Field(description="Database of the collection")]
     collection: Annotated[str, Field(description="Where the documents go")]
     format: Annotated[_Format, Field(description="How lines become documents; auto until that is decided")]
     validate: Annotated[bool, Field(description="Nothing is written")]
@@ -117,12 +115,12 @@ class JobStatus(TypedDict):
     error: Annotated[Failed | None, Field(description="Why it failed, or is about to")]
     errors: Annotated[
         list[RejectBody],
-        Field(description="The first rejects, cut short; empty in answers to tokens that may not read"),
+        Field(description="The first rejects, cut short; empty for tokens without the scope `read`"),
     ]
     alreadyLoadedBy: Annotated[
-        str | None, Field(description="The job that loaded this version of the object into this collection before")
+        str | None, Field(description="The earlier job that loaded this version of the object into this collection")
     ]
-    progress: Annotated[ProgressBody, Field(description="How far it is")]
+    progress: Annotated[ProgressBody, Field(description="How far it has come")]
 
 
 class EventBody(TypedDict):
@@ -136,18 +134,16 @@ class JobDetail(JobStatus):
     """A job with its options, what it waits for, the state of its ranges, and its timeline."""
 
     maxErrors: Annotated[int | str, Field(description="Rejects allowed: a count, or a percentage")]
-    ifLoaded: Annotated[str, Field(description="skip: it completes at once where it has been loaded before")]
+    ifLoaded: Annotated[str, Field(description="skip: it completes at once if this is already loaded")]
     force: Annotated[bool, Field(description="It loads a second copy")]
     timeoutSeconds: Annotated[int | None, Field(description="How long it may run")]
     waitingFor: Annotated[
         str | None,
-        Field(
-            description="Where nobody is at work on it: a worker, its time, the end of a pause, its turn, another try"
-        ),
+        Field(description="If nobody works on it: a worker, its start time, the end of a pause, its turn, another try"),
     ]
     ranges: Annotated[dict[str, int], Field(description="Its ranges by state")]
     attempts: Annotated[int, Field(description="How often work on its ranges has failed")]
-    deaths: Annotated[int, Field(description="How often a worker has died over one of them")]
+    deaths: Annotated[int, Field(description="How often a worker has died on one of them")]
     workers: Annotated[list[str], Field(description="Who has worked on it lately")]
     timeline: Annotated[list[EventBody], Field(description="What happened to it, oldest first")]
 
@@ -187,12 +183,12 @@ class BatchStatus(TypedDict):
     """A batch: its jobs by state, and their summed progress. `status` is PROCESSING until all of them have ended."""
 
     batchId: Annotated[str, Field(description="24 hexadecimal digits")]
-    status: Annotated[_State, Field(description="Of ended jobs FAILED before CANCELLED before COMPLETED")]
+    status: Annotated[_State, Field(description="Once all have ended: FAILED before CANCELLED before COMPLETED")]
     createdAt: Annotated[_Moment | None, Field(description="When it was submitted")]
     jobs: Annotated[int, Field(description="How many jobs it has")]
     states: Annotated[dict[str, int], Field(description="Its jobs by state")]
     bytesTotal: Annotated[int, Field(description="Bytes of all its objects")]
-    lines: Annotated[int, Field(description="Lines that are done, over all its jobs; so the rest")]
+    lines: Annotated[int, Field(description="Lines done in all its jobs; the counts below likewise")]
     inserted: int
     duplicates: int
     rejected: int
@@ -226,14 +222,14 @@ class StoredPart(TypedDict):
 class DirectUpload(TypedDict):
     """An upload under way: PUT each part to its URL with these headers, then complete it."""
 
-    uploadId: Annotated[str, Field(description="Names it in the other calls")]
+    uploadId: Annotated[str, Field(description="Its id in the other calls")]
     fileKey: Annotated[str, Field(description="Key that the object will have")]
-    size: Annotated[int | None, Field(description="Bytes of the file, where they are known")]
+    size: Annotated[int | None, Field(description="Bytes of the file, if known")]
     partBytes: Annotated[int, Field(description="Bytes of each part but the last, which may be shorter")]
-    parts: Annotated[int, Field(description="How many there are; where the size is not known, how many there may be")]
+    parts: Annotated[int, Field(description="How many there are; if the size is unknown, how many there may be")]
     headers: Annotated[dict[str, str], Field(description="To send with each part")]
     urls: Annotated[list[SignedPart], Field(description="Where to PUT parts; GET the upload for more")]
-    stored: Annotated[list[StoredPart], Field(description="Parts that are there, and need not be sent again")]
+    stored: Annotated[list[StoredPart], Field(description="Parts that S3 has, which need not be sent again")]
 
 
 class FileBody(TypedDict):
@@ -276,12 +272,14 @@ class WorkerBody(TypedDict):
     name: Annotated[str, Field(description="Unique among all workers, past ones included")]
     host: Annotated[str, Field(description="The machine that it runs on")]
     slot: Annotated[int, Field(description="Its number in its engine")]
-    pid: Annotated[int, Field(description="Id of its process")]
-    doing: Annotated[dict[str, Any], Field(description="The job, the range and how far it is; empty where it is idle")]
-    rate: Annotated[float, Field(description="Lines a second, lately")]
+    pid: Annotated[int, Field(description="Its process id")]
+    doing: Annotated[dict[str, Any], Field(description="The job, the range and how far it is; empty when idle")]
+    rate: Annotated[float, Field(description="Recent lines per second")]
     memory: Annotated[int, Field(description="Resident bytes")]
     memoryPeak: Annotated[int, Field(description="Peak resident bytes")]
-    counts: Annotated[dict[str, float], Field(description="Lines, bytes, rejects and seconds by stage since it began")]
+    counts: Annotated[
+        dict[str, float], Field(description="Lines, bytes, rejects and seconds by stage since it started")
+    ]
 
 
 class WorkerPage(TypedDict):

@@ -63,7 +63,7 @@ def create_app(
     open_jobs = OpenJobsLimit(queue, settings.api_max_open_jobs)
     watch = Watch(queue, Slots(settings.api_max_watchers, 429, "waiting requests"), stopping)
     api = OpenApi()
-    job, key = {"jobId": "Id of the job"}, {"fileKey": "Key of the object; it may hold slashes"}
+    job, key = {"jobId": "Id of the job"}, {"fileKey": "Key of the object; may contain slashes"}
     upload = {"uploadId": "Id of the upload"}
     routes: list[Route] = [
         ("/upload", FormUploads(objects, uploads.recorded, stopping), {}),
@@ -130,7 +130,7 @@ class _WholePath:
                 path = req.env["PATH_INFO"].encode("latin-1").decode()  # WSGI passes bytes as Latin-1
             except UnicodeDecodeError:
                 raise NotFound(
-                    "there is no such file: its key is UTF-8, each byte of which may be percent-encoded"
+                    "there is no such file, as its key is not UTF-8: send it as percent-encoded UTF-8"
                 ) from None
             # Falcon ignores extra slashes before the first segment: they are not part of the key.
             params["file_key"] = path.lstrip("/").split("/", 1)[1]

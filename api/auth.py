@@ -66,8 +66,8 @@ def tokens_of(settings: Settings) -> list[Token]:
     if not words and (settings.api_tokens is not None or settings.api_tokens_file is not None):
         # Removing the last entry is meant to lock everybody out, not to let everybody in.
         raise SettingsError(
-            "API_TOKENS and API_TOKENS_FILE hold no entry: add one that `headrace token NAME --scope read` prints, or unset them "
-            "to let everybody on this machine in"
+            "API_TOKENS and API_TOKENS_FILE hold no entry: add one that `headrace token NAME --scope read` prints, or "
+            "unset both to admit everybody on this machine"
         )
     tokens: list[Token] = []
     for number, (where, word) in enumerate(words, 1):
@@ -90,7 +90,7 @@ def exposure_fault(settings: Settings, tokens: Sequence[Token]) -> str | None:
     except StartError as error:
         return str(error)
     return (
-        f"API_HOST={settings.api_host} lets other machines in, and there are no tokens: draw some with "
+        f"API_HOST={settings.api_host} admits other machines, but there are no tokens: create one with "
         "`headrace token` and set API_TOKENS, or set API_HOST=127.0.0.1"
     )
 

@@ -62,8 +62,8 @@ SLOW_SECONDS: Final = 3600.0
 SLOW: Final = httpx.Timeout(30, read=SLOW_SECONDS, write=SLOW_SECONDS)
 
 CHANGED: Final = (
-    "was written to while it was sent, so that what arrived is of two versions: run the command again when nobody writes to "
-    "it, or load a copy"
+    "was written to while it was sent, so what arrived mixes two versions: run the command again when nothing writes "
+    "to it, or load a copy"
 )
 
 
@@ -147,7 +147,7 @@ def why_not_reached(error: httpx.HTTPError) -> str:
     """Why a request got no answer, in brackets; with advice if the certificate's authority is unknown."""
     said = str(error)[:200]
     if re.search("issuer certificate|self.signed", said):
-        said += "; SSL_CERT_FILE names a file of further authorities to trust"
+        said += "; set SSL_CERT_FILE to a file of further authorities to trust"
     return f"({type(error).__name__}{f': {said}' if said else ''})"
 
 
@@ -161,11 +161,11 @@ class Client:
             parsed.host.encode("idna")  # connecting does this too, and would end in a traceback
         except (httpx.InvalidURL, UnicodeError):
             raise CommandError(
-                f"{self.url} is no valid address: check API_URL, or API_HOST where that is not set"
+                f"{self.url} is not a valid address: check API_URL, or API_HOST if that is not set"
             ) from None
         if token and parsed.userinfo:
             raise CommandError(
-                "API_URL has a user, and there is API_TOKEN: only one of them can be sent: leave out the user, or the token"
+                "API_URL has a user and API_TOKEN is set, but only one of them can be sent: remove the user or token"
             )
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(30, read=READ_SECONDS, write=SLOW_SECONDS)
@@ -209,7 +209,7 @@ class Client:
                 raise
             if version_of(content) != version:
                 raise CommandError(
-                    f"{file.name} {CHANGED}. What was stored as {answer['fileKey']} is of no use: delete it"
+                    f"{file.name} {CHANGED}. What was stored as {answer['fileKey']} is useless: delete it"
                 )
             return answer
 
@@ -322,7 +322,7 @@ class Client:
             body = None
         # Another server may answer {} to everything, but gives no request id.
         if not isinstance(body, dict) or "X-Request-ID" not in answer.headers:
-            raise CallFailed(answer.status_code, f"{self.url} does not speak as Headrace does: check API_URL and PORT")
+            raise CallFailed(answer.status_code, f"{self.url} is not the API of Headrace: check API_URL and PORT")
         return body
 
     def _silent(self, error: httpx.HTTPError) -> CallFailed:
@@ -340,11 +340,9 @@ class Client:
         if answer.status_code == 401 and detail:
             detail += "; set API_TOKEN"
         if answer.has_redirect_location and not detail:
-            detail = (
-                f"{self.url} redirects to {answer.headers['Location'][:200]}: set API_URL to where the API itself is"
-            )
+            detail = f"{self.url} redirects to {answer.headers['Location'][:200]}: set API_URL to the API's own address"
         if answer.status_code == 413 and not detail:
-            detail = "the file is larger than the API takes: raise API_MAX_UPLOAD_BYTES there, or use `headrace load`"
+            detail = "the file is too large for the API: raise API_MAX_UPLOAD_BYTES there, or use `headrace load`"
         return CallFailed(
             answer.status_code,
             detail or f"{method} {path} was answered with {answer.status_code}: {answer.text[:200]}",

@@ -42,13 +42,13 @@ class NewDirectUpload:
 
     @operation(
         waits_for_s3=Wait.BRIEF,
-        summary="Start an upload whose parts the client sends to S3 itself",
+        summary="Start an upload whose parts the client sends straight to S3",
         group="uploads",
         scope=Scope.SUBMIT,
         body=UploadBegin,
         answers={
             201: Answer(
-                "The upload, with signed URLs of its first parts", DirectUpload, headers={"Location": "Where it is"}
+                "The upload, with signed URLs of its first parts", DirectUpload, headers={"Location": "Its path"}
             )
         },
         errors=(422,),
@@ -90,7 +90,7 @@ class DirectUploadById:
         summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,
-        answers={204: Answer("It is gone, with its parts")},
+        answers={204: Answer("The upload and its parts are gone")},
         errors=(404, 409),
     )
     def on_delete(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
@@ -107,10 +107,10 @@ class Complete:
 
     @operation(
         waits_for_s3=Wait.LONG,
-        summary="Complete an upload: make its parts an object",
+        summary="Complete an upload: turn its parts into an object",
         group="uploads",
         scope=Scope.SUBMIT,
-        answers={201: Answer("The file was stored", UploadAnswer, headers={"Location": "Where it is"})},
+        answers={201: Answer("The file was stored", UploadAnswer, headers={"Location": "Its path"})},
         errors=(404, 409),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:
@@ -132,7 +132,7 @@ class Abort:
         summary="Abort an upload",
         group="uploads",
         scope=Scope.SUBMIT,
-        answers={204: Answer("It is gone, with its parts")},
+        answers={204: Answer("The upload and its parts are gone")},
         errors=(404, 409),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, upload_id: str) -> None:

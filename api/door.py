@@ -86,13 +86,13 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             # Without a body, waitress would still send `100 Continue` and wait for one.
             self.expect_continue = False
         if self.version == "1.1" and "HOST" not in self.headers:
-            raise ParsingError("it has no header Host")
+            raise ParsingError("it has no Host header")
         if self.chunked and "CONTENT_LENGTH" in self.headers:
             # A proxy in front may go by the other of the two, and see the next request begin elsewhere.
             raise ParsingError("it has both Content-Length and Transfer-Encoding")
         if self.version != "1.1" and "TRANSFER_ENCODING" in self.headers:
             # Waitress would ignore it, and take the body for another request.
-            raise ParsingError("it has Transfer-Encoding, and is not HTTP/1.1")
+            raise ParsingError("it has Transfer-Encoding but is not HTTP/1.1")
         if self.proxy_netloc:
             self.headers["HOST"] = self.proxy_netloc  # which takes precedence over the header
         try:
@@ -150,7 +150,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         line, trailer = (len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
         if line > MAX_CHUNK_LINE_BYTES or trailer > MAX_TRAILER_BYTES:
             # Waitress scans all of it again with every piece that arrives.
-            detail = "a chunk header or the trailer of the body is too long: send it as HTTP/1.1 says"
+            detail = "a chunk header or the trailer of the body is too long: send valid HTTP/1.1"
             self._refuse(Problem(400, "malformed_request", detail))
         elif self._refusal is not None:
             self.error = self._refusal  # waitress may have replaced it when it checked the size
@@ -187,7 +187,7 @@ def _check_head(head: bytes) -> None:
     if not _REQUEST_LINE.fullmatch(line.rstrip()):
         raise ParsingError("its first line is not METHOD TARGET HTTP/1.1")
     if _BLANKS.search(headers):
-        raise ParsingError("a header has a hundred blanks in a row, or goes on in another line")
+        raise ParsingError("a header has a hundred blanks in a row, or continues on another line")
 
 
 class _Task(WSGITask):  # type: ignore[misc]
@@ -232,7 +232,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             return int(super().write_soon(data))
         except OSError as error:
             # What a slow client has not read yet is buffered on disk. After an error, it may be incomplete there.
-            log.error("an answer cannot be kept until its client takes it", action="request", cause=error.strerror)
+            log.error("an answer cannot be kept until its client reads it", action="request", cause=error.strerror)
             self.will_close = True
             self.server.pull_trigger()
             raise ClientDisconnected from error
@@ -249,11 +249,11 @@ def _problem_of(error: Any, settings: Settings, *, uploading: bool) -> Problem:
     if status == 413 and uploading:
         return _too_large(settings)
     if status == 413:
-        return Problem(413, "too_large", f"the body of this call has at most {MAX_BODY_BYTES} bytes")
+        return Problem(413, "too_large", f"the body exceeds this call's limit of {MAX_BODY_BYTES} bytes: send less")
     if status == 431:
         return Problem(431, "headers_too_large", "the headers of the request are too large: send fewer or shorter ones")
     if error.body == "Bad URI":
-        detail = "the path has a byte that is not ASCII, or cannot be read: percent-encode it"
+        detail = "the path is not ASCII, or cannot be read: percent-encode it"
         return Problem(status, "malformed_request", detail)
     return Problem(status, "malformed_request", f"the request cannot be read ({error.body}): send valid HTTP/1.1")
 

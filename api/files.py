@@ -24,7 +24,7 @@ class Files:
 
     @operation(
         waits_for_s3=Wait.BRIEF,
-        summary="The objects of the bucket, by key",
+        summary="The objects in the bucket, by key",
         group="files",
         scope=Scope.READ,
         query=FilesQuery,
@@ -77,13 +77,13 @@ class File:
         summary="Delete an object that no open job needs",
         group="files",
         scope=Scope.ADMIN,
-        answers={204: Answer("It is gone")},
+        answers={204: Answer("It was deleted")},
         errors=(404, 409),
     )
     def on_delete(self, req: falcon.Request, resp: falcon.Response, file_key: str) -> None:
         """204; the documents that were loaded from it stay."""
         key = checked_key(file_key)
         if (job := self._history.open_job_of(self._objects.bucket, key)) is not None:
-            raise Conflict(f"job {job.id} is {job.state} and reads {key}: cancel it first, or wait for its end")
+            raise Conflict(f"job {job.id} is {job.state} and reads {key}: cancel it first, or wait until it ends")
         self._objects.delete(key)
         resp.status = 204

@@ -26,7 +26,7 @@ class Health:
         summary="Whether this process answers",
         group="health",
         scope=None,
-        answers={200: Answer("It does", HealthBody)},
+        answers={200: Answer("It answers", HealthBody)},
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """200 always."""
@@ -50,7 +50,7 @@ class Ready:
         summary="Whether MongoDB and S3 answer",
         group="health",
         scope=None,
-        answers={200: Answer("Both do", HealthBody)},
+        answers={200: Answer("Both answer", HealthBody)},
         errors=(503,),
     )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -71,7 +71,7 @@ class Ready:
 
 def _state_of(future: Future[None]) -> str:
     if not future.done():
-        return f"no answer within {PATIENCE_SECONDS:g} seconds: see that it runs and can be reached"
+        return f"no answer within {PATIENCE_SECONDS:g} seconds: make sure it is running and reachable"
     error = future.exception()
     if error is None:
         return "ok"

@@ -38,7 +38,7 @@ class Status:
         headers=REQUEST_HEADERS,
         answers={
             200: Answer("The job", JobStatus, headers=RESPONSE_HEADERS),
-            304: Answer("It is as If-None-Match says", headers=RESPONSE_HEADERS),
+            304: Answer("It still matches If-None-Match", headers=RESPONSE_HEADERS),
         },
         errors=(404, 409, 429),
     )
@@ -63,7 +63,7 @@ class Detail:
         headers=REQUEST_HEADERS,
         answers={
             200: Answer("The job", JobDetail, headers=RESPONSE_HEADERS),
-            304: Answer("It is as If-None-Match says", headers=RESPONSE_HEADERS),
+            304: Answer("It still matches If-None-Match", headers=RESPONSE_HEADERS),
         },
         errors=(404, 409, 429),
     )
@@ -129,7 +129,7 @@ class Cancel:
         summary="Cancel a job; safe to repeat",
         group="jobs",
         scope=Scope.SUBMIT,
-        answers={202: Answer("It is CANCELLED, or on the way there", JobStatus)},
+        answers={202: Answer("It is CANCELLED, or about to be", JobStatus)},
         errors=(404, 409),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
@@ -175,7 +175,7 @@ class RejectLines:
                 "A page of rejects; with format=ndjson all raw lines, each up to its first 64 KiB",
                 RejectPage,
                 other_media=NDJSON,
-                headers={"Content-Disposition": "With format=ndjson, the name of a file for them"},
+                headers={"Content-Disposition": "With format=ndjson, a file name for them"},
             )
         },
         errors=(404, 409, 422, 429),
@@ -188,7 +188,7 @@ class RejectLines:
         plain = "format" not in req.params and req.client_prefers((falcon.MEDIA_JSON, NDJSON)) == NDJSON
         if query.format == "ndjson" or plain:
             if paged := {"limit", "cursor"} & set(req.params):
-                raise Problem(422, "invalid_request", f"{min(paged)}: it is of pages, and ndjson is all lines at once")
+                raise Problem(422, "invalid_request", f"{min(paged)}: leave it out, as ndjson has all lines at once")
             if req.method == "HEAD":
                 raise falcon.HTTPMethodNotAllowed(["GET"])  # nobody would close the stream
             self._slots.take()

@@ -46,7 +46,7 @@ class Slots:
         self._free = threading.Semaphore(most)
         self._status = status
         self._what = (
-            f"{most} {what} are under way already, the most at a time: try again in a little while"
+            f"{most} {what} are already under way, which is the limit: try again shortly"
             if most
             else f"this server takes no {what}: ask without waiting"
         )
@@ -88,10 +88,10 @@ class S3Calls:
             now = self._clock()
             slow = sum(now - began > SLOW_SECONDS for began in self._began.values())
         if 2 * slow >= self._most:
-            raise Problem(503, "unavailable", "S3 does not answer the calls before this: send it again later")
+            raise Problem(503, "unavailable", "S3 does not answer earlier calls: send this again later")
         if not self._free.acquire(timeout=TURN_SECONDS):
-            what = f"{self._most} calls are at S3 already, the most at a time"
-            raise Problem(503, "busy", f"{what}: try again in a little while, or raise API_THREADS")
+            what = f"{self._most} calls already wait for S3, which is the limit"
+            raise Problem(503, "busy", f"{what}: try again shortly, or raise API_THREADS")
         with self._lock:
             self._held.add(id(req))
             if operation.waits_for_s3 is Wait.BRIEF:
@@ -127,7 +127,8 @@ class OpenJobsLimit:
             raise Problem(
                 422,
                 "too_many_jobs",
-                f"{jobs} jobs are more than may be open at all (API_MAX_OPEN_JOBS={self._most}): submit fewer at a time",
+                f"{jobs} jobs are more than may be open at once (API_MAX_OPEN_JOBS={self._most}): submit fewer at a "
+                "time",
             )
         self._count()
         with self._lock:
@@ -135,7 +136,7 @@ class OpenJobsLimit:
                 raise Problem(
                     503,
                     "queue_full",
-                    f"{jobs} more would exceed {self._most} open jobs (API_MAX_OPEN_JOBS): submit again when some have "
+                    f"{jobs} more would exceed {self._most} open jobs (API_MAX_OPEN_JOBS): submit them when some have "
                     "ended",
                 )
             self._open += jobs

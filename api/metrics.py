@@ -33,14 +33,14 @@ BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 
 """Upper bounds of the buckets of request durations, in seconds."""
 
 _COUNTERS: Final = {
-    "lines": ("headrace_lines", "Lines that workers have taken through to their end"),
-    "inserted": ("headrace_records", "Records that workers have had acknowledged"),
+    "lines": ("headrace_lines", "Lines that workers have finished"),
+    "inserted": ("headrace_records", "Records that MongoDB has acknowledged"),
     "bytes": ("headrace_bytes", "Bytes of these lines"),
     "rejected": ("headrace_rejects", "Lines that were rejected"),
     "retries": ("headrace_retries", "Reads and writes that were tried again"),
-    "leases_lost": ("headrace_leases_lost", "Leases that a worker found in other hands"),
+    "leases_lost": ("headrace_leases_lost", "Leases that a worker lost to another"),
     "leases_expired": ("headrace_leases_expired", "Leases that ran out and were freed"),
-    "ranges": ("headrace_ranges", "Leases that workers have taken to an end"),
+    "ranges": ("headrace_ranges", "Leases that workers have finished"),
 }
 
 
@@ -73,7 +73,7 @@ class _State(Collector):
         yield GaugeMetricFamily("headrace_queue_depth", "Open jobs", value=depth)
         yield GaugeMetricFamily(
             "headrace_queue_oldest_seconds",
-            "How long the oldest job that is due and not begun has waited",
+            "How long the oldest due job that has not started has waited",
             value=backlog.oldest_seconds,
         )
         yield GaugeMetricFamily(
@@ -168,7 +168,7 @@ class Durations(Collector):
         self.flush()
         found = HistogramMetricFamily(
             "headrace_http_request_seconds",
-            "Seconds from the application's first sight of a request to its answer",
+            "Seconds from when the application gets a request to its answer",
             labels=["method", "route", "status"],
         )
         with translated("summing over the processes of the API"):

@@ -65,7 +65,7 @@ def _budget(value: object) -> object:
         raise ValueError('write a count such as 1000, or a percentage such as "2%"')
     if isinstance(value, int):
         if not 0 <= value <= _MAX_COUNT:
-            raise ValueError("a count is not negative, and below 2^53")
+            raise ValueError("a count must be at least 0 and below 2^53")
         return value
     if not re.fullmatch(_PERCENTAGE, value):
         raise ValueError(
@@ -78,13 +78,13 @@ def _moment(value: object) -> object:
     """A time with its offset from UTC, as in 2026-11-24T09:00:00Z."""
     if value is None or isinstance(value, datetime):
         return value
-    wrong = "write an RFC 3339 time of the years 2000 to 2999 with its offset from UTC, such as 2026-11-24T09:00:00Z"
+    wrong = "write an RFC 3339 time in the years 2000 to 2999 with its offset from UTC, such as 2026-11-24T09:00:00Z"
     if not isinstance(value, str) or not re.fullmatch(_MOMENT, value):
         raise ValueError(wrong)
     try:
         return datetime.fromisoformat(value.upper())
     except ValueError:
-        raise ValueError(f"there is no such day: {wrong}") from None
+        raise ValueError(f"there is no such time: {wrong}") from None
 
 
 _BUDGET_SCHEMA: Final[dict[str, Any]] = {
@@ -114,14 +114,14 @@ class ProcessRequest(_Request):
         int | str,
         BeforeValidator(_budget),
         Field(
-            description="Rejects allowed: a count, or a percentage of the lines, from 10,000 on of those read so far",
+            description="Rejects allowed: a count, or a percentage of the lines read so far, from 10,000 lines on",
             json_schema_extra=_BUDGET_SCHEMA,
         ),
     ] = 1000
     priority: Annotated[_Priority, Field(description="Higher goes first")] = 0
     force: Annotated[StrictBool, Field(description="Load a second copy, with ids of its own")] = False
     if_loaded: Annotated[
-        Literal["load", "skip"], Field(description="skip: complete at once what has been loaded before")
+        Literal["load", "skip"], Field(description="skip: complete at once if this is already loaded")
     ] = "load"
     # Not named `validate`, which is a deprecated method of pydantic models.
     dry_run: Annotated[
@@ -169,7 +169,7 @@ class BatchRequest(ProcessRequest):
     @model_validator(mode="after")
     def _one_of_both(self) -> "BatchRequest":
         if (self.prefix is None) == (self.file_keys is None):
-            raise ValueError("name either prefix or fileKeys")
+            raise ValueError("give either prefix or fileKeys")
         return self
 
 
@@ -177,7 +177,7 @@ class UploadBegin(_Request):
     """A file whose parts the client will send to S3 itself."""
 
     file_name: Annotated[str, Field(min_length=1, max_length=1024)]
-    size: Annotated[_Size | None, Field(description="Bytes, where they are known")] = None
+    size: Annotated[_Size | None, Field(description="Bytes, if known")] = None
     part_bytes: _PartSize | None = None
 
 
@@ -193,10 +193,10 @@ class _Query(BaseModel):
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
 
 
-Limit = Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE, description="The most to return")]
+Limit = Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE, description="Maximum to return")]
 
 
-_NEXT: Final = "`next` of the page before"
+_NEXT: Final = "`next` of the previous page"
 _CURSOR: Final = f"a cursor is {_NEXT}: leave it out for the first page"
 _OFFSET: Final = r"^[0-9]{1,18}$"
 

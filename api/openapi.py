@@ -32,7 +32,7 @@ _PROBLEMS: Final = {
     413: "The request is too large",
     415: "The body is of the wrong type",
     422: "A value is wrong; the problem names it",
-    429: "Too many such requests at a time: try again later",
+    429: "Too many such requests at once: try again later",
     431: "The headers are too large",
     500: "Something unexpected happened",
     503: "It cannot be done now: try again later",
@@ -46,9 +46,9 @@ _HEADERS: Final[dict[str, dict[str, Any]]] = {
 }
 
 _REQUEST_ID: Final = {"X-Request-ID": "The request's id, as in the log"}
-_RETRY: Final = {"Retry-After": "Seconds after which to come again"}
+_RETRY: Final = {"Retry-After": "Seconds to wait before trying again"}
 _PROBLEM_HEADERS: Final[dict[int, dict[str, str]]] = {
-    401: {"WWW-Authenticate": "The kind of token that is asked for"},
+    401: {"WWW-Authenticate": "The kind of token that is needed"},
     429: _RETRY,
     503: _RETRY,
 }
@@ -144,7 +144,7 @@ def _operation(
         problems |= {401, 403, 422, 503}
         problems |= {413, 415}  # for a body that the call does not take
         made["security"] = [{"bearer": [operation.scope.value]}, {}]
-        made["description"] = f"Needs the scope `{operation.scope.value}` where the API has tokens."
+        made["description"] = f"Needs the scope `{operation.scope.value}` if the API has tokens."
     problem = {"application/problem+json": {"schema": names[id(ProblemBody)]}}
     for status in sorted(problems - set(operation.answers)):
         headers = _headers(_PROBLEM_HEADERS.get(status, {}))

@@ -122,16 +122,14 @@ def _whole_body(req: falcon.Request) -> bytes:
     check_encoding(req.get_header("Content-Encoding"))
     raw: bytes = req.bounded_stream.read(MAX_BODY_BYTES + 1)
     if len(raw) > MAX_BODY_BYTES:
-        raise Problem(413, "too_large", f"the body of this call has at most {MAX_BODY_BYTES} bytes")
+        raise Problem(413, "too_large", f"the body exceeds this call's limit of {MAX_BODY_BYTES} bytes: send less")
     return raw
 
 
 def query_of(req: falcon.Request, model: type[Model]) -> Model:
     """The request's query, validated. Raises Problem, also for a parameter that is unknown or given twice."""
     if twice := [name for name, value in req.params.items() if isinstance(value, list)]:
-        raise Problem(
-            422, "invalid_request", f"{twice[0][:MAX_NAME_LENGTH]}: this parameter is taken once: send one of them"
-        )
+        raise Problem(422, "invalid_request", f"{twice[0][:MAX_NAME_LENGTH]}: send this parameter only once")
     return _checked(model, req.params, "parameter", strict=False)
 
 
@@ -175,10 +173,12 @@ def not_a_form() -> Problem:
 
 def _checked(model: type[Model], given: object, kind: str, *, strict: bool | None = None) -> Model:
     if not isinstance(given, dict):
-        raise Problem(422, "invalid_request", "the body is JSON, but no object: send {…} with the fields of this call")
+        raise Problem(
+            422, "invalid_request", "the body is JSON but not an object: send {…} with the fields of this call"
+        )
     if len(given) > MAX_FIELDS:
         raise Problem(
-            422, "invalid_request", f"{len(given)} {kind}s are more than any call takes: see /docs for those there are"
+            422, "invalid_request", f"{len(given)} {kind}s are more than any call takes: see /docs for the valid ones"
         )
     try:
         return model.model_validate(given, strict=strict)

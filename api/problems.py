@@ -185,9 +185,9 @@ def _http(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, p
     if status == 404:
         detail = f"there is nothing at {req.path[:200]!r}: see /docs for the calls"
     elif status == 405:
-        detail = f"{req.method} is not possible at {req.path[:200]!r}: see the Allow header"
+        detail = f"{req.method} is not allowed at {req.path[:200]!r}: see the Allow header"
     elif req.method not in METHODS:
-        detail = f"{req.method[:40]!r} is no method that is known here: use {', '.join(METHODS)}"
+        detail = f"{req.method[:40]!r} is not a method of this API: use {', '.join(METHODS)}"
     else:
         detail = error.description or error.title or "the request cannot be handled"
     code = re.sub(r"[^a-z]+", "_", falcon.util.code_to_http_status(status).split(" ", 1)[1].lower())

@@ -68,7 +68,7 @@ class Resume:
         self._history = history
 
     @operation(
-        summary="Go on after a pause",
+        summary="Resume after a pause",
         group="queue",
         scope=Scope.ADMIN,
         answers={200: Answer("The queue", QueueState)},

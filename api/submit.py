@@ -42,7 +42,7 @@ def checked_key(key: str) -> str:
     except UnicodeEncodeError:
         size = 0
     if not 1 <= size <= MAX_KEY_BYTES or "\0" in key:
-        raise NotFound(f"a file's key has 1 to {MAX_KEY_BYTES} bytes of UTF-8: GET /files lists those there are")
+        raise NotFound(f"a file's key has 1 to {MAX_KEY_BYTES} bytes of UTF-8: GET /files lists the existing ones")
     return key
 
 
@@ -90,7 +90,7 @@ class Process:
         scope=Scope.SUBMIT,
         body=ProcessRequest,
         headers={"Idempotency-Key": KEY_HEADER},
-        answers={202: Answer("The job was made", ProcessAnswer, headers={"Location": "Where its status is"})},
+        answers={202: Answer("The job was created", ProcessAnswer, headers={"Location": "Path of its status"})},
         errors=(404, 409, 422, 503),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, file_key: str) -> None:
@@ -129,7 +129,7 @@ class ProcessMany:
         scope=Scope.SUBMIT,
         body=BatchRequest,
         headers={"Idempotency-Key": KEY_HEADER},
-        answers={202: Answer("The batch was made", BatchAnswer, headers={"Location": "Where its status is"})},
+        answers={202: Answer("The batch was created", BatchAnswer, headers={"Location": "Path of its status"})},
         errors=(404, 422, 503),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -152,7 +152,7 @@ class ProcessMany:
             return sorted({_listed(index, key) for index, key in enumerate(request.file_keys)})
         keys = sorted({checked_key(key) for key in self._keys(request.prefix or "")})
         if not keys:
-            raise NotFound(f"no object's key begins with {request.prefix!r}: GET /files lists those there are")
+            raise NotFound(f"no object's key begins with {request.prefix!r}: GET /files lists the existing ones")
         return keys
 
     def _keys(self, prefix: str) -> Iterator[str]:
@@ -165,7 +165,7 @@ class ProcessMany:
                 raise Problem(
                     422,
                     "invalid_request",
-                    f"prefix: more than {MAX_PREFIX_OBJECTS} objects begin with it; name a longer one",
+                    f"prefix: more than {MAX_PREFIX_OBJECTS} objects begin with it: use a longer one",
                 )
             yield from (found.key for found in page if found.size or not found.key.endswith("/"))
             if after is None:
@@ -183,7 +183,7 @@ class Batches:
         self._batches = batches
 
     @operation(
-        summary="A batch of jobs, summed",
+        summary="A batch of jobs, with totals",
         group="jobs",
         scope=Scope.READ,
         answers={200: Answer("The batch", BatchStatus)},

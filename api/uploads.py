@@ -69,7 +69,7 @@ def spool_fault(settings: Settings) -> str | None:
             return None
     except OSError as error:
         where = settings.api_spool_dir or "unset"
-        return f"API_SPOOL_DIR={where} takes no files ({error.strerror}): name a folder that does"
+        return f"API_SPOOL_DIR={where} accepts no files ({error.strerror}): use a folder that does"
 
 
 class FormUploads:
@@ -92,7 +92,7 @@ class FormUploads:
         scope=Scope.SUBMIT,
         body=FileForm,
         body_media="multipart/form-data",
-        answers={201: Answer("The file was stored", UploadAnswer, headers={"Location": "Where it is"})},
+        answers={201: Answer("The file was stored", UploadAnswer, headers={"Location": "Its path"})},
         errors=(415, 503),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -108,12 +108,12 @@ class FormUploads:
             stored = self._store(form, gone_of(req))
         except (MultipartParseError, falcon.HTTPBadRequest) as error:
             detail = error.description or "the form cannot be read"
-            raise Problem(400, "malformed_form", f"{detail}: send multipart/form-data, complete to its end") from None
+            raise Problem(400, "malformed_form", f"{detail}: send a complete multipart/form-data body") from None
         except UnicodeDecodeError:
             detail = "a name in the form is not UTF-8: send the names of parts and files in UTF-8"
             raise Problem(400, "malformed_form", detail) from None
         except ValueError:
-            detail = "the form cannot be read: send multipart/form-data, complete to its end"
+            detail = "the form cannot be read: send a complete multipart/form-data body"
             raise Problem(400, "malformed_form", detail) from None
         finally:
             if leave := req.env.get(LEAVE):
@@ -174,7 +174,7 @@ def _check_is_file(part: BodyPart) -> None:
         raise Problem(
             422,
             "invalid_request",
-            f"{part.name[:MAX_NAME_LENGTH]!r}: the form takes a part named `file` alone; the options of a job go with "
+            f"{part.name[:MAX_NAME_LENGTH]!r}: the form takes only a part named `file`: send the options of a job to "
             "POST /process",
         )
 

@@ -94,7 +94,7 @@ def waiting_for(job: Job, ranges: RangeReport, *, paused: bool, workers: int) ->
     if job.stopping is not None or (job.state is JobState.PROCESSING and not left):
         return None if workers else NO_WORKER
     if job.options.run_at is not None and job.options.run_at > datetime.now(UTC):
-        return f"its time, {moment(job.options.run_at)}"
+        return f"its start time, {moment(job.options.run_at)}"
     if paused:
         return "the queue to be resumed: it is paused (`headrace resume`)"
     if not workers:

@@ -36,13 +36,13 @@ RETRY_MILLISECONDS: Final = 3000
 """The delay before reconnecting that an event stream tells its client."""
 
 REQUEST_HEADERS: Final[Mapping[str, str]] = {
-    "Prefer": "wait=N: answer when the job has ended, or is no longer as If-None-Match says, or after N seconds (60 at most)",
-    "If-None-Match": "The ETag of an answer before",
+    "Prefer": "wait=N: answer when the job has ended, no longer matches If-None-Match, or after N seconds (at most 60)",
+    "If-None-Match": "The ETag of an earlier answer",
 }
 
 RESPONSE_HEADERS: Final[Mapping[str, str]] = {
     "ETag": "ETag of this state",
-    "Preference-Applied": "The wait that was asked for, as far as it is granted",
+    "Preference-Applied": "The wait that was granted",
 }
 
 _WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,18})\"?\s*(?:$|[,;])", re.IGNORECASE)
@@ -138,7 +138,7 @@ class Events:
         self._watch = watch
 
     @operation(
-        summary="A job's progress as server-sent events, to its end",
+        summary="A job's progress as server-sent events, until it ends",
         group="jobs",
         scope=Scope.READ,
         headers={"Last-Event-ID": "The id of the last event received: it is not sent again"},

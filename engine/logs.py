@@ -208,5 +208,5 @@ def unexpected_translated(doing: str) -> Iterator[None]:
     except Exception as error:
         get_logger().exception("unexpected error", action="crash", doing=doing)
         raise Unexpected(
-            f"{type(error).__name__} while {doing}: the engine's log tells where; it is tried again a few times"
+            f"{type(error).__name__} while {doing}: the engine's log says where; it is retried a few times"
         ) from error

@@ -53,7 +53,8 @@ def check_port(port: int, host: str) -> None:
             if str(address[0]) != host.strip("[]") and error.errno in _NOT_OURS:
                 # For example localhost, if this machine has no IPv6.
                 raise StartError(
-                    f"API_HOST={host} stands for {address[0]} too, which is no address of this machine: set it to one that is"
+                    f"API_HOST={host} also stands for {address[0]}, which is not an address of this machine: set it to "
+                    "one that is"
                 ) from None
             raise StartError(why_not(port, host, error)) from None
 
@@ -64,7 +65,7 @@ def addresses(port: int, host: str) -> list[tuple[int, int, Any]]:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:  # UnicodeError: a label is empty or too long
         why = error.strerror if isinstance(error, OSError) else "not a valid host name"
-        raise StartError(f"API_HOST={host} is no address of this machine ({why}): name one of its own") from None
+        raise StartError(f"API_HOST={host} is not an address of this machine ({why}): set it to one") from None
     return [(family, kind, address) for family, kind, _, _, address in found]
 
 
@@ -73,9 +74,9 @@ def why_not(port: int, host: str, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is taken: stop what listens there, or set PORT to another"
     if error.errno in _NOT_OURS:
-        return f"API_HOST={host} is no address of this machine: name one of its own"
+        return f"API_HOST={host} is not an address of this machine: set it to one"
     if error.errno == errno.EACCES:
-        return f"port {port} is not for programs without special rights: set PORT to one above 1023"
+        return f"port {port} needs special privileges: set PORT to one above 1023"
     return f"cannot listen on {host}:{port}: {error.strerror}"
 
 

@@ -178,7 +178,7 @@ class Settings(BaseSettings):
         if self.data_db().lower() == self.engine_control_db.lower():  # MongoDB rejects names that differ only in case
             wrong.append(
                 f"ENGINE_CONTROL_DB={self.engine_control_db}: it is the database that MONGO_URI names for the documents, or "
-                f"{DEFAULT_DATABASE} where it names none; name another"
+                f"{DEFAULT_DATABASE} if it names none; use another"
             )
         if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
             wrong.append("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set both or neither")
@@ -319,7 +319,7 @@ def _check_dotenv() -> None:
         lines = [str(binding.original.line) for binding in parse_stream(file) if binding.error]
         if lines:
             raise SettingsError(
-                f".env, line {', '.join(lines)}: it cannot be read: write NAME=value, with a quote at both ends or at none"
+                f".env, line {', '.join(lines)}: it cannot be read: write NAME=value, with quotes at both ends or none"
             )
 
 

@@ -52,7 +52,7 @@ def _size(value: object) -> object:
         raise ValueError("write a size such as 4096, 512KiB or 1.5GB")
     number, letter, suffix = match.group(1), match.group(2).lower(), (match.group(3) or "").lower()
     if len(number) > 20:
-        raise ValueError("no size is as large as that")
+        raise ValueError("this size is too large")
     return int(Decimal(number) * _UNITS[letter + "ib" if suffix == "ib" and letter else letter])
 
 
@@ -71,13 +71,14 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
         return value
     if re.search(r"\s", value.get_secret_value()):
         raise ValueError(
-            "it has a blank or the end of a line in it, as files of secrets often have: take it out; one of a password is %20"
+            "it has a blank or a line end in it, as files of secrets often do: remove it, or write one in a "
+            "password as %20"
         )
     try:
         parsed = parsed_uri(value.get_secret_value())
     except OSError as error:  # a certificate file
         raise ValueError(
-            f"the file {error.filename} that it names cannot be read ({error.strerror}): name one that can"
+            f"the file {error.filename} that it names cannot be read ({error.strerror}): name a readable one"
         ) from None
     except (
         PyMongoError,
@@ -89,10 +90,10 @@ def mongo_uri_of(value: SecretStr | None) -> SecretStr | None:
         why = harmless.group() if harmless else type(error).__name__
         raise ValueError(
             f"it cannot be read ({why}): write mongodb://host:port/database, with user and password as the "
-            "README shows, and special characters of a password percent-encoded"
+            "README shows, and special characters in a password percent-encoded"
         ) from None
     dotted = parsed["collection"] is not None
-    fault = "it has a dot" if dotted else _database_fault(parsed["database"] or DEFAULT_DATABASE)
+    fault = "its name has a dot" if dotted else _database_fault(parsed["database"] or DEFAULT_DATABASE)
     if fault:
         raise ValueError(f"the database that it names cannot be used: {fault}")
     return value
@@ -111,7 +112,7 @@ def _database_fault(name: str) -> str | None:
     if len(name.encode()) > 63:
         return "its name has more than 63 bytes"
     if name.lower() in ("admin", "config", "local"):
-        return f"{name} is MongoDB's own (to say where a user is defined, write authSource={name}): name another"
+        return f"{name} is MongoDB's own (to say where a user is defined, write authSource={name}): use another"
     wrong = sorted(letter for letter in name if letter in '/\\. "$*<>:|?' or not letter.isprintable())
     return f"its name has {wrong[0]!r} in it" if wrong else None
 
@@ -119,7 +120,7 @@ def _database_fault(name: str) -> str | None:
 def control_db(value: str) -> str:
     """The name of a database. Raises ValueError for one that MongoDB rejects."""
     if fault := _database_fault(value):
-        raise ValueError(f"it cannot be the name of a database: {fault}")
+        raise ValueError(f"it is not a valid database name: {fault}")
     return value
 
 
@@ -153,7 +154,7 @@ def visible(advice: str) -> AfterValidator:
     def check(value: Any) -> Any:
         plain = value.get_secret_value() if isinstance(value, SecretStr) else value
         if plain is not None and not re.fullmatch(r"[!-~]+", plain):
-            raise ValueError(f"it has spaces, line ends or letters beyond ASCII: {advice}")
+            raise ValueError(f"it has spaces, line ends or non-ASCII characters: {advice}")
         return value
 
     return AfterValidator(check)

@@ -65,7 +65,7 @@ def _mongodb(settings: Settings) -> Finding:
         return Finding("MongoDB", "warning", "MONGO_URI is not set: `headrace up` starts a server of its own")
     with closing(Store(settings, pool=2)) as store:
         store.ping()
-        with translated("looking at its version"):
+        with translated("checking its version"):
             schema.check(store.control)
         for database in (store.control, store.data):
             probe = database[f"headrace-doctor-{uuid.uuid4().hex}"]
@@ -77,7 +77,7 @@ def _mongodb(settings: Settings) -> Finding:
                 "it is not a member of a replica set: make it a replica set of one (--replSet, then rs.initiate())"
             )
             return Finding("MongoDB", "warning", message)
-        return Finding("MongoDB", "ok", "a replica set or router answers and takes writes")
+        return Finding("MongoDB", "ok", "a replica set or router answers and accepts writes")
 
 
 def _clock(settings: Settings) -> Finding:
@@ -93,12 +93,12 @@ def _clock(settings: Settings) -> Finding:
         except WrongClock:
             raise
         except HeadraceError:
-            silent = "S3 cannot be asked for the time: do what the line of S3 says, and look again"
+            silent = "the time of S3 cannot be read: do what the S3 line says, then check again"
     if not off and silent:
         return Finding("clock", "warning", silent)
     if not off:
-        return Finding("clock", "warning", "there is no server that answers to compare with")
-    differences = " and ".join(f"{seconds:+.0f} s from that of {name}" for name, seconds in off.items())
+        return Finding("clock", "warning", "no server answers to compare it with")
+    differences = " and ".join(f"{seconds:+.0f} s off that of {name}" for name, seconds in off.items())
     if max(map(abs, off.values())) > CLOCK_SECONDS:
         return Finding("clock", "warning", f"this machine's clock is {differences}: set them, for example with NTP")
     if silent:
@@ -122,7 +122,7 @@ def _s3(settings: Settings) -> Finding:
     try:
         with objects.open(source, 0, 7) as reader:
             if reader.read(7) != b"doctor\n":
-                return Finding("S3", "wrong", "what was read is not what was written: see the S3 server")
+                return Finding("S3", "wrong", "what was read is not what was written: check the S3 server")
     finally:
         objects.delete(key)
     took = 1000 * (time.perf_counter() - began)
@@ -133,7 +133,7 @@ def _processes(settings: Settings) -> Finding:
     there, workers = cores(), settings.engine_workers
     message, state = f"ENGINE_WORKERS={workers} on {there} cores", "ok"
     if workers > 2 * there:
-        message, state = f"{message}: more than two a core slow each other down", "warning"
+        message, state = f"{message}: more than two per core slow each other down", "warning"
     if settings.mongo_uri is None:
         return Finding("processes", state, message)
     try:
@@ -165,7 +165,7 @@ def _api(settings: Settings) -> Finding:
     if fault := exposure_fault(settings, tokens):
         return Finding("API", "wrong", f"`headrace api` will not start: {fault}")
     addresses(settings.port, settings.api_host)
-    message = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} tokens"
+    message = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} token{'' if len(tokens) == 1 else 's'}"
     url = url_of(settings)
     client = Client(url)
     try:

@@ -59,23 +59,23 @@ class Loaded:
     def advice(self) -> str:
         """What is left of it after an interrupt, and what to do about that."""
         if self.job_id is not None:
-            return f"its job goes on without you: watch it with `headrace status {self.job_id} --wait`"
+            return f"its job goes on: watch it with `headrace status {self.job_id} --wait`"
         if self.by_hand and self.error is not None:
             return str(self.error)
         if self.key is not None and self.note is None:
             return (
-                f"it is stored as {self.key}, but no answer says whether its job was made: look for it with "
+                f"it is stored as {self.key}, but its job may or may not exist: look for it with "
                 f"`headrace jobs --file {self.key}`"
             )
         if self.by_hand:
-            return f"no answer says whether its job was made: look for it with `headrace jobs`; if not, {self.by_hand}"
+            return f"its job may or may not exist: look for it with `headrace jobs`; if there is none, {self.by_hand}"
         if self.note is not None and (self.key is not None or self.file.startswith("s3://")):
-            return "no answer says whether its job was made: run the same command again, and there is one, and no second one"
+            return "its job may or may not exist: run the same command again, which creates no second one"
         if self.note is not None:
-            return "its upload was interrupted: run the same command again, and it resumes where it was"
+            return "its upload was interrupted: run the same command again to resume it"
         if self.file == STDIN:
-            return "it was interrupted, and nothing of it is kept: send it again from its beginning"
-        return "it was not begun, or cannot be resumed: run the same command again"
+            return "it was interrupted, and nothing of it is kept: send it again from the beginning"
+        return "it was not started, or cannot be resumed: run the same command again"
 
     def summary(self) -> dict[str, Any]:
         """The result for a script: the job's last status, or what is known and the error."""
@@ -212,10 +212,10 @@ class Loader:
         """Check an object that is in the bucket already; returns its key."""
         bucket, _, key = load.file.removeprefix("s3://").partition("/")
         if utf8_name(key) != key:
-            raise CommandError("its key is not UTF-8, as all keys are: write it so")
+            raise CommandError("its key is not valid UTF-8: write it in UTF-8")
         there = self._client.insist("GET", "/files", params={"prefix": key, "limit": 1})["bucket"]
         if bucket != there:
-            raise CommandError(f"this API reads bucket {there} only; put the object there, or ask another API")
+            raise CommandError(f"this API reads only bucket {there}: put the object there, or use another API")
         stamp = [self._client.insist("GET", f"/files/{path_of(key)}")["etag"]]
         load.note = Note(self._client.url, load.file, stamp)
         load.note.put()

@@ -41,8 +41,8 @@ app = typer.Typer(
 @app.command()
 def up(
     file: Annotated[Path | None, typer.Option(help="Load this file instead of the sample.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Exit after the job: 0 if it completed.")] = False,
-    records: Annotated[int, typer.Option(min=0, help="Records of the sample; 0: load nothing.")] = 200_000,
+    once: Annotated[bool, typer.Option("--once", help="Exit after the job, with 0 if it completed.")] = False,
+    records: Annotated[int, typer.Option(min=0, help="Records in the sample; 0 loads nothing.")] = 200_000,
 ) -> None:
     """Start real servers, the engine and the API; load a file; keep serving."""
     from api.commands.up import up as run
@@ -123,10 +123,10 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def token(
     name: Annotated[str, typer.Argument(help="Name of its owner, kept in its entry.")],
-    scope: Annotated[list[Scope], typer.Option(help="What it may do; may be given several times.")],
+    scope: Annotated[list[Scope], typer.Option(help="What it may do; can be given several times.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make a token for the API, and its entry for API_TOKENS. The token is shown only this once."""
+    """Create a token for the API, and its entry for API_TOKENS. The token is shown only once."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
         raise typer.BadParameter(
             "a token's name has up to 64 letters, digits, dots, dashes and underscores", param_hint="NAME"
@@ -170,7 +170,7 @@ def main() -> None:
         plainly(str(error))
         sys.exit(1)
     except UnicodeEncodeError:
-        plainly("an argument is not UTF-8, as keys, ids and names of collections are: write it so")
+        plainly("an argument is not valid UTF-8: write keys, ids and collection names in UTF-8")
         sys.exit(1)
     except BrokenPipeError:
         # The reader of the output, such as `head`, has closed it.
@@ -178,10 +178,10 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 (the user sees a sentence, whatever it is)
         get_logger().debug("the command failed", action="command", exc_info=error)
-        message = f"something unexpected happened ({type(error).__name__}): ENGINE_LOG_LEVEL=debug shows where"
+        message = f"something unexpected happened ({type(error).__name__}): set ENGINE_LOG_LEVEL=debug to see where"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _drop_output()
-            message = "there is no room where the output goes: free some, or let it go elsewhere"
+            message = "there is no room for the output: free some, or write it elsewhere"
         plainly(message)
         sys.exit(1)
 

@@ -72,13 +72,13 @@ def _client(url: str | None) -> Client:
 @remote.command()
 def load(
     files: Annotated[list[str], typer.Argument(help="Files, s3://bucket/key for objects, - for standard input.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Watch the jobs to their end.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Watch the jobs until they end.")] = False,
     collection: Annotated[str, typer.Option(help="Where the documents go.")] = "records",
     format: Annotated[Format, typer.Option(case_sensitive=False, help="How a line becomes a document.")] = Format.AUTO,
     max_errors: Annotated[str, typer.Option(help="Rejects allowed: a count, or a percentage such as 2%.")] = "1000",
     priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
     run_at: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Not before this time, such as 2026-11-24T09:00:00Z.")
+        str | None, typer.Option(metavar="TIME", help="Start no earlier than this, such as 2026-11-24T09:00:00Z.")
     ] = None,
     timeout_seconds: Annotated[int | None, typer.Option(help="Fail if it runs longer.")] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Dry run: read and check, write nothing.")] = False,
@@ -111,14 +111,14 @@ def load(
     exits = [0]
     for load in loads:
         if load.error is not None:
-            goes_on = f"; job {load.job_id} goes on without you: `headrace status {load.job_id}`" if load.job_id else ""
+            goes_on = f"; job {load.job_id} goes on: see `headrace status {load.job_id}`" if load.job_id else ""
             plainly(f"{load.file}: {load.error}{goes_on}")
             exits.append(1)
             continue
         if load.earlier:
             plainly(
-                f"{load.file}: job {load.job_id}, at which an earlier command was interrupted, has COMPLETED: run the same "
-                "command again to load it once more"
+                f"{load.file}: job {load.job_id}, which an interrupted command left behind, has COMPLETED: run the "
+                "same command again to load it once more"
             )
         if load.status is not None:
             exits.append(EXIT_OF.get(load.status["status"], 0))
@@ -147,7 +147,7 @@ def _check_files(files: list[str], *, through_api: bool) -> None:
         if here:
             check_file(Path(file))
         if through_api and (file == STDIN or (here and is_stream(Path(file)))):
-            why = "a stream is sent in parts, straight to S3: put it into a file to send it through the API"
+            why = "a stream is sent in parts, straight to S3: save it to a file to send it through the API"
             raise typer.BadParameter(why, param_hint="--through-api")
         place = str(Path(file).resolve()) if here else file
         if place in seen:
@@ -161,7 +161,7 @@ def jobs(
     file: Annotated[str | None, typer.Option(help="Only jobs of this key.")] = None,
     collection: Annotated[str | None, typer.Option(help="Only jobs of this collection.")] = None,
     batch: Annotated[str | None, typer.Option(help="Only jobs of this batch.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum to show.")] = 20,
     cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -176,13 +176,13 @@ def jobs(
         screen = console()
         screen.print(jobs_table(page["jobs"], screen.width))
         if page["next"]:
-            print(f"headrace: there are more: the same with --cursor {page['next']}", file=sys.stderr)
+            print(f"headrace: there are more: add --cursor {page['next']}", file=sys.stderr)
 
 
 @remote.command(name="status")
 def show_status(
     job_id: JobId,
-    wait: Annotated[bool, typer.Option("--wait", help="Watch it to its end.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Watch it until it ends.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -193,7 +193,7 @@ def show_status(
         try:
             watch(client, job_id, Console(highlight=False, emoji=False, stderr=True))
         except KeyboardInterrupt:
-            print(f"headrace: the job goes on: `headrace status {job_id} --wait`", file=sys.stderr)
+            print(f"headrace: the job goes on: see `headrace status {job_id} --wait`", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
     job = client.ask("GET", f"/jobs/{quote(job_id, safe='')}")
     if as_json:
@@ -235,10 +235,11 @@ def rejects(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the raw lines to this file, to fix and load again; - for standard output. Of a long one 64 KiB are kept."
+            help="Write the raw lines (the first 64 KiB of each) to this file, to fix and load again; - for standard "
+            "output."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most to show.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum to show.")] = 20,
     cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -271,8 +272,8 @@ def rejects(
         table.add_row(line, offset, reject["reason"], printable(reject["detail"]), _shown(reject))
     console().print(table)
     if page["next"]:
-        more = f"--cursor {page['next']}, or all raw lines with --out FILE"
-        print(f"headrace: there are more: the same with {more}", file=sys.stderr)
+        more = f"--cursor {page['next']}, or save all raw lines with --out FILE"
+        print(f"headrace: there are more: add {more}", file=sys.stderr)
 
 
 def _save(out: Path, pieces: Iterable[bytes]) -> int:
@@ -322,7 +323,7 @@ def resume(url: Url = None, as_json: AsJson = False) -> None:
 
 @remote.command()
 def top(
-    once: Annotated[bool, typer.Option("--once", help="Show it once.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show them once.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -361,7 +362,10 @@ def profile(
 ) -> None:
     """Show where the live workers spend their time, stage by stage; as JSON, their counters over this time."""
     if seconds and not REPORT_SECONDS <= seconds <= MOST_PROFILE_SECONDS:
-        why = f"workers tell every {REPORT_SECONDS:g} seconds: measure for {SECONDS_RANGE}, or 0 for all since they started"
+        why = (
+            f"workers report every {REPORT_SECONDS:g} seconds: measure for {SECONDS_RANGE}, or use 0 for all since "
+            "they started"
+        )
         raise typer.BadParameter(why, param_hint="--seconds")
     client = _client(url)
     workers = client.ask("GET", "/workers")["workers"]

@@ -195,7 +195,7 @@ def queue_lines(queue: dict[str, Any]) -> Iterator[str]:
     yield "paused" if queue["paused"] else "running"
     yield "  " + ", ".join(f"{count:,} {state}" for state, count in queue["jobs"].items())
     if queue["oldestSeconds"]:
-        yield f"  the oldest job that is due and not begun has waited {_span(queue['oldestSeconds'])}"
+        yield f"  the oldest due job that has not started has waited {_span(queue['oldestSeconds'])}"
 
 
 def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
@@ -228,10 +228,10 @@ def profile_table(workers: Sequence[dict[str, Any]]) -> Table:
         Column("lines", justify="right", no_wrap=True),
         *(Column(stage, justify="right", no_wrap=True) for stage in STAGES),
         title="microseconds per line",
-        caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time (twice as many where MongoDB is far away), while it "
-        "goes on with others: "
-        "`wait` / ENGINE_WRITERS is what compares with the other stages. `stall` is the reader's wait for room among them, and "
-        "has no share; `drain` its wait at the end of a range until all of it is written.",
+        caption="Up to ENGINE_WRITERS batches of a worker `wait` at a time (twice as many if MongoDB is far away) "
+        "while it goes on with others: "
+        "compare `wait` / ENGINE_WRITERS with the other stages. `stall` is the reader's wait for room among them, and "
+        "has no share; `drain` is its wait at the end of a range until all of it is written.",
         box=None,
         padding=(0, 1, 0, 0),
         pad_edge=False,

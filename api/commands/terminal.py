@@ -34,11 +34,11 @@ def settings_of(*, needs_servers: bool) -> Settings:
     if needs_servers:
         missing = []
         if settings.mongo_uri is None:
-            missing.append("MONGO_URI (the MongoDB that keeps the queue and takes the documents)")
+            missing.append("MONGO_URI (the MongoDB for the queue and the documents)")
         if settings.aws_bucket_name is None:
             missing.append("AWS_BUCKET_NAME (the bucket that holds the files)")
         if missing:
-            raise SettingsError(f"not set: {', '.join(missing)}; set them, or run `headrace up` for servers of its own")
+            raise SettingsError(f"not set: {', '.join(missing)}; set them, or run `headrace up`, which starts its own")
     return settings
 
 

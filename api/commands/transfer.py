@@ -221,15 +221,15 @@ class Transfer:
         state = self._client.insist("POST", "/uploads", json=asked)
         self._streams.add(state["uploadId"])
         by_hand = (
-            f"all of it is in S3, for a day: POST {self._client.url}/uploads/{state['uploadId']}/complete makes it an object, "
-            f"and then POST /process/{path_of(state['fileKey'])} its job"
+            f"all of it is in S3 for a day: POST {self._client.url}/uploads/{state['uploadId']}/complete makes it an "
+            f"object, then POST /process/{path_of(state['fileKey'])} creates its job"
         )
         try:
             all_read = self._send(state, {}, lambda number: _exactly(content, state["partBytes"]), sent)
             if not all_read and _exactly(content, 1):
                 most = state["parts"] * state["partBytes"]
                 raise CommandError(
-                    f"a stream may have {most / 1e9:,.0f} GB at most: put it into a file, or send it in pieces"
+                    f"a stream may have at most {most / 1e9:,.0f} GB: save it to a file, or send it in pieces"
                 )
             self._stopped.wait(LAST_CALL_SECONDS)
             with self._deciding:
@@ -360,11 +360,12 @@ class Transfer:
             if tries >= TRIES and (not self._reached or time.monotonic() - failing > PATIENCE_SECONDS):
                 break
             self._stopped.wait(min(0.1 * 2**tries, MOST_WAIT_SECONDS))
-        again = "run the same command again to go on, or send the file"
+        again = "run the same command again to continue, or send the file"
         if state["size"] is None:
-            again = "nothing of the stream is kept: send it again, or put it into a file and send that"
+            again = "nothing of the stream is kept: send it again, or save it to a file and send that"
         raise CommandError(
-            f"sending a part to S3 at {httpx.URL(url).host} {failure}: {again} --through-api where S3 cannot be reached from here"
+            f"sending a part to S3 at {httpx.URL(url).host} {failure}: {again} --through-api if S3 cannot be "
+            "reached from here"
         )
 
     def _complete(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class _Child:
             lines = self.log.read_bytes()[self._from :].decode(errors="replace").strip().splitlines()
             last = lines[-1][:500] if lines else "nothing"
             how = f"was killed by {signal_name(-code)}" if code < 0 else "ended early"
-            raise StartError(f"`headrace {self.name}` {how}; its last words: {last} (log: {self.log})")
+            raise StartError(f"`headrace {self.name}` {how}; its last log line: {last} (log: {self.log})")
 
     def stop(self, seconds: float, signals: _Signals) -> None:
         """Send TERM; after `seconds`, or when another signal hurries the stop, QUIT; three seconds later KILL."""
@@ -135,7 +135,7 @@ class _Parts:
         try:
             self.check()
         except StartError as error:
-            raise StartError(f"{error}. All the rest was stopped; a job that had not ended {GOES_ON}") from None
+            raise StartError(f"{error}. Everything else was stopped; a job that had not ended {GOES_ON}") from None
 
     def serve(self, console: Console) -> NoReturn:
         """Serve until a signal arrives (raises _Stopped) or one of them ends (raises StartError)."""
@@ -170,8 +170,8 @@ def up(settings: Settings, file: Path | None, once: bool, records: int) -> int:
         raise StartError("AWS_ENDPOINT_URL is set and AWS_BUCKET_NAME is not: name the bucket, or unset both")
     if settings.aws_session_token is not None and settings.aws_bucket_name is None:
         raise StartError(
-            "AWS_SESSION_TOKEN is set and AWS_BUCKET_NAME is not: name the bucket, or unset the token, which an S3 server that "
-            "is started here does not know"
+            "AWS_SESSION_TOKEN is set and AWS_BUCKET_NAME is not: name the bucket, or unset the token, which the S3 "
+            "server that is started here does not know"
         )
     check_port(settings.port, settings.api_host)
     signals = _Signals()
@@ -223,8 +223,8 @@ def _run(
     client = Client(url, token)
     _wait_ready(console, client, parts)
     overrides = servers.overrides
-    console.print(f"MongoDB  {overrides.get('mongo_uri', 'as MONGO_URI names it')}")
-    console.print(f"S3       {overrides.get('aws_endpoint_url', 'as the AWS_ settings name it')}")
+    console.print(f"MongoDB  {overrides.get('mongo_uri', 'as set in MONGO_URI')}")
+    console.print(f"S3       {overrides.get('aws_endpoint_url', 'as set in the AWS_ settings')}")
     console.print(f"API      {url}, engine with {settings.engine_workers} workers; logs in {logs}")
 
     if file is None and records == 0:

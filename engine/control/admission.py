@@ -17,9 +17,9 @@ MAX_NAMESPACE_BYTES: Final = 255
 def check_collection_name(name: str) -> None:
     """Raises Refused if no collection of documents can have this name."""
     if not all(name.split(".")) or name.startswith("system.") or ".system." in name or not _is_utf8(name):
-        raise _unfit(name, "its name is not one that a collection of documents can have")
+        raise _unfit(name, "its name is reserved or invalid")
     if "$" in name or "\0" in name:
-        raise _unfit(name, "its name has a character that MongoDB keeps for itself")
+        raise _unfit(name, "its name has a character that MongoDB reserves")
 
 
 def check_collection(database: Database[Document], name: str) -> None:
@@ -27,9 +27,9 @@ def check_collection(database: Database[Document], name: str) -> None:
     check_collection_name(name)
     refusal = None
     if len(f"{database.name}.{name}".encode()) > MAX_NAMESPACE_BYTES:
-        refusal = "its name is longer than MongoDB takes"
+        refusal = "its name is longer than MongoDB allows"
     else:
-        with translated("looking at the collection"):
+        with translated("checking the collection"):
             found = described(database, name)
         if found is not None and found["type"] != "collection":
             refusal = f"it is a {found['type']}"
@@ -54,4 +54,4 @@ def _is_utf8(text: str) -> bool:
 
 
 def _unfit(name: str, why: str) -> Refused:
-    return Refused(f"collection {name[:120]!r} cannot take documents: {why}; name another one")
+    return Refused(f"collection {name[:120]!r} cannot take documents: {why}; use another one")

@@ -30,6 +30,7 @@ def overspent(options: JobOptions, tally: Tally, *, final: bool) -> Failure | No
         return None
     return Failure(
         "too_many_errors",
-        f"{tally.rejected} of {tally.lines} lines{'' if final else ' read so far'} were rejected and maxErrors allows {allowed}: "
-        f"see the rejects, fix the file, or submit a new job with a higher maxErrors; what was written stays",
+        f"{tally.rejected} of {tally.lines} lines{'' if final else ' read so far'} were rejected, but maxErrors allows "
+        f"{allowed}: see the rejects, fix the file, or submit a new job with a higher maxErrors; what was written "
+        "stays",
     )

@@ -152,7 +152,7 @@ class History:
             return self._counted
         if not self._counting.acquire(timeout=FIRST_SECONDS if self._counted is None else NEXT_SECONDS):
             if self._counted is None:
-                raise Transient("the jobs are being counted for the first time, which takes long: ask again in a while")
+                raise Transient("the jobs are being counted for the first time, which takes a while: wait a moment")
             return self._counted
         try:
             began = time.monotonic()
@@ -183,7 +183,7 @@ class History:
 
     def open_job_of(self, bucket: str, key: str) -> Job | None:
         """An open job of an object, if there is one. Raises Conflict if this version cannot read it."""
-        with translated("looking for jobs of a file"):
+        with translated("looking up the jobs of a file"):
             query = {"source.key": key, "source.bucket": bucket, "open": True}
             found = self._jobs.find_one(query, hint=BY_FILE)
         return None if found is None else job_or_conflict(found)

@@ -46,7 +46,7 @@ class JobBatches:
     def redeem(self, ticket: Ticket) -> tuple[JobBatch, list[str]] | None:
         """The batch that was submitted with this ticket, if any, and those of its object keys that have no job because
         the caller died while submitting them. Raises KeyReused."""
-        with translated("looking for an idempotency key"):
+        with translated("looking up an idempotency key"):
             found = self._store.batches.find_one(with_ticket(ticket.key))
         if found is None:
             return None
@@ -54,7 +54,7 @@ class JobBatches:
         batch = self.get(str(found["_id"]))
         if found.get("pruned"):
             return batch, []
-        with translated("looking for the jobs of a batch"):
+        with translated("looking up the jobs of a batch"):
             there = {job["source"]["key"] for job in self._store.jobs.find(jobs_of(found["_id"]), {"source.key": 1})}
         return batch, [key for key in found["keys"] if key not in there]
 

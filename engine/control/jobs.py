@@ -167,9 +167,7 @@ def job_or_none(found: Document) -> Job | None:
 def job_or_conflict(found: Document) -> Job:
     """The job in a document of `jobs`. Raises Conflict if a later version wrote it and this one cannot read it."""
     if (job := job_or_none(found)) is None:
-        raise Conflict(
-            f"job {found['_id']} is of a later version of Headrace, which knows what it holds: upgrade this one"
-        )
+        raise Conflict(f"job {found['_id']} was made by a later version of Headrace: upgrade this one to read it")
     return job
 
 

@@ -83,7 +83,7 @@ class Ledger:
         job = job_key(job_id)
         rest = iter(ranges)
         while documents := [_new(job, r) for r in islice(rest, OPEN_BATCH)]:
-            with translated("writing down the ranges of a job"):
+            with translated("recording the ranges of a job"):
                 write_all(self._ranges, [InsertOne(document) for document in documents])
 
     def open_leased(self, ranges: Mapping[str, ByteRange], holder: str) -> dict[str, Lease]:
@@ -239,7 +239,7 @@ class Ledger:
         if not job_ids:
             return False
         query: Document = {"$or": [ranges_of(job_key(job_id)) for job_id in job_ids], "leases": {"$gt": 0}}
-        with translated("looking at ranges"):
+        with translated("reading ranges"):
             return self._ranges.find_one(query, {"_id": 1}) is not None
 
     def summarize(self, job_id: str) -> Summary:
@@ -332,7 +332,7 @@ class Ledger:
             result = self._ranges.update_one(_held_by(lease), [{"$set": changes}])
         if not result.matched_count:
             raise LeaseLost(
-                f"the lease of range {lease.range.index} of job {lease.job_id} is held by somebody else now"
+                f"the lease of range {lease.range.index} of job {lease.job_id} is no longer held by this worker"
             )
 
     def _release(self, query: Document, counter: str, most: int = sys.maxsize) -> list[Freed]:

@@ -69,7 +69,7 @@ class OpenJobs:
             if found["_id"] not in self._strange:
                 self._strange.add(found["_id"])
                 log.error(
-                    "a job cannot be read, and is left to others: an engine of a later version has perhaps made it",
+                    "a job cannot be read and is left to others: a later version of Headrace may have made it",
                     action="look",
                     job=str(found["_id"]),
                     cause=repr(error),

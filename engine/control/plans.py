@@ -60,7 +60,10 @@ class Plans:
             if planner["deaths"] < DEATHS and job.planner_deaths < VANISHED:
                 left.append(job)
                 continue
-            message = f"{job.planner_deaths} workers in a row died while they planned the job: look at the object, then retry it"
+            message = (
+                f"{job.planner_deaths} workers in a row died while planning the job: check the object, then retry "
+                "the job"
+            )
             try:
                 self._queue.stop(job, Stop(JobState.FAILED, Failure("workers_died", message)))
             except HeadraceError as error:

@@ -126,7 +126,7 @@ class Queue:
 
     def redeem(self, ticket: Ticket) -> Job | None:
         """The job that was submitted with this ticket, if any. Raises KeyReused; Conflict as `submit` does."""
-        with translated("looking for an idempotency key"):
+        with translated("looking up an idempotency key"):
             found = self._jobs.find_one(with_ticket(ticket.key))
         if found is None:
             return None
@@ -151,7 +151,7 @@ class Queue:
 
     def paused(self) -> bool:
         """Whether the queue is paused."""
-        with translated("looking whether the queue is paused"):
+        with translated("checking whether the queue is paused"):
             return self._store.switches.find_one({"_id": PAUSED}) is not None
 
     def get(self, job_id: str) -> Job:
@@ -245,7 +245,7 @@ class Queue:
         for job in found:
             message = (
                 f"the job ran for more than timeoutSeconds={job.options.timeout_seconds}: retry the job to go on from here, or "
-                "submit a new one that may run for longer"
+                "submit a new one that may run longer"
             )
             self.stop(job, Stop(JobState.FAILED, Failure("timeout", message)))
         return len(found)
@@ -253,7 +253,7 @@ class Queue:
     def admit_due(self, most: int) -> int:
         """Let workers see waiting jobs whose time has come, at most `most`, the earliest first; returns how many."""
         due = {"waiting": True, "$expr": {"$lte": ["$notBefore", "$$NOW"]}}
-        with translated("looking for jobs whose time has come"):
+        with translated("looking for jobs that are due"):
             found = self._jobs.find(due, {"_id": True}).sort("notBefore", 1).hint(WAITING_JOBS).limit(most)
             if not (keys := [job["_id"] for job in found]):
                 return 0
@@ -320,10 +320,10 @@ class Queue:
             self.stop(job, Stop(JobState.CANCELLED))
             job = self.get(job_id)
         if job.state in TERMINAL and job.state is not JobState.CANCELLED:
-            raise Conflict(f"job {job_id} is {job.state} already: there is nothing to cancel")
+            raise Conflict(f"job {job_id} is already {job.state}: there is nothing to cancel")
         if job.stopping is not None and job.stopping.to is not JobState.CANCELLED:
             raise Conflict(
-                f"job {job_id} is being stopped already, and will be {job.stopping.to}: there is nothing to cancel"
+                f"job {job_id} is already being stopped, and will be {job.stopping.to}: there is nothing to cancel"
             )
         return job
 
@@ -337,7 +337,7 @@ class Queue:
         """
         job = self.get(job_id)
         if job.state is JobState.COMPLETED:
-            raise Conflict(f"job {job_id} is COMPLETED: every range of it is done, there is nothing to retry")
+            raise Conflict(f"job {job_id} is COMPLETED: all its ranges are done, so there is nothing to retry")
         if job.state not in TERMINAL:
             if job.stopping is not None:
                 raise Conflict(f"job {job_id} is still stopping: retry it when it is {job.stopping.to}")
@@ -423,14 +423,14 @@ class Queue:
         """Note that ranges of a job were freed, and end the job if it was waiting for nothing else: under a stream of
         higher-priority jobs, no worker might look at it for a long time."""
         self.note(job_id, what)
-        with translated("looking for a job"):
+        with translated("looking up a job"):
             found = self._jobs.find_one({"_id": job_key(job_id), "database": self._database})
         if found is not None and (job := self.open_jobs.read(found)) is not None:
             self._settle(job)
 
     def note(self, job_id: str, what: str) -> None:
         """Append an event to a job's timeline."""
-        with translated("writing down what happened to a job"):
+        with translated("recording an event of a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
 
 

@@ -58,7 +58,7 @@ class Rejects:
             },
             "lease": {"$lt": lease.number},
         }
-        with translated("forgetting unconfirmed rejects"):
+        with translated("deleting unconfirmed rejects"):
             self._rejects.delete_many(query)
 
     def page(self, job_id: str, limit: int, after: int | None = None) -> tuple[list[Document], bool]:

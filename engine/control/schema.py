@@ -112,12 +112,12 @@ def check(control: Database[dict[str, Any]]) -> None:
         PyMongoError: as the driver raises it.
     """
     if control.command("hello").get("maxWireVersion", 0) < WIRE_VERSION:
-        raise StartError("this MongoDB is older than 6.0: update it, or set MONGO_URI to one that is not")
+        raise StartError("this MongoDB is older than 6.0: upgrade it, or set MONGO_URI to a newer one")
     found = control["schema"].find_one({"_id": "version"})
     if found is not None and found["version"] > SCHEMA_VERSION:
         raise StartError(
-            f"the control database {control.name} has schema version {found['version']} and this engine knows "
-            f"{SCHEMA_VERSION}: update Headrace here, or set ENGINE_CONTROL_DB to another name"
+            f"the control database {control.name} has schema version {found['version']}, but this engine knows "
+            f"{SCHEMA_VERSION}: upgrade Headrace here, or set ENGINE_CONTROL_DB to another name"
         )
 
 

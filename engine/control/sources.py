@@ -97,7 +97,7 @@ class Sources:
 
     def _is_empty(self, job: Job) -> bool:
         """Whether the collection that a job loads into is empty."""
-        with translated("looking into the collection"):
+        with translated("reading the collection"):
             # Counted by the server: the driver may be unable to decode what others have stored.
             return not self._data[job.options.collection].count_documents({}, limit=1)
 
@@ -113,7 +113,7 @@ class Sources:
 
     def _known(self, job: Job, format: Format) -> Registered:
         """Look up the source of a dry run without registering it: a dry run leaves no trace."""
-        with translated("looking for a source"):
+        with translated("looking up a source"):
             found = self._sources.find_one(_identity(job, format) | {"generation": 0})
         if job.options.force or found is None or _entry(found, job) is None:
             return Registered(UNREGISTERED, True, None)

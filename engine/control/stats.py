@@ -94,7 +94,7 @@ class Reporter(threading.Thread):
             try:
                 self.report()
             except Exception as error:  # numbers for people only: work continues, and the next report may succeed
-                log.exception("a worker's figures could not be told", action="report", cause=str(error))
+                log.exception("a worker's figures could not be reported", action="report", cause=str(error))
             time.sleep(REPORT_SECONDS)
 
     def report(self, *, last: bool = False) -> None:
@@ -153,7 +153,7 @@ def live(store: Store) -> list[Document]:
     `database` is the one whose jobs the worker works on.
     """
     recent = {"$expr": {"$gt": ["$at", {"$subtract": ["$$NOW", int(LIVE_SECONDS * 1000)]}]}}
-    with translated("looking at the workers"):
+    with translated("listing the workers"):
         found = list(store.workers.find(recent).sort("at", 1))
     places = {place_of(worker): worker for worker in found}
     return sorted(places.values(), key=lambda worker: str(worker["_id"]))
@@ -171,6 +171,6 @@ def place_of(worker: Document) -> str:
 
 def totals(store: Store) -> dict[str, float]:
     """The counters summed over all workers there have ever been."""
-    with translated("summing over the workers"):
+    with translated("reading the workers' totals"):
         found = store.totals.find_one({"_id": "totals"}, {"_id": 0})
     return dict(found or {})

@@ -103,7 +103,7 @@ class Store:
 
     def __init__(self, settings: Settings, pool: int = 16, moved: Callable[[], None] | None = None) -> None:
         if settings.mongo_uri is None:
-            raise StartError("MONGO_URI is not set: name the MongoDB that keeps the queue and takes the documents")
+            raise StartError("MONGO_URI is not set: set it to the MongoDB for the queue and the documents")
         self._waits = Waits(moved or (lambda: None))
         concern = WriteConcern(w="majority", wtimeout=int(settings.write_timeout_seconds * 1000))
         try:
@@ -129,13 +129,11 @@ class Store:
             # The error's text may quote the URI, and with it a password.
             if isinstance(error.__context__, DNSTimeout | NoNameservers):
                 raise Transient(
-                    "DNS does not answer for the name in MONGO_URI: see that its servers can be reached"
+                    "DNS does not answer for the name in MONGO_URI: make sure its servers are reachable"
                 ) from None
-            mend = "write it as mongodb://host:port/database, with options that belong together"
+            mend = "write it as mongodb://host:port/database, with options that go together"
             if isinstance(error.__context__, DNSException):
-                mend = (
-                    "the hosts behind its name could not be looked up: see that the name is right and that DNS answers"
-                )
+                mend = "the hosts behind its name could not be looked up: check the name, and that DNS answers"
             raise StartError(f"MONGO_URI cannot be used ({type(error).__name__}): {mend}") from None
         codec: CodecOptions[Document] = CodecOptions(tz_aware=True)
 
@@ -280,16 +278,16 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
     name = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
     if isinstance(error, ServerSelectionTimeoutError):
         return Transient(
-            f"MongoDB does not answer while {doing}: see that it runs and that MONGO_URI names it, with its replica set and TLS "
-            "as they are"
+            f"MongoDB does not answer while {doing}: make sure it is running, and that MONGO_URI has its address, "
+            "replica set and TLS options"
         )
     if isinstance(error, WTimeoutError | WriteConcernError):
         return Transient(
-            f"a majority did not confirm in time while {doing} (code {error.code}), which may be done all the same: see that "
-            "enough members of the replica set are up"
+            f"a majority did not confirm in time while {doing} (code {error.code}), which may have worked all the "
+            "same: make sure enough members of the replica set are up"
         )
     if isinstance(error, ConnectionFailure | ExecutionTimeout):
-        return Transient(f"the connection to MongoDB failed while {doing} ({name}): see that it runs")
+        return Transient(f"the connection to MongoDB failed while {doing} ({name}): make sure it is running")
     if isinstance(error, OperationFailure):
         if error.code in TRANSIENT_CODES or any(map(error.has_error_label, _TRANSIENT_LABELS)):
             return Transient(f"MongoDB could not answer while {doing} (code {error.code}): check its members")
@@ -300,7 +298,7 @@ def translate(error: PyMongoError, doing: str) -> HeadraceError:
         detail = str((error.details or {}).get("errmsg", ""))[:500]
         if error.code == _ATLAS:
             return AccessDenied(f"MongoDB Atlas does not allow {doing}: {detail}")
-        return Permanent(f"MongoDB refused {doing} (code {error.code}): {detail}")
+        return Permanent(f"MongoDB refused a command while {doing} (code {error.code}): {detail}")
     if isinstance(error, ConfigurationError):
         return Refused(f"MongoDB cannot be used for {doing} ({name}): check MONGO_URI")
     return Transient(f"MongoDB failed while {doing} ({name}): see its log")

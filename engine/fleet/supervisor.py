@@ -198,7 +198,7 @@ class Supervisor:
             silent = child.heartbeat.age()
             if silent > self._settings.engine_watchdog_seconds - LOOP_SECONDS:
                 log.error(
-                    "worker has not moved and is killed",
+                    "worker made no progress and is killed",
                     action="kill",
                     worker=child.identity.name,
                     silent=round(silent, 1),
@@ -242,12 +242,12 @@ class Supervisor:
             if slot.failures > 1:
                 slot.not_before = time.monotonic() + min(0.1 * 2 ** min(slot.failures, 10), MAX_DELAY_SECONDS)
         if code == 0 or self._stopping:
-            log.debug("worker has left", action="reap", worker=child.identity.name, exit=code)
+            log.debug("worker has exited", action="reap", worker=child.identity.name, exit=code)
         elif code == EXIT_BOOT and not self._ever_booted:
             log.error("a worker cannot start, so the engine stops", action="stop", worker=child.identity.name)
             self._stop(1)
         else:
-            cause = "killed because it did not move" if child.silent else _cause(code)
+            cause = "killed because it made no progress" if child.silent else _cause(code)
             log.warning("worker died and is replaced", action="reap", worker=child.identity.name, cause=cause)
 
     def _replace_next(self) -> None:
@@ -278,7 +278,7 @@ class Supervisor:
             pid = os.fork()
         except OSError as error:
             log.error(
-                "a worker cannot be started for now: see how much memory is free and how many processes are allowed",
+                "a worker cannot be started at present: check the free memory and the limit on processes",
                 action="fork",
                 worker=identity.name,
                 cause=error.strerror,
@@ -326,4 +326,4 @@ def _cause(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     name = signal_name(-code)
-    return f"{name} (out of memory, perhaps)" if name == "SIGKILL" else name
+    return f"{name} (perhaps out of memory)" if name == "SIGKILL" else name

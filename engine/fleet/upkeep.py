@@ -93,7 +93,7 @@ class Upkeep:
         while self._goes_on() and self._queue.admit_due(DUE_JOBS):
             self._store.wake()
         if stopped := self._queue.stop_overdue():
-            log.warning("jobs ran for longer than they may", action="timeout", worker=self._name, jobs=stopped)
+            log.warning("jobs ran for longer than allowed", action="timeout", worker=self._name, jobs=stopped)
         if time.monotonic() >= self._settle_at:
             self._settle_at = time.monotonic() + SETTLE_SECONDS * random.uniform(1, 1.5)
             # Whoever let go of a job's last range may not have known that it is being stopped, and under a stream of
@@ -122,7 +122,7 @@ class Upkeep:
             # There may be hundreds of thousands of them, while jobs wait: continue soon, after a pause.
             now = time.monotonic()
             self._prune_at = now + PRUNE_PAUSE * (now - began)
-            log.info("old jobs are deleted", action="prune", worker=self._name, jobs=pruned)
+            log.info("old jobs were deleted", action="prune", worker=self._name, jobs=pruned)
 
     def _sweep(self) -> None:
         if time.monotonic() < self._sweep_at:

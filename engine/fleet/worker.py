@@ -185,7 +185,7 @@ class _Worker:
         while not self._stop.is_set():
             self._heartbeat.touch()
             try:
-                with unexpected_translated("looking for work and doing it"):
+                with unexpected_translated("working on the queue"):
                     self._turn()
                 self._last_error = ""
             except HeadraceError as error:

@@ -103,7 +103,7 @@ class DryRun(Sink):
             ("_id", "another line of the file has this _id", {index: made[index]["_id"] for index in own_ids})
         ]
         for fields in rules.unique:
-            why = f"another document has its values of the unique index on {', '.join(fields)}"
+            why = f"another document has its values in the unique index on {', '.join(fields)}"
             keys.append((" ".join(fields), why, _values(made, fields)))
             standing = set(left)
             taken = self._taken({index: key for index, key in keys[-1][2].items() if index in standing}, fields)
@@ -145,7 +145,7 @@ class DryRun(Sink):
 
     def _rules_of_collection(self) -> _Rules:
         if self._rules is None:
-            with translated("looking at the collection"):
+            with translated("checking the collection"):
                 found = described(self._data, self._collection)
                 indexes = indexes_of(self._data, self._collection) if found else []
             options = found.get("options", {}) if found else {}
@@ -174,7 +174,7 @@ class DryRun(Sink):
             else:
                 rounds.append({identity: index})
         refused: set[int] = set()
-        with translated("asking the validator of the collection"):
+        with translated("applying the collection's validator"):
             for asked in rounds:
                 failed = self._failed([made[i] for i in asked.values()], validator, collation)
                 refused |= {asked[identity] for identity in failed}
@@ -209,7 +209,7 @@ class DryRun(Sink):
         asked = [index for index in indexes if not self._sole or index in own_ids]
         if not asked:
             return []
-        with translated("looking for documents that are there already"):
+        with translated("looking for existing documents"):
             here = self._data[self._collection]
             there = {
                 _identity(_normal(document["_id"]))
@@ -227,7 +227,7 @@ class DryRun(Sink):
             for values in keys.values()
             if isinstance(values, list)
         ]
-        with translated("looking for documents that are there already"):
+        with translated("looking for existing documents"):
             # Project top-level fields: MongoDB refuses a projection of both a path and a part of it.
             shown = {"_id": 0} | {field.partition(".")[0]: 1 for field in fields}
             there = {
@@ -271,9 +271,9 @@ class DryRun(Sink):
             work.refuse(index, *unencodable(error))
             return True
         if isinstance(document["_id"], list):
-            work.refuse(index, Reason.BAD_ID, "an _id is no array", _ID_IS_ARRAY)
+            work.refuse(index, Reason.BAD_ID, "an _id cannot be an array", _ID_IS_ARRAY)
         elif _has_operators(document["_id"]):
-            work.refuse(index, Reason.BAD_ID, "an _id has no keys that begin with $", _ID_HAS_OPERATOR)
+            work.refuse(index, Reason.BAD_ID, "an _id cannot have keys that begin with $", _ID_HAS_OPERATOR)
         elif line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
             work.refuse(index, Reason.TOO_DEEP, TOO_DEEP_DETAIL, TOO_DEEP_CODE)
         elif excess := size_fault(size):

@@ -205,7 +205,7 @@ class Planner:
             _, waiting = wait(waiting, min(left, 1))
             self._moved()
         late = Transient(
-            f"S3 did not show the beginning of the object within {self._look_seconds:g} seconds: it is busy or hangs"
+            f"S3 did not show the beginning of the object within {self._look_seconds:g} seconds: it is busy or hanging"
         )
         never = {look for look in waiting if look.cancel()}
         return [None if look in never else late if look in waiting else look.result() for look in looks]
@@ -213,7 +213,7 @@ class Planner:
     def _look(self, job: Job) -> "_Draft | HeadraceError":
         """Read the beginning of a job's object, or all of it if small, and decide its format; returns any error."""
         try:
-            with unexpected_translated(f"looking at {job.source.key}"):
+            with unexpected_translated(f"inspecting {job.source.key}"):
                 head = b""
                 if size := job.source.size:
                     size = min(size, SMALL_BYTES if size <= SMALL_BYTES else SNIFF_BYTES)

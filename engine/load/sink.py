@@ -35,7 +35,7 @@ MAX_COMMAND_BYTES: Final = 12 * 1024 * 1024
 TOO_DEEP_CODE: Final = 15
 """The server's code for a document that is nested too deeply."""
 
-TOO_DEEP_DETAIL: Final = "the document is nested deeper than MongoDB takes"
+TOO_DEEP_DETAIL: Final = "the document is nested deeper than MongoDB allows"
 
 TOO_LARGE_CODES: Final = frozenset({10334, 17280, 17419, 17420})
 """The server's codes for a document that is too large, or has a key too large for an index."""
@@ -190,7 +190,7 @@ class Sink:
         if concern := reply.get("writeConcernError"):
             raise Transient(
                 f"a majority did not confirm a write to collection {self._collection} in time (code {concern.get('code')}): "
-                "see that enough members of the replica set are up"
+                "make sure enough members of the replica set are up"
             )
         duplicates: list[tuple[int, Document]] = []
         for error in failed:
@@ -199,8 +199,8 @@ class Sink:
                 duplicates.append((index, error))
             elif error["code"] in _NO_COLLECTION:
                 raise Refused(
-                    f"collection {self._collection} takes no documents any more: {str(error.get('errmsg', ''))[:500]}; name "
-                    "another one in a new job"
+                    f"collection {self._collection} no longer takes documents: {str(error.get('errmsg', ''))[:500]}; "
+                    "use another one in a new job"
                 )
             elif error["code"] in TRANSIENT_CODES:
                 raise Transient(f"MongoDB could not store a document (code {error['code']}): check its members")
@@ -209,7 +209,7 @@ class Sink:
                 work.refuse(index, reason, detail, error["code"])
         inserted = len(indexes) - len(failed)
         if reply["n"] != inserted:
-            raise Transient(f"MongoDB counted {reply['n']} documents where {inserted} were expected: see its log")
+            raise Transient(f"MongoDB counted {reply['n']} documents, but {inserted} were expected: see its log")
         work.inserted += inserted
         if duplicates:
             self._duplicates(work, duplicates)
@@ -319,7 +319,7 @@ def unencodable(error: Exception) -> tuple[Reason, str]:
     if isinstance(error, RecursionError):
         return Reason.TOO_DEEP, "the document is nested too deeply to be encoded as BSON"
     if isinstance(error, DocumentTooLarge):
-        return Reason.TOO_LARGE, f"the document has more than the {MAX_DOCUMENT_BYTES} bytes that MongoDB takes as BSON"
+        return Reason.TOO_LARGE, f"the document exceeds the {MAX_DOCUMENT_BYTES} bytes of BSON that MongoDB takes"
     if "NUL" in str(error).upper():
         return Reason.BAD_KEY, "a key contains the character NUL"
     return Reason.REFUSED, f"the document cannot be written as BSON: {str(error)[:500]}"

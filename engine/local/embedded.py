@@ -69,8 +69,8 @@ class Server:
                 raise (PortTaken if taken else StartError)(self.why())
             if time.monotonic() > deadline:
                 raise StartError(
-                    f"{self.name} did not come up within {START_SECONDS:g} seconds; its last words: {self._last_words()} "
-                    f"(the whole log: {self.log})"
+                    f"{self.name} did not start within {START_SECONDS:g} seconds; its last log line: "
+                    f"{self._last_words()} (the whole log: {self.log})"
                 )
             time.sleep(0.05)
 
@@ -96,10 +96,10 @@ class Server:
                 mend = f"sudo apt-get install {hint}" if hint else "install the package that has it"
                 return f"{self.name} needs the library {library}, which this machine lacks: {mend}"
             if "No space left on device" in line:
-                return f"{self.name} finds no space left on the disk of {self.log.parent}: free some (log: {self.log})"
+                return f"{self.name} has no space left on the disk of {self.log.parent}: free some (log: {self.log})"
         code = exit_code(self.process) or 0
         how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return f"{self.name} {how}; its last words: {self._last_words()} (log: {self.log})"
+        return f"{self.name} {how}; its last log line: {self._last_words()} (log: {self.log})"
 
     def stop(self) -> None:
         """Stop it with TERM, then KILL; returns when it is gone, with its sockets removed."""

@@ -98,7 +98,7 @@ class LocalServers:
         except OSError as error:
             where = error.filename or self._folder
             raise StartError(
-                f"{where} cannot be used ({error.strerror}): see to it, or set ENGINE_DATA_DIR to another folder"
+                f"{where} cannot be used ({error.strerror}): fix that, or set ENGINE_DATA_DIR to another folder"
             ) from None
 
     def _start(self) -> None:

@@ -71,9 +71,9 @@ def connect(settings: Settings, attempts: int = 2) -> "S3Client":
         return _connect(settings, attempts)
     except (ProfileNotFound, ConfigParseError, ConfigNotFound, ValueError) as error:
         # ValueError: not a number, or a host name with `_`, which other programs accept.
-        raise StartError(f"the settings of AWS cannot be used: {error}") from None
+        raise StartError(f"the AWS settings cannot be used: {error}") from None
     except BotoCoreError as error:
-        raise Transient(f"credentials for S3 could not be had: {error}") from None
+        raise Transient(f"credentials for S3 could not be obtained: {error}") from None
 
 
 def _connect(settings: Settings, attempts: int) -> "S3Client":
@@ -136,8 +136,8 @@ def _stay(response: tuple[Any, dict[str, Any]] | None = None, **_: object) -> No
     if "x-amz-bucket-region" in headers or "Region" in error:
         return
     raise Transient(
-        f"S3 answers that it is elsewhere ({headers.get('Location') or error.get('Endpoint') or 'it does not say where'}): set "
-        "AWS_ENDPOINT_URL to where it is, and AWS_REGION to the bucket's"
+        f"S3 redirects elsewhere ({headers.get('Location') or error.get('Endpoint') or 'it does not say where'}): set "
+        "AWS_ENDPOINT_URL to its address, and AWS_REGION to the bucket's"
     )
 
 
@@ -184,10 +184,12 @@ def s3_translated(doing: str) -> Iterator[None]:
         if "refreshed" not in str(error):
             raise
         # botocore's message if the provider of the credentials keeps returning expired ones.
-        raise TokenExpired(f"the AWS credentials ran out while {doing}, and new ones are not to be had") from error
+        raise TokenExpired(
+            f"the AWS credentials expired while {doing}, and there are no new ones: renew them"
+        ) from error
     except (BotoCoreError, HTTPError, OSError) as error:
         raise Transient(
-            f"S3 does not answer while {doing} ({type(error).__name__}): see that it can be reached"
+            f"S3 does not answer while {doing} ({type(error).__name__}): make sure it can be reached"
         ) from error
 
 
@@ -195,16 +197,18 @@ def translate(error: ClientError, doing: str) -> HeadraceError:
     """Headrace's error for one of S3's; `doing` says what was being done."""
     code, status = code_of(error), status_of(error)
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
-        return WrongClock(f"S3 refuses {doing} because this machine's clock is wrong: set it, for example with NTP")
+        return WrongClock(
+            f"S3 does not allow {doing} because this machine's clock is wrong: set it, for example with NTP"
+        )
     if code == "ExpiredToken":
-        return TokenExpired(f"the session token of the AWS credentials ran out while {doing}: start anew with another")
+        return TokenExpired(f"the session token of the AWS credentials expired while {doing}: restart with a new one")
     if code == "InvalidArgument":
-        return Refused(f"S3 refuses what it is asked while {doing}: see that names and cursors are as they were told")
+        return Refused(f"S3 refuses the request while {doing}: send names and cursors exactly as you got them")
     if code == "InvalidObjectState":
         return Refused(f"S3 keeps the object in an archive and does not allow {doing}: restore it, then retry the job")
     if code.startswith("KMS."):
         return AccessDenied(
-            f"S3 cannot use the key of KMS while {doing} ({code}): see that it is enabled and may be used"
+            f"S3 cannot use the KMS key while {doing} ({code}): make sure it is enabled and may be used"
         )
     if code in _MISFITS:
         return AccessDenied(
@@ -212,9 +216,11 @@ def translate(error: ClientError, doing: str) -> HeadraceError:
             "AWS_REGION is the bucket's"
         )
     if status in (401, 403):
-        return AccessDenied(f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their rights")
+        return AccessDenied(
+            f"S3 does not allow {doing} ({code or status}): check the AWS credentials and their permissions"
+        )
     if code == "NoSuchBucket":
-        return Transient(f"there is no such bucket while {doing}: make it, or set AWS_BUCKET_NAME to one that there is")
+        return Transient(f"S3 found no such bucket while {doing}: create it, or set AWS_BUCKET_NAME to one that exists")
     if status == 404:
         return NotFound(f"S3 found nothing while {doing} ({code or status})")
     return Transient(f"S3 could not answer while {doing} ({code or status}): check the S3 server")

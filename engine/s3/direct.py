@@ -182,7 +182,7 @@ class DirectUploads:
             NotFound: the upload was aborted, or completed too long ago.
             Conflict: parts are missing or of the wrong size.
         """
-        with translated("looking for an upload"):
+        with translated("looking up an upload"):
             found = self._uploads.find_one({"_id": upload_id, **self._here})
         if found is None:
             raise _gone(upload_id)
@@ -206,7 +206,7 @@ class DirectUploads:
         """The object of an upload, after recording that it exists. Raises NotFound if it does not."""
         source = self._objects.head(found["key"])
         done = {"done": {"etag": source.etag, "size": source.size}}
-        with translated("finishing an upload"):
+        with translated("recording a completed upload"):
             self._uploads.update_one({"_id": found["_id"]}, {"$set": done})
         return source
 
@@ -274,7 +274,7 @@ class DirectUploads:
             except Transient:
                 raise
             except HeadraceError:
-                with translated("keeping an upload"):
+                with translated("recording an unfinished upload"):
                     self._uploads.update_one({"_id": document["_id"]}, [{"$set": {"keptAt": "$$NOW"}}])
         return swept
 
@@ -286,14 +286,14 @@ class DirectUploads:
             self._client.abort_multipart_upload(Bucket=bucket, Key=found["key"], UploadId=found["uploadId"])
 
     def _find(self, upload_id: str) -> Document:
-        with translated("looking for an upload"):
+        with translated("looking up an upload"):
             found = self._uploads.find_one({"_id": upload_id, "done": None, **self._here})
         if found is None:
             raise _gone(upload_id)
         return found
 
     def _forget(self, upload_id: str) -> None:
-        with translated("forgetting an upload"):
+        with translated("deleting an upload's record"):
             self._uploads.delete_one({"_id": upload_id})
 
 

@@ -156,7 +156,7 @@ class Objects:
         Raises:
             NotFound, AccessDenied, WrongClock, Transient.
         """
-        with reply_translated(key), s3_translated(f"looking for {key}"):
+        with reply_translated(key), s3_translated(f"looking up {key}"):
             try:
                 found = self._client.head_object(Bucket=self.bucket, Key=key)
             except ClientError as error:
@@ -175,7 +175,7 @@ class Objects:
         try:
             self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
         except ClientError as error:
-            cause = translate(error, f"looking for {key}")
+            cause = translate(error, f"looking up {key}")
             if isinstance(cause, AccessDenied | TokenExpired | WrongClock):
                 raise cause from error
 
@@ -200,7 +200,8 @@ class Objects:
                 status = status_of(error)
                 if status == 412 or status == 416:
                     raise ObjectChanged(
-                        f"{source.key} was overwritten after the job was submitted: submit a new job for what it is now"
+                        f"{source.key} was overwritten after the job was submitted: submit a new job for the new "
+                        "version"
                     ) from None
                 if status == 404 and code_of(error) != "NoSuchBucket":
                     raise ObjectGone(
@@ -273,7 +274,7 @@ class Objects:
         with reply_translated(listing), s3_translated(f"listing bucket {self.bucket}"):
             page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=limit, **more)
         if not _LISTING.intersection(page):
-            raise Transient(f"S3's answer for {listing} is no listing: {LOOK}")
+            raise Transient(f"S3's answer for {listing} is not a listing: {LOOK}")
         found = [_listed(told, listing) for told in page.get("Contents", ())]
         return found, field(page, "NextContinuationToken", listing) if page.get("IsTruncated") else None
 
@@ -285,12 +286,12 @@ class Objects:
 
     def check(self) -> None:
         """Raises a HeadraceError unless S3 answers and the bucket exists."""
-        with s3_translated(f"looking at bucket {self.bucket}"):
+        with s3_translated(f"checking bucket {self.bucket}"):
             try:
                 self._head_bucket()
             except ClientError as error:
                 if status_of(error) == 404:
-                    raise NotFound(f"there is no bucket {self.bucket}: make it, or set AWS_BUCKET_NAME") from None
+                    raise NotFound(f"there is no bucket {self.bucket}: create it, or set AWS_BUCKET_NAME") from None
                 raise
 
     def time(self) -> datetime:
@@ -309,7 +310,7 @@ class Objects:
 
     def ensure_bucket(self) -> None:
         """Make the bucket if it is missing; for the embedded server only."""
-        with s3_translated(f"making bucket {self.bucket}"):
+        with s3_translated(f"creating bucket {self.bucket}"):
             try:
                 self._client.create_bucket(Bucket=self.bucket)
             except ClientError as error:

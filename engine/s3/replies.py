@@ -13,7 +13,7 @@ __all__ = ["LOOK", "field", "reply_translated"]
 _HEADERS: Final = {"ContentLength": "Content-Length"}
 """HTTP names of the headers that boto3 names differently."""
 
-LOOK: Final = "check the S3 server, and that AWS_ENDPOINT_URL leads to it"
+LOOK: Final = "check the S3 server, and that AWS_ENDPOINT_URL points to it"
 """Advice for an answer that S3 would not give."""
 
 

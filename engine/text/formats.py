@@ -46,8 +46,8 @@ def decide(asked: Format, key: str, head: bytes) -> Format:
     if not name.endswith((".ndjson", ".jsonl")) and (first == b"[" or _PRETTY.match(head.removeprefix(BOM))):
         what = "one JSON array" if first == b"[" else "one JSON document over many lines"
         raise Refused(
-            f"{key} begins like {what} and not with one document a line: write a document to each line, "
-            'or say {"format": "ndjson"} or {"format": "text"} if it is right as it is'
+            f"{key} begins like {what}, not with one document per line: write one document per line, "
+            'or set {"format": "ndjson"} or {"format": "text"} if it is correct as it is'
         )
     if name.endswith(_NDJSON_SUFFIXES) or first == b"{":
         return Format.NDJSON

@@ -316,7 +316,7 @@ def test_a_list_without_an_entry_is_no_open_door(settings, tmp_path):
 def test_all_that_is_wrong_with_the_api_is_told_at_once(settings, tmp_path, folder):
     done = _api(settings, tmp_path, api_tokens="nonsense", api_spool_dir=folder, pythonpath=ROOT)
     assert done.returncode == 1
-    assert f"API_SPOOL_DIR={folder} takes no files" in done.stderr
+    assert f"API_SPOOL_DIR={folder} accepts no files" in done.stderr
     assert "API_TOKENS: entry 1" in done.stderr
 
 

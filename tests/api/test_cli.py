@@ -98,7 +98,7 @@ def test_top_and_profile_show_the_workers(run, file, live):
     assert "decode" in run("profile", COLUMNS="200").out
     # The caption wraps at the width of the table, which depends on its figures.
     assert "has no share" in " ".join(run("profile", "--seconds", "0", COLUMNS="200").out.split())
-    assert "workers tell every 2 seconds" in run("profile", "--seconds", "1", code=2, COLUMNS="200").err
+    assert "workers report every 2 seconds" in run("profile", "--seconds", "1", code=2, COLUMNS="200").err
     told = json.loads(run("profile", "--json", "--seconds", "0").out)["workers"]
     assert any(worker["counts"].get("lines") for worker in told)
     idle = json.loads(run("profile", "--json", "--seconds", "2").out)["workers"]
@@ -136,7 +136,7 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
     assert "there is no bucket nowhere" in wrong.out
     [clock] = [line for line in wrong.out.splitlines() if " clock " in line]
     assert clock.startswith("warning")
-    assert "do what the line of S3 says" in clock
+    assert "do what the S3 line says" in clock
     assert "ENGINE_WORKERS=500" in wrong.out
     assert found["clock"] == "ok"
 
@@ -166,14 +166,14 @@ def test_the_doctor_finds_a_queue_of_a_later_version_and_shows_no_password(run, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["status", "a\udcff"], "not UTF-8"),
-        (["jobs", "--file", "caf\udce9.ndjson"], "not UTF-8"),
-        (["load", "s3://b/caf\udce9"], "not UTF-8"),
+        (["status", "a\udcff"], "not valid UTF-8"),
+        (["jobs", "--file", "caf\udce9.ndjson"], "not valid UTF-8"),
+        (["load", "s3://b/caf\udce9"], "not valid UTF-8"),
         (["status", "nothing"], "there is no job"),
         (["status", "6b04fa6b779ece9e9d7d9cbc"], "there is no job"),
         (["load", "no-such-file"], "cannot be read"),
         (["load", "."], "is a folder"),
-        (["load", "s3://"], "reads bucket"),
+        (["load", "s3://"], "reads only bucket"),
     ],
 )
 def test_what_a_person_gets_wrong_is_a_sentence(run, arguments, said):
@@ -211,12 +211,12 @@ def test_a_token_or_an_address_that_cannot_be_one_is_named(run, token):
 @pytest.mark.parametrize("host", ["a..b", "a" * 70])
 def test_a_host_that_cannot_be_one_is_told(run, host):
     there = {"API_URL": "", "API_HOST": host}
-    assert f"http://{host}:3000 is no valid address" in run("jobs", code=1, **there).err
+    assert f"http://{host}:3000 is not a valid address" in run("jobs", code=1, **there).err
     for tokens in ("", f"me:read:{'0' * 64}"):
         found = json.loads(run("doctor", "--json", code=1, API_TOKENS=tokens, **there).out)
         [api] = [f for f in found if f["what"] == "API"]
         assert api["state"] == "wrong"
-        assert f"API_HOST={host} is no address of this machine" in api["message"]
+        assert f"API_HOST={host} is not an address of this machine" in api["message"]
 
 
 def test_a_place_without_room_is_told(live):
@@ -308,7 +308,7 @@ def test_pages_of_rejects_follow_each_other(run, tmp_path):
     job_id = run("load", path, "--collection", "cli").out.strip()
     run("status", job_id, "--wait")
     first = run("rejects", job_id, "--limit", "2")
-    assert "--cursor 4, or all raw lines with --out FILE" in first.err
+    assert "add --cursor 4, or save all raw lines with --out FILE" in first.err
     rest = run("rejects", job_id, "--cursor", "4")
     assert (first.out.count("invalid_json"), rest.out.count("invalid_json"), rest.err) == (2, 1, "")
 

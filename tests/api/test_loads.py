@@ -43,7 +43,7 @@ def test_several_files_objects_and_standard_input_load_at_once(run, file, live, 
     statuses = json.loads(done.out)
     assert [status["progress"]["inserted"] for status in statuses] == [5000, 1, 1, 1]
     assert statuses[2]["fileKey"] == key
-    assert "reads bucket" in run("load", "s3://elsewhere/key", code=1).err
+    assert "reads only bucket" in run("load", "s3://elsewhere/key", code=1).err
 
 
 def test_a_dry_run_writes_nothing(run, file, live):
@@ -253,7 +253,7 @@ def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].decode()
     assert "nothing of it is kept" in said
-    assert "s3://nowhere/file: this API reads bucket" in said  # what went wrong before the interrupt
+    assert "s3://nowhere/file: this API reads only bucket" in said  # what went wrong before the interrupt
     assert process.returncode == 130
     assert unfinished() == before
     assert live.store.jobs.count_documents({"options.collection": "broken"}) == 0

@@ -252,7 +252,7 @@ def test_a_job_that_waits_tells_what_for(live, finish):
         return live.http.get(f"/jobs/{job_id}").json()["waitingFor"]
 
     timed = process(live, key, runAt="2099-01-01T00:00:00Z").json()["jobId"]
-    assert waits(timed) == "its time, 2099-01-01T00:00:00.000Z"
+    assert waits(timed) == "its start time, 2099-01-01T00:00:00.000Z"
     live.http.post("/queue/pause")
     try:
         held = process(live, key, collection="waits").json()["jobId"]

@@ -157,7 +157,7 @@ def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monk
         monkeypatch.setattr(history, "_count", hang)
         first = pool.submit(history.backlog)
         hanging.wait(30)
-        with pytest.raises(Transient, match="ask again"):
+        with pytest.raises(Transient, match="counted for the first time"):
             history.backlog()
         go_on.set()
         assert first.result().states[JobState.PENDING] == 0
@@ -276,7 +276,7 @@ def test_a_job_of_a_later_version_hides_no_other_from_those_who_ask(store, queue
     with pytest.raises(Conflict, match="a later version"):
         history.open_job_of(source.bucket, source.key)
     for job in jobs[1:4]:
-        with pytest.raises(Conflict, match=f"{job.id} is of a later version"):
+        with pytest.raises(Conflict, match=f"{job.id} was made by a later version"):
             queue.get(job.id)
 
 

@@ -281,7 +281,7 @@ def test_a_bucket_that_does_not_say_why_it_cannot_be_seen_is_asked_again(s3, mon
     ("version", "code", "status", "told", "said"),
     [
         ("v1", "AccessDenied", 403, AccessDenied, "s3:GetObjectVersion"),
-        ("", "AccessDenied", 403, AccessDenied, "their rights"),
+        ("", "AccessDenied", 403, AccessDenied, "their permissions"),
         ("", "NoSuchKey", 404, ObjectGone, "was deleted"),
         ("", "NoSuchBucket", 404, Transient, "no such bucket"),
     ],

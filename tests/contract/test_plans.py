@@ -269,5 +269,5 @@ def test_a_collection_that_became_capped_since_a_job_was_submitted_takes_none_of
     prepared = {each.job.id: each for each in planner.prepare([first, other], "holder")}
     assert prepared[other.id].lease
     assert isinstance(prepared[first.id].error, Refused)
-    with pytest.raises(Conflict, match="it is capped; name another one in a new job"):
+    with pytest.raises(Conflict, match="it is capped; use another one in a new job"):
         queue.retry(again.id)

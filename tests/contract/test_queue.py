@@ -115,7 +115,7 @@ def test_only_engines_of_a_jobs_database_work_on_it(store, settings, queue, ledg
     "name", ["", "a..b", ".a", "a.", "a$b", "system.x", "a.system.b", "a\0b", "x" * 300, "$cmd", "é" * 130, "a\ud800"]
 )
 def test_a_collection_name_that_mongodb_does_not_take_is_refused_at_once(store, queue, source, name):
-    with pytest.raises(Refused, match="name another"):
+    with pytest.raises(Refused, match="use another"):
         queue.submit(source, JobOptions(name))
 
 

@@ -178,7 +178,7 @@ def test_a_unique_index_and_a_validator_of_the_collection_refuse_single_document
 def test_what_a_reject_tells_is_of_its_line_alone(store, submit, drain, rejects):
     [job] = drain(submit(b'{"a":' * 300 + b"1" + b"}" * 300 + b"\n{}\n[}\n").id)
     deep, bad = (r["detail"] for r in rejects.page(job.id, 10)[0])
-    assert deep == "the document is nested deeper than MongoDB takes"
+    assert deep == "the document is nested deeper than MongoDB allows"
     assert bad.endswith(": column 2 of the line")
 
 

@@ -71,7 +71,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(engine):
     assert victim not in running.workers()
     assert running.actions("kill")
     [told] = running.actions("reap")
-    assert told["cause"] == "killed because it did not move"
+    assert told["cause"] == "killed because it made no progress"
 
 
 def test_an_engine_that_had_to_kill_a_hanging_worker_to_stop_says_so(engine):

@@ -34,4 +34,6 @@ def test_a_budget_is_a_count_or_a_share_that_is_judged_exactly(allowed, rejected
 def test_a_budget_that_is_spent_says_what_to_do():
     failure = overspent(JobOptions(max_errors=3), Tally(lines=10, rejected=4), final=False)
     assert failure.code == "too_many_errors"
-    assert failure.message.startswith("4 of 10 lines read so far were rejected and maxErrors allows 3: see the rejects")
+    assert failure.message.startswith(
+        "4 of 10 lines read so far were rejected, but maxErrors allows 3: see the rejects"
+    )

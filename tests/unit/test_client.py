@@ -175,7 +175,7 @@ def test_an_authority_of_ones_own_is_trusted_where_it_is_named(tmp_path, monkeyp
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"https://localhost:{server.server_port}"
-        with pytest.raises(CallFailed, match=r"CERTIFICATE_VERIFY_FAILED.*; SSL_CERT_FILE names"):
+        with pytest.raises(CallFailed, match=r"CERTIFICATE_VERIFY_FAILED.*; set SSL_CERT_FILE"):
             Client(url).ask("GET", "/jobs")
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
         assert Client(url).ask("GET", "/jobs") == {"jobs": []}
@@ -193,5 +193,5 @@ def test_a_problem_that_is_not_of_headrace_is_told_as_it_came(detail):
 
 
 def test_a_token_is_not_left_out_because_the_address_has_a_user():
-    with pytest.raises(CommandError, match="API_URL has a user, and there is API_TOKEN"):
+    with pytest.raises(CommandError, match="API_URL has a user and API_TOKEN is set"):
         Client("http://user:pw@api.example", "hr_token")

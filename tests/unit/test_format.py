@@ -82,5 +82,5 @@ def test_wide_characters_are_refused_with_a_mark_and_without(encoding):
 
 
 def test_one_json_array_is_refused_with_the_way_out():
-    with pytest.raises(Refused, match="a document to each line"):
+    with pytest.raises(Refused, match="write one document per line"):
         decide(Format.AUTO, "a.json", b'[\n{"a": 1},\n')

@@ -18,11 +18,11 @@ UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # the note lets the same c
     [
         ({"job_id": "6b04", **UPLOADED}, "`headrace status 6b04 --wait`"),
         ({"job_id": "6b04", "by_hand": "submit it"}, "`headrace status 6b04 --wait`"),
-        (UPLOADED, "run the same command again, and there is one"),
-        ({"file": "s3://b/k", "note": object()}, "run the same command again, and there is one"),
-        ({"note": object()}, "run the same command again, and it resumes"),
+        (UPLOADED, "run the same command again, which creates no second one"),
+        ({"file": "s3://b/k", "note": object()}, "run the same command again, which creates no second one"),
+        ({"note": object()}, "run the same command again to resume it"),
         ({"key": "01K-a.ndjson"}, "`headrace jobs --file 01K-a.ndjson`"),
-        ({"by_hand": "submit it"}, "look for it with `headrace jobs`; if not, submit it"),
+        ({"by_hand": "submit it"}, "look for it with `headrace jobs`; if there is none, submit it"),
         (
             {"by_hand": "submit it", "error": CommandError("the API went away; submit it")},
             "the API went away; submit it",

@@ -110,9 +110,9 @@ def test_of_an_entry_that_is_not_whole_it_is_told_what_it_lacks(s3, missing):
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        (b"<html><body>Welcome</body></html>", "is no listing: check the S3 server, and that AWS_ENDPOINT_URL"),
-        (b"", "is no listing"),
-        (listing(), "is no listing"),
+        (b"<html><body>Welcome</body></html>", "is not a listing: check the S3 server, and that AWS_ENDPOINT_URL"),
+        (b"", "is not a listing"),
+        (listing(), "is not a listing"),
         (listing(ENTRY | {"LastModified": "yesterday or so"}), "cannot be read .*yesterday or so"),
         (listing(ENTRY | {"Size": "four"}), "cannot be read .*four"),
         (listing(ENTRY, IsTruncated="true"), "the listing of bucket bucket lacks NextContinuationToken"),

@@ -43,7 +43,7 @@ def test_a_level_may_be_written_as_elsewhere(monkeypatch):
         ("mongodb://u:hid@den@h/db", "InvalidURI"),
         ("mongodb://h/db?server_api=hidden", "TypeError"),
         ("mongodb://h/db?datetime_conversion=hidden", "KeyError"),
-        ("mongodb://u:hidden@h/records\n", "the end of a line in it"),
+        ("mongodb://u:hidden@h/records\n", "a line end in it"),
         ("mongodb://u:hid den@h/records", "a blank"),
         (
             "mongodb://u:hidden@h/db?tls=true&tlsCAFile=/no/ca.pem",

@@ -126,7 +126,7 @@ def test_the_queue_tells_a_person_its_jobs_and_how_long_they_have_waited():
     assert list(queue_lines(queue)) == [
         "paused",
         "  1,234 PENDING, 0 FAILED",
-        "  the oldest job that is due and not begun has waited 1:15",
+        "  the oldest due job that has not started has waited 1:15",
     ]
     assert len(list(queue_lines(queue | {"oldestSeconds": 0}))) == 2
 

@@ -34,7 +34,7 @@ def test_a_server_in_trouble_is_not_taken_for_the_fault_of_the_documents(code):
 
 @pytest.mark.parametrize("code", [73, 166])
 def test_what_is_the_fault_of_the_collection_is_told_of_no_document(code):
-    with pytest.raises(Refused, match="collection records takes no documents"):
+    with pytest.raises(Refused, match="collection records no longer takes documents"):
         written(code, code, code)
 
 

@@ -228,7 +228,7 @@ def test_a_part_is_sent_again_where_that_may_help(monkeypatch, status, said, tri
     monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
     if tries == 1:
         with pytest.raises(
-            CommandError, match=r"answered with 403 \(AccessDenied\): run the same command again to go on"
+            CommandError, match=r"answered with 403 \(AccessDenied\): run the same command again to continue"
         ):
             transfer._put("http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
     else:

@@ -64,7 +64,7 @@ def test_a_job_that_is_to_be_settled_waits_for_a_worker_at_most(job, ranges):
             report(),
             True,
             0,
-            "its time, 2099-",
+            "its start time, 2099-",
         ),
         (replace(JOB, options=JobOptions(run_at=MADE.replace(year=2020))), report(), False, 1, "its turn"),
         (
