@@ -165,7 +165,8 @@ def _api(settings: Settings) -> Finding:
     if fault := exposure_fault(settings, tokens):
         return Finding("API", "wrong", f"`headrace api` will not start: {fault}")
     addresses(settings.port, settings.api_host)
-    message = f"set to listen on {settings.api_host}:{settings.port}, {len(tokens) or 'no'} token{'' if len(tokens) == 1 else 's'}"
+    known = f"{len(tokens) or 'no'} token{'' if len(tokens) == 1 else 's'}"
+    message = f"set to listen on {settings.api_host}:{settings.port}, {known}"
     url = url_of(settings)
     client = Client(url)
     try:
