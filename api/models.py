@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 from engine.model import Format, JobOptions
 from engine.s3.direct import MAX_URLS
 from engine.s3.parts import MAX_PARTS
-from engine.values import like
+from engine.values import matching
 
 __all__ = [
     "BatchRequest",
@@ -202,12 +202,14 @@ _OFFSET: Final = r"^[0-9]{1,18}$"
 
 _BatchId = Annotated[
     str,
-    like(re.compile(JOB_ID), "the id of a batch has 24 hexadecimal digits"),
+    matching(re.compile(JOB_ID), "the id of a batch has 24 hexadecimal digits"),
     WithJsonSchema({"type": "string", "pattern": JOB_ID}),
 ]
-_JobsCursor = Annotated[str, like(re.compile(JOB_ID), _CURSOR), WithJsonSchema({"type": "string", "pattern": JOB_ID})]
+_JobsCursor = Annotated[
+    str, matching(re.compile(JOB_ID), _CURSOR), WithJsonSchema({"type": "string", "pattern": JOB_ID})
+]
 _RejectsCursor = Annotated[
-    str, like(re.compile(_OFFSET), _CURSOR), WithJsonSchema({"type": "string", "pattern": _OFFSET})
+    str, matching(re.compile(_OFFSET), _CURSOR), WithJsonSchema({"type": "string", "pattern": _OFFSET})
 ]
 
 

@@ -9,7 +9,7 @@ import falcon
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from api.problems import MAX_NAME_LENGTH, Problem, invalid
+from api.problems import MAX_SHOWN_NAME, Problem, invalid
 
 __all__ = [
     "MAX_BODY_BYTES",
@@ -129,7 +129,7 @@ def _whole_body(req: falcon.Request) -> bytes:
 def query_of(req: falcon.Request, model: type[Model]) -> Model:
     """The request's query, validated. Raises Problem, also for a parameter that is unknown or given twice."""
     if twice := [name for name, value in req.params.items() if isinstance(value, list)]:
-        raise Problem(422, "invalid_request", f"{twice[0][:MAX_NAME_LENGTH]}: send this parameter only once")
+        raise Problem(422, "invalid_request", f"{twice[0][:MAX_SHOWN_NAME]}: send this parameter only once")
     return _checked(model, req.params, "parameter", strict=False)
 
 
@@ -145,7 +145,7 @@ class RefuseUnexpected:
         if operation is None or operation.scope is None:
             return
         if operation.query is None and req.params:
-            name = next(iter(req.params))[:MAX_NAME_LENGTH]
+            name = next(iter(req.params))[:MAX_SHOWN_NAME]
             json = operation.body is not None and operation.body_media == falcon.MEDIA_JSON
             fields = ": its options are fields of a JSON body" if json else ""
             raise Problem(422, "invalid_request", f"{name}: this call takes no parameters{fields}")

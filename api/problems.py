@@ -22,7 +22,7 @@ from engine.errors import (
 from engine.logs import get_logger
 
 __all__ = [
-    "MAX_NAME_LENGTH",
+    "MAX_SHOWN_NAME",
     "Problem",
     "RequestIds",
     "install",
@@ -38,7 +38,7 @@ RETRY_AFTER_SECONDS: Final = 5
 MAX_FAULTS: Final = 20
 """Most faults that one problem lists."""
 
-MAX_NAME_LENGTH: Final = 100
+MAX_SHOWN_NAME: Final = 100
 """Most characters of a field's or parameter's name that a problem repeats."""
 
 MAX_LOGGED: Final = 1000
@@ -167,7 +167,7 @@ def invalid(error: ValidationError, kind: str, names: Sequence[str]) -> Problem:
     unknown = f"there is no such {kind}; the {kind}s are {', '.join(names)}"
     faults = [
         {
-            "field": ".".join(map(str, fault["loc"]))[:MAX_NAME_LENGTH] or ("body" if kind == "field" else "query"),
+            "field": ".".join(map(str, fault["loc"]))[:MAX_SHOWN_NAME] or ("body" if kind == "field" else "query"),
             "message": unknown if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, "),
         }
         for fault in error.errors(include_url=False, include_input=False, include_context=False)[:MAX_FAULTS]

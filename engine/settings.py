@@ -26,13 +26,13 @@ from engine.values import (
     REGION,
     TIB,
     Bytes,
-    control_db,
+    database_name,
+    header_safe,
     http_url,
-    like,
     lower,
+    matching,
     mongo_uri_of,
     parsed_uri,
-    visible,
 )
 
 __all__ = ["LOOP_SECONDS", "Settings", "load"]
@@ -42,7 +42,7 @@ LOOP_SECONDS: Final = 0.5
 before the next check is killed at this one."""
 
 _PAIR: Final = ("aws_access_key_id", "aws_secret_access_key")
-_KEY: Final = visible("copy the key alone, with nothing around it")
+_KEY: Final = header_safe("copy the key alone, with nothing around it")
 
 
 def _writers(found: dict[str, Any]) -> int:
@@ -71,13 +71,13 @@ class Settings(BaseSettings):
     mongo_uri: Annotated[SecretStr | None, AfterValidator(mongo_uri_of)] = _setting(
         None, "MongoDB for the queue and the documents; the documents go to the database that it names"
     )
-    aws_region: Annotated[str, like(REGION, "write a region such as eu-central-1")] = _setting(
+    aws_region: Annotated[str, matching(REGION, "write a region such as eu-central-1")] = _setting(
         "us-east-1", "Region of the bucket"
     )
     aws_access_key_id: Annotated[str | None, _KEY] = _setting(None, "S3 access key")
     aws_secret_access_key: Annotated[SecretStr | None, _KEY] = _setting(None, "S3 secret key")
     aws_session_token: Annotated[SecretStr | None, _KEY] = _setting(None, "S3 session token, for temporary keys")
-    aws_bucket_name: Annotated[str | None, like(BUCKET, "write the name of a bucket, or its ARN")] = _setting(
+    aws_bucket_name: Annotated[str | None, matching(BUCKET, "write the name of a bucket, or its ARN")] = _setting(
         None, "Bucket that holds the files"
     )
     aws_endpoint_url: Annotated[str | None, AfterValidator(http_url)] = _setting(
@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     engine_workers: int = _setting(
         cores, "Worker processes", "processes", "the number of cores, or the container's CPU limit", ge=1, le=1024
     )
-    engine_control_db: Annotated[str, AfterValidator(control_db)] = _setting(
+    engine_control_db: Annotated[str, AfterValidator(database_name)] = _setting(
         "headrace_control", "Database of the jobs, ranges and rejects", min_length=1
     )
     engine_range_bytes: Bytes = _setting(
@@ -129,14 +129,14 @@ class Settings(BaseSettings):
     engine_log_format: Literal["auto", "text", "json"] = _setting("auto", "auto: text on a terminal, JSON elsewhere")
 
     api_host: Annotated[
-        str, AfterValidator(str.strip), like(re.compile(r"\S+"), "write an address such as 127.0.0.1 or 0.0.0.0")
+        str, AfterValidator(str.strip), matching(re.compile(r"\S+"), "write an address such as 127.0.0.1 or 0.0.0.0")
     ] = _setting("127.0.0.1", "Address that the HTTP API listens on")
     api_threads: int = _setting(32, "Requests that the HTTP API handles at the same time", "threads", ge=4, le=256)
     api_tokens: SecretStr | None = _setting(
         None, "Token entries that the HTTP API accepts, as `headrace token` prints them, separated by spaces or commas"
     )
     api_tokens_file: Path | None = _setting(None, "File of token entries, one per line", "file")
-    api_token: Annotated[SecretStr | None, visible("copy it as `headrace token` showed it")] = _setting(
+    api_token: Annotated[SecretStr | None, header_safe("copy it as `headrace token` showed it")] = _setting(
         None, "Token that the command line sends to the HTTP API"
     )
     api_url: Annotated[str | None, AfterValidator(http_url)] = _setting(

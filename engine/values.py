@@ -19,13 +19,13 @@ __all__ = [
     "REGION",
     "TIB",
     "Bytes",
-    "control_db",
+    "database_name",
+    "header_safe",
     "http_url",
-    "like",
     "lower",
+    "matching",
     "mongo_uri_of",
     "parsed_uri",
-    "visible",
 ]
 
 DEFAULT_DATABASE: Final = "headrace"
@@ -117,14 +117,14 @@ def _database_fault(name: str) -> str | None:
     return f"its name has {wrong[0]!r} in it" if wrong else None
 
 
-def control_db(value: str) -> str:
+def database_name(value: str) -> str:
     """The name of a database. Raises ValueError for one that MongoDB rejects."""
     if fault := _database_fault(value):
         raise ValueError(f"it is not a valid database name: {fault}")
     return value
 
 
-def like(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
+def matching(pattern: re.Pattern[str], sentence: str) -> AfterValidator:
     """Validates that a value, unless it is None, matches the whole pattern; `sentence` is the error message."""
 
     def check(value: str | None) -> str | None:
@@ -148,7 +148,7 @@ def http_url(value: str | None) -> str | None:
     return value
 
 
-def visible(advice: str) -> AfterValidator:
+def header_safe(advice: str) -> AfterValidator:
     """Validates that a value, unless it is None, fits into an HTTP header. No error quotes it: it may be a secret."""
 
     def check(value: Any) -> Any:

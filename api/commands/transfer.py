@@ -41,7 +41,7 @@ __all__ = ["Note", "Transfer", "forget_old"]
 PARALLEL: Final = 4
 """Parts in flight at a time, of all files together."""
 
-FLYING_BYTES: Final = 64 * 1024 * 1024
+IN_FLIGHT_BYTES: Final = 64 * 1024 * 1024
 """Most bytes of one file's parts that are held in memory while they are sent; one part may be larger."""
 
 TRIES: Final = 5
@@ -301,7 +301,7 @@ class Transfer:
     def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> bool:
         """Send the parts; returns whether the data ended before the upload had all the parts that it may have."""
         urls, fresh_until = _signed(state)
-        flying: set[Future[None]] = set()
+        in_flight: set[Future[None]] = set()
         ended = False
         try:
             for number in range(1, state["parts"] + 1):
@@ -318,20 +318,20 @@ class Transfer:
                     more = self._client.insist("GET", f"/uploads/{state['uploadId']}", params=asked)
                     urls, fresh_until = _signed(more)
                 future = self._pool.submit(self._put, urls.pop(number), data, state, sent)
-                flying.add(future)
+                in_flight.add(future)
                 self._flying.add(future)
                 future.add_done_callback(self._flying.discard)
                 # The parts of a file of terabytes are large, and each is held in memory while it is sent.
-                if len(flying) >= max(1, min(PARALLEL, FLYING_BYTES // state["partBytes"])):
-                    done, flying = wait(flying, return_when=FIRST_COMPLETED)
+                if len(in_flight) >= max(1, min(PARALLEL, IN_FLIGHT_BYTES // state["partBytes"])):
+                    done, in_flight = wait(in_flight, return_when=FIRST_COMPLETED)
                     for future in done:
                         future.result()
-            for future in flying:
+            for future in in_flight:
                 future.result()
             return ended
         except BaseException:
             # A part that arrives after its upload was aborted would stay in S3, known to nobody.
-            wait([future for future in flying if not future.cancel()])
+            wait([future for future in in_flight if not future.cancel()])
             raise
 
     def _put(self, url: str, data: bytes, state: dict[str, Any], sent: Sent) -> None:

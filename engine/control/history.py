@@ -13,7 +13,7 @@ from engine.model import Job, JobState, RangeState
 
 __all__ = ["Backlog", "History", "RangeReport"]
 
-MAX_HOLDERS: Final = 100
+HOLDERS_SHOWN: Final = 100
 """The most holders that a `RangeReport` names."""
 
 CHEAP_SECONDS: Final = 0.05
@@ -138,7 +138,7 @@ class History:
             sum(group["kept"] for group in groups),
             sum(group["failures"] for group in groups),
             sum(group["deaths"] for group in groups),
-            tuple(holders[:MAX_HOLDERS]),
+            tuple(holders[:HOLDERS_SHOWN]),
             (late[0].get("failure") or {}).get("message") if late else None,
         )
 

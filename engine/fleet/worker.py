@@ -191,7 +191,7 @@ class _Worker:
             except HeadraceError as error:
                 self._errors += 1
                 self._chooser.suspect_strays()
-                self._say_once(error)
+                self._log_once(error)
                 if type(error) is Permanent:
                     # Perhaps the control database was dropped, and its indexes with it.
                     with suppress(HeadraceError):
@@ -281,7 +281,7 @@ class _Worker:
             except Transient as error:
                 self._errors += 1
                 self._garbage.collect(self._errors)  # MongoDB may be down for days
-                self._say_once(error)
+                self._log_once(error)
                 self._stop.wait(wait)
                 wait = min(wait * 2, BOOT_WAIT_SECONDS)
                 continue
@@ -294,7 +294,7 @@ class _Worker:
             return True
         return False
 
-    def _say_once(self, error: HeadraceError) -> None:
+    def _log_once(self, error: HeadraceError) -> None:
         if str(error) != self._last_error:
             self._last_error = str(error)
             log.warning(str(error), action="wait", worker=self._identity.name)
@@ -322,10 +322,10 @@ class _Worker:
         if ended is Ended.DONE and job.plan is not None and job.plan.range_count == 1:
             job = self._queue.finish(job, run.mark()[1])
         if job.state in TERMINAL:
-            self._ended(job)
+            self._log_end(job)
         elif ended is Ended.CANCELLED:
             self._call_off(job)
-            self._ended(self._queue.settle(job.id))
+            self._log_end(self._queue.settle(job.id))
         else:
             self._settle(job)
 
@@ -335,12 +335,12 @@ class _Worker:
         done = [run for run, outcome in outcomes if outcome is Ended.DONE] if closed else []
         if done:
             for job in self._queue.finish_all([(run.job, run.mark()[1]) for run in done]):
-                self._ended(job)
+                self._log_end(job)
         for run, outcome in outcomes:
             if isinstance(outcome, HeadraceError):
                 self._failed(run, outcome)
             elif outcome is not Ended.DONE or not closed:
-                self._ended(self._queue.settle(run.job.id))
+                self._log_end(self._queue.settle(run.job.id))
 
     def _failed(self, run: Run, error: HeadraceError) -> None:
         """Handle the error with which a lease ended."""
@@ -370,9 +370,9 @@ class _Worker:
         lost: under a stream of jobs of a higher priority nobody else would look at it for a long time."""
         # A job is not at its end while this worker has leased a range of it ahead.
         if self._lookout.holds(job.id) is None and not self._ledger.busy(job.id):
-            self._ended(self._queue.settle(job.id))
+            self._log_end(self._queue.settle(job.id))
 
-    def _ended(self, job: Job) -> None:
+    def _log_end(self, job: Job) -> None:
         if job.state in TERMINAL:
             log.info("job ended", action="finish", state=job.state, job=job.id, worker=self._identity.name)
 

@@ -58,7 +58,7 @@ class Ended(Enum):
     CANCELLED = auto()  # the job is being stopped; the range was given back
 
 
-_Flying = deque[tuple[Future[None], int]]
+_InFlight = deque[tuple[Future[None], int]]
 """Batches in flight in file order, each with its size in bytes, since batches of very long lines must not add up."""
 
 
@@ -91,12 +91,14 @@ class Pipeline:
         self._window = Window(settings.engine_writers)
         self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")
         # A separate pool, whose threads start only if MongoDB is far away: each takes memory and CPU cache.
-        self._more = ThreadPoolExecutor((MOST_TIMES - 1) * settings.engine_writers, thread_name_prefix="more")
+        self._extra_writers = ThreadPoolExecutor(
+            (MOST_TIMES - 1) * settings.engine_writers, thread_name_prefix="extra-writer"
+        )
 
     def close(self) -> None:
         """Stop renewing leases, and let the writer threads end."""
         self.keeper.drop()
-        for pool in (self._writers, self._more):
+        for pool in (self._writers, self._extra_writers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def run(self, run: Run) -> Ended:
@@ -210,7 +212,7 @@ class Pipeline:
         """Write batches in the writer threads, as many at a time as the window allows."""
         settings = self._settings
         sink, splitter, batcher = self._begin(run)
-        flying: _Flying = deque()
+        in_flight: _InFlight = deque()
         room = (settings.engine_writers + 1) * settings.engine_batch_bytes  # bytes in flight, whatever their number
         exhausted = looked = False
         started = time.monotonic()
@@ -221,13 +223,13 @@ class Pipeline:
                         break
                     size = len(batch.data)
                     began = time.perf_counter()
-                    _make_room(flying, self._window.size + 1, room - size)
+                    _make_room(in_flight, self._window.size + 1, room - size)
                     self._stats.add(seconds_stall=time.perf_counter() - began)
                     closed = run.opened(batch)
-                    under_way = sum(not future.done() for future, _ in flying)
-                    pool = self._writers if under_way <= settings.engine_writers else self._more
+                    unfinished = sum(not future.done() for future, _ in in_flight)
+                    pool = self._writers if unfinished <= settings.engine_writers else self._extra_writers
                     future = pool.submit(self._write, run, sink, batch, closed)
-                    flying.append((future, size))
+                    in_flight.append((future, size))
                     if not looked and self._seconds_left(run, started) <= self._ahead_seconds():
                         looked = True
                         self._near_end()
@@ -237,12 +239,12 @@ class Pipeline:
                 self._near_end()
             # Counted apart from the stalls above: until the last batch is written, this thread reads nothing.
             began = time.perf_counter()
-            _make_room(flying, 1)
+            _make_room(in_flight, 1)
             self._stats.add(seconds_drain=time.perf_counter() - began)
         except BaseException:
             run.failed.set()
             # Batches in flight may still be written, which does no harm: wait, so that the mark covers them.
-            for future, _ in flying:
+            for future, _ in in_flight:
                 future.cancel() or future.exception()
             raise
         return Ended.DONE if exhausted else _ended_early(run)
@@ -315,11 +317,11 @@ class Pipeline:
             raise LeaseLost(f"the lease of range {run.lease.range.index} of job {run.job.id} was lost")
 
 
-def _make_room(flying: _Flying, most: int, room: int = 0) -> None:
+def _make_room(in_flight: _InFlight, most: int, room: int = 0) -> None:
     """Wait until fewer than `most` batches, with at most `room` bytes, are in flight; raises what a batch raised."""
-    while flying and (len(flying) >= most or flying[0][0].done() or sum(size for _, size in flying) > room):
-        flying[0][0].result()
-        flying.popleft()
+    while in_flight and (len(in_flight) >= most or in_flight[0][0].done() or sum(size for _, size in in_flight) > room):
+        in_flight[0][0].result()
+        in_flight.popleft()
 
 
 def _ended_early(run: Run) -> Ended:
