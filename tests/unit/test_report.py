@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from bench.figures import Spent, Spread
-from bench.page import Report
+from bench.page import SECTIONS, Report, write
 from bench.report import _least, _less, _most, main, room, stated
 from bench.rig import isolate
 from bench.verdicts import bottleneck, fastest, flat, scaling
@@ -168,3 +168,14 @@ def test_what_is_measured_are_the_defaults_whatever_the_environment_says(monkeyp
 )
 def test_a_figure_and_its_verdict_say_the_same(judge, median, told, met):
     assert judge({"x": Spread((median,))}) == (told, met)
+
+
+def test_the_report_does_not_count_its_own_pictures_as_a_change_of_the_tree(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.page.current_commit", lambda: "abc1234" + "-dirty" * any(tmp_path.iterdir()))
+    monkeypatch.setattr("bench.page._draw", lambda found, place: (place / "ladder.svg").touch())
+    report = Report({"ordinary": 1, "tiny": 1, "wide": 1, "large": 1})
+    report.wrong = {name: "not measured" for _, name, _, _ in SECTIONS}
+    write(report, "make bench-report", 60.0, tmp_path, 10**9, "abc1234")
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "commit abc1234." in page
+    assert "dirty" not in page
