@@ -87,6 +87,8 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             self.expect_continue = False
         if self.version == "1.1" and "HOST" not in self.headers:
             raise ParsingError("it has no Host header")
+        if "," in self.headers.get("HOST", ""):  # waitress joins the values of a repeated header
+            raise ParsingError("it has more than one Host header")
         if self.chunked and "CONTENT_LENGTH" in self.headers:
             # A proxy in front may go by the other of the two, and see the next request begin elsewhere.
             raise ParsingError("it has both Content-Length and Transfer-Encoding")
@@ -226,6 +228,12 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         # Without `requests_lock`, which this thread may hold: sending `100 Continue` to a client may end up here.
         for request in list(self.requests)[1:]:
             request.leave()  # it is queued behind the first, and its client is gone
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        # Waitress flushes without this lock once no request is left, but the thread that served the last one may still
+        # be sending `100 Continue` for the next: the same bytes would be sent twice.
+        with self.outbuf_lock:
+            return bool(super()._flush_some(do_close))
 
     def write_soon(self, data: bytes) -> int:
         try:

@@ -29,7 +29,7 @@ from engine.s3.objects import Objects, warn_if_away
 from engine.s3.parts import MAX_PARTS
 from engine.settings import Settings
 
-__all__ = ["serve"]
+__all__ = ["connection_limit", "serve"]
 
 IDLE_SECONDS: Final = 120
 """An idle connection is closed after this."""
@@ -38,6 +38,9 @@ MAX_HEAD_BYTES: Final = 32 * 1024
 """Largest head of a request: its first line and its headers."""
 
 MAX_CONNECTIONS: Final = 4096
+FILES_EACH: Final = 2
+"""File descriptors that a connection may take: its socket, and a file for a body or an answer that is spooled."""
+
 SPARE_FILES: Final = 200
 """File descriptors that are kept for everything but connections."""
 
@@ -50,15 +53,15 @@ LAST_SECONDS: Final = 3.0
 log = get_logger()
 
 
-def _raise_file_limit() -> int:
-    """Raise the limit on open files to what connections may need, as far as allowed; returns how many may be open."""
-    wanted = MAX_CONNECTIONS + SPARE_FILES
+def connection_limit() -> int:
+    """How many connections may be open. Raises the limit on open files to what they may need, as far as allowed."""
+    wanted = FILES_EACH * MAX_CONNECTIONS + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return wanted
+        return MAX_CONNECTIONS
     allowed = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return allowed
+    return max(100, (allowed - SPARE_FILES) // FILES_EACH)
 
 
 def _checked(settings: Settings) -> list[Token]:
@@ -116,7 +119,7 @@ def serve(settings: Settings) -> int:
             max_request_header_size=MAX_HEAD_BYTES,
             channel_timeout=IDLE_SECONDS,
             # A crowd of idle clients must not keep others out.
-            connection_limit=max(100, _raise_file_limit() - SPARE_FILES),
+            connection_limit=connection_limit(),
             # Makes waitress notice a client that disconnects while its request is being handled.
             channel_request_lookahead=1,
             ident=None,

@@ -14,8 +14,10 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
+from waitress.buffers import OverflowableBuffer
 
 from api.door import _Channel, open_door
+from api.server import connection_limit
 from engine.ports import free_port
 from engine.settings import Settings
 from tests.running import Running, alive, until
@@ -260,6 +262,33 @@ def test_a_connection_that_ends_while_its_lock_is_held_lets_go_of_what_waits_on_
     waiting.leave.assert_called_once_with()
 
 
+def test_what_two_threads_have_to_send_is_sent_once():
+    """The loop flushes when no request is left, while the thread that served the last may still be sending
+    `100 Continue` for the next."""
+    channel = _Channel.__new__(_Channel)
+    answer = OverflowableBuffer(100)
+    answer.append(b"x" * 25)
+    channel.outbuf_lock, channel.outbufs, channel.total_outbufs_len = threading.Condition(), [answer], 25
+    channel.sendbuf_len, channel.send = 100, Mock(return_value=25)
+    flushing = threading.Thread(target=channel._flush_some)
+    with channel.outbuf_lock:
+        flushing.start()
+        flushing.join(0.2)
+        answer.skip(25, True)  # the other thread has sent all of it
+        channel.total_outbufs_len = 0
+    flushing.join(30)
+    assert (flushing.is_alive(), channel.send.called) == (False, False)
+
+
+def test_a_connection_may_take_a_file_besides_its_socket(monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 2000))
+    raised = Mock()
+    monkeypatch.setattr("resource.setrlimit", raised)
+    limit = connection_limit()
+    raised.assert_called_once_with(resource.RLIMIT_NOFILE, (2000, 2000))
+    assert 100 < 2 * limit <= 2000 - 200
+
+
 @pytest.mark.parametrize(
     "numbers", [(signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)]
 )
@@ -290,6 +319,7 @@ def test_a_call_that_takes_no_body_is_not_made_with_one(live):
     ("head", "status"),
     [
         (b"GET /queue HTTP/1.1\r\n", b"400"),
+        (b"GET /queue HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n", b"400"),
         (b"GET http://evil.example/queue HTTP/1.1\r\nHost: localhost\r\n", b"403"),
         (b"GET http://localhost/queue HTTP/1.1\r\nHost: localhost\r\n", b"200"),
         (b"GET /queue HTTP/1.0\r\n", b"403"),
