@@ -81,7 +81,7 @@ def create_app(
         ("/jobs/{job_id}", Detail(store, queue, history, watch), job),
         ("/jobs/{job_id}/events", Events(watch), job),
         ("/jobs/{job_id}/cancel", Cancel(queue), job),
-        ("/jobs/{job_id}/retry", Retry(queue), job),
+        ("/jobs/{job_id}/retry", Retry(queue, open_jobs), job),
         (
             "/jobs/{job_id}/rejects",
             RejectLines(queue, rejects, Slots(settings.api_max_downloads, 429, "downloads")),

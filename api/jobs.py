@@ -1,13 +1,14 @@
 """Jobs over HTTP: status, lists, details, cancel, retry, rejects."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, Final, cast
 
 import falcon
 
 from api.answers import JobDetail, JobPage, JobStatus, RejectBody, RejectPage
-from api.limits import Slots
+from api.limits import OpenJobsLimit, Slots
 from api.models import JobsQuery, RejectsQuery
 from api.operations import Answer, Scope, operation, query_of
 from api.problems import Problem
@@ -129,7 +130,11 @@ class Cancel:
         summary="Cancel a job; safe to repeat",
         group="jobs",
         scope=Scope.SUBMIT,
-        answers={202: Answer("It is CANCELLED, or about to be", JobStatus)},
+        answers={
+            202: Answer(
+                "It is CANCELLED, or about to be; COMPLETED, if its last lines were already being loaded", JobStatus
+            )
+        },
         errors=(404, 409),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
@@ -141,20 +146,24 @@ class Cancel:
 class Retry:
     """POST /jobs/{jobId}/retry."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, open_jobs: OpenJobsLimit) -> None:
         self._queue = queue
+        self._open_jobs = open_jobs
 
     @operation(
         summary="Rerun the ranges of a job that are not done; safe to repeat",
         group="jobs",
         scope=Scope.SUBMIT,
         answers={202: Answer("It is open again", JobStatus)},
-        errors=(404, 409),
+        errors=(404, 409, 503),
     )
     def on_post(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """202 with the job as it is now."""
+        reopens = self._queue.get(job_id).state in TERMINAL
+        with self._open_jobs.let_in(1) if reopens else nullcontext():
+            job = self._queue.retry(job_id)
         resp.status = 202
-        resp.media = _status_for(req, self._queue.retry(job_id))
+        resp.media = _status_for(req, job)
 
 
 class RejectLines:

@@ -11,7 +11,7 @@ import falcon
 from api.operations import Wait, operation_of
 from api.problems import Problem
 from engine.control.queue import Queue
-from engine.errors import KeyReused, Refused
+from engine.errors import Conflict, KeyReused, Refused
 
 __all__ = ["LEAVE", "OpenJobsLimit", "S3Calls", "Slots", "gone_of"]
 
@@ -80,7 +80,7 @@ class S3Calls:
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        """Take a turn. Raises Problem if S3 does not answer earlier calls, or if no turn comes up in time."""
+        """Take a turn. Raises Problem if earlier calls are not answered, or if no turn comes up in time."""
         operation = operation_of(resource, req.method)
         if operation is None or operation.waits_for_s3 is None:
             return
@@ -88,7 +88,7 @@ class S3Calls:
             now = self._clock()
             slow = sum(now - began > SLOW_SECONDS for began in self._began.values())
         if 2 * slow >= self._most:
-            raise Problem(503, "unavailable", "S3 does not answer earlier calls: send this again later")
+            raise Problem(503, "unavailable", "S3 or MongoDB does not answer earlier calls: send this again later")
         if not self._free.acquire(timeout=TURN_SECONDS):
             what = f"{self._most} calls already wait for S3, which is the limit"
             raise Problem(503, "busy", f"{what}: try again shortly, or raise API_THREADS")
@@ -117,12 +117,13 @@ class OpenJobsLimit:
         self._at = float("-inf")
         self._open = 0
         self._counting = False
-        self._since = 0  # jobs let in since the last count began
+        self._going = 0  # jobs that are being created: a count may miss them
+        self._since = 0  # jobs created since the last count began
         self._lock = threading.Lock()
 
     @contextmanager
     def let_in(self, jobs: int) -> Iterator[None]:
-        """A context in which `jobs` jobs are created. Raises Problem if they would exceed the limit on open jobs."""
+        """A context in which `jobs` jobs are created or reopened. Raises Problem if they would exceed the limit on open jobs."""
         if jobs > self._most:
             raise Problem(
                 422,
@@ -132,21 +133,25 @@ class OpenJobsLimit:
             )
         self._count()
         with self._lock:
-            if self._open + jobs > self._most:
+            if self._open + self._going + jobs > self._most:
                 raise Problem(
                     503,
                     "queue_full",
                     f"{jobs} more would exceed {self._most} open jobs (API_MAX_OPEN_JOBS): submit them when some have "
                     "ended",
                 )
-            self._open += jobs
-            self._since += jobs
+            self._going += jobs
+        created = jobs
         try:
             yield
-        except (Refused, KeyReused):  # after any other error, some may have been created
-            with self._lock:
-                self._open, self._since = max(self._open - jobs, 0), max(self._since - jobs, 0)
+        except (Conflict, KeyReused, Refused):  # after any other error, some may have been created
+            created = 0
             raise
+        finally:
+            with self._lock:
+                self._going -= jobs
+                self._open += created
+                self._since += created
 
     def _count(self) -> None:
         """Count again if that is due. One request counts while the others use the previous count: a database that does

@@ -36,7 +36,7 @@ PAGE: Final = 100
 
 MAX_PAGE_SIZE: Final = 1000
 MAX_KEYS: Final = 1000
-JOB_ID: Final = r"^[0-9a-f]{24}$"
+ID: Final = r"^[0-9a-fA-F]{24}$"
 
 _MAX_COUNT: Final = 2**53 - 1
 _PERCENTAGE: Final = r"^(100(\.0{1,6})?|[0-9]{1,2}(\.[0-9]{1,6})?)%$"
@@ -114,14 +114,16 @@ class ProcessRequest(_Request):
         int | str,
         BeforeValidator(_budget),
         Field(
-            description="Rejects allowed: a count, or a percentage of the lines read so far, from 10,000 lines on",
+            description="Rejects allowed: a count, or a percentage of the lines, which is judged from 10,000 lines on "
+            "and at the end",
             json_schema_extra=_BUDGET_SCHEMA,
         ),
     ] = 1000
     priority: Annotated[_Priority, Field(description="Higher goes first")] = 0
     force: Annotated[StrictBool, Field(description="Load a second copy, with ids of its own")] = False
     if_loaded: Annotated[
-        Literal["load", "skip"], Field(description="skip: complete at once if this is already loaded")
+        Literal["load", "skip"],
+        Field(description="skip: complete at once if this is already loaded; a dry run is never skipped"),
     ] = "load"
     # Not named `validate`, which is a deprecated method of pydantic models.
     dry_run: Annotated[
@@ -202,12 +204,10 @@ _OFFSET: Final = r"^[0-9]{1,18}$"
 
 _BatchId = Annotated[
     str,
-    matching(re.compile(JOB_ID), "the id of a batch has 24 hexadecimal digits"),
-    WithJsonSchema({"type": "string", "pattern": JOB_ID}),
+    matching(re.compile(ID), "the id of a batch has 24 hexadecimal digits"),
+    WithJsonSchema({"type": "string", "pattern": ID}),
 ]
-_JobsCursor = Annotated[
-    str, matching(re.compile(JOB_ID), _CURSOR), WithJsonSchema({"type": "string", "pattern": JOB_ID})
-]
+_JobsCursor = Annotated[str, matching(re.compile(ID), _CURSOR), WithJsonSchema({"type": "string", "pattern": ID})]
 _RejectsCursor = Annotated[
     str, matching(re.compile(_OFFSET), _CURSOR), WithJsonSchema({"type": "string", "pattern": _OFFSET})
 ]

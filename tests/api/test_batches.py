@@ -10,7 +10,7 @@ from engine.control.job_batches import JobBatches
 from engine.control.jobs import Ticket
 from engine.model import JobOptions
 from engine.ports import free_port
-from tests.api.conftest import answers, put
+from tests.api.conftest import answers, process, put
 from tests.running import Running, until
 
 
@@ -34,7 +34,9 @@ def test_a_batch_sums_its_jobs(live):
 def test_a_batch_with_an_object_that_is_not_there_makes_no_job(live):
     before = live.store.jobs.count_documents({})
     answer = live.http.post("/process", json={"fileKeys": [put(live), "nowhere"]})
-    assert (answer.status_code, "nowhere" in answer.json()["detail"]) == (404, True)
+    assert answer.status_code == 404
+    assert "'nowhere'" in answer.json()["detail"]
+    assert answer.json()["detail"].endswith("; no job was created")
     assert live.http.post("/process", json={"prefix": f"{uuid.uuid4().hex}/"}).status_code == 404
     assert live.store.jobs.count_documents({}) == before
 
@@ -144,4 +146,22 @@ def test_no_more_jobs_are_let_in_than_may_be_open_batch_by_batch(live, settings,
     finally:
         for job in live.store.jobs.find({"source.key": {"$in": keys}}, {"_id": 1}):
             live.http.post(f"/jobs/{job['_id']}/cancel")
+        api.end()
+
+
+def test_a_retry_is_let_in_like_a_new_job_unless_the_job_is_open(live, settings, tmp_path):
+    ids = [process(live, put(live), runAt="2099-01-01T00:00:00Z").json()["jobId"] for _ in range(2)]
+    live.http.post(f"/jobs/{ids[0]}/cancel")
+    port = free_port()
+    api = Running("api", live.settings, tmp_path / "api.log", port=port, api_max_open_jobs=1)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            until(lambda: answers(http), what="the API's first answer")
+            refused, open_already = [http.post(f"/jobs/{job_id}/retry") for job_id in ids]
+            assert (refused.status_code, "API_MAX_OPEN_JOBS" in refused.json()["detail"]) == (503, True)
+            assert open_already.status_code == 202
+            assert live.http.post(f"/jobs/{ids[0]}/retry").status_code == 202
+    finally:
+        for job_id in ids:
+            live.http.post(f"/jobs/{job_id}/cancel")
         api.end()

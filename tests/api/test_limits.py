@@ -13,7 +13,7 @@ from api.direct import Complete
 from api.files import Files
 from api.limits import OpenJobsLimit, S3Calls
 from api.problems import Problem
-from engine.errors import KeyReused, Refused, Transient
+from engine.errors import Conflict, KeyReused, Refused, Transient
 
 
 def test_a_count_that_hangs_holds_up_nobody_else():
@@ -62,10 +62,19 @@ def test_what_is_let_in_while_the_queue_is_counted_is_not_forgotten():
         pass
 
 
+def test_jobs_that_are_still_being_created_when_the_queue_is_counted_are_not_forgotten():
+    now = iter(range(0, 1000, 2))  # each call comes after the last count has expired
+    limit = OpenJobsLimit(SimpleNamespace(depth=lambda most: 0), 100, clock=lambda: float(next(now)))
+    with limit.let_in(60), limit.let_in(40), pytest.raises(Problem, match="open jobs"), limit.let_in(1):
+        pass
+    with limit.let_in(100):  # all have been created, and have ended since
+        pass
+
+
 def test_jobs_that_were_refused_take_no_room():
     """After any other error, some of the jobs may have been created."""
     limit = OpenJobsLimit(SimpleNamespace(depth=lambda most: 0), 5, clock=lambda: 0.0)
-    for refusal in (Refused("a view"), KeyReused("another")):
+    for refusal in (Refused("a view"), KeyReused("another"), Conflict("COMPLETED")):
         with pytest.raises(type(refusal)), limit.let_in(5):
             raise refusal
     with pytest.raises(Transient), limit.let_in(5):
@@ -97,7 +106,7 @@ def test_calls_take_turns_at_s3_and_are_refused_where_it_does_not_answer(monkeyp
     end(ask())  # one slow call proves nothing, nor do those that always take long
     held.append(ask())
     now[0] = 12
-    with pytest.raises(Problem, match="S3 does not answer"):
+    with pytest.raises(Problem, match="S3 or MongoDB does not answer"):
         ask()
     end(held[1])
     ask()
