@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import falcon
 import orjson
@@ -127,7 +128,13 @@ def _whole_body(req: falcon.Request) -> bytes:
 
 
 def query_of(req: falcon.Request, model: type[Model]) -> Model:
-    """The request's query, validated. Raises Problem, also for a parameter that is unknown or given twice."""
+    """The request's query, validated. Raises Problem, also for a parameter that is unknown, given twice or not UTF-8."""
+    try:
+        unquote_to_bytes(req.query_string).decode()
+    except UnicodeDecodeError:
+        # Falcon would replace what it cannot decode, and the filter would match nothing.
+        detail = "the query is not UTF-8: send it as percent-encoded UTF-8"
+        raise Problem(422, "invalid_request", detail) from None
     if twice := [name for name, value in req.params.items() if isinstance(value, list)]:
         raise Problem(422, "invalid_request", f"{twice[0][:MAX_SHOWN_NAME]}: send this parameter only once")
     return _checked(model, req.params, "parameter", strict=False)

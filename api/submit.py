@@ -173,7 +173,10 @@ class ProcessMany:
 
     def _sources(self, keys: list[str]) -> list[Source]:
         with ThreadPoolExecutor(min(HEADS_AT_A_TIME, len(keys)), thread_name_prefix="head") as pool:
-            return list(pool.map(self._objects.head, keys))
+            try:
+                return list(pool.map(self._objects.head, keys))
+            except NotFound as error:
+                raise NotFound(f"{error}; no job was created") from None
 
 
 class Batches:

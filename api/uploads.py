@@ -177,6 +177,9 @@ def _check_is_file(part: BodyPart) -> None:
             f"{part.name[:MAX_NAME_LENGTH]!r}: the form takes only a part named `file`: send the options of a job to "
             "POST /process",
         )
+    if part.content_type.lower().startswith("multipart/"):
+        # RFC 7578, 4.3, deprecates this; its headers and boundaries would be stored as lines of the file.
+        raise Problem(400, "two_files", "the part named `file` is itself multipart: send one file per form")
 
 
 def _finish(parts: Iterator[BodyPart]) -> None:

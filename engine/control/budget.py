@@ -31,6 +31,6 @@ def overspent(options: JobOptions, tally: Tally, *, final: bool) -> Failure | No
     return Failure(
         "too_many_errors",
         f"{tally.rejected} of {tally.lines} lines{'' if final else ' read so far'} were rejected, but maxErrors allows "
-        f"{allowed}: see the rejects, fix the file, or submit a new job with a higher maxErrors; what was written "
-        "stays",
+        f"{allowed}: see the rejects, fix the file, or submit a new job with a higher maxErrors"
+        f"{'' if options.validate else '; what was written stays'}",
     )

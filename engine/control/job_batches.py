@@ -110,7 +110,7 @@ class JobBatches:
             found = self._store.batches.find_one({"_id": key}, {"keys": 0})  # megabytes in a large batch
             groups = list(self._store.jobs.aggregate(stages)) if found else []
         if found is None:
-            raise NotFound(f"there is no batch {batch_id}")
+            raise NotFound(f"there is no batch {batch_id}: it was never submitted here, or its history has been pruned")
         return JobBatch(
             str(key),
             found["createdAt"],

@@ -164,7 +164,7 @@ class Objects:
                     self._tell_why(key)
                 # SeaweedFS and others answer 400 to keys that no object can have, such as a/../b.
                 if status_of(error) in (400, 404):
-                    raise NotFound(f"there is no object {key!r} in bucket {self.bucket}") from None
+                    raise NotFound(f"there is no object {key!r} in bucket {self.bucket}: check its key") from None
                 raise
         version = found.get("VersionId", "")
         etag, size = field(found, "ETag", key), field(found, "ContentLength", key)

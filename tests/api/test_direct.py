@@ -157,7 +157,7 @@ def test_credentials_that_cannot_be_had_while_urls_are_signed_are_told(live, mon
     upload = uploads.begin(uuid.uuid4().hex, "signed.ndjson", MIB, None)
     monkeypatch.setattr(live.s3, "generate_presigned_url", Mock(side_effect=error))
     with pytest.raises(told):
-        uploads.urls(upload.id, 1, 1)
+        uploads.urls(upload, 1, 1)
     uploads.abort(upload.id)
 
 

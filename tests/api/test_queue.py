@@ -29,6 +29,12 @@ def test_jobs_are_listed_newest_first_by_pages_and_filters(live, finish):
     assert live.http.get("/jobs", params={"file": key, "status": "FAILED"}).json()["jobs"] == []
 
 
+@pytest.mark.parametrize("path", ["/files?prefix=caf%e9", "/jobs?file=%ff", "/jobs?%ff=x"])
+def test_a_query_that_is_no_utf8_is_not_taken_for_another(live, path):
+    answer = live.http.get(path)
+    assert (answer.status_code, "UTF-8" in answer.json()["detail"]) == (422, True)
+
+
 @pytest.mark.parametrize(
     "query",
     [

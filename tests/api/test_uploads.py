@@ -23,9 +23,9 @@ MIB = 1024 * 1024
 BOUNDARY = b"x9f2c"
 
 
-def form(data, name=b"file", filename=b'filename="a.ndjson"', end=b"--"):
+def form(data, name=b"file", filename=b'filename="a.ndjson"', end=b"--", part_kind=b"text/plain"):
     head = b"--" + BOUNDARY + b'\r\nContent-Disposition: form-data; name="' + name + b'"; ' + filename
-    return head + b"\r\nContent-Type: text/plain\r\n\r\n" + data + b"\r\n--" + BOUNDARY + end + b"\r\n"
+    return head + b"\r\nContent-Type: " + part_kind + b"\r\n\r\n" + data + b"\r\n--" + BOUNDARY + end + b"\r\n"
 
 
 def request(body, length=None, kind=b"multipart/form-data; boundary=" + BOUNDARY):
@@ -190,6 +190,7 @@ def test_a_form_that_was_cut_short_in_transit_is_refused_and_leaves_nothing(live
         (b"{}", b"application/json", 415),
         (form(b"x")[: -len(BOUNDARY) - 6] + form(b"y"), None, 400),
         (b"--" + BOUNDARY + b"\r\n" + b"A: " + b"x" * 20_000 + b"\r\n\r\nx\r\n--" + BOUNDARY + b"--\r\n", None, 400),
+        (form(b"x", part_kind=b"Multipart/Mixed; boundary=inner"), None, 400),  # as curl sends `file=@a,b`
         (b"--" + BOUNDARY + b"\r\nnonsense\r\n\r\nx\r\n--" + BOUNDARY + b"--\r\n", None, 400),
     ],
 )

@@ -31,6 +31,12 @@ def test_a_budget_is_a_count_or_a_share_that_is_judged_exactly(allowed, rejected
     assert (overspent(options, tally, final=True) is not None) is ended
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_only_of_a_load_it_is_said_that_something_was_written(dry):
+    failure = overspent(JobOptions(max_errors=0, validate=dry), Tally(lines=1, rejected=1), final=True)
+    assert ("what was written stays" in failure.message) is not dry
+
+
 def test_a_budget_that_is_spent_says_what_to_do():
     failure = overspent(JobOptions(max_errors=3), Tally(lines=10, rejected=4), final=False)
     assert failure.code == "too_many_errors"
