@@ -59,7 +59,7 @@ class NewDirectUpload:
         upload = self._uploads.begin(str(ULID()), key_for(request.file_name), request.size, request.part_bytes)
         resp.status = 201
         resp.location = f"/uploads/{upload.id}"
-        resp.media = _upload_body(upload, self._uploads.urls(upload.id, 1, URLS_AT_FIRST), ())
+        resp.media = _upload_body(upload, self._uploads.urls(upload, 1, URLS_AT_FIRST), ())
 
 
 class DirectUploadById:
@@ -82,8 +82,8 @@ class DirectUploadById:
         query = query_of(req, PartsQuery)
         upload = self._uploads.get(upload_id)
         resp.cache_control = ["no-store"]
-        urls = self._uploads.urls(upload_id, query.first, query.count)
-        resp.media = _upload_body(upload, urls, self._uploads.parts(upload_id))
+        urls = self._uploads.urls(upload, query.first, query.count)
+        resp.media = _upload_body(upload, urls, self._uploads.parts(upload))
 
     @operation(
         waits_for_s3=Wait.BRIEF,

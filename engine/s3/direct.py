@@ -60,9 +60,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload under way. `size` is that of the whole file in bytes, None if the client did not give it."""
+    """An upload under way. `size` is that of the whole file in bytes, None if the client did not give it; `s3_id` is S3's
+    name for the upload."""
 
     id: str
+    s3_id: str
     key: str
     part_bytes: int
     size: int | None
@@ -133,12 +135,11 @@ class DirectUploads:
         """An upload under way. Raises NotFound."""
         return _upload(self._find(upload_id))
 
-    def urls(self, upload_id: str, first: int, count: int) -> list[tuple[int, str]]:
+    def urls(self, upload: Upload, first: int, count: int) -> list[tuple[int, str]]:
         """Numbers and signed URLs of `count` parts from number `first` on, or fewer if the upload has fewer."""
-        found = self._find(upload_id)
-        last = min(first + count - 1, _upload(found).parts)
-        where = {"Bucket": self._bucket, "Key": found["key"], "UploadId": found["uploadId"]}
-        with s3_translated(f"signing URLs for {found['key']}"):  # signing may refresh the credentials
+        last = min(first + count - 1, upload.parts)
+        where = {"Bucket": self._bucket, "Key": upload.key, "UploadId": upload.s3_id}
+        with s3_translated(f"signing URLs for {upload.key}"):  # signing may refresh the credentials
             return [
                 (
                     number,
@@ -149,20 +150,18 @@ class DirectUploads:
                 for number in range(first, last + 1)
             ]
 
-    def parts(self, upload_id: str) -> list[Part]:
-        """The parts that S3 holds, by number. Raises NotFound.
+    def parts(self, upload: Upload) -> list[Part]:
+        """The parts that S3 holds, by number. Raises NotFound if S3 does not know the upload.
 
         Some servers list a part twice that was sent twice: the one of the right size is returned, or else the latest.
         """
-        found = self._find(upload_id)
-        upload = _upload(found)
         parts: dict[int, tuple[tuple[bool, datetime], Part]] = {}
         marker = 0
-        of = f"the parts of {found['key']}"
-        with reply_translated(of), s3_translated(f"listing {of}"), _known(upload_id):
+        of = f"the parts of {upload.key}"
+        with reply_translated(of), s3_translated(f"listing {of}"), _known(upload.id):
             while True:
                 page: Any = self._client.list_parts(
-                    Bucket=self._bucket, Key=found["key"], UploadId=found["uploadId"], PartNumberMarker=marker
+                    Bucket=self._bucket, Key=upload.key, UploadId=upload.s3_id, PartNumberMarker=marker
                 )
                 for part in page.get("Parts", ()):
                     number, size, etag, modified = (field(part, name, of) for name in _PART_FIELDS)
@@ -189,7 +188,7 @@ class DirectUploads:
         if done := found.get("done"):
             return Source(self._bucket, found["key"], done["etag"], "", done["size"])
         try:
-            self._assemble(found)
+            self._assemble(_upload(found))
         except (NotFound, Conflict):
             # S3 may have completed this upload although its answer, or the record of it, was lost. No other upload has
             # its key, so an object there proves it. Or another request is completing it now: SeaweedFS drops the parts
@@ -210,16 +209,16 @@ class DirectUploads:
             self._uploads.update_one({"_id": found["_id"]}, {"$set": done})
         return source
 
-    def _assemble(self, found: Document) -> None:
+    def _assemble(self, upload: Upload) -> None:
         """Have S3 make the object from the parts. Raises NotFound if S3 no longer knows the upload, Conflict if the
         parts do not make up the file."""
-        upload, parts = _upload(found), self.parts(found["_id"])
+        parts = self.parts(upload)
         _check_parts(upload, parts)
         with s3_translated(f"completing the upload of {upload.key}"), _known(upload.id):
             self._client.complete_multipart_upload(
                 Bucket=self._bucket,
                 Key=upload.key,
-                UploadId=found["uploadId"],
+                UploadId=upload.s3_id,
                 MultipartUpload={"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]},
             )
 
@@ -337,4 +336,4 @@ def _gone(upload_id: str) -> NotFound:
 
 
 def _upload(found: Document) -> Upload:
-    return Upload(found["_id"], found["key"], found["partBytes"], found["size"], found["createdAt"])
+    return Upload(found["_id"], found["uploadId"], found["key"], found["partBytes"], found["size"], found["createdAt"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -12,7 +13,7 @@ from botocore.awsrequest import AWSResponse
 from engine.errors import Transient
 from engine.model import Source
 from engine.s3.client import connect
-from engine.s3.direct import DirectUploads
+from engine.s3.direct import DirectUploads, Upload
 from engine.s3.objects import Objects
 from engine.s3.parts import Parts
 from engine.settings import Settings
@@ -139,6 +140,7 @@ def test_a_clock_that_cannot_be_read_is_told(s3, headers, told):
 
 
 BEGUN = b"<R><UploadId>u</UploadId></R>"
+UPLOAD = Upload("n", "u", "some/key", 5, 4, datetime(2026, 11, 29, tzinfo=UTC))
 
 
 def send(s3):
@@ -180,10 +182,10 @@ def test_of_a_part_that_is_not_whole_it_is_told_what_it_lacks(s3, missing):
     fields = "".join(f"<{name}>{value}</{name}>" for name, value in whole.items() if name != missing)
     s3.answer({}, f"<R><Part>{fields}</Part></R>".encode())
     with pytest.raises(Transient, match=f"answer for the parts of some/key lacks {missing}: check"):
-        direct(s3).parts("n")
+        direct(s3).parts(UPLOAD)
 
 
 def test_parts_whose_times_cannot_be_read_are_told(s3):
     s3.answer({}, b"<R><Part><PartNumber>1</PartNumber><LastModified>yesterday or so</LastModified></Part></R>")
     with pytest.raises(Transient, match=r"answer for the parts of some/key cannot be read .*yesterday or so"):
-        direct(s3).parts("n")
+        direct(s3).parts(UPLOAD)
