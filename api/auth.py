@@ -21,9 +21,12 @@ from engine.errors import SettingsError, StartError
 from engine.ports import addresses, is_loopback
 from engine.settings import Settings
 
-__all__ = ["Guard", "Head", "Token", "draw", "exposure_fault", "tokens_of"]
+__all__ = ["NAME", "Guard", "Head", "Token", "draw", "exposure_fault", "tokens_of"]
 
-_ENTRY: Final = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
+NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""The name of a token."""
+
+_ENTRY: Final = re.compile(rf"({NAME.pattern}):([a-z+]+):([0-9a-f]{{64}})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,14 @@ from api.answers import HealthBody
 from api.operations import Answer, operation
 from api.problems import Problem
 from engine.errors import HeadraceError
+from engine.logs import get_logger
 
 __all__ = ["Health", "Ready"]
 
 PATIENCE_SECONDS: Final = 5.0
 """How long a check may take, from its start. One that has hung for longer is reported at once."""
+
+log = get_logger()
 
 
 class Health:
@@ -75,4 +78,7 @@ def _state_of(future: Future[None]) -> str:
     error = future.exception()
     if error is None:
         return "ok"
-    return str(error) if isinstance(error, HeadraceError) else f"the check failed ({type(error).__name__}): see the log"
+    if isinstance(error, HeadraceError):
+        return str(error)
+    log.error("unexpected error in a readiness check", action="request", exc_info=error)
+    return f"the check failed ({type(error).__name__}): see the log"

@@ -186,7 +186,8 @@ def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...
 
 
 def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Spread]:
-    """Jobs per second, from the engine's start to the last COMPLETED; and the queue's percentage of the workers' time.
+    """Jobs per second, from the engine's start to the last COMPLETED; and the queue's percentage of the workers' time since
+    they were ready.
 
     Every round uploads new objects: objects that were loaded before are planned one at a time.
     """
@@ -200,7 +201,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
         before = totals(rig.store)
         began = time.time()
         with rig.engine() as engine:
-            workers = len(engine.workers())
+            workers, ready = len(engine.workers()), time.time()
             while rig.store.jobs.count_documents({"open": True}, limit=1):
                 engine.alive()
                 time.sleep(0.05)
@@ -209,10 +210,10 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
         if states != {JobState.COMPLETED: files} or documents != files * records:
             raise RuntimeError(f"{files} jobs of {records} lines ended as {states} with {documents} documents")
         [last] = rig.store.jobs.find({"batch": bson.ObjectId(batch.id)}).sort("finishedAt", -1).limit(1)
-        seconds = last["finishedAt"].timestamp() - began
-        rates.append(files / seconds)
+        finished = last["finishedAt"].timestamp()
+        rates.append(files / (finished - began))
         queue = after.get("seconds_queue", 0) - before.get("seconds_queue", 0)
-        shares.append(100 * queue / (workers * seconds))
+        shares.append(100 * queue / (workers * (finished - ready)))
         rig.store.data.drop_collection(name)
     return {"jobs/s": Spread(tuple(rates)), "queue %": Spread(tuple(shares))}
 

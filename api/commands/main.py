@@ -18,7 +18,7 @@ from dotenv import dotenv_values
 from pydantic import SecretStr
 from rich.table import Table
 
-from api.auth import draw
+from api.auth import NAME, draw
 from api.commands.remote import remote
 from api.commands.show import plainly, print_json
 from api.commands.terminal import AsJson, console, settings_of
@@ -127,7 +127,7 @@ def token(
     as_json: AsJson = False,
 ) -> None:
     """Create a token for the API, and its entry for API_TOKENS. The token is shown only once."""
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
+    if not NAME.fullmatch(name):
         raise typer.BadParameter(
             "a token's name has up to 64 letters, digits, dots, dashes and underscores", param_hint="NAME"
         )

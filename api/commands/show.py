@@ -212,10 +212,10 @@ def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
 
 def counted_since(before: Sequence[dict[str, Any]], workers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The workers with their counts since `before`; of a worker that is not in `before`, with all its counts."""
-    earlier = {(worker["host"], worker["pid"]): worker["counts"] for worker in before}
+    earlier = {worker["name"]: worker["counts"] for worker in before}
     now: list[dict[str, Any]] = []
     for worker in workers:
-        then = earlier.get((worker["host"], worker["pid"]), {})
+        then = earlier.get(worker["name"], {})
         now.append(worker | {"counts": {name: value - then.get(name, 0) for name, value in worker["counts"].items()}})
     return now
 

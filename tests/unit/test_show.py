@@ -14,7 +14,7 @@ from engine.logs import printable
 
 def worker(slot, lines, **seconds):
     counts = {"lines": lines} | {f"seconds_{stage}": spent for stage, spent in seconds.items()}
-    return {"host": "h", "pid": 100 + slot, "slot": slot, "counts": counts}
+    return {"name": f"h:1:{slot}", "host": "h", "pid": 100 + slot, "slot": slot, "counts": counts}
 
 
 def shown(workers):
@@ -56,6 +56,13 @@ def test_a_profile_is_of_the_time_between_two_looks():
     told = shown(counted_since(before, now))
     assert told.count("1.00") == 4, told
     assert "10.00" not in told
+
+
+def test_workers_of_containers_that_share_a_host_name_and_a_pid_are_not_taken_for_one():
+    there = {"name": "h:2:0"}
+    before = [worker(0, 100), worker(0, 1) | there]
+    now = counted_since(before, [worker(0, 150), worker(0, 2) | there])
+    assert [each["counts"]["lines"] for each in now] == [50, 1]
 
 
 def test_a_profile_of_several_machines_tells_them_apart():
