@@ -327,8 +327,6 @@ def _wide_at(data: bytes, place: int) -> bool:
     """Whether the run of digits around a place may be an integer that int64 cannot hold."""
     left = data[max(place - _CERTAINLY_WIDE, 0) : place]
     before = left.rstrip(_DIGITS)
-    if not before and len(left) == _CERTAINLY_WIDE:
-        return True
     right = data[place : place + _CERTAINLY_WIDE]
     start, end = place - len(left) + len(before), place + len(right) - len(right.lstrip(_DIGITS))
     if end - start < len(_RUN) or before.endswith(b"."):

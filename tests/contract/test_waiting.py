@@ -226,3 +226,22 @@ def test_a_look_ahead_frees_nothing_and_takes_nothing_in_doubt_or_while_the_queu
     assert chooser.take(ahead=True) == []
     queue.resume()
     assert [run.ahead for run in chooser.take(ahead=True)] == [True]
+
+
+def test_a_job_that_is_cancelled_while_a_range_of_it_is_leased_ends_and_is_not_worked_on(
+    queue, plans, planner, ledger, source, monkeypatch
+):
+    chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
+    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(2), None)])
+    queue.open_ranges(job)
+    lease = ledger.lease
+
+    def leased(*given, **more):
+        found = lease(*given, **more)
+        queue.cancel(job.id)
+        return found
+
+    monkeypatch.setattr(ledger, "lease", leased)
+    assert chooser.take() == []
+    assert ledger.summarize(job.id).leased == 0
+    assert queue.get(job.id).state is JobState.CANCELLED

@@ -158,8 +158,10 @@ def test_if_loaded_skip_completes_at_once_and_force_loads_a_second_copy(store, s
     drain(first.id)
     skipped = submit(b"{}\n{}\n", key="again.ndjson", if_loaded="skip")
     [skipped] = drain(skipped.id)
+    [dry] = drain(submit(b"{}\n{}\n", key="again.ndjson", if_loaded="skip", validate=True).id)
     [forced] = drain(submit(b"{}\n{}\n", key="again.ndjson", force=True).id)
     assert (skipped.already_loaded_by, skipped.progress.tally.lines) == (first.id, 0)
+    assert (dry.already_loaded_by, dry.progress.tally.lines) == (first.id, 2)  # a dry run is never skipped
     assert forced.progress.tally.inserted == 2
     assert store.data["records"].count_documents({}) == 4
 

@@ -28,3 +28,14 @@ def test_batches_hold_the_lines_of_the_file_each_once_at_its_offset(lines, termi
         assert data[batch.offset : batch.end] == batch.data == b"\n".join(lines) + b"\n" * batch.terminated
         at, ordinal = batch.end, ordinal + batch.count
     assert at == len(data)
+
+
+def test_lines_after_an_oversized_one_keep_their_numbers():
+    data = b"a\n" + b"x" * 40 + b"\nb\n"
+    splitter, batcher = Splitter(0, len(data), 10), Batcher(5, 100)
+    batches = [batch for block in splitter.feed(data) for batch in batcher.add(block)] + [*batcher.flush()]
+    assert [(batch.offset, batch.end, batch.ordinal, batch.count) for batch in batches] == [
+        (0, 2, 0, 1),
+        (2, 43, 1, 1),
+        (43, 45, 2, 1),
+    ]

@@ -54,6 +54,7 @@ def test_a_bad_line_is_a_reject_with_its_offset_and_its_neighbours_come_through(
         b'{"a":9223372036854775807}',
         b'{"a":-9223372036854775808}',
         b'{"a":"18446744073709551616"}',
+        b'{"a":"99999999999999999999","b":9223372036854775807,"c":-9223372036854775808}',
         b'{"18446744073709551616":1}',
         b'{"a":18446744073709551616.0}',
         b'{"a":18446744073709551616e0}',
@@ -291,3 +292,42 @@ def test_a_line_that_is_no_utf8_is_told_where():
     line = b'{"caf":"\xc3\xa9","b":"\xe9"}'
     [found] = run(line).rejects
     assert found.detail == "byte 17 of the line, 0xe9: invalid continuation byte"
+
+
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize(
+    ("number", "wide"),
+    [
+        (b"9223372036854775807", False),
+        (b"9223372036854775808", True),
+        (b"-9223372036854775808", False),
+        (b"-9223372036854775809", True),
+        (b"10000000000000000000", True),
+        (b"0.9999999999999999999", False),
+        (b"1" * 18, False),
+        (b"7" * 39, True),
+        (b"7" * 100, True),
+    ],
+)
+def test_a_wide_integer_in_a_large_batch_is_found_wherever_it_stands(number, wide, shift):
+    assert _may_have_wide_digits(b" " * (4096 + shift) + number + b" " * 4096) is wide
+
+
+@pytest.mark.parametrize("format", [Format.NDJSON, Format.TEXT])
+def test_a_carriage_return_is_no_part_of_a_reject_but_at_the_very_end(format):
+    def rejects(terminated):
+        found = run(b"\xff\r", b"{}", b"\xfe\r", format=format, terminated=terminated).rejects
+        return [(r.offset, r.length, r.head) for r in found]
+
+    assert rejects(True) == [(0, 1, b"\xff"), (6, 1, b"\xfe")]
+    assert rejects(False) == [(0, 1, b"\xff"), (6, 2, b"\xfe\r")]
+
+
+def test_of_a_long_bad_line_the_first_64_kib_are_kept():
+    [found] = run(b"{}", b"bad" * 40_000).rejects
+    assert (found.length, found.head) == (120_000, (b"bad" * 40_000)[: 64 * 1024])
+
+
+def test_an_integer_of_any_length_is_told_in_a_few_digits():
+    [found] = run(b'{"a":1' + b"0" * 300 + b"}").rejects
+    assert found.detail == f"the integer 1{'0' * 39}… is outside the range of a signed 64-bit integer"

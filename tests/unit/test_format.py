@@ -24,12 +24,16 @@ TEXT = "".join(f'{{"n": {n}, "name": "Grüße {n}"}}\n' for n in range(50))
         ("a.txt", b'{"a": 1}\n', Format.TEXT),
         ("a.log", b"[2026-11-24] it began\n", Format.TEXT),
         ("a", b'\n \n{"a": 1}\n', Format.NDJSON),
+        ("a", b'\xef\xbb\xbf{"a": 1}\n', Format.NDJSON),
         ("a", b"plain words\n", Format.TEXT),
         ("a.csv", b"a,b\n1,2\n", Format.TEXT),
         ("a", b"", Format.TEXT),
         ("a", b"BZh is how these words begin\n", Format.TEXT),
         ("a", b"BZh9 and these\n", Format.TEXT),
         ("a", b"PK is no archive\n", Format.TEXT),
+        ("a", b"\0\0", Format.TEXT),
+        ("a", b"\0a\0", Format.TEXT),
+        ("a", b"it began\n" * 20 + bytes(4000), Format.TEXT),
         ("a", "Ελληνικά, русский, 日本語\n".encode() * 9, Format.TEXT),
         ("a", b"some\x00NUL\x00bytes\x00between\x00words of eight bits\n" * 9, Format.TEXT),
     ],
@@ -39,7 +43,15 @@ def test_the_extension_decides_and_then_the_first_bytes(key, head, format):
 
 
 @pytest.mark.parametrize("key", ["a.json", "a", "a.dat"])
-@pytest.mark.parametrize(("head", "what"), [(b" [{}]", "array"), (b'{\r\n  "a": 1\r\n}\n', "over many lines")])
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (b" [{}]", "array"),
+        (b"\xef\xbb\xbf[{}]", "array"),
+        (b'{\r\n  "a": 1\r\n}\n', "over many lines"),
+        (b'\xef\xbb\xbf{\n  "a": 1\n}\n', "over many lines"),
+    ],
+)
 def test_json_that_is_no_document_a_line_is_refused(key, head, what):
     with pytest.raises(Refused, match=what):
         decide(Format.AUTO, key, head)

@@ -133,3 +133,37 @@ def test_an_endless_line_is_not_kept():
     assert held <= 64 * 1024
     [told] = splitter.feed(b"\n")
     assert (told.length, told.end) == (100 * 1024 * 1024, 100 * 1024 * 1024 + 1)
+
+
+@pytest.mark.parametrize("step", [1, 7, 30, 1 << 20])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"a", b"x" * 40, b"b"],
+        [b"x" * 11, b"aaa", b"x" * 12],
+        [b"x" * 40, b"a", b"y" * 12, b"b"],
+        [b"x" * 40, b"a", b"b"],
+        [b"a", b"b", b"x" * 40],
+        [b"a", b"x" * 40, b"y" * 50, b"b", b"z" * 60],
+        [b"a", b"x" * 10 + b"\r", b"y" * 11 + b"\r", b"b" * 10, b"c" * 11, b"d\r"],
+    ],
+)
+def test_lines_over_the_limit_and_their_neighbours_come_through_in_one_chunk(lines, step):
+    data = b"".join(line + b"\n" for line in lines)
+    splitter, found = Splitter(0, len(data), 10), []
+    for at in range(0, len(data), step):
+        for block in splitter.feed(data[at : at + step]):
+            if isinstance(block, Oversized):
+                found.append((block.offset, block.length, block.head, block.end))
+                continue
+            start = block.start
+            for end in block.ends.tolist():
+                found.append((block.offset + start - block.start, block.data[start:end]))
+                start = end + 1
+    expected, offset = [], 0
+    for line in lines:
+        length = len(line.removesuffix(b"\r"))
+        end = offset + len(line) + 1
+        expected.append((offset, line) if length <= 10 else (offset, length, line[:length], end))
+        offset = end
+    assert found == expected

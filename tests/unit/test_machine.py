@@ -15,7 +15,10 @@ from engine.machine import cores, memory
         ("0::/", {"": "150000 100000"}, 2),
         ("0::/", {"": "10000 100000"}, 1),
         ("0::/a/b", {"": "max 100000", "a": "300000 100000", "a/b": "800000 100000"}, 3),
+        ("0::/a/b", {"": "max 100000", "a": "800000 100000", "a/b": "300000 100000"}, 3),
+        ("0::/a/b", {"a": "300000 100000"}, 3),
         ("0::/a/b", {"a/b": "800000 100000"}, 8),
+        ("0::/", {"": "9900000 100000"}, 64),
         ("0::/", {"": "more than this knows"}, 64),
         ("0::/", {}, 64),
         ("3:cpu:/a", {"a": "200000 100000"}, 64),
@@ -31,7 +34,7 @@ def test_a_container_has_as_many_cores_as_its_quota_allows(monkeypatch, tmp_path
     assert cores(tmp_path) == found
 
 
-@pytest.mark.parametrize(("quota", "found"), [(-1, 64), (150_000, 2), (100_000, 1)])
+@pytest.mark.parametrize(("quota", "found"), [(-1, 64), (150_000, 2), (100_000, 1), (9_900_000, 64)])
 def test_a_container_of_an_older_host_has_as_many_cores_as_its_quota_allows(monkeypatch, tmp_path, quota, found):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     (tmp_path / "proc/self").mkdir(parents=True)

@@ -16,6 +16,7 @@ from engine.s3.client import connect
 from engine.s3.direct import DirectUploads, Upload
 from engine.s3.objects import Objects
 from engine.s3.parts import Parts
+from engine.s3.replies import field
 from engine.settings import Settings
 
 WHOLE = {
@@ -183,6 +184,13 @@ def test_of_a_part_that_is_not_whole_it_is_told_what_it_lacks(s3, missing):
     s3.answer({}, f"<R><Part>{fields}</Part></R>".encode())
     with pytest.raises(Transient, match=f"answer for the parts of some/key lacks {missing}: check"):
         direct(s3).parts(UPLOAD)
+
+
+@pytest.mark.parametrize("value", [None, "", -1])
+def test_a_field_that_is_missing_empty_or_negative_is_told(value):
+    with pytest.raises(Transient, match="check the S3 server"):
+        field({"UploadId": value}, "UploadId", "some/key")
+    assert field({"ContentLength": 0}, "ContentLength", "some/key") == 0
 
 
 def test_parts_whose_times_cannot_be_read_are_told(s3):

@@ -14,6 +14,9 @@ from engine.settings import Settings, load
         ("1 MiB", 2**20),
         ("1.5GB", 1_500_000_000),
         ("2g", 2 * 10**9),
+        ("66kB", 66_000),
+        ("64MB", 64_000_000),
+        ("1t", 10**12),
         ("1TiB", 2**40),
     ],
 )
@@ -28,6 +31,18 @@ def test_the_environment_wins_over_the_file_and_an_empty_value_counts_as_unset(m
     monkeypatch.setenv("PORT", "")
     settings, _ = load()
     assert (settings.engine_workers, settings.port, settings.aws_region) == (5, 4000, "eu-north-1")
+
+
+@pytest.mark.parametrize(("workers", "writers"), [(1, 4), (32, 4), (33, 3), (64, 2), (1024, 2)])
+def test_many_workers_have_fewer_writers_each(workers, writers):
+    assert Settings(engine_workers=workers).engine_writers == writers
+
+
+def test_a_file_of_settings_that_cannot_be_opened_stops_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").mkdir()
+    with pytest.raises(SettingsError, match=r"^\.env cannot be read"):
+        load()
 
 
 def test_a_level_may_be_written_as_elsewhere(monkeypatch):
@@ -149,6 +164,7 @@ def test_a_value_that_can_never_work_is_refused_by_its_name(monkeypatch, name, v
         ("mongodb+srv://me:pass%2Cword%23@cluster.example/shop", "shop"),
         ("mongodb+srv://me:p@cluster.example/shop?srvMaxHosts=2&srvServiceName=db", "shop"),
         ("mongodb+srv://me:p@cluster.example/shop?srvMaxHosts=2&tls=true", "shop"),
+        ("mongodb+srv://me:p@cluster.example/shop?tls=true&srvMaxHosts=2", "shop"),
         ("mongodb://me:a%2Fb%40c@one.example,two.example:27018/shop?replicaSet=rs0", "shop"),
         ("mongodb://[::1]:27017/shop", "shop"),
         ("mongodb://%2Ftmp%2Fmongodb-27017.sock/shop", "shop"),
@@ -157,6 +173,11 @@ def test_a_value_that_can_never_work_is_refused_by_its_name(monkeypatch, name, v
 def test_every_way_of_writing_a_uri_is_read_as_the_driver_reads_it(monkeypatch, uri, database):
     monkeypatch.setenv("MONGO_URI", uri)
     assert load()[0].data_db() == database
+
+
+def test_the_name_of_a_database_may_have_63_bytes(monkeypatch):
+    monkeypatch.setenv("ENGINE_CONTROL_DB", "x" * 63)
+    assert load()[0].engine_control_db == "x" * 63
 
 
 def test_a_password_is_a_secret_in_each_way_of_writing_it(monkeypatch):

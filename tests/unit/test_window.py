@@ -32,3 +32,11 @@ def test_it_follows_what_becomes_slow_and_quick_again():
             window.fit(waited, 0.020)
         sizes.append(window.size)
     assert sizes == [8, 4, 8]
+
+
+def test_one_slow_batch_among_many_changes_little():
+    window = Window(4)
+    for _ in range(200):
+        window.fit(0.025, 0.020)
+    window.fit(0.4, 0.020)
+    assert window.size > 4
