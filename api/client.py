@@ -7,7 +7,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 from urllib.parse import quote
 
 import certifi
@@ -151,6 +151,20 @@ def why_not_reached(error: httpx.HTTPError) -> str:
     return f"({type(error).__name__}{f': {said}' if said else ''})"
 
 
+class _Counted:
+    """A file that tells how much of it was read, as far as httpx needs one."""
+
+    def __init__(self, content: IO[bytes], count: Callable[[int], None]) -> None:
+        self._content = content
+        self._count = count
+        self.fileno = content.fileno  # httpx learns the size by it
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._content.read(size)
+        self._count(len(data))
+        return data
+
+
 class Client:
     """A client of the HTTP API at `url`; thread-safe. Calls that fail raise CallFailed with a sentence."""
 
@@ -177,10 +191,6 @@ class Client:
         """Close the connections. A command that is about to exit need not."""
         self._http.close()
 
-    def ready(self) -> bool:
-        """Whether the API, MongoDB and S3 answer."""
-        return self.not_ready() is None
-
     def not_ready(self) -> str | None:
         """Which of the API, MongoDB and S3 does not answer, as a sentence; None if all do."""
         try:
@@ -193,8 +203,9 @@ class Client:
         """Upload a file through the API; returns its key. Raises CommandError if it is unreadable or changes."""
         return str(self.stored(file)["fileKey"])
 
-    def stored(self, file: Path) -> dict[str, Any]:
-        """Upload a file through the API; returns its answer, with `fileKey`, `size` and `etag`.
+    def stored(self, file: Path, sent: Callable[[int], None] = lambda number: None) -> dict[str, Any]:
+        """Upload a file through the API; returns its answer, with `fileKey`, `size` and `etag`. `sent` is called with the
+        number of bytes that were sent since the last call.
 
         Raises CommandError if the file cannot be read, or changes meanwhile.
         """
@@ -202,7 +213,8 @@ class Client:
         with file.open("rb") as content:
             version = version_of(content)
             try:
-                answer = self.ask("POST", "/upload", timeout=SLOW, files={"file": (utf8_name(file.name), content)})
+                form = {"file": (utf8_name(file.name), cast("IO[bytes]", _Counted(content, sent)))}
+                answer = self.ask("POST", "/upload", timeout=SLOW, files=form)
             except HeadraceError:
                 if version_of(content) != version:
                     raise CommandError(f"{file.name} {CHANGED}") from None

@@ -268,7 +268,7 @@ class Rig:
         client = Client(f"http://127.0.0.1:{port}")
         try:
             end = time.monotonic() + 30
-            while not client.ready():
+            while client.not_ready():
                 if time.monotonic() > end or process.poll() is not None:
                     raise RuntimeError(f"the API did not start: {(self.folder / 'api.log').read_text()[-500:]}")
                 time.sleep(0.05)

@@ -4,9 +4,12 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +20,7 @@ from rich.progress import TaskID
 from api.client import AWAY, CallFailed, Client, is_stream, path_of, utf8_name
 from api.commands.show import Bars, bars, plainly
 from api.commands.terminal import EXIT_INTERRUPTED
-from api.commands.transfer import Note, Transfer, forget_old
+from api.commands.transfer import Note, Transfer, alone, forget_old, why_not_kept
 from engine.errors import CommandError, HeadraceError
 from engine.logs import get_logger, mask
 from engine.model import TERMINAL, JobState
@@ -25,6 +28,11 @@ from engine.model import TERMINAL, JobState
 __all__ = ["STDIN", "Loaded", "Loader"]
 
 FILES_AT_A_TIME: Final = 4
+"""Files that are sent at a time, and jobs that are watched at a time."""
+
+RATE_SAMPLES: Final = 16
+"""The rate of an upload is that of its latest parts, this many."""
+
 STDIN: Final = "-"
 
 LOOK_SECONDS: Final = 0.1
@@ -49,6 +57,7 @@ class Loaded:
     """Whether an object that an earlier command uploaded is used for it."""
     earlier: bool = False
     """Whether an earlier command made its job, which has COMPLETED."""
+    watching: "Future[None] | None" = None
     by_hand: str = ""
     """How to create a stream's job by hand; set once its end is trusted. An interrupt then does not undo the upload."""
 
@@ -58,20 +67,21 @@ class Loaded:
 
     def advice(self) -> str:
         """What is left of it after an interrupt, and what to do about that."""
+        noted = self.note is not None and self.note.kept
         if self.job_id is not None:
             return f"its job goes on: watch it with `headrace status {self.job_id} --wait`"
         if self.by_hand and self.error is not None:
             return str(self.error)
-        if self.key is not None and self.note is None:
+        if self.key is not None and not noted:
             return (
                 f"it is stored as {self.key}, but its job may or may not exist: look for it with "
                 f"`headrace jobs --file {self.key}`"
             )
         if self.by_hand:
             return f"its job may or may not exist: look for it with `headrace jobs`; if there is none, {self.by_hand}"
-        if self.note is not None and (self.key is not None or self.file.startswith("s3://")):
+        if noted and (self.key is not None or self.file.startswith("s3://")):
             return "its job may or may not exist: run the same command again, which creates no second one"
-        if self.note is not None:
+        if noted:
             return "its upload was interrupted: run the same command again to resume it"
         if self.file == STDIN:
             return "it was interrupted, and nothing of it is kept: send it again from the beginning"
@@ -82,7 +92,25 @@ class Loaded:
         if self.status is not None and self.error is None:
             return {"file": utf8_name(self.file), **self.status}
         known = {"file": utf8_name(self.file), "jobId": self.job_id, "fileKey": self.key}
-        return known | ({"error": {"code": self.error.code, "message": mask(str(self.error))}} if self.error else {})
+        if self.error is None:
+            return known
+        return known | {"error": {"code": self.error.code, "message": utf8_name(mask(str(self.error)))}}
+
+
+class _Meter:
+    """Counts bytes that threads send, and how fast. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._samples = deque([(time.monotonic(), 0)], maxlen=RATE_SAMPLES)
+
+    def add(self, number: int) -> tuple[int, float]:
+        """Count `number` more bytes; returns all bytes so far, and the bytes per second of the latest parts."""
+        with self._lock:
+            now, count = time.monotonic(), self._samples[-1][1] + number
+            since, before = self._samples[0]
+            self._samples.append((now, count))
+            return count, (count - before) / max(now - since, 0.001)
 
 
 class Loader:
@@ -94,24 +122,33 @@ class Loader:
         self._wait = wait
         self._through_api = through_api
         self._transfer = Transfer(client)
+        self._watchers = ThreadPoolExecutor(FILES_AT_A_TIME, thread_name_prefix="watch")
 
     def run(self, files: list[str]) -> list[Loaded]:
         """Load the files; returns what became of each. One failure does not stop the others; an interrupt exits."""
         forget_old()
+        if files != [STDIN] and (fault := why_not_kept()):
+            plainly(f"{fault}: an interrupted upload will not be resumed, and a repeat will load a second copy")
         console = Console(highlight=False, emoji=False, stderr=True)
         pool = ThreadPoolExecutor(min(FILES_AT_A_TIME, len(files)), thread_name_prefix="file")
         loads = [Loaded(file) for file in files]
         try:
-            with bars(console) as shown:
+            with bars(console, watched=self._wait) as shown:
                 for future in [pool.submit(self._one, load, shown) for load in loads]:
-                    # In short waits: an interrupt that the kernel delivers to another thread does not end a long one.
-                    while not wait([future], timeout=LOOK_SECONDS).done:
-                        pass
-                    future.result()
+                    _await(future)
+                for load in loads:
+                    if load.watching is not None:
+                        _await(load.watching)
         except KeyboardInterrupt:
             self._interrupted(loads)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for each in (pool, self._watchers):
+                each.shutdown(wait=False, cancel_futures=True)
+        if all(load.error is None for load in loads):
+            # Otherwise the same command is run again, and must not load again what has gone well.
+            for load in loads:
+                if load.note is not None:
+                    load.note.done()
         return loads
 
     def _interrupted(self, loads: list[Loaded]) -> None:
@@ -134,37 +171,51 @@ class Loader:
         os._exit(EXIT_INTERRUPTED)  # threads in the middle of a request would keep the process alive
 
     def _one(self, load: Loaded, shown: Bars) -> None:
+        """Upload a file, submit its job, and have it watched."""
         task = shown.add("standard input" if load.file == STDIN else Path(load.file).name)
-        try:
-            load.key = self._stored(load, shown, task)
-            try:
-                load.job_id = self._submit(load, load.key)
-            except CallFailed as error:
-                if load.note is None:
-                    # A stream cannot be sent again.
-                    look = f"if `headrace jobs --file {load.key}` shows no job, " if error.status in AWAY else ""
-                    advice = f"the file is stored: {look}{self._again(load.key)} with the same options submits it"
-                    raise CommandError(f"{error}; {advice}") from None
-                if error.status != 404 or not load.reused:
-                    raise
-                # The object is gone, which a token without the scope `read` could not notice before.
-                load.note.forget()
+        with _told_of(load):
+            with self._alone(load):
                 load.key = self._stored(load, shown, task)
-                load.job_id = self._submit(load, load.key)
+                load.job_id = self._submitted(load, load.key, shown, task)
             if self._wait:
-                for status in self._client.states(load.job_id):
-                    load.status = status
-                    shown.processed(task, status)
-            if load.note is not None:
-                load.note.done()
-        except HeadraceError as error:
-            load.error = error
-        except OSError as error:
-            load.error = CommandError(f"it cannot be read: {error.strerror}")
-        except Exception as error:  # noqa: BLE001 (reported, with the file's name)
-            # An unexpected error must not affect the other files.
-            get_logger().debug("a load failed", action="command", exc_info=error)
-            load.error = CommandError(f"something unexpected happened ({type(error).__name__}: {error})")
+                # In other threads: the next file is sent however long this job takes.
+                load.watching = self._watchers.submit(self._watch, load, load.job_id, shown, task)
+                return
+        shown.ended(task)
+
+    def _watch(self, load: Loaded, job_id: str, shown: Bars, task: TaskID) -> None:
+        with _told_of(load):
+            for status in self._client.states(job_id):
+                load.status = status
+                shown.processed(task, status)
+        shown.ended(task)
+
+    def _alone(self, load: Loaded) -> AbstractContextManager[None]:
+        """A context in which no other command uploads this file or submits its job; streams need none."""
+        name = load.file
+        if not name.startswith("s3://"):
+            if name == STDIN or is_stream(Path(name)):
+                return nullcontext()
+            name = str(Path(name).resolve())
+        what = "another `headrace load` is at work on it: waiting until its job is submitted"
+        return alone(self._client.url, name, lambda: plainly(f"{load.file}: {what}"))
+
+    def _submitted(self, load: Loaded, key: str, shown: Bars, task: TaskID) -> str:
+        """Submit the job of an uploaded file; returns its id. Sends the file again if its object is gone."""
+        try:
+            return self._submit(load, key)
+        except CallFailed as error:
+            if load.note is None:
+                # A stream cannot be sent again.
+                look = f"if `headrace jobs --file {key}` shows no job, " if error.status in AWAY else ""
+                advice = f"the file is stored: {look}{self._again(key)} with the same options submits it"
+                raise CommandError(f"{error}; {advice}") from None
+            if error.status != 404 or not load.reused:
+                raise
+        # The object is gone, which a token without the scope `read` could not notice before.
+        load.note.forget()
+        load.key = self._stored(load, shown, task)
+        return self._submit(load, load.key)
 
     def _submit(self, load: Loaded, key: str) -> str:
         if load.note is None:
@@ -194,12 +245,11 @@ class Loader:
             return self._object(load)
         path = None if load.file == STDIN else Path(load.file)
         size = None if path is None or is_stream(path) else path.stat().st_size
-        began, count = time.monotonic(), 0
+        meter = _Meter()
 
         def sent(number: int) -> None:
-            nonlocal count
-            count += number
-            shown.uploaded(task, count, size, count / max(time.monotonic() - began, 0.001))
+            count, rate = meter.add(number)
+            shown.uploaded(task, count, size, rate)
 
         if path is None or size is None:
             return self._stream(load, path, sent)
@@ -243,20 +293,42 @@ class Loader:
         key = self._transfer.there(note, size)
         reused = key is not None
         if key is None and self._through_api:
-            key = note.stored(self._uploaded(path))
+            key = note.stored(self._uploaded(path, sent))
         elif key is None:
             load.note = note  # from its first part on it can be resumed
             key = self._transfer.file(path, note, sent)
         load.note = note
         return key, reused
 
-    def _uploaded(self, path: Path) -> dict[str, Any]:
+    def _uploaded(self, path: Path, sent: Callable[[int], None]) -> dict[str, Any]:
         """Upload a file through the API; returns its answer. Raises CommandError if the file is too large for that."""
         try:
-            return self._client.stored(path)
+            return self._client.stored(path, sent)
         except CallFailed as error:
             if error.status != 413:
                 raise
             raise CommandError(
                 "it is larger than API_MAX_UPLOAD_BYTES allows through the API: leave out --through-api"
             ) from None
+
+
+def _await(future: "Future[None]") -> None:
+    """Wait for the end of a thread's work; raises what it raised."""
+    # In short waits: an interrupt that the kernel delivers to another thread does not end a long one.
+    while not wait([future], timeout=LOOK_SECONDS).done:
+        pass
+    future.result()
+
+
+@contextmanager
+def _told_of(load: Loaded) -> Iterator[None]:
+    """A context whose errors become the load's error, so that they do not affect the other files."""
+    try:
+        yield
+    except HeadraceError as error:
+        load.error = error
+    except OSError as error:
+        load.error = CommandError(f"it cannot be read: {error.strerror}")
+    except Exception as error:  # noqa: BLE001 (reported, with the file's name)
+        get_logger().debug("a load failed", action="command", exc_info=error)
+        load.error = CommandError(f"something unexpected happened ({type(error).__name__}: {error})")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from api.commands.show import (
     watch,
     workers_table,
 )
-from api.commands.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, settings_of
+from api.commands.terminal import EXIT_INTERRUPTED, EXIT_OF, AsJson, console, is_live, settings_of
 from api.models import ProcessRequest
 from engine.control.admission import check_collection_name
 from engine.control.stats import REPORT_SECONDS
@@ -97,6 +98,7 @@ def load(
     _check_options(options)
     _check_files(files, through_api=through_api)
     client = _client(url)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise what was sent of a stream would stay in S3
     client.ask("GET", "/healthz")  # fails at once without an API; one that goes away later is waited for
     loads = Loader(client, options, wait=wait, through_api=through_api).run(files)
     if as_json:
@@ -176,7 +178,7 @@ def jobs(
         screen = console()
         screen.print(jobs_table(page["jobs"], screen.width))
         if page["next"]:
-            print(f"headrace: there are more: add --cursor {page['next']}", file=sys.stderr)
+            plainly(f"there are more: add --cursor {page['next']}")
 
 
 @remote.command(name="status")
@@ -193,7 +195,7 @@ def show_status(
         try:
             watch(client, job_id, Console(highlight=False, emoji=False, stderr=True))
         except KeyboardInterrupt:
-            print(f"headrace: the job goes on: see `headrace status {job_id} --wait`", file=sys.stderr)
+            plainly(f"the job goes on: see `headrace status {job_id} --wait`")
             raise typer.Exit(EXIT_INTERRUPTED) from None
     job = client.ask("GET", f"/jobs/{quote(job_id, safe='')}")
     if as_json:
@@ -273,7 +275,7 @@ def rejects(
     console().print(table)
     if page["next"]:
         more = f"--cursor {page['next']}, or save all raw lines with --out FILE"
-        print(f"headrace: there are more: add {more}", file=sys.stderr)
+        plainly(f"there are more: add {more}")
 
 
 def _save(out: Path, pieces: Iterable[bytes]) -> int:
@@ -333,7 +335,7 @@ def top(
         print_json(client.ask("GET", "/workers"))
         return
     screen = console()
-    if once or not screen.is_terminal:
+    if once or not is_live(screen):
         workers = client.ask("GET", "/workers")["workers"]
         if workers:
             screen.print(workers_table(workers))
@@ -343,7 +345,7 @@ def top(
     try:
         with Live(console=screen, auto_refresh=False) as live:
             while True:
-                workers = client.ask("GET", "/workers")["workers"]
+                workers = client.insist("GET", "/workers")["workers"]  # outlasts a restart of the API
                 live.update(workers_table(workers) if workers else NO_WORKER, refresh=True)
                 time.sleep(TOP_SECONDS)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import orjson
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from api.client import Client
+from api.commands.terminal import is_live
 from engine.control.stats import STAGES
 from engine.logs import mask, printable, printable_lines
 from engine.model import TERMINAL
@@ -41,7 +42,8 @@ WIDE_COLUMNS: Final = 110
 
 def plainly(text: str) -> None:
     """Print a message for a person on standard error, without secrets or control characters."""
-    print(printable_lines(f"headrace: {mask(text)}"), file=sys.stderr)
+    with suppress(OSError):  # nobody reads it any more, which must not end the work
+        print(printable_lines(f"headrace: {mask(text)}"), file=sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -56,9 +58,10 @@ def print_json(value: object) -> None:
 class Bars:
     """One progress bar for each file, through its upload and its job; lines where there is no terminal."""
 
-    def __init__(self, progress: Progress, console: Console) -> None:
+    def __init__(self, progress: Progress, console: Console, *, watched: bool) -> None:
         self._progress = progress
         self._console = console
+        self._watched = watched
         self._printed_at: dict[TaskID, float] = {}
         self._uploading: set[TaskID] = set()
 
@@ -97,19 +100,26 @@ class Bars:
     def _show(
         self, task: TaskID, state: str, share: float | None, text: str, left: float | None, *, last: bool
     ) -> None:
-        # One bar from start to end: if the file is uploaded first, the upload is one half and the job the other.
+        # One bar from start to end: if the file is uploaded first, the upload is one half and its job, if it is watched,
+        # the other.
         whole = share or 0
-        if task in self._uploading:
+        if task in self._uploading and self._watched:
             whole = whole / 2 if state in ("uploading", "uploaded") else 50 + whole / 2
         if left is not None and not last:
             text += f"  {_span(left)} left"
         self._progress.update(task, state=state, completed=whole, text=text)
         now = time.monotonic()
-        if not self._console.is_terminal and (last or now - self._printed_at.get(task, 0) >= LINE_SECONDS):
+        if not is_live(self._console) and (last or now - self._printed_at.get(task, 0) >= LINE_SECONDS):
             self._printed_at[task] = now
             name = self._progress.tasks[task].description
             percent = f"{share:>5.1f} %" if share is not None else "      "
-            self._console.print(f"{name}  {state:<10} {percent}  {text}", markup=False, soft_wrap=True)
+            with suppress(OSError):  # nobody reads it any more, or its disk is full
+                print(f"{name}  {state:<10} {percent}  {text}", file=self._console.file, flush=True)
+
+    def ended(self, task: TaskID) -> None:
+        """Nothing more will happen to a file: its bar makes room for others, if there are more than rows."""
+        if len(self._progress.tasks) >= self._console.height:
+            self._progress.update(task, visible=False)
 
 
 def _span(seconds: float) -> str:
@@ -120,16 +130,16 @@ def _span(seconds: float) -> str:
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[Bars]:
-    """A context that shows bars on a console."""
+def bars(console: Console, *, watched: bool = True) -> Iterator[Bars]:
+    """A context that shows bars on a console. `watched`: they also show the jobs of the files."""
     columns = (
         TextColumn("{task.description}", markup=False),
         TextColumn("{task.fields[state]:<10}"),
         BarColumn(),
         TextColumn("{task.percentage:>5.1f} %  {task.fields[text]}", markup=False),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Bars(progress, console)
+    with Progress(*columns, console=console, disable=not is_live(console)) as progress:
+        yield Bars(progress, console, watched=watched)
 
 
 def watch(client: Client, job_id: str, console: Console, name: str = "job", **how: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from engine.logs import configure, get_logger
 from engine.settings import Settings
 from engine.settings import load as load_settings
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_OF", "AsJson", "console", "settings_of"]
+__all__ = ["EXIT_INTERRUPTED", "EXIT_OF", "AsJson", "console", "is_live", "settings_of"]
 
 WIDE: Final = 240
 """Columns of a table that is not printed on a terminal."""
@@ -46,3 +46,8 @@ def console() -> Console:
     """A console for tables on standard output; `WIDE`, so that nothing is cut, if no terminal sets the width."""
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
     return Console(highlight=False, markup=False, emoji=False, width=wide)
+
+
+def is_live(console: Console) -> bool:
+    """Whether what was shown can be replaced. Unlike `console.is_terminal`, FORCE_COLOR does not change it."""
+    return console.file.isatty() and not console.is_dumb_terminal

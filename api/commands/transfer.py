@@ -4,17 +4,19 @@ The progress of each file is noted in the user's state folder: the same command 
 loads the object that is already in S3 if the file has not changed since.
 """
 
+import fcntl
 import hashlib
 import io
 import os
 import re
 import secrets
 import select
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import quote
@@ -36,7 +38,7 @@ from api.client import (
 )
 from engine.errors import CommandError, HeadraceError
 
-__all__ = ["Note", "Transfer", "forget_old"]
+__all__ = ["Note", "Transfer", "alone", "forget_old", "why_not_kept"]
 
 PARALLEL: Final = 4
 """Parts in flight at a time, of all files together."""
@@ -69,6 +71,10 @@ KEEP_SECONDS: Final = 30 * 24 * 3600.0
 
 STOPPED: Final = "sending was stopped"
 
+UNSIZED: Final = (
+    "it does not have the size that the system says, as in /proc: pipe it, as in `cat FILE | headrace load -`"
+)
+
 LAST_PARTS_SECONDS: Final = 2.0
 """How long a stop waits for parts of streams in flight: one that arrives after its upload was aborted would stay in S3,
 known to nobody."""
@@ -90,12 +96,55 @@ def _folder() -> Path:
     return given / "headrace" / "loads"
 
 
+def _place(url: str, name: str) -> Path:
+    """Where the note of a file, by its full path or its s3:// URL, for the API at `url` is kept."""
+    return _folder() / hashlib.sha256(f"{url}\n".encode() + os.fsencode(name)).hexdigest()
+
+
+def why_not_kept() -> str | None:
+    """Why no notes can be kept; None if they can."""
+    folder = _folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b".")
+    except OSError as error:
+        return f"{folder} cannot be written to ({error.strerror})"
+    return None
+
+
 def forget_old() -> None:
     """Delete the notes of files that have not been loaded for `KEEP_SECONDS`."""
     with suppress(OSError):
         for note in _folder().iterdir():
-            if time.time() - note.stat().st_mtime > KEEP_SECONDS:
-                note.unlink(missing_ok=True)
+            with suppress(OSError):
+                if time.time() - note.stat().st_mtime > KEEP_SECONDS:
+                    note.unlink()
+
+
+@contextmanager
+def alone(url: str, name: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """A context that only one process at a time enters for a file: two that sent it at once would load two copies.
+
+    `waiting` is called if another process is in it. Where nothing can be kept, nobody waits.
+    """
+    lock: IO[bytes] | None = None
+    with suppress(OSError):
+        place = _place(url, name).with_suffix(".lock")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = place.open("wb")
+    if lock is None:
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # this file system has no locks
+        yield
 
 
 class Note:
@@ -109,12 +158,14 @@ class Note:
     """
 
     def __init__(self, url: str, name: str, stamp: list[Any]) -> None:
-        self._file = _folder() / hashlib.sha256(f"{url}\n".encode() + os.fsencode(name)).hexdigest()
+        self._file = _place(url, name)
+        self.kept = False
+        """Whether what is noted was written, so that the next command will know it."""
         self._state: dict[str, Any] = {"stamp": stamp, "ticket": secrets.token_hex(16)}
         with suppress(OSError, ValueError, TypeError, KeyError):
             known = orjson.loads(self._file.read_bytes())
             if known["stamp"] == stamp and isinstance(known["ticket"], str):
-                self._state = known
+                self._state, self.kept = known, True
 
     def get(self, name: str) -> str | None:
         """A noted value; None if there is none."""
@@ -124,9 +175,13 @@ class Note:
     def put(self, **known: str) -> None:
         """Note these values. If they cannot be written, the load merely cannot be resumed."""
         self._state |= known
+        self.kept = False
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_bytes(orjson.dumps(self._state))
+            part = self._file.with_suffix(".part")
+            part.write_bytes(orjson.dumps(self._state))
+            part.replace(self._file)  # a disk that fills up must not cost what was noted before
+            self.kept = True
 
     def stored(self, made: dict[str, Any]) -> str:
         """Note the key and ETag of the file's object from the API's answer; returns the key."""
@@ -196,7 +251,20 @@ class Transfer:
             state = self._client.insist("POST", "/uploads", json={"fileName": utf8_name(name), "size": size})
             note.put(uploadId=state["uploadId"])
         there = {part["partNumber"]: part for part in state["stored"]}
-        self._send(state, there, lambda number: _part(content, number, state["partBytes"], size), sent)
+
+        def read(number: int) -> bytes:
+            start = (number - 1) * state["partBytes"]
+            content.seek(start)
+            data = content.read(min(state["partBytes"], size - start))  # the file may have grown since
+            if version_of(content) != version:
+                return b""  # it is of no use any more, as is told below
+            if len(data) != min(state["partBytes"], size - start):
+                raise CommandError(UNSIZED)
+            return data
+
+        if not size and content.read(1):
+            raise CommandError(UNSIZED)
+        self._send(state, there, read, sent)
         if version_of(content) != version:
             # Lines would be torn where parts of two versions meet.
             self._free(state)
@@ -279,28 +347,27 @@ class Transfer:
         """The upload of this very file that an earlier command began, if it is still under way."""
         if (upload_id := note.get("uploadId")) is None:
             return None
-        try:
-            return self._client.insist("GET", f"/uploads/{quote(upload_id, safe='')}", params={"count": URLS})
-        except CallFailed as error:
-            if error.status != 404:
-                raise
-        return None
+        return self._unless_gone("GET", f"/uploads/{quote(upload_id, safe='')}", params={"count": URLS})
 
     def _completed(self, note: Note, size: int) -> dict[str, Any] | None:
         """The object of this very file, if its upload was completed but the answer was lost."""
         if (upload_id := note.get("uploadId")) is None:
             return None
+        answer = self._unless_gone("POST", f"/uploads/{quote(upload_id, safe='')}/complete", timeout=SLOW)
+        return answer if answer is not None and answer["size"] == size else None
+
+    def _unless_gone(self, method: str, path: str, **more: Any) -> dict[str, Any] | None:
+        """The answer of the API; None if it is 404."""
         try:
-            answer = self._client.insist("POST", f"/uploads/{quote(upload_id, safe='')}/complete", timeout=SLOW)
+            return self._client.insist(method, path, **more)
         except CallFailed as error:
             if error.status != 404:
                 raise
-            return None
-        return answer if answer["size"] == size else None
+        return None
 
     def _send(self, state: dict[str, Any], there: dict[int, Any], read: Callable[[int], bytes], sent: Sent) -> bool:
         """Send the parts; returns whether the data ended before the upload had all the parts that it may have."""
-        urls, fresh_until = _signed(state)
+        urls, fresh_until = _urls(state), _now() + URLS_FRESH_SECONDS
         in_flight: set[Future[None]] = set()
         ended = False
         try:
@@ -313,11 +380,9 @@ class Transfer:
                 if part is not None and part["etag"] == hashlib.md5(data, usedforsecurity=False).hexdigest():
                     sent(len(data))
                     continue
-                if number not in urls or time.monotonic() > fresh_until:
-                    asked = {"first": number, "count": URLS}
-                    more = self._client.insist("GET", f"/uploads/{state['uploadId']}", params=asked)
-                    urls, fresh_until = _signed(more)
-                future = self._pool.submit(self._put, urls.pop(number), data, state, sent)
+                if number not in urls or _now() > fresh_until:
+                    urls, fresh_until = self._signed(state, number, URLS), _now() + URLS_FRESH_SECONDS
+                future = self._pool.submit(self._put, number, urls.pop(number), data, state, sent)
                 in_flight.add(future)
                 self._flying.add(future)
                 future.add_done_callback(self._flying.discard)
@@ -334,9 +399,14 @@ class Transfer:
             wait([future for future in in_flight if not future.cancel()])
             raise
 
-    def _put(self, url: str, data: bytes, state: dict[str, Any], sent: Sent) -> None:
+    def _signed(self, state: dict[str, Any], first: int, count: int) -> dict[int, str]:
+        """Freshly signed URLs of `count` parts from number `first` on, by part number."""
+        asked = {"first": first, "count": count}
+        return _urls(self._client.insist("GET", f"/uploads/{state['uploadId']}", params=asked))
+
+    def _put(self, number: int, url: str, data: bytes, state: dict[str, Any], sent: Sent) -> None:
         failing: float | None = None
-        tries = 0
+        tries, renewed = 0, False
         while True:
             if self._stopped.is_set():
                 raise CommandError(STOPPED)
@@ -349,6 +419,10 @@ class Transfer:
                     return
                 code = re.search("<Code>([A-Za-z]+)</Code>", answer.text)
                 failure = f"was answered with {answer.status_code}{f' ({code[1]})' if code else ''}"
+                if answer.status_code == 403 and not renewed:
+                    # The URL may have expired, or the credentials that signed it.
+                    url, renewed = self._signed(state, number, 1)[number], True
+                    continue
                 # AWS answers a part that arrives too slowly with 400 RequestTimeout.
                 if answer.status_code < 500 and "RequestTimeout" not in answer.text:
                     break
@@ -372,16 +446,13 @@ class Transfer:
         return self._client.insist("POST", f"/uploads/{state['uploadId']}/complete", timeout=SLOW)
 
 
-def _signed(state: dict[str, Any]) -> tuple[dict[int, str], float]:
-    """URLs by part number, and the time on the monotonic clock until which they are used."""
-    return {part["partNumber"]: part["url"] for part in state["urls"]}, time.monotonic() + URLS_FRESH_SECONDS
+def _urls(state: dict[str, Any]) -> dict[int, str]:
+    return {part["partNumber"]: part["url"] for part in state["urls"]}
 
 
-def _part(content: IO[bytes], number: int, part_bytes: int, size: int) -> bytes:
-    """Part `number` of the first `size` bytes: the file may have grown since its size was read."""
-    start = (number - 1) * part_bytes
-    content.seek(start)
-    return content.read(min(part_bytes, size - start))
+def _now() -> float:
+    """Seconds on a clock that, unlike the monotonic one, also runs while the machine sleeps: signed URLs expire then."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _exactly(content: IO[bytes], size: int) -> bytes:

@@ -96,7 +96,7 @@ def test_a_file_that_was_replaced_by_one_of_its_size_and_time_is_uploaded_anew(r
         return status["fileKey"]
 
     first = load()
-    [note] = tmp_path.glob("headrace/loads/*")
+    [note] = tmp_path.glob("headrace/loads/*[0-9a-f]")
     other.replace(path)
     second = load()
     assert second != first
@@ -107,12 +107,12 @@ def test_a_file_that_was_replaced_by_one_of_its_size_and_time_is_uploaded_anew(r
 
 def test_files_that_were_not_loaded_for_long_are_forgotten(run, file, tmp_path):
     run("load", file, "--collection", "cli")
-    [note] = tmp_path.glob("headrace/loads/*")
+    [note] = tmp_path.glob("headrace/loads/*[0-9a-f]")
     old = note.with_name("old")
     old.write_text("{}")
     os.utime(old, (time.time() - 31 * 86400,) * 2)
     run("load", file, "--collection", "cli")
-    assert list(tmp_path.glob("headrace/loads/*")) == [note]
+    assert list(tmp_path.glob("headrace/loads/*[0-9a-f]")) == [note]
 
 
 def test_a_load_may_wait_for_its_time(run, file):
@@ -127,7 +127,7 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, s
     process = start("load", path, "--collection", "resumed", "--wait")
 
     def noted():
-        for note in tmp_path.glob("headrace/loads/*"):
+        for note in tmp_path.glob("headrace/loads/*[0-9a-f]"):
             return json.loads(note.read_bytes() or b"{}").get("uploadId")
         return None
 
@@ -147,7 +147,7 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, s
 
 def test_an_upload_whose_completion_was_not_heard_of_is_not_sent_again(run, file, live, tmp_path):
     [first] = json.loads(run("load", file, "--wait", "--json", "--collection", "unheard").out)
-    [note] = tmp_path.glob("headrace/loads/*")
+    [note] = tmp_path.glob("headrace/loads/*[0-9a-f]")
     known = json.loads(note.read_bytes())
     del known["key"]  # noted only once the answer has arrived
     note.write_text(json.dumps(known))
@@ -202,7 +202,9 @@ def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, t
     run("pause")
     try:
         process = start("load", path, "--collection", name, "--wait")
-        until(lambda: any(b'"key"' in n.read_bytes() for n in tmp_path.glob("headrace/loads/*")), what="the note")
+        until(
+            lambda: any(b'"key"' in n.read_bytes() for n in tmp_path.glob("headrace/loads/*[0-9a-f]")), what="the note"
+        )
         until(lambda: counted(live, *WATCH) > before, what="the watch of the job")
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=30)[1].decode()
@@ -289,3 +291,30 @@ def test_a_file_that_is_written_to_while_it_goes_through_the_api_is_told(live, m
     monkeypatch.setattr(client, "ask", change_it)
     with pytest.raises(CommandError, match=r"f\.ndjson was written to while it was sent"):
         client.upload(path)
+
+
+def test_a_file_that_two_commands_load_at_once_is_loaded_once(live, tmp_path, start):
+    path = tmp_path / "both.ndjson"
+    path.write_bytes(b'{"n":1}\n' * 30_000)
+    both = [start("load", path, "--collection", "both", "--wait") for _ in range(2)]
+    for process in both:
+        said = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 0, said
+    assert live.data["both"].count_documents({}) == 30_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stream_that_is_broken_off_leaves_nothing_in_s3(live, tmp_path, start, number):
+    process = start("load", "-", stdin=subprocess.PIPE)
+    process.stdin.write(b'{"n":1}\n' * 3_000_000)  # more than one part
+    process.stdin.flush()
+    until(lambda: live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads"), what="the upload")
+    process.send_signal(number)
+    said = process.stderr.read().decode()
+    assert (process.wait(30), "interrupted; standard input" in said) == (130, True), said
+    assert not live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads")
+
+
+def test_a_file_that_goes_through_the_api_shows_its_way(run, file):
+    done = run("load", file, "--through-api", "--collection", "through")
+    assert "uploading" in done.err

@@ -1,16 +1,20 @@
 """What a load that failed or was interrupted says of each file: what is left of it, and what to do. No servers."""
 
 import io
+import threading
+from types import SimpleNamespace
 
 import httpx
+import orjson
 import pytest
 
-from api.commands.loader import STDIN, Loaded, Loader
+from api.commands.loader import STDIN, Loaded, Loader, _Meter
 from api.commands.transfer import Transfer
 from engine.errors import CommandError
 from tests.answering import client_of, problem
 
-UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # the note lets the same command resume
+NOTED, LOST = SimpleNamespace(kept=True), SimpleNamespace(kept=False)
+UPLOADED = {"key": "01K-a.ndjson", "note": NOTED}  # the note lets the same command resume
 
 
 @pytest.mark.parametrize(
@@ -19,9 +23,11 @@ UPLOADED = {"key": "01K-a.ndjson", "note": object()}  # the note lets the same c
         ({"job_id": "6b04", **UPLOADED}, "`headrace status 6b04 --wait`"),
         ({"job_id": "6b04", "by_hand": "submit it"}, "`headrace status 6b04 --wait`"),
         (UPLOADED, "run the same command again, which creates no second one"),
-        ({"file": "s3://b/k", "note": object()}, "run the same command again, which creates no second one"),
-        ({"note": object()}, "run the same command again to resume it"),
+        ({"file": "s3://b/k", "note": NOTED}, "run the same command again, which creates no second one"),
+        ({"note": NOTED}, "run the same command again to resume it"),
         ({"key": "01K-a.ndjson"}, "`headrace jobs --file 01K-a.ndjson`"),
+        ({"key": "01K-a.ndjson", "note": LOST}, "`headrace jobs --file 01K-a.ndjson`"),
+        ({"note": LOST}, "cannot be resumed"),
         ({"by_hand": "submit it"}, "look for it with `headrace jobs`; if there is none, submit it"),
         (
             {"by_hand": "submit it", "error": CommandError("the API went away; submit it")},
@@ -116,3 +122,80 @@ def test_a_file_that_is_too_large_for_the_api_is_to_go_without_it(monkeypatch, t
     client = client_of(lambda request: problem(413, "too_large"))
     [load] = Loader(client, {}, wait=False, through_api=True).run([str(tmp_path / "file")])
     assert str(load.error).endswith("leave out --through-api")
+
+
+def test_a_command_that_failed_for_one_file_loads_the_others_no_second_time_when_run_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "there", lambda self, note, size: note.get("key"))
+    broken, jobs = ["bad"], {}
+
+    def send(self, file, note, sent):
+        if file.name in broken:
+            raise CommandError("no")
+        return file.name
+
+    monkeypatch.setattr(Transfer, "file", send)
+
+    class Api:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            return jobs.setdefault(ticket, f"job {len(jobs)}"), "COMPLETED"
+
+    def load():
+        names = [str(tmp_path / name) for name in ("good", "bad")]
+        return [each.job_id for each in Loader(Api(), {"force": True}, wait=False, through_api=False).run(names)]
+
+    for name in ("good", "bad"):
+        (tmp_path / name).write_bytes(b"{}")
+    assert load() == ["job 0", None]
+    assert load() == ["job 0", None]
+    broken.clear()
+    assert load() == ["job 0", "job 1"]
+    assert set(load()) == {"job 2", "job 3"}  # that command was done: this is another one
+
+
+def test_files_are_sent_however_long_the_jobs_of_others_take(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    all_sent, sent = threading.Event(), []
+
+    def send(self, file, note, count):
+        sent.append(file.name)
+        if len(sent) == 9:
+            all_sent.set()
+        return file.name
+
+    monkeypatch.setattr(Transfer, "file", send)
+    monkeypatch.setattr(Transfer, "there", lambda self, note, size: None)
+
+    class Api:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            return key, "PENDING"
+
+        def states(self, job_id):
+            assert all_sent.wait(30)
+            raise CommandError("seen enough")
+
+    names = [tmp_path / f"f{n}" for n in range(9)]
+    for name in names:
+        name.write_bytes(b"{}")
+    loads = Loader(Api(), {}, wait=True, through_api=False).run(list(map(str, names)))
+    assert {str(load.error) for load in loads} == {"seen enough"}
+
+
+def test_the_rate_of_an_upload_is_that_of_its_latest_parts(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("api.commands.loader.time.monotonic", lambda: now[0])
+    meter = _Meter()
+    meter.add(10**9)  # parts that S3 had already
+    for _ in range(40):
+        now[0] += 1
+        count, rate = meter.add(5)
+    assert (count, rate) == (10**9 + 200, 5.0)
+
+
+def test_the_error_of_a_file_whose_name_is_no_text_can_be_printed_as_json():
+    load = Loaded("caf\udce9", error=CommandError("caf\udce9 was written to"))
+    assert orjson.loads(orjson.dumps(load.summary()))["error"]["message"] == "caf\ufffd was written to"

@@ -31,6 +31,7 @@ def test_where_no_worker_is_alive_that_is_told(run, arguments):
 
 def test_who_watches_while_no_worker_is_alive_is_told_that(run, monkeypatch):
     monkeypatch.setattr(module, "console", lambda: Console(force_terminal=True, width=100))
+    monkeypatch.setattr(module, "is_live", lambda console: True)
 
     def sleep(seconds):
         raise KeyboardInterrupt

@@ -7,8 +7,17 @@ import sys
 import pytest
 from rich.console import Console
 
-from api.commands.show import counted_since, job_lines, jobs_table, print_json, profile_table, queue_lines
-from api.commands.terminal import console
+from api.commands.show import (
+    bars,
+    counted_since,
+    job_lines,
+    jobs_table,
+    plainly,
+    print_json,
+    profile_table,
+    queue_lines,
+)
+from api.commands.terminal import console, is_live
 from engine.logs import printable
 
 
@@ -148,3 +157,40 @@ def test_json_is_json_whatever_letters_the_output_takes(monkeypatch, encoding):
     said = raw.getvalue()
     assert json.loads(said) == {"fileKey": "é\U0001f600☃"}
     assert said.isascii() == (encoding in ("ascii", "latin-1"))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_that_nobody_reads_ends_no_load(monkeypatch, terminal):
+    class Gone(io.StringIO):
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as many CI systems do: what is written to a file stays lines
+    gone = Console(file=Gone())
+    assert is_live(gone) is terminal
+    if not terminal:
+        with bars(gone) as shown:
+            shown.uploaded(shown.add("f"), 5, 5, 1.0)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    plainly("something")
+
+
+@pytest.mark.parametrize(("watched", "whole"), [(False, 100), (True, 50)])
+def test_an_upload_is_half_of_the_work_only_if_its_job_is_watched(watched, whole):
+    with bars(Console(file=io.StringIO()), watched=watched) as shown:
+        task = shown.add("f")
+        shown.uploaded(task, 5, 5, 1.0)
+        assert shown._progress.tasks[task].completed == whole
+
+
+def test_the_bars_of_files_that_are_done_make_room_for_the_others():
+    with bars(Console(file=io.StringIO(), height=3, width=80)) as shown:
+        tasks = [shown.add(name) for name in "abc"]
+        shown.ended(tasks[0])
+        assert [task.visible for task in shown._progress.tasks] == [False, True, True]
+    with bars(Console(file=io.StringIO(), height=30, width=80)) as shown:
+        shown.ended(shown.add("a"))
+        assert shown._progress.tasks[0].visible

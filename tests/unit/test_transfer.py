@@ -11,7 +11,7 @@ import pytest
 
 from api.client import CallFailed
 from api.commands import transfer as module
-from api.commands.transfer import Note, Transfer, _exactly
+from api.commands.transfer import Note, Transfer, _exactly, alone
 from engine.errors import CommandError
 
 
@@ -49,7 +49,7 @@ def sent(monkeypatch):
     """The parts that were sent, by URL."""
     parts = {}
 
-    def put(self, url, data, state, sent):
+    def put(self, number, url, data, state, sent):
         parts[url] = data
 
     monkeypatch.setattr(Transfer, "_put", put)
@@ -61,7 +61,7 @@ def sent(monkeypatch):
 def test_no_more_than_some_bytes_of_large_parts_are_held(monkeypatch, part_bytes, most):
     under_way, seen, lock = [0], [], threading.Lock()
 
-    def put(self, url, data, state, sent):
+    def put(self, number, url, data, state, sent):
         with lock:
             under_way[0] += 1
             seen.append(under_way[0])
@@ -188,7 +188,7 @@ def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
     under_way, lock, api = [0], threading.Lock(), Api(parts=5)
     ask = api.ask
 
-    def put(self, url, data, state, sent):
+    def put(self, number, url, data, state, sent):
         with lock:
             under_way[0] += 1
         try:
@@ -213,7 +213,7 @@ def test_no_part_is_under_way_when_an_upload_is_given_up(monkeypatch):
 
 @pytest.mark.parametrize(
     ("status", "said", "tries"),
-    [(400, "<Code>RequestTimeout</Code>", 2), (503, "<Code>SlowDown</Code>", 2), (403, "<Code>AccessDenied</Code>", 1)],
+    [(400, "<Code>RequestTimeout</Code>", 2), (503, "<Code>SlowDown</Code>", 2), (400, "<Code>BadDigest</Code>", 1)],
 )
 def test_a_part_is_sent_again_where_that_may_help(monkeypatch, status, said, tries):
     answers = [httpx.Response(status, text=said), httpx.Response(200)]
@@ -228,12 +228,33 @@ def test_a_part_is_sent_again_where_that_may_help(monkeypatch, status, said, tri
     monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
     if tries == 1:
         with pytest.raises(
-            CommandError, match=r"answered with 403 \(AccessDenied\): run the same command again to continue"
+            CommandError, match=r"answered with 400 \(BadDigest\): run the same command again to continue"
         ):
-            transfer._put("http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
+            transfer._put(1, "http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
     else:
-        transfer._put("http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
+        transfer._put(1, "http://s3/1", b"data", {"headers": {}, "size": 4}, sent.append)
     assert (asked, sent) == ([b"data"] * tries, [4] * (tries - 1))
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_url_that_is_refused_is_signed_anew_once(monkeypatch, helps):
+    """It may have expired, for example while the machine slept."""
+    refused, asked, sent, api = httpx.Response(403, text="<Code>AccessDenied</Code>"), [], [], Api(parts=3)
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx.Response(200) if helps and len(asked) == 2 else refused
+
+    transfer = Transfer(api)
+    monkeypatch.setattr(transfer, "_http", httpx.Client(transport=httpx.MockTransport(answer)))
+    state = {"uploadId": "u", "headers": {}, "size": 4}
+    if helps:
+        transfer._put(2, "http://s3/old", b"data", state, sent.append)
+    else:
+        with pytest.raises(CommandError, match=r"answered with 403 \(AccessDenied\)"):
+            transfer._put(2, "http://s3/old", b"data", state, sent.append)
+    assert (asked, sent) == (["http://s3/old", "http://s3/2"], [4] * helps)
+    assert api.asked == ["GET /uploads/u"]
 
 
 @pytest.mark.parametrize("reached", [False, True])
@@ -258,22 +279,22 @@ def test_an_s3_that_goes_away_is_waited_for_where_it_was_there_before(monkeypatc
     state = {"headers": {}, "size": 8}
     if reached:
         for part in (b"data", b"more"):
-            transfer._put("http://s3/1", part, state, sent.append)
+            transfer._put(1, "http://s3/1", part, state, sent.append)
         assert sent == [4, 4]
     else:
         with pytest.raises(CommandError, match="--through-api"):
-            transfer._put("http://s3/1", b"data", state, sent.append)
+            transfer._put(1, "http://s3/1", b"data", state, sent.append)
         assert (len(asked), now[0] < 10) == (5, True)
     assert set(asked) == ({b"data", b"more"} if reached else {b"data"})
 
 
 def test_a_stream_whose_part_s3_does_not_take_is_not_said_to_go_on(monkeypatch):
-    transfer = Transfer(Api())
+    transfer = Transfer(Api(parts=1))
     refuse = httpx.MockTransport(lambda request: httpx.Response(403))
     monkeypatch.setattr(transfer, "_http", httpx.Client(transport=refuse))
     monkeypatch.setattr(transfer._stopped, "wait", lambda seconds: False)
     with pytest.raises(CommandError, match="nothing of the stream is kept"):
-        transfer._put("http://s3/1", b"data", {"headers": {}, "size": None}, lambda n: None)
+        transfer._put(1, "http://s3/1", b"data", {"uploadId": "u", "headers": {}, "size": None}, lambda n: None)
 
 
 @pytest.mark.parametrize("change", [b"", b"appended", None])
@@ -283,10 +304,11 @@ def test_a_file_that_is_written_to_while_it_is_sent_becomes_no_object(sent, monk
     path.write_bytes(bytes(20))
     os.utime(path, (1, 1))
     api.state |= {"size": 20, "stored": []}
+    monkeypatch.setattr(module, "IN_FLIGHT_BYTES", 8)  # one part at a time
     put = Transfer._put
 
-    def change_it(self, url, data, state, sent):
-        put(self, url, data, state, sent)
+    def change_it(self, number, url, data, state, sent):
+        put(self, number, url, data, state, sent)
         if url.endswith("/1") and change is not None:
             with path.open("ab" if change else "r+b") as file:
                 file.write(change or b"written over")
@@ -300,7 +322,48 @@ def test_a_file_that_is_written_to_while_it_is_sent_becomes_no_object(sent, monk
             Transfer(api).file(path, note, lambda n: None)
         assert api.asked[-1] == "DELETE /uploads/u"
         assert note.get("uploadId") is None
-    assert sum(map(len, sent.values())) == 20
+    # It is of no use any more, so the rest of a large file is not sent for hours.
+    assert sum(map(len, sent.values())) == (20 if change is None else 8)
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_file_that_does_not_have_its_size_is_to_be_piped(sent, monkeypatch, tmp_path, size):
+    """As in /proc and /sys."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path, api = tmp_path / "f", Api(parts=3)
+    path.write_bytes(b"data")
+    api.state |= {"size": size, "stored": []}
+    monkeypatch.setattr(module, "version_of", lambda content: (size, 1))
+    with pytest.raises(CommandError, match=r"pipe it, as in `cat FILE \| headrace load -`"):
+        Transfer(api).file(path, Note(api.url, str(path), [size, 1]), lambda n: None)
+
+
+def test_only_one_process_at_a_time_is_at_work_on_a_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    waiting, order = threading.Event(), []
+
+    def second():
+        with alone("http://api", "f", waiting.set):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with alone("http://api", "f", lambda: order.append("nobody to wait for")), alone("http://api", "g", waiting.set):
+        assert not waiting.is_set()
+        other.start()
+        assert waiting.wait(30)
+        order.append("first")
+    other.join(30)
+    assert order == ["first", "second"]
+
+
+def test_a_note_survives_a_disk_that_is_full(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    note = Note("http://api", "f", [1])
+    note.put(key="k")
+    assert (note.kept, module.why_not_kept()) == (True, None)
+    monkeypatch.setattr(module.Path, "write_bytes", Mock(side_effect=OSError(28, "No space left on device")))
+    note.put(asked="a")
+    assert (note.kept, Note("http://api", "f", [1]).get("key")) == (False, "k")
 
 
 def test_a_user_without_a_home_has_nowhere_to_resume_from_and_loads_all_the_same(monkeypatch):
@@ -310,6 +373,9 @@ def test_a_user_without_a_home_has_nowhere_to_resume_from_and_loads_all_the_same
     note = Note("http://api", "f", [1])
     note.put(key="k")
     assert (note.get("key"), Note("http://api", "f", [1]).get("key")) == ("k", None)
+    assert "cannot be written to" in module.why_not_kept()
+    with alone("http://api", "f", Mock()):
+        assert not note.kept
 
 
 @pytest.mark.parametrize(
