@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from api.client import AWAY, CallFailed, Client, is_stream, path_of, utf8_name
+from api.commands.notes import Note, alone, forget_old, why_not_kept
 from api.commands.show import Bars, bars, plainly
 from api.commands.terminal import EXIT_INTERRUPTED
-from api.commands.transfer import Note, Transfer, alone, forget_old, why_not_kept
+from api.commands.transfer import Transfer
 from engine.errors import CommandError, HeadraceError
 from engine.logs import get_logger, mask
 from engine.model import TERMINAL, JobState

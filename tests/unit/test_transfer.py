@@ -4,14 +4,14 @@ import io
 import os
 import threading
 import time
-from unittest.mock import Mock
 
 import httpx
 import pytest
 
 from api.client import CallFailed
 from api.commands import transfer as module
-from api.commands.transfer import Note, Transfer, _exactly, alone
+from api.commands.notes import Note
+from api.commands.transfer import Transfer, _exactly
 from engine.errors import CommandError
 
 
@@ -336,46 +336,6 @@ def test_a_file_that_does_not_have_its_size_is_to_be_piped(sent, monkeypatch, tm
     monkeypatch.setattr(module, "version_of", lambda content: (size, 1))
     with pytest.raises(CommandError, match=r"pipe it, as in `cat FILE \| headrace load -`"):
         Transfer(api).file(path, Note(api.url, str(path), [size, 1]), lambda n: None)
-
-
-def test_only_one_process_at_a_time_is_at_work_on_a_file(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    waiting, order = threading.Event(), []
-
-    def second():
-        with alone("http://api", "f", waiting.set):
-            order.append("second")
-
-    other = threading.Thread(target=second)
-    with alone("http://api", "f", lambda: order.append("nobody to wait for")), alone("http://api", "g", waiting.set):
-        assert not waiting.is_set()
-        other.start()
-        assert waiting.wait(30)
-        order.append("first")
-    other.join(30)
-    assert order == ["first", "second"]
-
-
-def test_a_note_survives_a_disk_that_is_full(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    note = Note("http://api", "f", [1])
-    note.put(key="k")
-    assert (note.kept, module.why_not_kept()) == (True, None)
-    monkeypatch.setattr(module.Path, "write_bytes", Mock(side_effect=OSError(28, "No space left on device")))
-    note.put(asked="a")
-    assert (note.kept, Note("http://api", "f", [1]).get("key")) == (False, "k")
-
-
-def test_a_user_without_a_home_has_nowhere_to_resume_from_and_loads_all_the_same(monkeypatch):
-    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
-    monkeypatch.setattr(module.Path, "home", Mock(side_effect=RuntimeError("no home")))
-    module.forget_old()
-    note = Note("http://api", "f", [1])
-    note.put(key="k")
-    assert (note.get("key"), Note("http://api", "f", [1]).get("key")) == ("k", None)
-    assert "cannot be written to" in module.why_not_kept()
-    with alone("http://api", "f", Mock()):
-        assert not note.kept
 
 
 @pytest.mark.parametrize(
