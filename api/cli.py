@@ -24,10 +24,13 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the parent closed it, and libraries write to it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (it stays open; pathlib is not loaded yet)
-    if sys.argv[1:2] == ["engine"]:
-        # The supervisor handles these; before it runs, their default actions would end or stop the process.
-        for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
-            signal.signal(number, signal.SIG_IGN)
+    command = sys.argv[1:2]
+    # The supervisor handles these; before it runs, and in other servers, their default actions would end or stop the
+    # process.
+    ignored = [signal.SIGHUP] if command == ["engine"] else []
+    ignored += [signal.SIGTTIN, signal.SIGTTOU] if command in (["engine"], ["api"], ["up"]) else []
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     from api.commands.main import main as run  # takes a second, during which the handler is in place
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -5,6 +5,7 @@ sent. Whatever they, or waitress itself, refuse is answered with a problem, like
 """
 
 import re
+import tempfile
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -144,7 +145,13 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             taken = int(super().received(data))
         except OSError as error:
             # Propagated, it would end the server: waitress would close the spool, which fails as well.
-            log.error("a body cannot be spooled", action="request", cause=error.strerror)
+            where = self.settings.api_spool_dir or tempfile.gettempdir()
+            log.error(
+                "a body cannot be spooled: free some room there, or name another folder in API_SPOOL_DIR",
+                action="request",
+                folder=str(where),
+                cause=error.strerror,
+            )
             self._refuse(
                 Problem(503, "no_room", f"the server cannot store the body ({error.strerror}): send it again later")
             )

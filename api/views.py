@@ -13,6 +13,9 @@ __all__ = ["batch_status", "is_idle", "job_detail", "job_status", "moment", "sto
 
 NO_WORKER: Final = "a worker: none is alive (start `headrace engine`)"
 
+STALLED: Final = 16
+"""A job whose rate is this many times lower than on the whole has stalled."""
+
 WHOLE_WITHIN: Final = timedelta(hours=1)
 """How long the request for a batch may take to create its jobs; after that it has died."""
 
@@ -38,7 +41,7 @@ def job_status(job: Job) -> JobStatus:
     left: float | None = None
     if job.state in TERMINAL:
         left = 0.0
-    elif rate > 0 and tally.lines:
+    elif rate > 0 and tally.lines and not _stalls(job):
         left = round((size - done) / (rate * tally.bytes / tally.lines), 1)
     failure = job.failure or (job.stopping.failure if job.stopping else None)
     return {
@@ -74,6 +77,15 @@ def job_status(job: Job) -> JobStatus:
             "secondsLeft": left,
         },
     }
+
+
+def _stalls(job: Job) -> bool:
+    """Whether a job has moved so little lately that an estimate of the time left would mean nothing."""
+    progress = job.progress
+    if progress.at is None or job.started_at is None:
+        return False
+    worked = (progress.at - job.started_at).total_seconds() - job.idle_seconds
+    return progress.rate * worked < progress.tally.lines / STALLED
 
 
 def is_idle(job: Job, ranges: RangeReport) -> bool:

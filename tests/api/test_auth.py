@@ -327,3 +327,11 @@ def test_an_address_that_is_none_of_this_machine_is_named(settings, tmp_path, ho
     assert done.returncode == 1
     assert word in done.stderr
     assert "taken" not in done.stderr
+
+
+@pytest.mark.parametrize(("caller", "state"), [("reader", "ok"), ("sender", "ok"), ("nobody", "warning")])
+def test_the_doctor_tells_whether_the_token_is_taken(guarded, run, caller, state):
+    token = guarded[caller].headers.get("Authorization", "").removeprefix("Bearer ")
+    found = json.loads(run("doctor", "--json", API_URL=str(guarded[caller].base_url), API_TOKEN=token).out)
+    [api] = [each for each in found if each["what"] == "API"]
+    assert (api["state"], "set API_TOKEN" in api["message"]) == (state, state == "warning")

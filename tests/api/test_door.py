@@ -290,7 +290,13 @@ def test_a_connection_may_take_a_file_besides_its_socket(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "numbers", [(signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)]
+    "numbers",
+    [
+        (signal.SIGTERM,),
+        (signal.SIGHUP,),
+        (signal.SIGTERM, signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGTTIN, signal.SIGTTOU),  # meant for an engine: they do not freeze it
+    ],
 )
 def test_whatever_tells_the_api_to_stop_it_stops_softly(live, tmp_path, numbers):
     port = free_port()

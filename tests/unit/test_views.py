@@ -1,13 +1,13 @@
 """What the API says about a job that nobody is working on. No servers."""
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from api.views import is_idle, waiting_for
+from api.views import is_idle, job_status, waiting_for
 from engine.control.history import RangeReport
-from engine.model import Event, Job, JobOptions, JobState, RangeState, Source, Stop
+from engine.model import Event, Job, JobOptions, JobState, Progress, RangeState, Source, Stop, Tally
 
 MADE = datetime(2026, 11, 26, tzinfo=UTC)
 JOB = Job("6b04", "records", Source("b", "k", '"e"', None, 100), JobOptions(), JobState.PENDING, MADE)
@@ -93,3 +93,12 @@ def test_a_job_that_is_to_be_settled_waits_for_a_worker_at_most(job, ranges):
 )
 def test_what_an_idle_job_waits_for(job, ranges, paused, workers, said):
     assert said in waiting_for(job, ranges, paused=paused, workers=workers)
+
+
+@pytest.mark.parametrize(("rate", "left"), [(100.0, 9.0), (10.0, 90.0), (6.0, None), (0.001, None), (0.0, None)])
+def test_the_time_left_is_not_told_while_a_job_stalls(rate, left):
+    """100 lines of one byte in the first second of work, of which a thousand bytes are to come; `rate` is that of late."""
+    progress = Progress(Tally(lines=100, bytes=100), 1, 0, rate, MADE + timedelta(seconds=61))
+    job = replace(JOB, state=JobState.PROCESSING, source=replace(JOB.source, size=1000), started_at=MADE)
+    told = job_status(replace(job, progress=progress, idle_seconds=60.0))
+    assert told["progress"]["secondsLeft"] == left
