@@ -114,6 +114,8 @@ class Transfer:
     def _file(self, content: IO[bytes], name: str, note: Note, sent: Sent) -> str:
         version = version_of(content)
         size = version[0]
+        if not size and content.read(1):
+            raise CommandError(UNSIZED)
         state = self._resumed(note)
         if state is None and (made := self._completed(note, size)) is not None:
             sent(size)
@@ -133,8 +135,6 @@ class Transfer:
                 raise CommandError(UNSIZED)
             return data
 
-        if not size and content.read(1):
-            raise CommandError(UNSIZED)
         self._send(state, there, read, sent)
         if version_of(content) != version:
             # Lines would be torn where parts of two versions meet.
