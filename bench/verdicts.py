@@ -108,7 +108,7 @@ def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) 
         return f"No verdict: {detail}."
     if better:
         return f"Faster here than the defaults in every round, by more than the noise: {', '.join(better)}; {detail}."
-    return f"Nothing that was tried is faster than the defaults by more than the noise: {detail}."
+    return f"Nothing that was tried is faster than the defaults in every round by more than the noise: {detail}."
 
 
 def shown(name: str, value: int) -> str:
