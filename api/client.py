@@ -161,7 +161,8 @@ class _Counted:
 
     def read(self, size: int = -1) -> bytes:
         data = self._content.read(size)
-        self._count(len(data))
+        if data:
+            self._count(len(data))
         return data
 
 

@@ -32,7 +32,8 @@ FILES_AT_A_TIME: Final = 4
 """Files that are sent at a time, and jobs that are watched at a time."""
 
 RATE_SAMPLES: Final = 16
-"""The rate of an upload is that of its latest parts, this many."""
+SAMPLE_SECONDS: Final = 0.25
+"""The rate of an upload is that since the oldest of its latest samples, this many and at least so far apart."""
 
 STDIN: Final = "-"
 
@@ -58,6 +59,8 @@ class Loaded:
     """Whether an object that an earlier command uploaded is used for it."""
     earlier: bool = False
     """Whether an earlier command made its job, which has COMPLETED."""
+    waited: bool = False
+    """Whether another command was at work on it."""
     watching: "Future[None] | None" = None
     by_hand: str = ""
     """How to create a stream's job by hand; set once its end is trusted. An interrupt then does not undo the upload."""
@@ -65,6 +68,10 @@ class Loaded:
     def ended(self) -> bool:
         """Whether its job was watched to its end."""
         return self.status is not None and self.status["status"] in TERMINAL
+
+    def went_well(self) -> bool:
+        """Whether it has a job, which has COMPLETED if it was watched."""
+        return self.error is None and (self.status is None or self.status["status"] == JobState.COMPLETED)
 
     def advice(self) -> str:
         """What is left of it after an interrupt, and what to do about that."""
@@ -103,15 +110,17 @@ class _Meter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._count = 0
         self._samples = deque([(time.monotonic(), 0)], maxlen=RATE_SAMPLES)
 
     def add(self, number: int) -> tuple[int, float]:
-        """Count `number` more bytes; returns all bytes so far, and the bytes per second of the latest parts."""
+        """Count `number` more bytes; returns all bytes so far, and the bytes per second of late."""
         with self._lock:
-            now, count = time.monotonic(), self._samples[-1][1] + number
+            now, self._count = time.monotonic(), self._count + number
             since, before = self._samples[0]
-            self._samples.append((now, count))
-            return count, (count - before) / max(now - since, 0.001)
+            if now - self._samples[-1][0] >= SAMPLE_SECONDS:
+                self._samples.append((now, self._count))
+            return self._count, (self._count - before) / max(now - since, 0.001)
 
 
 class Loader:
@@ -145,16 +154,17 @@ class Loader:
         finally:
             for each in (pool, self._watchers):
                 each.shutdown(wait=False, cancel_futures=True)
-        if all(load.error is None for load in loads):
+        if all(load.went_well() for load in loads):
             # Otherwise the same command is run again, and must not load again what has gone well.
             for load in loads:
                 if load.note is not None:
-                    load.note.done()
+                    load.note.done(self._options)
         return loads
 
     def _interrupted(self, loads: list[Loaded]) -> None:
         # A second interrupt ends the process at once.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
         # Listed before the stop, which makes the uploads under way fail.
         going = [load for load in loads if load.error is None]
         for load in loads:
@@ -175,7 +185,7 @@ class Loader:
         """Upload a file, submit its job, and have it watched."""
         task = shown.add("standard input" if load.file == STDIN else Path(load.file).name)
         with _told_of(load):
-            with self._alone(load):
+            with self._alone(load) as load.waited:
                 load.key = self._stored(load, shown, task)
                 load.job_id = self._submitted(load, load.key, shown, task)
             if self._wait:
@@ -191,12 +201,13 @@ class Loader:
                 shown.processed(task, status)
         shown.ended(task)
 
-    def _alone(self, load: Loaded) -> AbstractContextManager[None]:
-        """A context in which no other command uploads this file or submits its job; streams need none."""
+    def _alone(self, load: Loaded) -> AbstractContextManager[bool]:
+        """A context in which no other command uploads this file or submits its job; streams need none. Yields whether
+        it had to wait for another command."""
         name = load.file
         if not name.startswith("s3://"):
             if name == STDIN or is_stream(Path(name)):
-                return nullcontext()
+                return nullcontext(False)
             name = str(Path(name).resolve())
         what = "another `headrace load` is at work on it: waiting until its job is submitted"
         return alone(self._client.url, name, lambda: plainly(f"{load.file}: {what}"))
@@ -221,14 +232,12 @@ class Loader:
     def _submit(self, load: Loaded, key: str) -> str:
         if load.note is None:
             return self._client.process(key, self._options, secrets.token_hex(16))[0]
-        ticket = load.note.ticket(self._options)
-        again = load.note.get("asked") == ticket
-        load.note.put(asked=ticket)
+        ticket, again = load.note.ticket(self._options, waited=load.waited)
         job_id, state = self._client.process(key, self._options, ticket)
         if again and state in (JobState.FAILED, JobState.CANCELLED):
-            # The job is that of an interrupted earlier command, and has failed or was cancelled: submit another.
-            load.note.done()
-            job_id, _ = self._client.process(key, self._options, load.note.ticket(self._options))
+            # The job is that of an earlier command, and has failed or was cancelled: submit another.
+            ticket, _ = load.note.ticket(self._options, anew=True)
+            job_id, _ = self._client.process(key, self._options, ticket)
         load.earlier = again and state == JobState.COMPLETED
         return job_id
 

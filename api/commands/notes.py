@@ -60,33 +60,48 @@ def forget_old() -> None:
 
 
 @contextmanager
-def alone(url: str, name: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """A context that only one process at a time enters for a file: two that sent it at once would load two copies.
-
-    `waiting` is called if another process is in it. Where nothing can be kept, nobody waits.
-    """
+def _lock_of(url: str, name: str) -> Iterator[IO[bytes] | None]:
+    """The file that is locked while a command is at work on a file; None where nothing can be kept."""
     lock: IO[bytes] | None = None
     with suppress(OSError):
         place = _place(url, name).with_suffix(".lock")
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = place.open("wb")
     if lock is None:
-        yield
+        yield None
         return
     with lock:
+        yield lock
+
+
+def _locked(lock: IO[bytes] | None, *, wait: bool) -> bool:
+    """Lock it, until it is closed; returns False if another command has, and this one is not to wait."""
+    if lock is not None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            return False
         except OSError:
             pass  # this file system has no locks
-        yield
+    return True
+
+
+@contextmanager
+def alone(url: str, name: str, waiting: Callable[[], None]) -> Iterator[bool]:
+    """A context that only one command at a time enters for a file: two that sent it at once would load two copies.
+
+    `waiting` is called if another command is in it. Yields whether that was so. Where nothing can be kept, nobody waits.
+    """
+    with _lock_of(url, name) as lock:
+        if waited := not _locked(lock, wait=False):
+            waiting()
+            _locked(lock, wait=True)
+        yield waited
 
 
 class Note:
-    """What earlier commands noted about a file: `uploadId` while it is sent, then `key` and `etag` of its object; a
-    `ticket`, from which idempotency keys are derived, and the key last `asked` with.
+    """What earlier commands noted about a file: `uploadId` while it is sent, then `key` and `etag` of its object; and by
+    the options of a job, the ticket that it was submitted with, and whether the command that did so is unfinished.
 
     Args:
         url: the URL of the API.
@@ -95,14 +110,23 @@ class Note:
     """
 
     def __init__(self, url: str, name: str, stamp: list[Any]) -> None:
+        self._url = url
+        self._name = name
         self._file = _place(url, name)
-        self.kept = False
+        self._stamp = stamp
+        known = self._known()
+        self.kept = known is not None
         """Whether what is noted was written, so that the next command will know it."""
-        self._state: dict[str, Any] = {"stamp": stamp, "ticket": secrets.token_hex(16)}
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        self._state: dict[str, Any] = known or {"stamp": stamp, "jobs": {}}
+
+    def _known(self) -> dict[str, Any] | None:
+        """What is noted about this version of the file; None if there is nothing."""
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             known = orjson.loads(self._file.read_bytes())
-            if known["stamp"] == stamp and isinstance(known["ticket"], str):
-                self._state, self.kept = known, True
+            jobs = dict(known.get("jobs", {}))  # notes of earlier versions have none
+            if known["stamp"] == self._stamp and all(isinstance(ticket, str) for ticket, _ in jobs.values()):
+                return {**known, "jobs": jobs}
+        return None
 
     def get(self, name: str) -> str | None:
         """A noted value; None if there is none."""
@@ -125,17 +149,40 @@ class Note:
         self.put(key=made["fileKey"], etag=made["etag"])
         return str(made["fileKey"])
 
-    def ticket(self, options: dict[str, Any]) -> str:
-        """The idempotency key for these options: the same for the same file until `done` or `forget`."""
-        whole = orjson.dumps([self._state["ticket"], options], option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(whole).hexdigest()
+    def ticket(self, options: dict[str, Any], *, waited: bool = False, anew: bool = False) -> tuple[str, bool]:
+        """The idempotency key for a job with these options, and whether an earlier command has used it.
 
-    def done(self) -> None:
-        """The command has finished: the next one submits a job of its own, for the same object."""
-        self.put(ticket=secrets.token_hex(16))
+        It is that of the last command if this is unfinished, or has finished while this one `waited` for it; else, or if
+        `anew`, a new one, which is noted.
+        """
+        of = _hash(options)
+        ticket, unfinished = self._state["jobs"].get(of, ("", False))
+        if ticket and (unfinished or waited) and not anew:
+            return ticket, True
+        ticket = secrets.token_hex(32)
+        self._state["jobs"][of] = ticket, True
+        self.put()
+        return ticket, False
+
+    def done(self, options: dict[str, Any]) -> None:
+        """The command has finished: the next one with these options submits a job of its own, for the same object."""
+        of = _hash(options)
+        with _lock_of(self._url, self._name) as lock:
+            # What another command has noted since must not be lost. If one is at work now, this counts as unfinished.
+            if not _locked(lock, wait=False) or (known := self._known()) is None:
+                return
+            ticket, unfinished = known["jobs"].get(of, ("", False))
+            if unfinished and ticket == self._state["jobs"].get(of, ("",))[0]:
+                known["jobs"][of] = ticket, False
+                self._state = known
+                self.put()
 
     def forget(self) -> None:
         """What was uploaded is gone: the next command uploads the file again, for a job of its own."""
-        self._state = {"stamp": self._state["stamp"], "ticket": secrets.token_hex(16)}
+        self._state = {"stamp": self._stamp, "jobs": {}}
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
+
+
+def _hash(options: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(options, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -119,8 +119,8 @@ def load(
             continue
         if load.earlier:
             plainly(
-                f"{load.file}: job {load.job_id}, which an interrupted command left behind, has COMPLETED: run the "
-                "same command again to load it once more"
+                f"{load.file}: job {load.job_id}, which an earlier command submitted, has COMPLETED: run the same command "
+                "again to load it once more"
             )
         if load.status is not None:
             exits.append(EXIT_OF.get(load.status["status"], 0))

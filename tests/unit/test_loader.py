@@ -127,7 +127,7 @@ def test_a_file_that_is_too_large_for_the_api_is_to_go_without_it(monkeypatch, t
 def test_a_command_that_failed_for_one_file_loads_the_others_no_second_time_when_run_again(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(Transfer, "there", lambda self, note, size: note.get("key"))
-    broken, jobs = ["bad"], {}
+    broken, jobs, lock = ["bad"], {}, threading.Lock()
 
     def send(self, file, note, sent):
         if file.name in broken:
@@ -140,7 +140,8 @@ def test_a_command_that_failed_for_one_file_loads_the_others_no_second_time_when
         url = "http://api"
 
         def process(self, key, options, ticket):
-            return jobs.setdefault(ticket, f"job {len(jobs)}"), "COMPLETED"
+            with lock:
+                return jobs.setdefault(ticket, f"job {len(jobs)}"), "COMPLETED"
 
     def load():
         names = [str(tmp_path / name) for name in ("good", "bad")]
@@ -199,3 +200,68 @@ def test_the_rate_of_an_upload_is_that_of_its_latest_parts(monkeypatch):
 def test_the_error_of_a_file_whose_name_is_no_text_can_be_printed_as_json():
     load = Loaded("caf\udce9", error=CommandError("caf\udce9 was written to"))
     assert orjson.loads(orjson.dumps(load.summary()))["error"]["message"] == "caf\ufffd was written to"
+
+
+def test_a_command_of_which_a_job_failed_loads_the_others_no_second_time_when_run_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "file", lambda self, file, note, sent: file.name)
+    monkeypatch.setattr(Transfer, "there", lambda self, note, size: note.get("key"))
+    jobs, lock, failing = {}, threading.Lock(), ["bad"]
+
+    class Api:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            with lock:
+                job = jobs.setdefault(ticket, f"{key} {len(jobs)}")
+            return job, "FAILED" if key in failing else "COMPLETED"
+
+        def states(self, job_id):
+            progress = dict.fromkeys(
+                ("percent", "lines", "rejected", "recordsPerSecond", "bytesDone", "secondsLeft"), 0
+            )
+            state = "FAILED" if job_id.split()[0] in failing else "COMPLETED"
+            yield {"status": state, "progress": progress, "runAt": None}
+
+    def load():
+        names = [str(tmp_path / name) for name in ("good", "bad")]
+        return [each.job_id for each in Loader(Api(), {"force": True}, wait=True, through_api=False).run(names)]
+
+    for name in ("good", "bad"):
+        (tmp_path / name).write_bytes(b"{}")
+    good, bad = load()
+    failing.clear()  # somebody has retried it, and it went well
+    again = load()
+    assert again == [good, bad]
+    assert not set(load()) & {good, bad}
+
+
+def test_a_command_that_waited_for_another_has_its_job(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(Transfer, "file", lambda self, file, note, sent: note.stored({"fileKey": "k", "etag": "e"}))
+    monkeypatch.setattr(Transfer, "there", lambda self, note, size: note.get("key"))
+    begun, waits, jobs = threading.Event(), threading.Event(), {}
+    monkeypatch.setattr("api.commands.loader.plainly", lambda text: waits.set())
+    (tmp_path / "f").write_bytes(b"{}")
+
+    class Api:
+        url = "http://api"
+
+        def process(self, key, options, ticket):
+            begun.set()
+            assert waits.wait(30)
+            return jobs.setdefault(ticket, f"job {len(jobs)}"), "PENDING"
+
+    def load():
+        [found] = Loader(Api(), {"force": True}, wait=False, through_api=False).run([str(tmp_path / "f")])
+        assert found.error is None
+        found_jobs.append(found.job_id)
+
+    found_jobs = []
+    both = [threading.Thread(target=load) for _ in range(2)]
+    both[0].start()
+    assert begun.wait(30)
+    both[1].start()
+    for each in both:
+        each.join(60)
+    assert found_jobs == ["job 0", "job 0"]
