@@ -145,13 +145,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             taken = int(super().received(data))
         except OSError as error:
             # Propagated, it would end the server: waitress would close the spool, which fails as well.
-            where = self.settings.api_spool_dir or tempfile.gettempdir()
-            log.error(
-                "a body cannot be spooled: free some room there, or name another folder in API_SPOOL_DIR",
-                action="request",
-                folder=str(where),
-                cause=error.strerror,
-            )
+            _log_full("a body cannot be spooled", error)
             self._refuse(
                 Problem(503, "no_room", f"the server cannot store the body ({error.strerror}): send it again later")
             )
@@ -247,10 +241,16 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             return int(super().write_soon(data))
         except OSError as error:
             # What a slow client has not read yet is buffered on disk. After an error, it may be incomplete there.
-            log.error("an answer cannot be kept until its client reads it", action="request", cause=error.strerror)
+            _log_full("an answer cannot be kept until its client reads it", error)
             self.will_close = True
             self.server.pull_trigger()
             raise ClientDisconnected from error
+
+
+def _log_full(what: str, error: OSError) -> None:
+    message = f"{what}: free some room in the folder, or name another one in API_SPOOL_DIR"
+    folder = tempfile.gettempdir()  # API_SPOOL_DIR, if that is set: `serve` makes it so
+    log.error(message, action="request", folder=folder, cause=error.strerror)
 
 
 def _too_large(settings: Settings) -> Problem:

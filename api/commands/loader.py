@@ -62,6 +62,7 @@ class Loaded:
     waited: bool = False
     """Whether another command was at work on it."""
     watching: "Future[None] | None" = None
+    """The watch of its job, if that is watched."""
     by_hand: str = ""
     """How to create a stream's job by hand; set once its end is trusted. An interrupt then does not undo the upload."""
 

@@ -172,7 +172,7 @@ def full(live, tmp_path):
     api.end()
 
 
-def test_a_spool_without_room_refuses_the_body_and_not_the_next_ones(full):
+def test_a_spool_without_room_refuses_the_body_and_not_the_next_ones(full, tmp_path):
     http, port, api = full
     head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     for _ in range(6):  # more than there are slots
@@ -187,6 +187,7 @@ def test_a_spool_without_room_refuses_the_body_and_not_the_next_ones(full):
     assert small.status_code == 201
     said = [line for line in api.lines() if "cannot be spooled" in line["event"]]
     assert len(said) == 7
+    assert {line["folder"] for line in said} == {str(tmp_path)}
     assert "Traceback" not in api.log.read_text()
 
 
