@@ -49,16 +49,18 @@ bench-report: $(TESTABLE) ## measure everything against the ceiling and write be
 clean: ## remove .venv and what tools leave behind; the data in .headrace stays
 	rm -rf .venv* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -f engine/text/_bson.*.so
 
 $(BIN)/python:
 	@[ -n "$(PYTHON)" ] || { echo "headrace: Python 3.11 or newer is not on the PATH: sudo apt-get install python3 python3-venv, or python3.11 python3.11-venv where that is older" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "headrace: $(PYTHON) has no venv module: sudo apt-get install python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): $(BIN)/python pyproject.toml constraints.txt
+$(INSTALLED): $(BIN)/python pyproject.toml constraints.txt $(wildcard engine/text/*.c)
 	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "headrace: $(VENV) has no pip, or a Python older than 3.11: run make clean, then the same again" >&2; exit 1; }
 	@echo "Installing into $(VENV) ..."
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[local]'
+	@$(BIN)/python -c 'import engine.text._bson' 2>/dev/null || echo "No C compiler, or no header of Python: loads will take more CPU (apt-get install gcc python3-dev, then make clean and again)"
 	@touch $@
 
 $(TESTABLE): $(INSTALLED)

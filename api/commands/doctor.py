@@ -24,6 +24,7 @@ from engine.ports import addresses
 from engine.s3.client import connect
 from engine.s3.objects import Objects
 from engine.settings import Settings
+from engine.text.encode import COMPILED
 
 __all__ = ["Finding", "examine"]
 
@@ -47,6 +48,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("S3", _s3),
         ("clock", _clock),
         ("processes", _processes),
+        ("encoder", _encoder),
         ("spool", _spool),
         ("API", _api),
     ]
@@ -144,6 +146,16 @@ def _processes(settings: Settings) -> Finding:
     if not alive:
         return Finding("processes", "warning", f"{message}, and no worker is alive: start `headrace engine`")
     return Finding("processes", state, f"{message}; workers alive on all machines: {alive}")
+
+
+def _encoder(settings: Settings) -> Finding:
+    if COMPILED:
+        return Finding("encoder", "ok", "the extension encodes documents")
+    message = (
+        "the driver encodes documents, which takes a worker more CPU than the extension, which could not be compiled: "
+        "install a C compiler and Python's headers (apt-get install gcc python3-dev), then Headrace again"
+    )
+    return Finding("encoder", "warning", message)
 
 
 def _spool(settings: Settings) -> Finding:

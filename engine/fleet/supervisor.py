@@ -25,6 +25,7 @@ from engine.fleet.heartbeat import Heartbeat
 from engine.fleet.worker import EXIT_AGAIN, EXIT_BOOT, WorkerIdentity
 from engine.logs import get_logger
 from engine.settings import LOOP_SECONDS, Settings
+from engine.text.encode import COMPILED
 
 __all__ = ["Supervisor"]
 
@@ -99,7 +100,8 @@ class Supervisor:
             signal.signal(number, self._note)
         setproctitle("headrace: supervisor")
         self._slots = [_Slot(number) for number in range(self._settings.engine_workers)]
-        log.info("engine starts", action="start", workers=len(self._slots), pid=os.getpid())
+        encoder = "extension" if COMPILED else "driver"
+        log.info("engine starts", action="start", workers=len(self._slots), encoder=encoder, pid=os.getpid())
         away_since = time.monotonic()
         while True:
             self._handle_signals()

@@ -23,6 +23,7 @@ from engine.control.store import DUPLICATE_KEY, TRANSIENT_CODES, Document, Store
 from engine.errors import Refused, Severed, Transient
 from engine.model import Plan, Reason, Reject, Tally
 from engine.text.decode import Documents, reject
+from engine.text.encode import Encoded
 
 __all__ = ["TOO_DEEP_CODE", "TOO_DEEP_DETAIL", "TOO_LARGE_CODES", "Sink", "Work", "encode", "size_fault", "unencodable"]
 
@@ -139,7 +140,7 @@ class Sink:
                 self._insert_some(work, made, range(first, min(first + at_a_time, len(made))))
             return
         try:
-            reply = self._command(work.documents)
+            reply = self._command(work.documents.encoded())
         except _REFUSALS as error:
             made = work.materialize()
             self._triage(work, made, range(len(made)), error)
@@ -155,7 +156,7 @@ class Sink:
         else:
             self._account(work, indexes, reply)
 
-    def _command(self, documents: Iterable[Document]) -> Document:
+    def _command(self, documents: Iterable[Document | Encoded]) -> Document:
         """Insert; returns the reply. Raises one of `_REFUSALS` if a document may be at fault, else as `write` does."""
         try:
             # A raw command, since insert_many examines each document in Python, which costs more than encoding it. The

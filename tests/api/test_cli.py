@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from api.client import CallFailed
 from api.commands.main import app
+from engine.text.encode import COMPILED
 from tests.running import ROOT, title, until
 
 
@@ -139,6 +140,7 @@ def test_the_doctor_finds_what_is_right_and_what_is_wrong(run, live):
     assert "do what the S3 line says" in clock
     assert "ENGINE_WORKERS=500" in wrong.out
     assert found["clock"] == "ok"
+    assert found["encoder"] == ("ok" if COMPILED else "warning")
 
 
 def test_the_doctor_finds_a_queue_of_a_later_version_and_shows_no_password(run, live):

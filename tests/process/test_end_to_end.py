@@ -9,11 +9,13 @@ import pytest
 from bson import ObjectId
 from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
+from pydantic import SecretStr
 
 from engine.control.ledger import Ledger
 from engine.control.retention import Retention
 from engine.errors import NotFound
 from engine.model import Format, JobState
+from engine.text.encode import COMPILED
 from tests.running import failing, taking
 
 BAD = {
@@ -57,6 +59,16 @@ def mixed(times: int) -> tuple[bytes, list[bytes], list[tuple[int, str]]]:
     return b"\n".join(out), good, bad
 
 
+@pytest.fixture(params=["extension", "driver"])
+def encoder(request, monkeypatch):
+    """Who encodes the documents."""
+    if request.param == "driver":
+        monkeypatch.setattr("engine.text.encode._compiled", None)
+    elif not COMPILED:
+        pytest.skip("no C compiler was there when Headrace was installed")
+
+
+@pytest.mark.usefixtures("encoder")
 @pytest.mark.parametrize("range_bytes", [64 * 1024, 100_000, 8 * 1024 * 1024])
 def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submit, drain, rejects, range_bytes):
     data, good, bad = mixed(8)
@@ -79,6 +91,7 @@ def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submi
     assert (tally.inserted, tally.rejected, tally.blank, tally.duplicates) == (len(good) + 1, len(bad), 8, 0)
 
 
+@pytest.mark.usefixtures("encoder")
 def test_a_document_too_large_for_mongodb_costs_only_itself(store, submit, drain, rejects):
     # As BSON: exactly the limit, a few bytes over it, further over it, and larger than a message may be. The driver
     # fails in three different ways.
@@ -100,6 +113,7 @@ def test_a_line_over_the_limit_is_skipped_and_told(submit, drain, rejects):
     assert job.progress.tally.inserted == 2
 
 
+@pytest.mark.usefixtures("encoder")
 def test_text_is_stored_line_by_line(store, submit, drain):
     job = submit("one\r\n\nzwölf\nlast".encode(), key="some/where/a b.txt")
     [job] = drain(job.id)
@@ -136,6 +150,18 @@ def test_three_hundred_small_files_complete(store, submit, drain):
     jobs = [submit(b'{"n":%d}\n{"n":%d}\n' % (n, n), key=f"many/{n}.ndjson").id for n in range(300)]
     assert {job.state for job in drain(*jobs, seconds=120)} == {JobState.COMPLETED}
     assert store.data["records"].count_documents({}) == 600
+
+
+@pytest.mark.usefixtures("encoder")
+def test_a_compressed_connection_carries_the_same_documents(settings, store, submit, drain):
+    """The driver makes the messages of such a connection in another way."""
+    data, good, bad = mixed(2)
+    uri = SecretStr(f"{settings.mongo_uri.get_secret_value()}&compressors=zlib")
+    [job] = drain(submit(data, max_errors=10_000).id, mongo_uri=uri)
+    tally = job.progress.tally
+    assert (job.state, tally.inserted, tally.rejected) == (JobState.COMPLETED, len(good) + 1, len(bad))
+    stored = store.data["records"].find({"_id": {"$ne": "own"}}, {"_id": 0}).sort("_id", 1)
+    assert list(stored) == [json.loads(line) for line in good]
 
 
 def test_loading_the_same_version_again_changes_nothing_and_says_so(store, submit, drain, queue):

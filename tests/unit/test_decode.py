@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.model import Format
-from engine.text.decode import Identity, _has_wide_digits, _may_have_wide_digits, decode
+from engine.text.decode import decode
+from engine.text.integers import has_wide_digits, may_have_wide_digits
 from tests.conftest import batch_of
 
 TAG = b"tagtag"
@@ -181,7 +182,7 @@ def test_a_document_is_refused_exactly_when_an_integer_of_it_does_not_fit(values
 )
 def test_runs_of_19_digits_are_found_wherever_they_stand(runs, between, alone):
     data = between.join(b"7" * run for run in runs)
-    found = _may_have_wide_digits(data if alone else b" " * 32 + data + b" " * 32)
+    found = may_have_wide_digits(data if alone else b" " * 32 + data + b" " * 32)
     if max(runs) >= 19:
         assert found
     elif not alone:  # at the edges of a batch, it may be a false alarm
@@ -265,11 +266,6 @@ def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():
     assert documents.blank == 1
 
 
-def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():
-    binary = bytes(range(1, 13))
-    assert bson.encode({"_id": Identity((binary,))}) == bson.encode({"_id": ObjectId(binary)})
-
-
 @pytest.mark.parametrize(
     ("text", "wide"), [(b"3.%b", False), (b"-%b", True), (b"%b", True), (b'"a": 0.%b, "b": 1', False)]
 )
@@ -284,7 +280,7 @@ def test_a_long_run_of_digits_is_looked_at_once(text, wide):
         def translate(self, *given):
             return Counting(super().translate(*given))
 
-    assert _has_wide_digits(Counting(text % (b"1415926535" * 10_000))) is wide
+    assert has_wide_digits(Counting(text % (b"1415926535" * 10_000))) is wide
     assert len(looks) <= 2
 
 
@@ -310,7 +306,7 @@ def test_a_line_that_is_no_utf8_is_told_where():
     ],
 )
 def test_a_wide_integer_in_a_large_batch_is_found_wherever_it_stands(number, wide, shift):
-    assert _may_have_wide_digits(b" " * (4096 + shift) + number + b" " * 4096) is wide
+    assert may_have_wide_digits(b" " * (4096 + shift) + number + b" " * 4096) is wide
 
 
 @pytest.mark.parametrize("format", [Format.NDJSON, Format.TEXT])

@@ -1,0 +1,3 @@
+from typing import Any
+
+def encode(documents: list[dict[str, Any]], identities: bytes, /) -> tuple[bytes, list[int]]: ...

@@ -1,0 +1,285 @@
+"""Documents are encoded as the driver encodes them, byte for byte, by the extension or by the driver itself."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tracemalloc
+from pathlib import Path
+
+import bson
+import pytest
+from bson import ObjectId
+from hypothesis import given
+from hypothesis import strategies as st
+from pymongo import message
+
+from engine.model import Format
+from engine.text import encode as encoding
+from engine.text.decode import decode
+from engine.text.encode import COMPILED, Encoded, Identity, encode
+from tests.conftest import batch_of
+
+TAG = b"tagtag"
+IDENTITY = bytes(range(1, 13))
+
+extension = pytest.mark.skipif(not COMPILED, reason="no C compiler was there when Headrace was installed")
+
+
+def passed(lines, format=Format.NDJSON, offset=0):
+    """The BSON of a pass for the driver, one item per piece or document; and the pass's indexes of own `_id`s."""
+    documents = decode(batch_of(*lines, offset=offset), format, TAG, "key")
+    parts = [part.raw if isinstance(part, Encoded) else bson.encode(part) for part in documents.encoded()]
+    return b"".join(parts), documents.own_ids
+
+
+def expected(lines, offset=0):
+    """What the driver makes of the same lines, `_id` first."""
+    made = b""
+    for line in lines:
+        document = json.loads(line)
+        own = document.pop("_id", ObjectId(TAG + offset.to_bytes(6, "big")))
+        made += bson.encode({"_id": own, **document})
+        offset += len(line) + 1
+    return made
+
+
+def lacks(monkeypatch):
+    """As where the extension could not be compiled."""
+    monkeypatch.setattr(encoding, "_compiled", None)
+
+
+VALUES = [
+    {},
+    [],
+    [[]],
+    {"a": {}},
+    "",
+    "ascii",
+    "zwölf €",
+    "𝄞",
+    "a\0b",
+    "x" * 70_000,
+    "ß" * 40_000,
+    None,
+    True,
+    False,
+    [True, False, None],
+    0,
+    -1,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    -(2**31) - 1,
+    2**63 - 1,
+    -(2**63),
+    0.0,
+    -0.0,
+    1.0,
+    5e-324,
+    1.7976931348623157e308,
+    -1e-7,
+    list(range(12)),
+    [None] * 1001,
+    list(range(100_000)),
+    {str(number): number for number in range(300)},
+    {"$ref": "a", "$id": 1},
+    {"$oid": "0" * 24},
+    {"": {"": [""]}},
+    {"a.b": 1, "$c": 2},
+    {"_id": 1, "a": {"_id": 1}},
+    {"zwölf": {"€": 1}},
+]
+
+
+@extension
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{type(value).__name__}-{len(repr(value))}")
+def test_a_value_is_encoded_as_the_driver_does(value):
+    documents = [{"a": value}, {"b": 1, "c": value, "d": [value, {"e": value}]}]
+    plain = b"".join(bson.encode({"_id": ObjectId(IDENTITY), **document}) for document in documents)
+    assert encode(documents, IDENTITY * 2) == ((plain,), [])
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+    | st.sampled_from([2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, -(2**63)])
+    | st.integers(-(2**63), 2**63 - 1),
+    lambda inner: st.lists(inner, max_size=12) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=40,
+)
+keys = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=6) | st.just("_id")
+
+
+@extension
+@given(st.lists(st.dictionaries(keys, json_values, max_size=6), min_size=1, max_size=8), st.integers(0, 2**40))
+def test_any_documents_are_encoded_as_the_driver_does(documents, offset):
+    try:
+        lines = [json.dumps(document, ensure_ascii=False).encode() for document in documents]
+        plain = expected(lines, offset)
+    except (UnicodeEncodeError, bson.errors.InvalidDocument):
+        return  # half of a surrogate pair, or a key with NUL
+    assert passed(lines, offset=offset) == (plain, [i for i, document in enumerate(documents) if "_id" in document])
+
+
+@extension
+def test_an_id_of_its_own_comes_first_and_only_once():
+    documents = [{"n": 1}, {"a": 7, "_id": 7, "b": 7}, {"_id": None}, {"_id": "x", "n": 1}]
+    encoded, own_ids = encode(documents, IDENTITY * 4)
+    assert own_ids == [1, 2, 3]
+    plain = [{"_id": ObjectId(IDENTITY), "n": 1}, {"_id": 7, "a": 7, "b": 7}, {"_id": None}, {"_id": "x", "n": 1}]
+    assert encoded.raw == b"".join(map(bson.encode, plain))
+
+
+def nested(levels):
+    value = 1
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a\0b": 1},
+        2**63,
+        -(2**63) - 1,
+        2**64,
+        10**40,
+        nested(400),
+        nested(900),
+        ObjectId(),
+        (1,),
+        {1: 2},
+        {None: 1},
+        b"a",
+    ],
+    ids=lambda value: str(type(value)),
+)
+def test_what_is_no_json_that_fits_is_left_to_the_driver(value):
+    """Among others, whatever was written before it."""
+    assert encode([{"b": "x" * 100_000}, {"a": value}], IDENTITY * 2) is None
+    assert encode([{"_id": value}], IDENTITY) is None
+
+
+@extension
+def test_types_that_only_resemble_those_of_a_parser_are_left_to_the_driver():
+    class Text(str):
+        __slots__ = ()
+
+    class Mapping(dict):
+        pass
+
+    assert encode([Mapping()], IDENTITY) is None
+    assert encode([{"a": Mapping()}], IDENTITY) is None
+    assert encode([{Text("a"): 1}], IDENTITY) is None
+    assert encode([{"a": Text("a")}], IDENTITY) is None
+
+
+@extension
+@pytest.mark.parametrize("given", [([{}], b""), ([{}], b"x" * 13), ([{}], IDENTITY * 2), ((), b""), ([], "")])
+def test_a_call_with_wrong_arguments_is_a_fault_of_the_program(given):
+    with pytest.raises(AssertionError):
+        encode(*given)
+
+
+LINES = [b'{"a":1}', b"bad", b"", b'{"_id":5,"a":2}', b"[1]", b'{"a":3}', b'{"n":18446744073709551616}', b'{"a":4}']
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=extension), False])
+@pytest.mark.parametrize("piece", [1, 20, 10**6])
+def test_a_pass_for_the_driver_tells_what_a_pass_tells(compiled, piece, monkeypatch):
+    monkeypatch.setattr("engine.text.decode.PIECE_BYTES", piece)
+    if not compiled:
+        lacks(monkeypatch)
+    documents = decode(batch_of(*LINES, offset=100), Format.NDJSON, TAG, "key")
+    for _ in range(2):
+        assert documents.any()
+        parts = list(documents.encoded())
+        assert {type(part) for part in parts} == ({Encoded} if compiled else {dict})
+        assert (documents.positions, documents.own_ids) == ([0, 3, 5, 7], [1])
+        assert ([r.ordinal for r in documents.rejects], documents.blank) == ([1, 4, 6], 1)
+        told = [part.raw if compiled else bson.encode(part) for part in parts]
+        assert b"".join(told) == b"".join(map(bson.encode, documents))
+
+
+@extension
+def test_a_piece_that_the_extension_refuses_is_left_to_the_driver_and_the_others_are_not(monkeypatch):
+    monkeypatch.setattr("engine.text.decode.PIECE_BYTES", 1)
+    documents = decode(batch_of(b'{"a":1}', b'{"_id":1,"b\\u0000":1}', b'{"_id":3}'), Format.NDJSON, TAG, "key")
+    first, second, third = documents.encoded()
+    assert (type(first), second, type(third)) == (Encoded, {"_id": 1, "b\0": 1}, Encoded)
+    assert documents.own_ids == [1, 2]
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=extension), False])
+def test_text_is_encoded_with_the_name_of_its_file(compiled, monkeypatch):
+    if not compiled:
+        lacks(monkeypatch)
+    made, own_ids = passed([b"one", b"", "zwölf".encode()], Format.TEXT)
+    plain = [(0, "one"), (5, "zwölf")]
+    assert made == b"".join(
+        bson.encode({"_id": ObjectId(TAG + offset.to_bytes(6, "big")), "content": content, "originalFile": "key"})
+        for offset, content in plain
+    )
+    assert own_ids == []
+
+
+@extension
+def test_a_message_holds_each_document_of_a_piece():
+    """As the driver writes it: `Encoded` stands for several documents where the driver expects one."""
+    documents = [{"a": 1}, {"b": "x" * 1000}, {}]
+    encoded, _ = encode(documents, IDENTITY * 3)
+    options = bson.codec_options.DEFAULT_CODEC_OPTIONS
+    plain = [{"_id": ObjectId(IDENTITY), **document} for document in documents]
+    sent = [
+        message._op_msg_uncompressed(0, {"insert": "c", "$db": "d"}, "documents", iter(parts), options)
+        for parts in ([encoded, {"_id": 9}, encoded], [*plain, {"_id": 9}, *plain])
+    ]
+    (_, one, size, _), (_, other, same, _) = sent
+    assert (one[8:], size) == (other[8:], same)  # after the length and the number of the request
+    assert message._dict_to_bson(encoded, False, options) == b"".join(map(bson.encode, plain))
+
+
+def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():
+    assert bson.encode({"_id": Identity((IDENTITY,))}) == bson.encode({"_id": ObjectId(IDENTITY)})
+
+
+@extension
+def test_encoding_keeps_nothing():
+    value, bad = ["x", "ß" * 40_000], {"b\0": 1}
+    documents, refused = [{"a": value, "_id": "own"}] * 10, [{"a": value}, bad]
+
+    def many():
+        for _ in range(200):
+            assert encode(documents, IDENTITY * 10) is not None
+            assert encode(refused, IDENTITY * 2) is None
+        gc.collect()
+
+    many()
+    counts = [sys.getrefcount(thing) for thing in (value, documents[0], bad, IDENTITY, "own")]
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    many()
+    kept = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert kept < 10_000
+    assert [sys.getrefcount(thing) for thing in (value, documents[0], bad, IDENTITY, "own")] == counts
+
+
+def test_the_extension_is_there_where_it_can_be_compiled():
+    """Loads would not tell: without it, they only take longer."""
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    assert (shutil.which(compiler.split()[0]) is not None and header.exists()) == COMPILED
+
+
+def test_without_the_extension_the_module_says_so():
+    code = "import sys; sys.modules['engine.text._bson'] = None; from engine.text.encode import COMPILED, encode; "
+    code += "print(COMPILED, encode([{}], bytes(12)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False None\n"
