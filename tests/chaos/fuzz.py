@@ -5,10 +5,12 @@ import random
 import time
 
 import bson
+from bson.raw_bson import DEFAULT_RAW_BSON_OPTIONS as RAW
 
 from engine.model import Format
 from engine.text.batches import Batcher
 from engine.text.decode import decode
+from engine.text.encode import Encoded
 from engine.text.lines import Splitter
 from tests.chaos import corpus
 from tests.chaos.checker import BLANK, Bad, document_of, lines_of
@@ -92,6 +94,21 @@ def same(got, expected):
         return repr(got) == repr(expected)
 
 
+def compare_encoded(decoded, documents):
+    """Compare what a pass gives to the driver with what the driver makes of the same documents."""
+    left = iter(documents)
+    for part in decoded.encoded():
+        if isinstance(part, Encoded):
+            for raw in bson.decode_file_iter(io.BytesIO(part.raw), RAW):
+                document = next(left)
+                if raw.raw != bson.encode({"_id": document["_id"], **document}):
+                    raise AssertionError(f"{document!r} is encoded as {raw.raw!r}")
+        elif repr(part) != repr(next(left)):
+            raise AssertionError(f"{part!r} in place of another document")
+    if list(left):
+        raise AssertionError("documents are missing in the pass for the driver")
+
+
 def read(data, start, end, draw, found):
     """Pass one range of `data` through splitter, batcher and decoder; adds the outcomes to `found`, by offset."""
     splitter, batcher, at = Splitter(start, end, 10**6), Batcher(draw.randrange(1, 9), 10**5), 0
@@ -109,6 +126,7 @@ def read(data, start, end, draw, found):
     for batch in batches:
         decoded = decode(batch, Format.NDJSON, TAG, "key")
         documents = list(decoded)
+        compare_encoded(decoded, documents)
         offsets = [batch.offset + batch.start(position) for position in range(batch.count)]
         outcome = dict.fromkeys(offsets, "blank")
         for reject in decoded.rejects:
