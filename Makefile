@@ -59,6 +59,7 @@ $(BIN)/python:
 $(INSTALLED): $(BIN)/python pyproject.toml constraints.txt $(wildcard engine/text/*.c)
 	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "headrace: $(VENV) has no pip, or a Python older than 3.11: run make clean, then the same again" >&2; exit 1; }
 	@echo "Installing into $(VENV) ..."
+	@rm -f engine/text/_bson$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[local]'
 	@$(BIN)/python -c 'import engine.text._bson' 2>/dev/null || echo "No C compiler, or no header of Python: loads will take more CPU (apt-get install gcc python3-dev, then make clean and again)"
 	@touch $@

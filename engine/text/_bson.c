@@ -5,8 +5,8 @@
  * exception is raised, and the caller leaves the documents to the driver, whose verdict counts. So there is no need for
  * good messages here.
  *
- * No Python code runs in the meantime, so nothing can change a document while it is being walked, and borrowed
- * references stay valid. BSON: https://bsonspec.org/spec.html
+ * The documents belong to the calling thread alone, and no Python code runs while they are walked, so nothing changes
+ * them, and borrowed references stay valid. BSON: https://bsonspec.org/spec.html
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -20,6 +20,9 @@
 
 /* More levels than the server accepts, and few enough for any thread's stack. */
 #define MAX_DEPTH 250
+
+/* The driver sends no command over 16 MiB and 16 KiB: of more, its own encoder judges, in less memory. */
+#define MOST_BYTES (17 * 1024 * 1024)
 
 #define FIRST_BYTES (64 * 1024)
 #define IDENTITY_BYTES 12
@@ -54,13 +57,12 @@ static int grow(Buffer *out, Py_ssize_t count)
 {
     Py_ssize_t size = out->size;
 
-    /* Lengths in BSON are int32. */
-    if (count > INT32_MAX - out->used) {
-        PyErr_SetString(PyExc_OverflowError, "the documents exceed 2 GiB");
+    if (count > MOST_BYTES - out->used) {
+        PyErr_SetString(PyExc_OverflowError, "the documents exceed a command");
         return -1;
     }
     while (size < out->used + count) {
-        size = size > INT32_MAX / 2 ? INT32_MAX : 2 * size;
+        size = size > MOST_BYTES / 2 ? MOST_BYTES : 2 * size;
     }
     if (_PyBytes_Resize(&out->bytes, size) < 0) {
         return -1;
@@ -140,8 +142,8 @@ static inline int write_str(Buffer *out, PyObject *text)
     if (bytes == NULL) {
         return -1;
     }
-    if (length > INT32_MAX - 5) {
-        PyErr_SetString(PyExc_OverflowError, "a string exceeds 2 GiB");
+    if (length > MOST_BYTES) {
+        PyErr_SetString(PyExc_OverflowError, "a string exceeds a command");
         return -1;
     }
     if ((place = reserve(out, length + 5)) == NULL) {
@@ -402,6 +404,11 @@ static int clear(PyObject *module)
     return 0;
 }
 
+static void release(void *module)
+{
+    (void)clear(module);
+}
+
 static PyMethodDef methods[] = {
     {"encode", (PyCFunction)(void (*)(void))encode, METH_FASTCALL,
      "encode(documents, identities, /)\n--\n\nBSON of the documents, and the indexes of those with an _id of their own."},
@@ -410,11 +417,14 @@ static PyMethodDef methods[] = {
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, execute},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
     {0, NULL},
 };
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_bson", "Encodes parsed JSON as BSON.", sizeof(State), methods, slots, traverse, clear, NULL,
+    PyModuleDef_HEAD_INIT, "_bson", "Encodes parsed JSON as BSON.", sizeof(State), methods, slots, traverse, clear, release,
 };
 
 PyMODINIT_FUNC PyInit__bson(void)

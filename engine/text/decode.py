@@ -6,7 +6,7 @@ Within a job, a line's outcome depends only on its bytes and its offset, so that
 import secrets
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat
 from operator import is_
@@ -66,7 +66,7 @@ class Documents:
         """Whether there is any document; parses up to the first of them."""
         if self._begun is None:
             pieces = self._pieces()
-            if (first := next((piece for piece in pieces if piece[0]), None)) is not None:
+            if (first := next(pieces, None)) is not None:
                 self._begun = chain([first], pieces)
         return self._begun is not None
 
@@ -75,8 +75,15 @@ class Documents:
             self._identify(documents, identities)
             yield from documents
 
-    def encoded(self) -> Iterator[Encoded | Object]:
-        """A pass for the driver: documents that are BSON already, a piece at a time, or for it to encode."""
+    def encoded(self) -> Iterable[Encoded | Object]:
+        """The documents for the driver: BSON already, a piece at a time, or for it to encode.
+
+        Each iteration is a pass, since the driver may send a command again (to a server that is overloaded, or that
+        wants new credentials).
+        """
+        return _Again(self._encoded)
+
+    def _encoded(self) -> Iterator[Encoded | Object]:
         for documents, identities in self._pass():
             if (made := encode(documents, identities)) is None:
                 self._identify(documents, identities)
@@ -104,6 +111,7 @@ class Documents:
         self.own_ids += [first + index for index in own_ids]
 
     def _pieces(self) -> Iterator[_Piece]:
+        """Parse a piece at a time; those without documents are left out, which the driver would take for an error."""
         self.positions, self.own_ids, self.rejects, self.blank = [], [], [], 0
         batch = self.batch
         if batch.oversized is not None:
@@ -123,7 +131,8 @@ class Documents:
             else:
                 theirs = identities[self.positions[len(self.positions) - len(documents) :]].tobytes()
             self.seconds += time.perf_counter() - began
-            yield documents, theirs
+            if documents:
+                yield documents, theirs
             began = time.perf_counter()
             first = last
 
@@ -186,6 +195,16 @@ class Documents:
 
     def _refuse(self, position: int, reason: Reason, detail: str) -> None:
         self.rejects.append(reject(self.batch, position, reason, detail))
+
+
+class _Again:
+    """What can be iterated again and again."""
+
+    def __init__(self, begin: Callable[[], Iterator[Encoded | Object]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[Encoded | Object]:
+        return self._begin()
 
 
 def decode(batch: Batch, format: Format, tag: bytes, file_key: str) -> Documents:

@@ -59,12 +59,12 @@ def encode(documents: list[Object], identities: bytes) -> tuple[Encoded, list[in
 
     Returns:
         None if the driver has to encode them, since the extension is missing, or for the sake of the driver's error: a
-        document cannot become BSON.
+        document cannot become BSON, or they are larger than a command may be.
     """
     if _compiled is None:
         return None
     try:
         encoded, own_ids = _compiled(documents, identities)
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError, MemoryError):
         return None
     return Encoded((encoded,)), own_ids

@@ -92,6 +92,16 @@ def test_good_lines_land_and_each_bad_one_is_a_reject_at_its_offset(store, submi
 
 
 @pytest.mark.usefixtures("encoder")
+@pytest.mark.parametrize("name", ["a.ndjson", "a.txt"])
+def test_a_long_run_of_bad_and_blank_lines_costs_the_good_ones_nothing(store, submit, drain, name):
+    lines = [b'{"n":1}', *[b"\xff" * 99] * 700, b'{"n":2}', *[b" " * 99] * 700, b'{"n":3}', b"\xff" * 80_000]
+    [job] = drain(submit(b"\n".join(lines), key=name, max_errors=1000).id)
+    tally = job.progress.tally
+    assert (job.state, tally.inserted, tally.rejected, tally.blank) == (JobState.COMPLETED, 3, 701, 700)
+    assert store.data["records"].count_documents({}) == 3
+
+
+@pytest.mark.usefixtures("encoder")
 def test_a_document_too_large_for_mongodb_costs_only_itself(store, submit, drain, rejects):
     # As BSON: exactly the limit, a few bytes over it, further over it, and larger than a message may be. The driver
     # fails in three different ways.

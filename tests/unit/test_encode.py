@@ -205,6 +205,7 @@ def test_a_pass_for_the_driver_tells_what_a_pass_tells(compiled, piece, monkeypa
         assert (documents.positions, documents.own_ids) == ([0, 3, 5, 7], [1])
         assert ([r.ordinal for r in documents.rejects], documents.blank) == ([1, 4, 6], 1)
         told = [part.raw if compiled else bson.encode(part) for part in parts]
+        assert all(told)
         assert b"".join(told) == b"".join(map(bson.encode, documents))
 
 
@@ -235,15 +236,58 @@ def test_a_message_holds_each_document_of_a_piece():
     """As the driver writes it: `Encoded` stands for several documents where the driver expects one."""
     documents = [{"a": 1}, {"b": "x" * 1000}, {}]
     encoded, _ = encode(documents, IDENTITY * 3)
-    options = bson.codec_options.DEFAULT_CODEC_OPTIONS
     plain = [{"_id": ObjectId(IDENTITY), **document} for document in documents]
-    sent = [
-        message._op_msg_uncompressed(0, {"insert": "c", "$db": "d"}, "documents", iter(parts), options)
-        for parts in ([encoded, {"_id": 9}, encoded], [*plain, {"_id": 9}, *plain])
-    ]
-    (_, one, size, _), (_, other, same, _) = sent
-    assert (one[8:], size) == (other[8:], same)  # after the length and the number of the request
-    assert message._dict_to_bson(encoded, False, options) == b"".join(map(bson.encode, plain))
+    assert sent([encoded, {"_id": 9}, encoded]) == sent([*plain, {"_id": 9}, *plain])
+    assert message._dict_to_bson(encoded, False, OPTIONS) == b"".join(map(bson.encode, plain))
+
+
+OPTIONS = bson.codec_options.DEFAULT_CODEC_OPTIONS
+
+
+def sent(documents):
+    """The message that the driver sends with these documents, without the number of the request."""
+    return message._op_msg_uncompressed(0, {"insert": "c", "$db": "d"}, "documents", documents, OPTIONS)[1][8:]
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=extension), False])
+@pytest.mark.parametrize("format", [Format.NDJSON, Format.TEXT])
+@pytest.mark.parametrize("line", [b"\xff" * 99, b" " * 99], ids=["bad", "blank"])
+@pytest.mark.parametrize("where", ["first", "between", "last"])
+def test_pieces_without_documents_are_no_part_of_a_message(compiled, format, line, where, monkeypatch):
+    if not compiled:
+        lacks(monkeypatch)
+    good = [b'{"a":1}'] * 3
+    rest = [line] * 2000
+    lines = {"first": rest + good, "between": good + rest + good, "last": good + rest}[where]
+    documents = decode(batch_of(*lines), format, TAG, "key")
+    plain = sent(list(decode(batch_of(*lines), format, TAG, "key")))
+    assert documents.any()
+    assert sent(documents.encoded()) == plain
+    assert len(documents.positions) == len(lines) - 2000 == len(plain[plain.index(b"documents") :].split(b"_id")) - 1
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=extension), False])
+def test_a_command_that_the_driver_sends_again_has_its_documents_again(compiled, monkeypatch):
+    monkeypatch.setattr("engine.text.decode.PIECE_BYTES", 20)
+    if not compiled:
+        lacks(monkeypatch)
+    documents = decode(batch_of(*LINES), Format.NDJSON, TAG, "key")
+    given = documents.encoded()
+    first = sent(given)
+    told = documents.positions, documents.own_ids, documents.blank, len(documents.rejects)
+    assert sent(given) == first == sent(list(documents))
+    assert (documents.positions, documents.own_ids, documents.blank, len(documents.rejects)) == told
+
+
+@extension
+@pytest.mark.parametrize("text", ["x", "ß"])
+def test_what_no_command_can_hold_is_left_to_the_driver(text):
+    length = 2**24 // len(text.encode())
+    encoded, _ = encode([{"a": text * length}], IDENTITY)
+    assert encoded.raw == bson.encode({"_id": ObjectId(IDENTITY), "a": text * length})
+    assert encode([{"a": text * length}, {"a": text * (length // 8)}], IDENTITY * 2) is None
+    assert encode([{"a": text * (2 * length)}], IDENTITY) is None
+    assert encode([{"a": [0] * 2_000_000}], IDENTITY) is None
 
 
 def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():
