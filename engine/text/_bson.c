@@ -21,8 +21,8 @@
 /* More levels than the server accepts, and few enough for any thread's stack. */
 #define MAX_DEPTH 250
 
-/* The driver sends no command over 16 MiB and 16 KiB: of more, its own encoder judges, in less memory. */
-#define MOST_BYTES (17 * 1024 * 1024)
+/* More than this comes from one long line, which the driver encodes in less memory: straight into the message. */
+#define MOST_BYTES (4 * 1024 * 1024)
 
 #define FIRST_BYTES (64 * 1024)
 #define IDENTITY_BYTES 12
@@ -58,7 +58,7 @@ static int grow(Buffer *out, Py_ssize_t count)
     Py_ssize_t size = out->size;
 
     if (count > MOST_BYTES - out->used) {
-        PyErr_SetString(PyExc_OverflowError, "the documents exceed a command");
+        PyErr_SetString(PyExc_OverflowError, "the documents are too large");
         return -1;
     }
     while (size < out->used + count) {
@@ -135,18 +135,16 @@ static inline int write_number(Buffer *out, const void *number, Py_ssize_t size)
 static inline int write_str(Buffer *out, PyObject *text)
 {
     Py_ssize_t length;
-    const char *bytes = utf8(text, &length);
+    const char *bytes;
     char *place;
     int32_t written;
 
-    if (bytes == NULL) {
+    /* Before its UTF-8 is made, which the str would keep. */
+    if (PyUnicode_GET_LENGTH(text) > MOST_BYTES) {
+        PyErr_SetString(PyExc_OverflowError, "a string is too large");
         return -1;
     }
-    if (length > MOST_BYTES) {
-        PyErr_SetString(PyExc_OverflowError, "a string exceeds a command");
-        return -1;
-    }
-    if ((place = reserve(out, length + 5)) == NULL) {
+    if ((bytes = utf8(text, &length)) == NULL || (place = reserve(out, length + 5)) == NULL) {
         return -1;
     }
     written = (int32_t)length + 1;

@@ -59,7 +59,7 @@ def encode(documents: list[Object], identities: bytes) -> tuple[Encoded, list[in
 
     Returns:
         None if the driver has to encode them, since the extension is missing, or for the sake of the driver's error: a
-        document cannot become BSON, or they are larger than a command may be.
+        document cannot become BSON, or they are large.
     """
     if _compiled is None:
         return None
