@@ -22,7 +22,7 @@ from engine.text.encode import IDENTITY_BYTES, Encoded, Identity, Object, encode
 from engine.text.integers import beyond_int64, has_wide_digits, may_have_wide_digits
 from engine.text.lines import HEAD_BYTES, LONG_LINE_BYTES
 
-__all__ = ["BOM", "Documents", "decode", "reject"]
+__all__ = ["BOM", "PIECE_BYTES", "Documents", "decode", "reject"]
 
 BOM: Final = b"\xef\xbb\xbf"
 BLANK: Final = " \t\n\r\x0b\x0c"

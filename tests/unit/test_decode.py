@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from engine.model import Format
 from engine.text.decode import decode
-from engine.text.integers import has_wide_digits, may_have_wide_digits
 from tests.conftest import batch_of
 
 TAG = b"tagtag"
@@ -177,18 +176,6 @@ def test_a_document_is_refused_exactly_when_an_integer_of_it_does_not_fit(values
     assert len(decoded.documents) == (3 if fits else 2)
 
 
-@given(
-    st.lists(st.integers(0, 24), min_size=1, max_size=12), st.sampled_from([b",", b'"x', b"e-", b"."]), st.booleans()
-)
-def test_runs_of_19_digits_are_found_wherever_they_stand(runs, between, alone):
-    data = between.join(b"7" * run for run in runs)
-    found = may_have_wide_digits(data if alone else b" " * 32 + data + b" " * 32)
-    if max(runs) >= 19:
-        assert found
-    elif not alone:  # at the edges of a batch, it may be a false alarm
-        assert not found
-
-
 FRAGMENTS = [
     b'{"a":1}', b'{"a":[1', b"2]}", b'{"a":1', b'"b":2}', b'{"a":1},{"b":2}', b"{", b"}", b"[", b"]", b",", b"", b" ",
     b"1", b'{"_id":5}', b'{"a":"', b'"}', b'{"a":1}\r', b'{"a":1}\xef\xbb\xbf', b"\xef\xbb\xbf{}", b'{"a":"\\',
@@ -266,47 +253,10 @@ def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():
     assert documents.blank == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "wide"), [(b"3.%b", False), (b"-%b", True), (b"%b", True), (b'"a": 0.%b, "b": 1', False)]
-)
-def test_a_long_run_of_digits_is_looked_at_once(text, wide):
-    looks = []
-
-    class Counting(bytes):
-        def find(self, *given):
-            looks.append(given)
-            return super().find(*given)
-
-        def translate(self, *given):
-            return Counting(super().translate(*given))
-
-    assert has_wide_digits(Counting(text % (b"1415926535" * 10_000))) is wide
-    assert len(looks) <= 2
-
-
 def test_a_line_that_is_no_utf8_is_told_where():
     line = b'{"caf":"\xc3\xa9","b":"\xe9"}'
     [found] = run(line).rejects
     assert found.detail == "byte 17 of the line, 0xe9: invalid continuation byte"
-
-
-@pytest.mark.parametrize("shift", range(4))
-@pytest.mark.parametrize(
-    ("number", "wide"),
-    [
-        (b"9223372036854775807", False),
-        (b"9223372036854775808", True),
-        (b"-9223372036854775808", False),
-        (b"-9223372036854775809", True),
-        (b"10000000000000000000", True),
-        (b"0.9999999999999999999", False),
-        (b"1" * 18, False),
-        (b"7" * 39, True),
-        (b"7" * 100, True),
-    ],
-)
-def test_a_wide_integer_in_a_large_batch_is_found_wherever_it_stands(number, wide, shift):
-    assert may_have_wide_digits(b" " * (4096 + shift) + number + b" " * 4096) is wide
 
 
 @pytest.mark.parametrize("format", [Format.NDJSON, Format.TEXT])
