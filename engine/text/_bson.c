@@ -24,6 +24,9 @@
 /* More than this comes from one long line, which the driver encodes in less memory: straight into the message. */
 #define MOST_BYTES (4 * 1024 * 1024)
 
+/* The parser turns an integer that 64 bits cannot hold into a float of at least this. */
+#define INT64_BOUND 9223372036854775808.0
+
 #define FIRST_BYTES (64 * 1024)
 #define IDENTITY_BYTES 12
 
@@ -48,6 +51,7 @@ typedef struct {
     PyObject *bytes;
     Py_ssize_t used;
     Py_ssize_t size;
+    int checked; /* whether a large float is one that was written as such */
 } Buffer;
 
 static int write_dict(Buffer *out, PyObject *dict, PyObject *own_id, int depth);
@@ -182,6 +186,10 @@ static int write_value(Buffer *out, Py_ssize_t at, PyObject *value, int depth)
     if (type == &PyFloat_Type) {
         double number = PyFloat_AS_DOUBLE(value);
 
+        if (!out->checked && (number >= INT64_BOUND || number <= -INT64_BOUND)) {
+            PyErr_SetString(PyExc_OverflowError, "a float was perhaps an integer");
+            return -1;
+        }
         set_type(out, at, DOUBLE);
         return write_number(out, &number, sizeof number);
     }
@@ -344,16 +352,18 @@ static int append_index(PyObject *list, Py_ssize_t index)
 static PyObject *encode(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     State *state = PyModule_GetState(module);
-    Buffer out = {NULL, 0, FIRST_BYTES};
+    Buffer out = {NULL, 0, FIRST_BYTES, 0};
     PyObject *documents, *identities, *own_ids, *result = NULL;
     Py_ssize_t index;
 
-    if (count != 2 || !PyList_CheckExact(arguments[0]) || !PyBytes_CheckExact(arguments[1])) {
-        PyErr_SetString(PyExc_AssertionError, "encode() takes a list and bytes");
+    if (count != 3 || !PyList_CheckExact(arguments[0]) || !PyBytes_CheckExact(arguments[1])
+        || !PyBool_Check(arguments[2])) {
+        PyErr_SetString(PyExc_AssertionError, "encode() takes a list, bytes and a bool");
         return NULL;
     }
     documents = arguments[0];
     identities = arguments[1];
+    out.checked = arguments[2] == Py_True;
     if (PyBytes_GET_SIZE(identities) / IDENTITY_BYTES != PyList_GET_SIZE(documents)
         || PyBytes_GET_SIZE(identities) % IDENTITY_BYTES != 0) {
         PyErr_SetString(PyExc_AssertionError, "encode() takes 12 bytes for each document");
@@ -409,7 +419,7 @@ static void release(void *module)
 
 static PyMethodDef methods[] = {
     {"encode", (PyCFunction)(void (*)(void))encode, METH_FASTCALL,
-     "encode(documents, identities, /)\n--\n\nBSON of the documents, and the indexes of those with an _id of their own."},
+     "encode(documents, identities, checked, /)\n--\n\nBSON of the documents, and the indexes of those with an _id of their own."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -7,7 +7,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property
 from itertools import chain, repeat
 from operator import is_
 from typing import Any, Final
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from engine.model import Format, Reason, Reject
 from engine.text.batches import Batch
-from engine.text.encode import IDENTITY_BYTES, Encoded, Identity, Object, encode
-from engine.text.integers import beyond_int64, has_wide_digits, may_have_wide_digits
+from engine.text.encode import COMPILED, IDENTITY_BYTES, Encoded, Identity, Object, encode
+from engine.text.integers import beyond_int64, has_large_number, has_wide_digits, may_have_wide_digits
 from engine.text.lines import HEAD_BYTES, LONG_LINE_BYTES
 
 __all__ = ["BOM", "PIECE_BYTES", "Documents", "decode", "reject"]
@@ -36,8 +36,8 @@ CPU cache. With a whole batch at a time, every object would be fetched from memo
 _MARK: Final = secrets.randbits(62) | 1 << 61
 _SEPARATOR: Final = b",%d," % _MARK
 
-_Piece = tuple[list[Object], bytes]
-"""Documents as they were parsed, and twelve bytes for each: the `_id` of one that brings none."""
+_Identities = NDArray[np.uint8]
+"""The twelve bytes of each line's `_id`, as rows."""
 
 
 class Documents:
@@ -46,8 +46,6 @@ class Documents:
     At the end of a pass, document `i` came from line `positions[i]` of the batch; `own_ids` has the indexes of
     documents that brought their own `_id`; `rejects` holds the lines that did not become documents, and `blank` counts
     those of white space only. `seconds` is the time spent on parsing so far, over all passes.
-
-    What `any` has parsed is not parsed again by the pass that follows.
     """
 
     def __init__(self, batch: Batch, format: Format, tag: bytes, file_key: str) -> None:
@@ -55,7 +53,7 @@ class Documents:
         self._format = format
         self._tag = tag
         self._file_key = file_key
-        self._begun: Iterator[_Piece] | None = None
+        self._begun: Iterator[Encoded | Object] | None = None
         self.positions: list[int] = []
         self.own_ids: list[int] = []
         self.rejects: list[Reject] = []
@@ -63,16 +61,18 @@ class Documents:
         self.seconds = 0.0
 
     def any(self) -> bool:
-        """Whether there is any document; parses up to the first of them."""
+        """Whether there is any document. A pass over `encoded()` does not repeat what this has done to find the first."""
         if self._begun is None:
-            pieces = self._pieces()
-            if (first := next(pieces, None)) is not None:
-                self._begun = chain([first], pieces)
+            parts = self._encoded()
+            if (first := next(parts, None)) is not None:
+                self._begun = chain([first], parts)
         return self._begun is not None
 
     def __iter__(self) -> Iterator[Object]:
-        for documents, identities in self._pass():
-            self._identify(documents, identities)
+        self._begun = None  # what it has noted is noted anew
+        for first, last, identities in self._pieces():
+            documents, theirs = self._decode(first, last, identities, look=True)
+            self._identify(documents, theirs)
             yield from documents
 
     def encoded(self) -> Iterable[Encoded | Object]:
@@ -81,21 +81,31 @@ class Documents:
         Each iteration is a pass, since the driver may send a command again (to a server that is overloaded, or that
         wants new credentials).
         """
-        return _Again(self._encoded)
+        return _Again(self._pass)
+
+    def _pass(self) -> Iterator[Encoded | Object]:
+        begun, self._begun = self._begun, None
+        return self._encoded() if begun is None else begun
 
     def _encoded(self) -> Iterator[Encoded | Object]:
-        for documents, identities in self._pass():
-            if (made := encode(documents, identities)) is None:
-                self._identify(documents, identities)
+        for first, last, identities in self._pieces():
+            before = len(self.positions), len(self.rejects), self.blank
+            # The extension sees each number, which costs less than to look at the digits in the lines.
+            documents, theirs = self._decode(first, last, identities, look=not COMPILED)
+            made = encode(documents, theirs, checked=not COMPILED)
+            if made is None and COMPILED:
+                if self._is_wide(first, last):
+                    del self.positions[before[0] :], self.rejects[before[1] :]
+                    self.blank = before[2]
+                    documents, theirs = self._decode(first, last, identities, look=True)
+                made = encode(documents, theirs, checked=True)
+            if made is None:
+                self._identify(documents, theirs)
                 yield from documents
-            else:
+            elif documents:  # the driver would take a piece without any for an error
                 encoded, own_ids = made
                 self._note(own_ids, documents)
                 yield encoded
-
-    def _pass(self) -> Iterator[_Piece]:
-        begun, self._begun = self._begun, None
-        return self._pieces() if begun is None else begun
 
     def _identify(self, documents: list[Object], identities: bytes) -> None:
         """Give the documents of a piece that has just been parsed the `_id`s that they lack."""
@@ -110,44 +120,58 @@ class Documents:
         first = len(self.positions) - len(documents)
         self.own_ids += [first + index for index in own_ids]
 
-    def _pieces(self) -> Iterator[_Piece]:
-        """Parse a piece at a time; those without documents are left out, which the driver would take for an error."""
+    def _pieces(self) -> Iterator[tuple[int, int, _Identities]]:
+        """Begin a pass: the first and the last line (exclusive) of each piece, and the identities of all lines."""
         self.positions, self.own_ids, self.rejects, self.blank = [], [], [], 0
         batch = self.batch
         if batch.oversized is not None:
             detail = f"the line has {batch.oversized.length} bytes, more than ENGINE_MAX_LINE_BYTES allows"
             self.rejects.append(reject(batch, 0, Reason.TOO_LARGE, detail))
             return
-        began = time.perf_counter()
         identities = _identities(batch, self._tag)
-        ndjson = self._format is Format.NDJSON
-        decode_piece = partial(self._ndjson, wide=may_have_wide_digits(batch.data)) if ndjson else self._text
         cuts = np.searchsorted(batch.ends, np.arange(PIECE_BYTES, len(batch.data), PIECE_BYTES))
         first = 0
         for last in [*np.unique(cuts[cuts > 0]).tolist(), batch.count]:
-            documents = decode_piece(first, last)
-            if len(documents) == last - first:
-                theirs = identities[first:last].tobytes()
-            else:
-                theirs = identities[self.positions[len(self.positions) - len(documents) :]].tobytes()
-            self.seconds += time.perf_counter() - began
-            if documents:
-                yield documents, theirs
-            began = time.perf_counter()
+            yield first, last, identities
             first = last
 
-    def _ndjson(self, first: int, last: int, wide: bool) -> list[Object]:
-        """The documents of lines `first` to `last` (exclusive)."""
+    @cached_property
+    def _may_be_wide(self) -> bool:
+        """Whether an integer of the batch may be outside int64."""
+        return self._format is Format.NDJSON and may_have_wide_digits(self.batch.data)
+
+    def _is_wide(self, first: int, last: int) -> bool:
+        """The same of lines `first` to `last` (exclusive), with few false alarms."""
+        batch = self.batch
+        return self._may_be_wide and has_wide_digits(batch.data[batch.start(first) : int(batch.ends[last - 1])])
+
+    def _decode(self, first: int, last: int, identities: _Identities, look: bool) -> tuple[list[Object], bytes]:
+        """The documents of lines `first` to `last` (exclusive), and twelve bytes for each: the `_id` if it brings none.
+
+        Unless this is to `look` at digits, an integer that 64 bits cannot hold becomes a float.
+        """
+        began = time.perf_counter()
+        documents = self._ndjson(first, last, look) if self._format is Format.NDJSON else self._text(first, last)
+        if len(documents) == last - first:
+            theirs = identities[first:last].tobytes()
+        else:
+            theirs = identities[self.positions[len(self.positions) - len(documents) :]].tobytes()
+        self.seconds += time.perf_counter() - began
+        return documents, theirs
+
+    def _ndjson(self, first: int, last: int, look: bool) -> list[Object]:
         data, start, ends = self.batch.data, self.batch.start(first), self.batch.ends[first:last].tolist()
-        if wide:
-            wide = has_wide_digits(data[start : ends[-1]])
+        wide = look and self._is_wide(first, last)
         if wide or (documents := _objects(data, start, ends)) is None:
             return self._one_by_one(first, data[start : ends[-1]].split(b"\n"), wide)
         self.positions += range(first, last)
         return documents
 
     def _one_by_one(self, first: int, lines: list[bytes], wide: bool) -> list[Object]:
-        """As `_ndjson`, but line by line, since some line is bad or blank or holds a long run of digits."""
+        """As `_ndjson`, but line by line, since some line is bad or blank or holds a long run of digits.
+
+        Here as in the extension, an integer counts only as a value that is kept: under a repeated key, that is the last.
+        """
         documents: list[Object] = []
         for position, line in enumerate(lines, first):
             body = line.removeprefix(BOM) if self.batch.offset == position == 0 else line
@@ -161,7 +185,7 @@ class Documents:
                 continue
             if type(document) is not dict:
                 self._refuse(position, Reason.NOT_AN_OBJECT, f"the line is {_KINDS[type(document)]}, not an object")
-            elif wide and (literal := beyond_int64(body)):
+            elif wide and has_large_number(document) and (literal := beyond_int64(body)):
                 detail = f"the integer {literal} is outside the range of a signed 64-bit integer"
                 self._refuse(position, Reason.INT_RANGE, detail)
             else:
@@ -170,7 +194,7 @@ class Documents:
         return documents
 
     def _text(self, first: int, last: int) -> list[Object]:
-        """The documents of lines `first` to `last` (exclusive): `content` and `originalFile`."""
+        """`content` and `originalFile` of each line."""
         documents: list[Object] = []
         batch = self.batch
         text = batch.data[batch.start(first) : int(batch.ends[last - 1])]
@@ -284,8 +308,7 @@ def _decoded(text: bytes) -> Sequence[str | bytes]:
         return text.split(b"\n")
 
 
-def _identities(batch: Batch, tag: bytes) -> NDArray[np.uint8]:
-    """The twelve bytes of each line's `_id`, as rows."""
+def _identities(batch: Batch, tag: bytes) -> _Identities:
     count = batch.count
     offsets = np.empty(count, ">u8")
     offsets[0] = batch.offset

@@ -15,7 +15,7 @@ Object = dict[str, Any]
 
 IDENTITY_BYTES: Final = 12
 
-_compiled: Callable[[list[Object], bytes], tuple[bytes, list[int]]] | None
+_compiled: Callable[[list[Object], bytes, bool], tuple[bytes, list[int]]] | None
 try:
     from engine.text import _bson
 
@@ -50,21 +50,23 @@ class Encoded(tuple[bytes]):
     raw = property(itemgetter(0))
 
 
-def encode(documents: list[Object], identities: bytes) -> tuple[Encoded, list[int]] | None:
+def encode(documents: list[Object], identities: bytes, *, checked: bool) -> tuple[Encoded, list[int]] | None:
     """The documents as BSON, `_id` first, and the indexes of those that brought their own `_id`.
 
     Args:
         documents: parsed by orjson.
         identities: 12 bytes for each, the ObjectId that it gets if it has no `_id`.
+        checked: whether no number was an integer that int64 cannot hold. The parser turns one beyond 64 bits into a
+            float, so unless they are checked, floats from 2⁶³ on are refused.
 
     Returns:
         None if the driver has to encode them, since the extension is missing, or for the sake of the driver's error: a
-        document cannot become BSON, or they are large.
+        document cannot become BSON, or they are large; or if the numbers have to be checked.
     """
     if _compiled is None:
         return None
     try:
-        encoded, own_ids = _compiled(documents, identities)
+        encoded, own_ids = _compiled(documents, identities, checked)
     except (TypeError, ValueError, OverflowError, RecursionError, MemoryError):
         return None
     return Encoded((encoded,)), own_ids

@@ -1,16 +1,16 @@
 """Finds integers that int64 cannot hold in the bytes of lines, quickly where there are none. Pure.
 
-orjson silently turns an integer beyond 64 bits into a float, so they are searched for in the bytes, in up to three
-passes, each slower and more exact than the one before: `may_have_wide_digits` over a batch, `has_wide_digits` over a
-piece of it, `beyond_int64` over one line.
+orjson silently turns an integer beyond 64 bits into a float. Where large numbers are not seen as they are encoded, they
+are searched for in the bytes, in up to three passes, each slower and more exact than the one before:
+`may_have_wide_digits` over a batch, `has_wide_digits` over a piece of it, `beyond_int64` over one line.
 """
 
 import re
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["beyond_int64", "has_wide_digits", "may_have_wide_digits"]
+__all__ = ["beyond_int64", "has_large_number", "has_wide_digits", "may_have_wide_digits"]
 
 SPARSE_BYTES: Final = 4096
 """Possible places of a long run of digits are checked one by one if there is at most one per this many bytes; otherwise
@@ -101,3 +101,18 @@ def beyond_int64(line: bytes) -> str | None:
             literal = digits.decode("ascii")
             return literal if len(literal) <= _CERTAINLY_WIDE else literal[:_CERTAINLY_WIDE] + "…"
     return None
+
+
+def has_large_number(value: Any) -> bool:
+    """Whether a parsed value holds a number that may have been an integer outside int64, or is one."""
+    todo = [value]  # not recursive: a line may be nested deeply
+    while todo:
+        one = todo.pop()
+        kind = type(one)
+        if kind is dict:
+            todo.extend(one.values())
+        elif kind is list:
+            todo.extend(one)
+        elif (kind is int and not _INT64_MIN <= one <= _INT64_MAX) or (kind is float and abs(one) >= 2**63):
+            return True
+    return False

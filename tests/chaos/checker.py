@@ -100,7 +100,7 @@ def document_of(line):
         raise Bad("invalid_json") from None
     if _nesting(text) > DEPTH:
         raise Bad("invalid_json")
-    # Includes literals under a repeated key, of which the parser keeps only the last value.
+    # Those under a repeated key, of which the parser keeps only the last value, count only beside a large float.
     literals = []
 
     def keep(literal):
@@ -117,9 +117,21 @@ def document_of(line):
         raise Bad("invalid_json") from None  # a lone surrogate
     if not isinstance(value, dict):
         raise Bad("not_an_object")
-    for literal in literals:
-        _integer(literal)
+    if _has_large_float(value):
+        for literal in literals:
+            _integer(literal)
     return _finished(value)
+
+
+def _has_large_float(value):
+    level = [value]
+    while level:
+        item = level.pop()
+        if isinstance(item, dict | list):
+            level += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, float) and abs(item) >= 2**63:
+            return True
+    return False
 
 
 def _checked_later(literal):

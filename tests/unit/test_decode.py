@@ -238,12 +238,16 @@ def encoded(document):
         return str(error)
 
 
-def test_each_pass_over_the_documents_gives_them_again():
+@pytest.mark.parametrize("piece", [1, 10**6])
+def test_each_pass_over_the_documents_gives_them_again(piece, monkeypatch):
+    monkeypatch.setattr("engine.text.decode.PIECE_BYTES", piece)
     documents = decode(batch_of(b'{"a":1}', b"bad", b"", b'{"a":2}'), Format.NDJSON, TAG, "key")
     for _ in range(3):
         assert documents.any()
         assert [document["a"] for document in documents] == [1, 2]
         assert (documents.positions, len(documents.rejects), documents.blank) == ([0, 3], 1, 1)
+    assert list(documents.encoded())
+    assert (documents.positions, len(documents.rejects), documents.blank) == ([0, 3], 1, 1)
 
 
 def test_a_batch_of_bad_and_blank_lines_has_no_documents_and_tells_of_each():

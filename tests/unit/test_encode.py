@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -50,6 +51,7 @@ def expected(lines, offset=0):
 def lacks(monkeypatch):
     """As where the extension could not be compiled."""
     monkeypatch.setattr(encoding, "_compiled", None)
+    monkeypatch.setattr("engine.text.decode.COMPILED", False)
 
 
 VALUES = [
@@ -100,7 +102,7 @@ VALUES = [
 def test_a_value_is_encoded_as_the_driver_does(value):
     documents = [{"a": value}, {"b": 1, "c": value, "d": [value, {"e": value}]}]
     plain = b"".join(bson.encode({"_id": ObjectId(IDENTITY), **document}) for document in documents)
-    assert encode(documents, IDENTITY * 2) == ((plain,), [])
+    assert encode(documents, IDENTITY * 2, checked=True) == ((plain,), [])
 
 
 json_values = st.recursive(
@@ -130,7 +132,7 @@ def test_any_documents_are_encoded_as_the_driver_does(documents, offset):
 @extension
 def test_an_id_of_its_own_comes_first_and_only_once():
     documents = [{"n": 1}, {"a": 7, "_id": 7, "b": 7}, {"_id": None}, {"_id": "x", "n": 1}]
-    encoded, own_ids = encode(documents, IDENTITY * 4)
+    encoded, own_ids = encode(documents, IDENTITY * 4, checked=False)
     assert own_ids == [1, 2, 3]
     plain = [{"_id": ObjectId(IDENTITY), "n": 1}, {"_id": 7, "a": 7, "b": 7}, {"_id": None}, {"_id": "x", "n": 1}]
     assert encoded.raw == b"".join(map(bson.encode, plain))
@@ -163,8 +165,21 @@ def nested(levels):
 )
 def test_what_is_no_json_that_fits_is_left_to_the_driver(value):
     """Among others, whatever was written before it."""
-    assert encode([{"b": "x" * 100_000}, {"a": value}], IDENTITY * 2) is None
-    assert encode([{"_id": value}], IDENTITY) is None
+    assert encode([{"b": "x" * 100_000}, {"a": value}], IDENTITY * 2, checked=True) is None
+    assert encode([{"_id": value}], IDENTITY, checked=True) is None
+
+
+@extension
+@pytest.mark.parametrize("number", [2.0**63, -(2.0**63), 1e30, -1e30, 1.7976931348623157e308])
+@pytest.mark.parametrize("where", ["_id", "a"])
+def test_a_float_that_was_perhaps_an_integer_is_encoded_only_if_it_was_checked(number, where):
+    for value in (number, [number], {"a": [{"b": number}]}):
+        document = {where: value}
+        assert encode([{"a": 1}, document], IDENTITY * 2, checked=False) is None
+        encoded, _ = encode([document], IDENTITY, checked=True)
+        assert encoded.raw == bson.encode({"_id": ObjectId(IDENTITY), **document})
+    below = {where: [math.nextafter(2.0**63, 0), -math.nextafter(2.0**63, 0)]}
+    assert encode([below], IDENTITY, checked=False) is not None
 
 
 @extension
@@ -175,17 +190,26 @@ def test_types_that_only_resemble_those_of_a_parser_are_left_to_the_driver():
     class Mapping(dict):
         pass
 
-    assert encode([Mapping()], IDENTITY) is None
-    assert encode([{"a": Mapping()}], IDENTITY) is None
-    assert encode([{Text("a"): 1}], IDENTITY) is None
-    assert encode([{"a": Text("a")}], IDENTITY) is None
+    for document in (Mapping(), {"a": Mapping()}, {Text("a"): 1}, {"a": Text("a")}):
+        assert encode([document], IDENTITY, checked=True) is None
 
 
 @extension
-@pytest.mark.parametrize("given", [([{}], b""), ([{}], b"x" * 13), ([{}], IDENTITY * 2), ((), b""), ([], "")])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ([{}], b"", True),
+        ([{}], b"x" * 13, True),
+        ([{}], IDENTITY * 2, True),
+        ((), b"", True),
+        ([], "", True),
+        ([], b"", 1),
+    ],
+)
 def test_a_call_with_wrong_arguments_is_a_fault_of_the_program(given):
+    *two, checked = given
     with pytest.raises(AssertionError):
-        encode(*given)
+        encode(*two, checked=checked)
 
 
 LINES = [b'{"a":1}', b"bad", b"", b'{"_id":5,"a":2}', b"[1]", b'{"a":3}', b'{"n":18446744073709551616}', b'{"a":4}']
@@ -207,6 +231,61 @@ def test_a_pass_for_the_driver_tells_what_a_pass_tells(compiled, piece, monkeypa
         told = [part.raw if compiled else bson.encode(part) for part in parts]
         assert all(told)
         assert b"".join(told) == b"".join(map(bson.encode, documents))
+
+
+NUMBERS = [
+    b"0", b"-1.5", b"1e30", b"-2e19", b"9223372036854775807", b"9223372036854775808", b"-9223372036854775808",
+    b"-9223372036854775809", b"18446744073709551615", b"18446744073709551616", b"9223372036854775808.0", b"1" * 60,
+    b'"18446744073709551616"', b'"a\\u0000"', b"[" * 300 + b"36893488147419103232" + b"]" * 300,
+]  # fmt: skip
+LARGE = [
+    (b'{"a":18446744073709551616}', False),
+    (b'{"a":18446744073709551616,"a":1}', True),
+    (b'{"a":1,"a":18446744073709551616}', False),
+    (b'{"a":{"b":18446744073709551616},"a":{}}', True),
+    (b'{"a":1e30}', True),
+    (b'{"_id":1e30}', True),
+    (b'{"a":[1e30,10000000000000000000000000000000]}', False),
+    (b'{"a\\u0000":[[36893488147419103232]]}', False),
+    (b'{"a\\u0000":[[1e30]],"b":"36893488147419103232"}', True),
+]
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=extension), False])
+@pytest.mark.parametrize("beside", [b'{"a":2}', b"bad", b" ", b'{"a":1e30}', b'{"a":18446744073709551616}'])
+@pytest.mark.parametrize(("line", "fits"), LARGE)
+def test_an_integer_that_does_not_fit_is_refused_where_it_is_kept(line, fits, beside, compiled, monkeypatch):
+    """Whatever is in its neighbours: the outcome of a line depends on its bytes alone."""
+    if not compiled:
+        lacks(monkeypatch)
+    for lines, at in (([line], 0), ([beside, line], 1), ([line, beside], 0), ([b"{", b"", line, beside, b"{"], 2)):
+        documents = decode(batch_of(*lines), Format.NDJSON, TAG, "key")
+        for going in (documents.encoded(), documents):
+            list(going)
+            assert (at in documents.positions) == fits
+            assert [r.reason for r in documents.rejects if r.ordinal == at] == ([] if fits else ["int_range"])
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.sampled_from([b"a", b"b", b"_id"]), st.sampled_from(NUMBERS)), max_size=4).map(
+            lambda items: b"{" + b",".join(b'"%b":%b' % item for item in items) + b"}"
+        )
+        | st.sampled_from([b"", b"{", b"1"]),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sampled_from([1, 100, 10**6]),
+)
+def test_a_pass_for_the_driver_refuses_what_a_pass_refuses(lines, piece):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.text.decode.PIECE_BYTES", piece)
+        documents = decode(batch_of(*lines), Format.NDJSON, TAG, "key")
+        made = list(documents)
+        told = documents.positions, documents.own_ids, documents.blank, documents.rejects
+        given = b"".join(part.raw if isinstance(part, Encoded) else bson.encode(part) for part in documents.encoded())
+        assert (documents.positions, documents.own_ids, documents.blank, documents.rejects) == told
+        assert given == b"".join(bson.encode({"_id": document["_id"], **document}) for document in made)
 
 
 @extension
@@ -235,7 +314,7 @@ def test_text_is_encoded_with_the_name_of_its_file(compiled, monkeypatch):
 def test_a_message_holds_each_document_of_a_piece():
     """As the driver writes it: `Encoded` stands for several documents where the driver expects one."""
     documents = [{"a": 1}, {"b": "x" * 1000}, {}]
-    encoded, _ = encode(documents, IDENTITY * 3)
+    encoded, _ = encode(documents, IDENTITY * 3, checked=False)
     plain = [{"_id": ObjectId(IDENTITY), **document} for document in documents]
     assert sent([encoded, {"_id": 9}, encoded]) == sent([*plain, {"_id": 9}, *plain])
     assert message._dict_to_bson(encoded, False, OPTIONS) == b"".join(map(bson.encode, plain))
@@ -283,11 +362,11 @@ def test_a_command_that_the_driver_sends_again_has_its_documents_again(compiled,
 @pytest.mark.parametrize("text", ["x", "ß"])
 def test_what_is_large_is_left_to_the_driver(text):
     length = (2**22 - 100) // len(text.encode())
-    encoded, _ = encode([{"a": text * length}], IDENTITY)
+    encoded, _ = encode([{"a": text * length}], IDENTITY, checked=False)
     assert encoded.raw == bson.encode({"_id": ObjectId(IDENTITY), "a": text * length})
-    assert encode([{"a": text * length}, {"a": text * (length // 8)}], IDENTITY * 2) is None
-    assert encode([{"a": text * (2 * length)}], IDENTITY) is None
-    assert encode([{"a": [0] * 2_000_000}], IDENTITY) is None
+    assert encode([{"a": text * length}, {"a": text * (length // 8)}], IDENTITY * 2, checked=False) is None
+    assert encode([{"a": text * (2 * length)}], IDENTITY, checked=False) is None
+    assert encode([{"a": [0] * 2_000_000}], IDENTITY, checked=False) is None
 
 
 def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():
@@ -301,8 +380,8 @@ def test_encoding_keeps_nothing():
 
     def many():
         for _ in range(200):
-            assert encode(documents, IDENTITY * 10) is not None
-            assert encode(refused, IDENTITY * 2) is None
+            assert encode(documents, IDENTITY * 10, checked=False) is not None
+            assert encode(refused, IDENTITY * 2, checked=False) is None
         gc.collect()
 
     many()
@@ -325,5 +404,5 @@ def test_the_extension_is_there_where_it_can_be_compiled():
 
 def test_without_the_extension_the_module_says_so():
     code = "import sys; sys.modules['engine.text._bson'] = None; from engine.text.encode import COMPILED, encode; "
-    code += "print(COMPILED, encode([{}], bytes(12)))"
+    code += "print(COMPILED, encode([{}], bytes(12), checked=True))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False None\n"
