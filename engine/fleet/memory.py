@@ -28,12 +28,11 @@ def tune() -> None:
     """Spend less time on short-lived memory; called once, when a worker process starts.
 
     Documents die young and hold no cycles, so automatic garbage collection is pure cost: from here on only `Garbage`
-    collects, and objects that exist by now (the libraries) are exempt. The allocator keeps the memory of one batch for
-    the next, up to a bound. By default it returns every large block to the kernel at once, and each page of the next
-    one is faulted in and zeroed again: with records of 20 KiB, that takes more time than parsing them.
+    collects. The allocator keeps the memory of one batch for the next, up to a bound. By default it returns every large
+    block to the kernel at once, and each page of the next one is faulted in and zeroed again: with records of 20 KiB,
+    that takes more time than parsing them.
     """
     gc.disable()
-    gc.freeze()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; other libraries keep their defaults
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
@@ -44,9 +43,13 @@ class Garbage:
     """Collects cyclic garbage now and then, between two ranges."""
 
     def __init__(self) -> None:
-        self._next_at = 0.0
-        self._idle_at = time.monotonic() + IDLE_SECONDS
-        self._done = 0
+        now = time.monotonic()
+        self._next_at, self._idle_at, self._done = now + COLLECT_SECONDS, now + IDLE_SECONDS, 0
+
+    @staticmethod
+    def exempt() -> None:
+        """Look no more at objects that exist by now, once all libraries are loaded and all clients made."""
+        gc.freeze()
 
     def collect(self, done: int) -> None:
         """Collect if it is time; `done` counts what was tried so far: while it does not change, the worker is idle."""

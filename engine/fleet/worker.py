@@ -180,6 +180,7 @@ class _Worker:
         """Work until told to stop; returns the exit code."""
         if not self._boot():
             return 0
+        self._garbage.exempt()
         reporter = Reporter(self._store, self._identity.name, self._identity.slot, self._stats, lambda: self._doing)
         reporter.start()
         while not self._stop.is_set():

@@ -131,7 +131,7 @@ class Documents:
         identities = _identities(batch, self._tag)
         cuts = np.searchsorted(batch.ends, np.arange(PIECE_BYTES, len(batch.data), PIECE_BYTES))
         first = 0
-        for last in [*np.unique(cuts[cuts > 0]).tolist(), batch.count]:
+        for last in dict.fromkeys([*cuts[cuts > 0].tolist(), batch.count]):
             yield first, last, identities
             first = last
 

@@ -20,16 +20,17 @@ def test_garbage_is_looked_for_now_and_then(looks):
     for done in range(1, 31):
         garbage.collect(done)
         clock[0] += COLLECT_SECONDS / 10
-    assert found == [100.0, 100.0 + COLLECT_SECONDS, 100.0 + 2 * COLLECT_SECONDS]
+    assert found == [100.0 + COLLECT_SECONDS, 100.0 + 2 * COLLECT_SECONDS]
 
 
 def test_a_worker_that_has_done_nothing_since_the_last_look_looks_more_rarely(looks):
     clock, found = looks
     garbage = Garbage()
-    garbage.collect(0)
+    clock[0] += COLLECT_SECONDS
     garbage.collect(1)
     while clock[0] < 100.0 + 2.5 * IDLE_SECONDS:
         clock[0] += COLLECT_SECONDS
         garbage.collect(1)
     garbage.collect(2)
-    assert found == [100.0, 100.0 + IDLE_SECONDS, 100.0 + 2 * IDLE_SECONDS, 100.0 + 2.5 * IDLE_SECONDS]
+    first = 100.0 + COLLECT_SECONDS
+    assert found == [first, first + IDLE_SECONDS, first + 2 * IDLE_SECONDS, 100.0 + 2.5 * IDLE_SECONDS]
