@@ -31,6 +31,10 @@ PIECE_BYTES: Final = 32 * 1024
 """About how many bytes of lines are parsed at a time: their documents are encoded and freed while they are still in the
 CPU cache. With a whole batch at a time, every object would be fetched from memory three times."""
 
+LARGE_BYTES: Final = 4 * 1024 * 1024
+"""More than this is one long line, which the extension hardly ever takes: its digits are looked at before it is parsed,
+since memory would hold both the document and what a look at them takes."""
+
 # Separates the lines of a piece, which are parsed as the elements of one array by a single call. It is random in each
 # process, so that no file can contain it on purpose.
 _MARK: Final = secrets.randbits(62) | 1 << 61
@@ -88,12 +92,13 @@ class Documents:
         return self._encoded() if begun is None else begun
 
     def _encoded(self) -> Iterator[Encoded | Object]:
+        # The extension sees each number, which costs less than to look at the digits in the lines.
+        look = not COMPILED or len(self.batch.data) > LARGE_BYTES
         for first, last, identities in self._pieces():
             before = len(self.positions), len(self.rejects), self.blank
-            # The extension sees each number, which costs less than to look at the digits in the lines.
-            documents, theirs = self._decode(first, last, identities, look=not COMPILED)
-            made = encode(documents, theirs, checked=not COMPILED)
-            if made is None and COMPILED:
+            documents, theirs = self._decode(first, last, identities, look)
+            made = encode(documents, theirs, checked=look)
+            if made is None and not look:
                 if self._is_wide(first, last):
                     del self.positions[before[0] :], self.rejects[before[1] :]
                     self.blank = before[2]
