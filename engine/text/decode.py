@@ -7,7 +7,6 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import chain, repeat
 from operator import is_
 from typing import Any, Final
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from engine.model import Format, Reason, Reject
 from engine.text.batches import Batch
 from engine.text.encode import COMPILED, IDENTITY_BYTES, Encoded, Identity, Object, encode
-from engine.text.integers import beyond_int64, has_large_number, has_wide_digits, may_have_wide_digits
+from engine.text.integers import beyond_int64, has_wide_digits, may_have_wide_digits
 from engine.text.lines import HEAD_BYTES, LONG_LINE_BYTES
 
 __all__ = ["BOM", "PIECE_BYTES", "Documents", "decode", "reject"]
@@ -58,6 +57,7 @@ class Documents:
         self._tag = tag
         self._file_key = file_key
         self._begun: Iterator[Encoded | Object] | None = None
+        self._may_be_wide: bool | None = None  # None: not looked at yet
         self.positions: list[int] = []
         self.own_ids: list[int] = []
         self.rejects: list[Reject] = []
@@ -65,7 +65,10 @@ class Documents:
         self.seconds = 0.0
 
     def any(self) -> bool:
-        """Whether there is any document. A pass over `encoded()` does not repeat what this has done to find the first."""
+        """Whether there is any document.
+
+        A pass over `encoded()` does not repeat what this has done to find the first; any other begins anew.
+        """
         if self._begun is None:
             parts = self._encoded()
             if (first := next(parts, None)) is not None:
@@ -100,6 +103,7 @@ class Documents:
             made = encode(documents, theirs, checked=look)
             if made is None and not look:
                 if self._is_wide(first, last):
+                    del documents, theirs  # a long line's need not be in memory twice
                     del self.positions[before[0] :], self.rejects[before[1] :]
                     self.blank = before[2]
                     documents, theirs = self._decode(first, last, identities, look=True)
@@ -140,14 +144,11 @@ class Documents:
             yield first, last, identities
             first = last
 
-    @cached_property
-    def _may_be_wide(self) -> bool:
-        """Whether an integer of the batch may be outside int64."""
-        return self._format is Format.NDJSON and may_have_wide_digits(self.batch.data)
-
     def _is_wide(self, first: int, last: int) -> bool:
-        """The same of lines `first` to `last` (exclusive), with few false alarms."""
+        """Whether an integer on lines `first` to `last` (exclusive) may be outside int64; with few false alarms."""
         batch = self.batch
+        if self._may_be_wide is None:
+            self._may_be_wide = self._format is Format.NDJSON and may_have_wide_digits(batch.data)
         return self._may_be_wide and has_wide_digits(batch.data[batch.start(first) : int(batch.ends[last - 1])])
 
     def _decode(self, first: int, last: int, identities: _Identities, look: bool) -> tuple[list[Object], bytes]:
@@ -173,10 +174,7 @@ class Documents:
         return documents
 
     def _one_by_one(self, first: int, lines: list[bytes], wide: bool) -> list[Object]:
-        """As `_ndjson`, but line by line, since some line is bad or blank or holds a long run of digits.
-
-        Here as in the extension, an integer counts only as a value that is kept: under a repeated key, that is the last.
-        """
+        """As `_ndjson`, but line by line, since some line is bad or blank or holds a long run of digits."""
         documents: list[Object] = []
         for position, line in enumerate(lines, first):
             body = line.removeprefix(BOM) if self.batch.offset == position == 0 else line
@@ -190,7 +188,7 @@ class Documents:
                 continue
             if type(document) is not dict:
                 self._refuse(position, Reason.NOT_AN_OBJECT, f"the line is {_KINDS[type(document)]}, not an object")
-            elif wide and has_large_number(document) and (literal := beyond_int64(body)):
+            elif wide and (literal := beyond_int64(body, document)):
                 detail = f"the integer {literal} is outside the range of a signed 64-bit integer"
                 self._refuse(position, Reason.INT_RANGE, detail)
             else:

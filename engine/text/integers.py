@@ -6,11 +6,13 @@ are searched for in the bytes, in up to three passes, each slower and more exact
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
+import orjson
 
-__all__ = ["beyond_int64", "has_large_number", "has_wide_digits", "may_have_wide_digits"]
+__all__ = ["beyond_int64", "has_wide_digits", "may_have_wide_digits"]
 
 SPARSE_BYTES: Final = 4096
 """Possible places of a long run of digits are checked one by one if there is at most one per this many bytes; otherwise
@@ -89,30 +91,40 @@ def has_wide_digits(data: bytes) -> bool:
     return False
 
 
-def beyond_int64(line: bytes) -> str | None:
-    """The first integer literal of a valid JSON text that int64 cannot hold, shortened; None if there is none."""
+def beyond_int64(line: bytes, document: Any) -> str | None:
+    """An integer literal, shortened, that int64 cannot hold and whose value is in a document; None if there is none.
+
+    Under a repeated key, only the last value is in the document.
+
+    Args:
+        line: a valid JSON text.
+        document: what orjson makes of it.
+    """
     if not has_wide_digits(line):
         return None
+    literals: dict[int | float, str] = {}  # by what the parser makes of them
     for match in _TOKEN.finditer(line):
-        digits, rest = match.group(1), match.group(2)
+        digits, rest = match.groups()
         if digits is None or rest:
             continue
         if len(digits) >= _CERTAINLY_WIDE or not _INT64_MIN <= int(digits) <= _INT64_MAX:
-            literal = digits.decode("ascii")
-            return literal if len(literal) <= _CERTAINLY_WIDE else literal[:_CERTAINLY_WIDE] + "…"
-    return None
+            literals.setdefault(orjson.loads(digits), digits.decode("ascii"))
+    if not literals:
+        return None
+    literal = next((literals[number] for number in _candidates(document) if number in literals), None)
+    return literal[:_CERTAINLY_WIDE] + "…" if literal and len(literal) > _CERTAINLY_WIDE else literal
 
 
-def has_large_number(value: Any) -> bool:
-    """Whether a parsed value holds a number that may have been an integer outside int64, or is one."""
-    todo = [value]  # not recursive: a line may be nested deeply
-    while todo:
-        one = todo.pop()
-        kind = type(one)
-        if kind is dict:
-            todo.extend(one.values())
-        elif kind is list:
-            todo.extend(one)
-        elif (kind is int and not _INT64_MIN <= one <= _INT64_MAX) or (kind is float and abs(one) >= 2**63):
-            return True
-    return False
+def _candidates(document: Any) -> Iterator[int | float]:
+    """The numbers of a document but for integers that int64 holds. Not recursive, since a line may be nested deeply."""
+    levels: list[Iterator[Any]] = [iter((document,))]
+    while levels:
+        for value in levels[-1]:
+            if isinstance(value, dict | list):
+                levels.append(iter(value.values() if isinstance(value, dict) else value))
+                break
+            kind = type(value)
+            if kind is float or (kind is int and not _INT64_MIN <= value <= _INT64_MAX):
+                yield value
+        else:
+            levels.pop()

@@ -100,8 +100,7 @@ def document_of(line):
         raise Bad("invalid_json") from None
     if _nesting(text) > DEPTH:
         raise Bad("invalid_json")
-    # Those under a repeated key, of which the parser keeps only the last value, count only beside a large float.
-    literals = []
+    literals = []  # includes those under a repeated key, of which the parser keeps only the last value
 
     def keep(literal):
         literals.append(literal)
@@ -117,21 +116,28 @@ def document_of(line):
         raise Bad("invalid_json") from None  # a lone surrogate
     if not isinstance(value, dict):
         raise Bad("not_an_object")
-    if _has_large_float(value):
-        for literal in literals:
+    kept = set(_large_numbers(value))
+    for literal in literals:
+        if _parsed(literal) in kept:
             _integer(literal)
     return _finished(value)
 
 
-def _has_large_float(value):
+def _parsed(literal):
+    """What the engine's parser makes of it."""
+    return int(literal) if len(literal) <= 40 and -(2**63) <= int(literal) < 2**64 else float(literal)
+
+
+def _large_numbers(value):
     level = [value]
     while level:
         item = level.pop()
         if isinstance(item, dict | list):
             level += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, Literal):
+            _integer(item)
         elif isinstance(item, float) and abs(item) >= 2**63:
-            return True
-    return False
+            yield item
 
 
 def _checked_later(literal):

@@ -278,6 +278,11 @@ def test_of_a_long_bad_line_the_first_64_kib_are_kept():
     assert (found.length, found.head) == (120_000, (b"bad" * 40_000)[: 64 * 1024])
 
 
+def test_of_a_repeated_key_the_integer_that_is_told_is_the_last():
+    [found] = run(b'{"a":18446744073709551616,"a":[{"b":29999999999999999999}]}').rejects
+    assert found.detail.startswith("the integer 29999999999999999999 ")
+
+
 def test_an_integer_of_any_length_is_told_in_a_few_digits():
     [found] = run(b'{"a":1' + b"0" * 300 + b"}").rejects
     assert found.detail == f"the integer 1{'0' * 39}… is outside the range of a signed 64-bit integer"

@@ -243,6 +243,9 @@ LARGE = [
     (b'{"a":18446744073709551616,"a":1}', True),
     (b'{"a":1,"a":18446744073709551616}', False),
     (b'{"a":{"b":18446744073709551616},"a":{}}', True),
+    (b'{"a":18446744073709551616,"a":1,"b":1e30}', True),
+    (b'{"a":18446744073709551616,"a":29999999999999999999}', False),
+    (b'{"a":-9223372036854775809,"a":-9223372036854775808}', True),
     (b'{"a":1e30}', True),
     (b'{"_id":1e30}', True),
     (b'{"a":[1e30,10000000000000000000000000000000]}', False),
@@ -286,6 +289,23 @@ def test_a_pass_for_the_driver_refuses_what_a_pass_refuses(lines, piece):
         given = b"".join(part.raw if isinstance(part, Encoded) else bson.encode(part) for part in documents.encoded())
         assert (documents.positions, documents.own_ids, documents.blank, documents.rejects) == told
         assert given == b"".join(bson.encode({"_id": document["_id"], **document}) for document in made)
+
+
+@extension
+@pytest.mark.parametrize("large", [10, 10**7])
+def test_a_line_that_is_decoded_again_is_not_held_twice(large, monkeypatch):
+    monkeypatch.setattr("engine.text.decode.LARGE_BYTES", large)
+
+    def peak(identity):
+        line = b'{"b":1e30,"id":"%b","a":[%b]}' % (identity, b",".join([b"{}"] * 50_000))
+        documents = decode(batch_of(line), Format.NDJSON, TAG, "key")
+        tracemalloc.start()
+        [_] = documents.encoded()
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(b"12345678901234567890") < 1.2 * peak(b"1234567890")
 
 
 @extension

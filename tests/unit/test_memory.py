@@ -1,5 +1,7 @@
 """When a worker collects cyclic garbage."""
 
+import gc
+
 import pytest
 
 from engine.fleet.memory import COLLECT_SECONDS, IDLE_SECONDS, Garbage
@@ -34,3 +36,12 @@ def test_a_worker_that_has_done_nothing_since_the_last_look_looks_more_rarely(lo
     garbage.collect(2)
     first = 100.0 + COLLECT_SECONDS
     assert found == [first, first + IDLE_SECONDS, first + 2 * IDLE_SECONDS, 100.0 + 2.5 * IDLE_SECONDS]
+
+
+def test_what_exists_when_a_worker_is_ready_is_exempt():
+    before = gc.get_freeze_count()
+    try:
+        Garbage.exempt()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
