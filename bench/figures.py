@@ -1,10 +1,11 @@
 """The figures of a comparison: values over several rounds, and what a load took of each part of the machine."""
 
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from api.client import Client
 from bench.rig import Rig, Taken
@@ -13,6 +14,9 @@ from engine.machine import cores
 from engine.model import Source
 
 __all__ = ["Load", "Spent", "Spread", "load"]
+
+SETTLE_SECONDS: Final = 0.5
+"""After this, a new engine is idle: what its workers do first has ended, even with 20 ms to the database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +80,11 @@ class Spent:
 
 def load(rig: Rig, source: Source, *sizes: int, through: Client | None = None, **changes: Any) -> Load:
     """Load an object with engines started for it, one for each number of workers in `sizes`; `changes` are their
-    settings. The job is submitted through the HTTP API if a client is given."""
+    settings. The job is submitted when they are idle, through the HTTP API if a client is given."""
     before = totals(rig.store)
     with ExitStack() as stack:
         engines = [stack.enter_context(rig.engine(size, **changes)) for size in sizes]
+        time.sleep(SETTLE_SECONDS)
         taken = rig.load(source, *engines, through=through)
     after = totals(rig.store)  # engines report their last figures as they stop
     rig.check(taken.job)
