@@ -78,7 +78,7 @@ class Documents:
     def __iter__(self) -> Iterator[Object]:
         self._begun = None  # what it has noted is noted anew
         for first, last, identities in self._pieces():
-            documents, theirs = self._decode(first, last, identities, look=True)
+            documents, theirs = self._decode(first, last, identities, self._is_wide(first, last))
             self._identify(documents, theirs)
             yield from documents
 
@@ -99,14 +99,14 @@ class Documents:
         look = not COMPILED or len(self.batch.data) > LARGE_BYTES
         for first, last, identities in self._pieces():
             before = len(self.positions), len(self.rejects), self.blank
-            documents, theirs = self._decode(first, last, identities, look)
+            documents, theirs = self._decode(first, last, identities, look and self._is_wide(first, last))
             made = encode(documents, theirs, checked=look)
             if made is None and not look:
                 if self._is_wide(first, last):
                     del documents, theirs  # a long line's need not be in memory twice
                     del self.positions[before[0] :], self.rejects[before[1] :]
                     self.blank = before[2]
-                    documents, theirs = self._decode(first, last, identities, look=True)
+                    documents, theirs = self._decode(first, last, identities, wide=True)
                 made = encode(documents, theirs, checked=True)
             if made is None:
                 self._identify(documents, theirs)
@@ -151,13 +151,13 @@ class Documents:
             self._may_be_wide = self._format is Format.NDJSON and may_have_wide_digits(batch.data)
         return self._may_be_wide and has_wide_digits(batch.data[batch.start(first) : int(batch.ends[last - 1])])
 
-    def _decode(self, first: int, last: int, identities: _Identities, look: bool) -> tuple[list[Object], bytes]:
+    def _decode(self, first: int, last: int, identities: _Identities, wide: bool) -> tuple[list[Object], bytes]:
         """The documents of lines `first` to `last` (exclusive), and twelve bytes for each: the `_id` if it brings none.
 
-        Unless this is to `look` at digits, an integer that 64 bits cannot hold becomes a float.
+        Unless `wide`, an integer that 64 bits cannot hold becomes a float.
         """
         began = time.perf_counter()
-        documents = self._ndjson(first, last, look) if self._format is Format.NDJSON else self._text(first, last)
+        documents = self._ndjson(first, last, wide) if self._format is Format.NDJSON else self._text(first, last)
         if len(documents) == last - first:
             theirs = identities[first:last].tobytes()
         else:
@@ -165,9 +165,8 @@ class Documents:
         self.seconds += time.perf_counter() - began
         return documents, theirs
 
-    def _ndjson(self, first: int, last: int, look: bool) -> list[Object]:
+    def _ndjson(self, first: int, last: int, wide: bool) -> list[Object]:
         data, start, ends = self.batch.data, self.batch.start(first), self.batch.ends[first:last].tolist()
-        wide = look and self._is_wide(first, last)
         if wide or (documents := _objects(data, start, ends)) is None:
             return self._one_by_one(first, data[start : ends[-1]].split(b"\n"), wide)
         self.positions += range(first, last)
