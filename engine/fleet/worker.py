@@ -243,7 +243,7 @@ class _Worker:
         """Do what is due, and look for the next range, while this worker finishes one."""
         self._upkeep.see_to_due()
         for run in self._chooser.take(ahead=True):
-            self._pipeline.keeper.hold_next(run)
+            self._pipeline.expect(run)
             return run
         return None
 

@@ -98,8 +98,14 @@ class Pipeline:
     def close(self) -> None:
         """Stop renewing leases, and let the writer threads end."""
         self.keeper.drop()
+        self._reading.close()
         for pool in (self._writers, self._extra_writers):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def expect(self, run: Run) -> None:
+        """While another run is being worked on: renew the lease of the next one, and ask for its first bytes."""
+        self.keeper.hold_next(run)
+        self._reading.request(run)
 
     def run(self, run: Run) -> Ended:
         """Work on a lease until its range is done or given back.
@@ -119,6 +125,7 @@ class Pipeline:
             raise
         finally:
             self.keeper.drop()
+            self._reading.forget(run)
         if ended is Ended.DONE:
             reach(Step.CLOSE)
             insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HEAD_BYTES", "LONG_LINE_BYTES", "Block", "Ends", "Oversized", "Splitter"]
+__all__ = ["HEAD_BYTES", "LONG_LINE_BYTES", "Block", "Ends", "Oversized", "Splitter", "first_byte"]
 
 HEAD_BYTES = 64 * 1024
 """How much of an oversized line is kept, for its reject."""
@@ -69,6 +69,11 @@ def _newlines(data: bytes, start: int, stop: int) -> Ends:
     return np.array(found, np.intp)
 
 
+def first_byte(start: int) -> int:
+    """The offset from which a range that starts at `start` is read."""
+    return max(start - 1, 0)
+
+
 class Splitter:
     """Splits the bytes of one range into the lines that it owns.
 
@@ -82,7 +87,7 @@ class Splitter:
     __slots__ = ("_carried", "_carry", "_dropping", "_end", "_last", "_line", "_max", "done", "position", "read_from")
 
     def __init__(self, start: int, end: int, max_line_bytes: int) -> None:
-        self.read_from = max(start - 1, 0)
+        self.read_from = first_byte(start)
         """Offset of the first byte to feed."""
         self.done = start >= end
         """Whether every owned line has been returned; further bytes are ignored."""

@@ -102,6 +102,21 @@ def test_how_fast_a_range_is_read_says_nothing_of_how_soon_it_ends(monkeypatch):
     assert worked(monkeypatch, 0.0101, 0.0003, batches=4, at_once=5) == [4]
 
 
+def test_the_next_run_is_kept_and_requested_and_its_answer_dropped_if_it_does_not_begin():
+    lease = Lease("0" * 24, ByteRange(1, 3, 6), "token", 1, 3, Tally(), 0, 0, False)
+    run = Run(MagicMock(source=Mock(size=6)), lease, threading.Event(), lambda: None, ahead=True)
+    objects = Mock()
+    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), Mock(), Mock(), Stats(), still=lambda: 0.0)
+    pipeline.expect(run)
+    assert pipeline.keeper.holds_any()
+    pipeline._reading._requests.submit(lambda: None).result()
+    objects.open.assert_called_once_with(run.job.source, 2, 6)
+    run.cancelled.set()
+    assert pipeline.run(run) is Ended.CANCELLED
+    objects.open.return_value.drop.assert_called_once()
+    pipeline.close()
+
+
 @pytest.mark.parametrize(("flag", "ended"), [("stop", Ended.STOPPED), ("cancelled", Ended.CANCELLED)])
 def test_a_lease_taken_ahead_of_a_job_that_has_ended_is_given_back_unread(flag, ended):
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)

@@ -85,7 +85,7 @@ def test_what_a_look_ahead_has_found_is_kept_until_it_begins(worker: Any) -> Non
     worker._chooser.take.return_value = [run]
     assert worker._look_ahead() is run
     worker._chooser.take.assert_called_once_with(ahead=True)
-    worker._pipeline.keeper.hold_next.assert_called_once_with(run)
+    worker._pipeline.expect.assert_called_once_with(run)
     worker._upkeep.clean_up.assert_not_called()
 
 
