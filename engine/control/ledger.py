@@ -19,7 +19,7 @@ from pymongo import InsertOne, ReturnDocument, UpdateOne
 from engine.control.schema import LEASABLE, LEASES
 from engine.control.store import Document, Store, job_key, literals, ranges_of, translated, write_all
 from engine.errors import HeadraceError, LeaseLost
-from engine.model import ByteRange, Failure, Freed, Lease, RangeState, Tally
+from engine.model import ByteRange, Failure, Freed, Lease, Progress, RangeState, Tally
 
 __all__ = ["ATTEMPTS", "DEATHS", "HELD_SECONDS", "UNSPENT_WAIT", "VANISHED", "Ledger", "Summary", "wait_ms"]
 
@@ -64,6 +64,10 @@ class Summary:
     done: int
     failed: int
     failures: tuple[Failure, ...]
+
+    def progress(self, planned: int) -> Progress:
+        """The progress of a job of that many planned ranges: some of them may not have been inserted yet."""
+        return Progress(self.tally, planned, self.done)
 
 
 class Ledger:

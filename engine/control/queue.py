@@ -6,7 +6,7 @@ writes nothing. A job becomes terminal only when no range of it is leased.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Final
 
@@ -28,7 +28,7 @@ from engine.control.jobs import (
     progress_document,
     put_off,
 )
-from engine.control.ledger import Ledger, Summary
+from engine.control.ledger import Ledger
 from engine.control.loads import Loads
 from engine.control.openjobs import PAGE_JOBS, OpenJobs
 from engine.control.rejects import Rejects
@@ -50,14 +50,7 @@ from engine.model import (
 from engine.steps import Step, reach
 from engine.text.ranges import cut
 
-__all__ = ["JobSignals", "Queue"]
-
-ROLL_UP_MS: Final = 600
-"""A job's numbers are summed again when they are older than this, by whichever worker notices."""
-
-_NEW: Final[Document] = {"$gte": ["$rolledAt", {"$subtract": ["$$NOW", ROLL_UP_MS]}]}
-# A time in the future was written by a primary whose clock was ahead: it counts as stale.
-_STALE: Final[Document] = {"$not": [{"$and": [_NEW, {"$lte": ["$rolledAt", "$$NOW"]}]}]}
+__all__ = ["Queue"]
 
 RELEASE_SECONDS: Final = 2.0
 """How long a worker that ends a dry run may take to release its claims: it has other work to do."""
@@ -66,16 +59,6 @@ PAUSED: Final = "paused"
 """Name of the switch that pauses the whole queue."""
 
 log = get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class JobSignals:
-    """What the holder of a range has to know about its job at each renewal: whether it is being stopped, has run past
-    its deadline, and has numbers that are due to be summed again."""
-
-    stopping: bool
-    overdue: bool
-    stale: bool
 
 
 class Queue:
@@ -170,57 +153,6 @@ class Queue:
         self._ledger.open(job.id, (cut(job.source.size, of, index) for index in range(of)))
         reach(Step.OPENED)
 
-    def signals(self, job_id: str) -> JobSignals:
-        """The signals of a job, in one read. A job that is gone or not PROCESSING counts as being stopped."""
-        stages: list[Document] = [
-            {"$match": {"_id": job_key(job_id)}},
-            {
-                "$project": {
-                    "stopping": 1,
-                    "state": 1,
-                    "overdue": {"$lt": [{"$ifNull": ["$deadline", "$$NOW"]}, "$$NOW"]},
-                    "stale": _STALE,
-                }
-            },
-        ]
-        with translated("reading the signals of a job"):
-            found = next(iter(self._jobs.aggregate(stages)), None)
-        if found is None:
-            return JobSignals(stopping=True, overdue=False, stale=False)
-        stopping = bool(found.get("stopping")) or found["state"] != JobState.PROCESSING
-        return JobSignals(stopping, found["overdue"], found["stale"])
-
-    def roll_up(self, job_id: str) -> None:
-        """Sum the job's ranges into its progress, unless another worker has just done so; check its error budget."""
-        key = job_key(job_id)
-        elected = {"_id": key, "state": JobState.PROCESSING, "$expr": _STALE}
-        with translated("summing a job"):
-            found = self._jobs.find_one_and_update(
-                elected, [{"$set": {"rolledAt": "$$NOW"}}], return_document=ReturnDocument.AFTER
-            )
-        if found is None:
-            return
-        job = job_of(found)
-        if job.plan is None:
-            return
-        summary = self._ledger.summarize(job_id)
-        seconds = {"$divide": [{"$subtract": ["$$NOW", "$progress.at"]}, 1000]}
-        lately = {
-            "$divide": [{"$subtract": [summary.tally.lines, "$progress.tally.lines"]}, {"$max": [seconds, 0.001]}]
-        }
-        summed = {"$gt": ["$progress.at", None]}
-        blend = {"$avg": ["$progress.rate", {"$max": [lately, 0]}]}
-        since_start = {"$divide": [{"$subtract": ["$$NOW", "$startedAt"]}, 1000]}
-        first = {"$divide": [summary.tally.lines, {"$max": [since_start, 0.001]}]}
-        progress = progress_document(_progress(job, summary)) | {"rate": {"$cond": [summed, blend, first]}}
-        # A worker that was elected since then has a later sum.
-        still = {"_id": key, "state": JobState.PROCESSING, "round": job.round, "rolledAt": found["rolledAt"]}
-        changes = {"progress": progress, "errors": self._first_errors(job_id, summary.tally)}
-        with translated("summing a job"):
-            self._jobs.update_one(still, [{"$set": changes}])
-        if (failure := overspent(job.options, summary.tally, final=False)) is not None:
-            self.stop(job, Stop(JobState.FAILED, failure))
-
     def stop(self, job: Job, stop: Stop) -> None:
         """Stamp a job as stopping, so that the holders of its ranges let go; the first stamp holds. A job that is
         terminal, or has been retried since `job` was read, stays as it is."""
@@ -275,7 +207,7 @@ class Queue:
             summary = self._ledger.summarize(job.id)
         complete = summary.done == job.plan.range_count
         if job.stopping is not None and not (complete and job.stopping.to is JobState.CANCELLED):
-            return job if summary.leased else self._end(job, job.stopping, _progress(job, summary))
+            return job if summary.leased else self._end(job, job.stopping, summary.progress(job.plan.range_count))
         if summary.done + summary.failed < job.plan.range_count:
             return job
         if not summary.failed:
@@ -283,7 +215,7 @@ class Queue:
         failure = summary.failures[0] if summary.failures else Failure("failed", "a range failed")
         if summary.failed > 1:
             failure = Failure(failure.code, f"{summary.failed} ranges failed; the first: {failure.message}")
-        return self._end(job, Stop(JobState.FAILED, failure), _progress(job, summary))
+        return self._end(job, Stop(JobState.FAILED, failure), summary.progress(job.plan.range_count))
 
     def finish(self, job: Job, tally: Tally) -> Job:
         """End a job whose ranges are all DONE and add up to `tally`: COMPLETED, or FAILED if over its error budget."""
@@ -409,15 +341,11 @@ class Queue:
         } | happened(stop.to)
         if progress is not None:
             changes["progress"] = progress_document(progress)
-            changes["errors"] = self._first_errors(job.id, progress.tally)
+            changes["errors"] = self._rejects.first_of(job.id, progress.tally)
         # A stamp that has arrived since must not be overtaken by COMPLETED, nor the other way round; and a retry begins
         # another round, to which the sums made here do not apply.
         stamped = {"stopping": None} if job.stopping is None else {"stopping": {"$ne": None}}
         return {"_id": job_key(job.id), "open": True, "state": job.state, "round": job.round} | stamped, changes
-
-    def _first_errors(self, job_id: str, tally: Tally) -> Document:
-        """The first rejects as an expression: they are kept in the job, so that its status takes no other read."""
-        return {"$literal": self._rejects.first(job_id) if tally.rejected else []}
 
     def freed(self, job_id: str, what: str) -> None:
         """Note that ranges of a job were freed, and end the job if it was waiting for nothing else: under a stream of
@@ -432,11 +360,6 @@ class Queue:
         """Append an event to a job's timeline."""
         with translated("recording an event of a job"):
             self._jobs.update_one({"_id": job_key(job_id)}, [{"$set": happened(what)}])
-
-
-def _progress(job: Job, summary: Summary) -> Progress:
-    assert job.plan is not None
-    return Progress(summary.tally, job.plan.range_count, summary.done)
 
 
 def _judged(job: Job, tally: Tally) -> Stop:

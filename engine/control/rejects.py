@@ -13,7 +13,7 @@ from pymongo import InsertOne
 
 from engine.control.ledger import Ledger
 from engine.control.store import Document, Store, job_key, rejects_of, translated, write_all
-from engine.model import Job, Lease, Reject
+from engine.model import Job, Lease, Reject, Tally
 
 __all__ = ["Rejects"]
 
@@ -90,6 +90,11 @@ class Rejects:
     def first(self, job_id: str) -> list[Document]:
         """The first few rejects of a job as clients see them, with raw lines cut short."""
         return [_cut_short(reject) for reject in self.page(job_id, FIRST_REJECTS)[0]]
+
+    def first_of(self, job_id: str, tally: Tally) -> Document:
+        """The first rejects of a job with this tally, as an expression: they are kept in the job, so that its status
+        takes no other read."""
+        return {"$literal": self.first(job_id) if tally.rejected else []}
 
     def lines(self, job_id: str) -> Iterator[bytes]:
         """The raw line of every reject of a job, as far as it is kept, in file order."""

@@ -21,6 +21,7 @@ from engine.control.ledger import Ledger
 from engine.control.plans import Plans
 from engine.control.queue import Queue
 from engine.control.rejects import Rejects
+from engine.control.rollup import RollUp
 from engine.control.stats import REPORTER, Reporter, Stats
 from engine.control.store import Store
 from engine.control.wakeups import Wakeups
@@ -159,8 +160,8 @@ class _Worker:
             settings,
             self._store,
             self._objects,
-            self._queue,
             self._ledger,
+            RollUp(self._store, self._queue, self._ledger),
             Rejects(self._store, self._ledger),
             self._stats,
             still=heartbeat.age,

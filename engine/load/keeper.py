@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from engine.control.ledger import Ledger
-from engine.control.queue import Queue
+from engine.control.rollup import RollUp
 from engine.errors import HeadraceError, LeaseLost
 from engine.load.run import Run
 from engine.logs import get_logger
@@ -40,14 +40,14 @@ class Keeper(threading.Thread):
     def __init__(
         self,
         ledger: Ledger,
-        queue: Queue,
+        rollup: RollUp,
         lease_seconds: float,
         still: Callable[[], float],
         report: Callable[[Run], None],
     ) -> None:
         super().__init__(name=KEEPER, daemon=True)
         self._ledger = ledger
-        self._queue = queue
+        self._rollup = rollup
         self._lease_seconds = lease_seconds
         self._still = still
         self._report = report
@@ -128,18 +128,14 @@ class Keeper(threading.Thread):
         return max(self._ticked_at, self._held_at) if len(runs) > 1 else self._ticked_at
 
     def tick(self, run: Run, *, begun: bool = True) -> None:
-        """Renew the lease, record progress, and act on the job's signals. After an error the next tick tries again."""
+        """Renew the lease, record progress, and learn whether the job is being stopped. After an error the next tick
+        tries again."""
         if self._still() >= self._lease_seconds:
             return
         try:
             self.renew(run)
-            signals = self._queue.signals(run.job.id)
-            if signals.overdue and not signals.stopping:
-                self._queue.stop_overdue()
-            if signals.stopping or signals.overdue:
+            if self._rollup.tend(run.job.id):
                 run.cancelled.set()
-            elif signals.stale:
-                self._queue.roll_up(run.job.id)
             if begun:
                 self._report(run)
         except LeaseLost:

@@ -13,8 +13,8 @@ from enum import Enum, auto
 from typing import Final
 
 from engine.control.ledger import Ledger
-from engine.control.queue import Queue
 from engine.control.rejects import Rejects
+from engine.control.rollup import RollUp
 from engine.control.stats import Stats
 from engine.control.store import Store
 from engine.errors import HeadraceError, LeaseLost, Severed, Transient
@@ -70,8 +70,8 @@ class Pipeline:
         settings: Settings,
         store: Store,
         objects: Objects,
-        queue: Queue,
         ledger: Ledger,
+        rollup: RollUp,
         rejects: Rejects,
         stats: Stats,
         *,
@@ -86,7 +86,7 @@ class Pipeline:
         self._rejects = rejects
         self._stats = stats
         self._near_end = near_end
-        self.keeper = Keeper(ledger, queue, settings.engine_lease_seconds, still, report)
+        self.keeper = Keeper(ledger, rollup, settings.engine_lease_seconds, still, report)
         self.keeper.start()
         self._window = Window(settings.engine_writers)
         self._writers = ThreadPoolExecutor(settings.engine_writers, thread_name_prefix="writer")

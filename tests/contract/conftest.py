@@ -6,6 +6,7 @@ import uuid
 import pytest
 
 from engine.control.plans import Plans
+from engine.control.rollup import RollUp
 from engine.load.planner import Planner
 from engine.model import Format, JobOptions, Plan, Tally
 
@@ -18,6 +19,11 @@ def source(objects):
 @pytest.fixture
 def plans(store, queue, ledger):
     return Plans(store, queue, ledger)
+
+
+@pytest.fixture
+def rollup(store, queue, ledger):
+    return RollUp(store, queue, ledger)
 
 
 @pytest.fixture

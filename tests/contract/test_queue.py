@@ -294,14 +294,3 @@ def test_a_job_beside_one_that_may_be_retried_does_not_count_its_documents(queue
     queue.cancel(first.job.id)
     [second] = planner.prepare([queue.submit(source, JobOptions())], "holder")
     assert (first.job.plan.sole, second.job.plan.sole) == (True, False)
-
-
-def test_numbers_are_summed_on_after_a_primary_whose_clock_was_ahead(store, queue, plans, source):
-    [job] = plans.fix([(queue.submit(source, JobOptions()), plan(1), None)])
-    queue.open_ranges(job)
-    ahead = [{"$set": {"rolledAt": {"$add": ["$$NOW", 3_600_000]}}}]
-    store.jobs.update_one({"_id": job_key(job.id)}, ahead)
-    assert queue.signals(job.id).stale
-    queue.roll_up(job.id)
-    assert queue.get(job.id).progress.at is not None
-    assert not queue.signals(job.id).stale

@@ -172,12 +172,12 @@ def test_jobs_that_another_is_about_to_plan_are_not_looked_at(store, queue, plan
     assert seen(queue) == {theirs.id, free.id, stopped.id}
 
 
-def test_a_job_whose_ranges_are_all_done_or_held_is_left_to_its_holders(queue, plans, planner, ledger, source):
+def test_a_job_whose_ranges_are_all_done_or_held_is_left_to_its_holders(queue, plans, planner, ledger, rollup, source):
     [job] = plans.fix([(queue.submit(source, JobOptions()), plan(3), None)])
     queue.open_ranges(job)
     ledger.close(ledger.lease(job.id, "other"), Tally(lines=1, inserted=1))
     held = [ledger.lease(job.id, "other") for _ in range(2)]
-    queue.roll_up(job.id)
+    rollup.tend(job.id)
     chooser = Chooser(queue, plans, ledger, planner, "here", threading.Event(), lambda: None)
     assert (chooser.take(), chooser.tried) == ([], 0)
     ledger.give_back(held[0], 0, Tally())

@@ -7,7 +7,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from engine.control.queue import JobSignals
 from engine.errors import LeaseLost, Transient
 from engine.load.keeper import TICK_SECONDS, Keeper
 from engine.load.run import Run
@@ -34,9 +33,7 @@ def kept(keeper: Keeper, clock: list[float], *runs: Any, seconds: float) -> None
 
 @pytest.fixture
 def keeper(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Keeper:
-    queue = Mock()
-    queue.signals.return_value = JobSignals(stopping=False, overdue=False, stale=False)
-    keeper = Keeper(Mock(), queue, 30, lambda: 0.0, lambda run: None)
+    keeper = Keeper(Mock(), Mock(**{"tend.return_value": False}), 30, lambda: 0.0, lambda run: None)
     monkeypatch.setattr(keeper, "renew", Mock())
     return keeper
 
@@ -107,7 +104,7 @@ def test_the_lease_that_comes_next_is_kept_between_two_runs_too(keeper: Keeper, 
 
 
 def test_the_lease_that_comes_next_is_called_off_with_its_job(keeper: Keeper, clock: list[float]) -> None:
-    keeper._queue.signals.return_value = JobSignals(stopping=True, overdue=False, stale=False)  # type: ignore[attr-defined]
+    keeper._rollup.tend.return_value = True  # type: ignore[attr-defined]
     ahead = waiting()
     keeper.hold_next(ahead)
     clock[0] += TICK_SECONDS

@@ -123,7 +123,7 @@ def test_a_lease_taken_ahead_of_a_job_that_has_ended_is_given_back_unread(flag, 
     run = Run(MagicMock(), lease, threading.Event(), lambda: None, ahead=True)
     getattr(run, flag).set()
     objects, ledger = Mock(), Mock()
-    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), still=lambda: 0.0)
+    pipeline = Pipeline(Settings(), Mock(), objects, ledger, Mock(), Mock(), Stats(), still=lambda: 0.0)
     assert pipeline.run(run) is ended
     pipeline.close()
     objects.open.assert_not_called()
@@ -136,7 +136,7 @@ def test_a_lease_taken_ahead_begins_before_anything_is_read(monkeypatch):
     ledger = Mock()
     ledger.begin.side_effect = LeaseLost("it is another's")
     objects = Mock()
-    pipeline = Pipeline(Settings(), Mock(), objects, Mock(), ledger, Mock(), Stats(), still=lambda: 0.0)
+    pipeline = Pipeline(Settings(), Mock(), objects, ledger, Mock(), Mock(), Stats(), still=lambda: 0.0)
     with pytest.raises(LeaseLost):
         pipeline.run(Run(MagicMock(), lease, threading.Event(), lambda: None, ahead=True))
     pipeline.close()
