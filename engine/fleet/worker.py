@@ -253,8 +253,12 @@ class _Worker:
         began = time.perf_counter()
         run, paused = self._lookout.take(), False
         if run is not None:
-            self._chooser.release_strays([run])
-            paused = self._queue.paused()
+            try:
+                self._chooser.release_strays([run])
+                paused = self._queue.paused()
+            except HeadraceError:
+                self._pipeline.forget(run)
+                raise
         self._stats.add(seconds_queue=time.perf_counter() - began)  # including the wait for the lookout's thread
         if run is None or not paused:
             return run

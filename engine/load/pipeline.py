@@ -107,6 +107,10 @@ class Pipeline:
         self.keeper.hold_next(run)
         self._reading.request(run)
 
+    def forget(self, run: Run) -> None:
+        """The next run will not begin after all, and its lease is left to be freed: drop what was asked for ahead."""
+        self._reading.forget(run)
+
     def run(self, run: Run) -> Ended:
         """Work on a lease until its range is done or given back.
 
@@ -125,7 +129,6 @@ class Pipeline:
             raise
         finally:
             self.keeper.drop()
-            self._reading.forget(run)
         if ended is Ended.DONE:
             reach(Step.CLOSE)
             insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
@@ -135,13 +138,16 @@ class Pipeline:
         return ended
 
     def _begin_and_work(self, run: Run) -> Ended:
-        if run.told_to_end():
-            return _ended_early(run)
-        if run.ahead:
-            insist(run, lambda: self._ledger.begin(run.lease))
-        if run.lease.resumed:
-            insist(run, lambda: self._rejects.forget(run.lease))
-        return self._work_in_turn(run) if run.cautious else self._work(run)
+        try:
+            if run.told_to_end():
+                return _ended_early(run)
+            if run.ahead:
+                insist(run, lambda: self._ledger.begin(run.lease))
+            if run.lease.resumed:
+                insist(run, lambda: self._rejects.forget(run.lease))
+            return self._work_in_turn(run) if run.cautious else self._work(run)
+        finally:
+            self.forget(run)
 
     def run_together(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Ended | HeadraceError]], bool]:
         """Work side by side on leases of small objects, whose bytes have been read already.

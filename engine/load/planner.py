@@ -5,7 +5,7 @@ Any worker may plan a job at any time, and repeatedly: the first compare-and-set
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -132,9 +132,8 @@ class Planner:
         drafts: list[_Draft] = []
         failed: list[Prepared] = []
         unseen: list[Job] = []
-        looks = [self._readers.submit(self._look, job) for job in jobs]
-        unfit = self._unfit(jobs)  # while S3 is waited for
-        for job, looked in zip(jobs, self._seen(looks), strict=True):
+        unfit = self._unfit(jobs)
+        for job, looked in zip(jobs, self._looks(jobs), strict=True):
             if refusal := unfit.get(job.options.collection):
                 failed.append(Prepared(job, error=refusal))
             elif isinstance(looked, _Draft):
@@ -177,8 +176,7 @@ class Planner:
                 continue
             if holds == plan:
                 self._queue.open_ranges(job)
-                # Other workers have already looked, and found nothing to lease.
-                self._readers.submit(self._wake)
+                self._wake()  # other workers have already looked, and found nothing to lease
             done.append(Prepared(job, None, heads[job.id]))
         if single:
             reach(Step.PLANNED)
@@ -197,9 +195,10 @@ class Planner:
                 refusals[name] = error
         return refusals
 
-    def _seen(self, looks: "Sequence[Future[_Draft | HeadraceError]]") -> "list[_Draft | HeadraceError | None]":
-        """What the looks at objects have found. One that S3 does not return in time must not hold up the others, nor
-        this worker. None for those that were never requested because earlier requests that hang occupy all threads."""
+    def _looks(self, jobs: Sequence[Job]) -> "list[_Draft | HeadraceError | None]":
+        """Look at the objects of all jobs. One that S3 does not return in time must not hold up the others, nor this
+        worker. None for those that were never requested because earlier requests that hang occupy all the threads."""
+        looks = [self._readers.submit(self._look, job) for job in jobs]
         end = time.monotonic() + self._look_seconds
         waiting = set(looks)
         while waiting and (left := end - time.monotonic()) > 0:

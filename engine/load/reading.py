@@ -3,6 +3,7 @@
 import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final
 
 from engine.control.stats import Stats
@@ -37,7 +38,8 @@ class Reading:
     def request(self, run: Run) -> None:
         """Ask S3 for the bytes of the next run before it begins, so that it does not wait for the first of them.
 
-        `batches` of this run takes the answer, and raises what went wrong with it; otherwise `forget` must be called.
+        `batches` of this run takes the answer, and sends the request again if it was in vain. If the run does not get
+        that far, `forget` must be called.
         """
         source, lease = run.job.source, run.lease
         if lease.confirmed < lease.range.end:
@@ -58,7 +60,8 @@ class Reading:
     def _open(self, run: Run, start: int, stop: int) -> RangeReader:
         # If an earlier request hangs, and the thread with it, this one has not been sent and can be cancelled.
         if (answer := self._take(run)) is not None and not answer.cancel():
-            return answer.result()
+            with suppress(Transient):
+                return answer.result()
         return self._objects.open(run.job.source, start, stop)
 
     def batches(self, run: Run, splitter: Splitter, batcher: Batcher) -> Generator[Batch, None, None]:

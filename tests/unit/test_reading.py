@@ -139,22 +139,28 @@ def test_of_a_range_that_is_confirmed_to_its_end_nothing_is_requested(reading_of
     reading = reading_of(answers)
     reading.request(run)
     assert read(reading, run) == []
-    reading.close()
+    reading._requests.submit(lambda: None).result()
     assert answers.asked == []
 
 
-def test_a_request_that_was_sent_ahead_in_vain_is_repeated_or_final(reading_of, monkeypatch):
-    monkeypatch.setattr("engine.load.reading.back_off", lambda run, tries: 0.0)
+def test_a_request_that_was_sent_ahead_in_vain_is_repeated_at_once(reading_of):
     answers, run = Answers(Transient("away")), next_run()
     reading = reading_of(answers)
     reading.request(run)
+    assert answers.arrived.wait(10)
     assert len(read(reading, run)) == 1
     assert len(answers.asked) == 2
-    assert reading._stats.counts()["retries"] == 1
+    assert "retries" not in reading._stats.counts()
+
+
+def test_what_a_request_that_was_sent_ahead_finds_out_is_final(reading_of):
+    answers, run = Answers(ObjectChanged("overwritten")), next_run()
+    reading = reading_of(answers)
     reading.request(run)
-    answers.errors.append(ObjectChanged("overwritten"))
+    assert answers.arrived.wait(10)
     with pytest.raises(ObjectChanged):
         read(reading, run)
+    assert len(answers.asked) == 1
 
 
 def test_an_answer_that_breaks_off_while_it_waits_is_requested_again(reading_of, monkeypatch):
@@ -182,10 +188,17 @@ def test_an_answer_that_nobody_uses_is_dropped_even_if_it_comes_late(reading_of)
     reading._requests.submit(lambda: None).result()
     reading.forget(run)
     answers.readers[1].drop.assert_called_once()
-    answers.errors.append(Transient("away"))
+
+
+def test_a_request_in_vain_that_nobody_uses_is_forgotten_in_silence(reading_of, caplog):
+    answers, run = Answers(Transient("away")), next_run()
+    reading = reading_of(answers)
     reading.request(run)
+    reading._requests.submit(lambda: None).result()
     reading.forget(run)
-    assert reading._requested is None
+    assert (len(answers.asked), answers.readers, caplog.records) == (1, [], [])
+    assert len(read(reading, run)) == 1
+    assert len(answers.asked) == 2
 
 
 def test_a_range_does_not_wait_behind_the_request_of_another_that_hangs(reading_of):

@@ -70,6 +70,15 @@ def test_what_was_leased_ahead_begins_unless_the_queue_is_paused_by_now(worker: 
     assert run.cancelled.set.called == paused
 
 
+def test_what_was_asked_for_ahead_is_forgotten_if_the_database_fails_before_it_begins(worker: Any) -> None:
+    run = Mock()
+    worker._lookout.take.return_value = run
+    worker._queue.paused.side_effect = Transient("no primary")
+    with pytest.raises(Transient):
+        worker._found_ahead()
+    worker._pipeline.forget.assert_called_once_with(run)
+
+
 def test_what_is_leased_ahead_of_a_job_that_is_cancelled_is_called_off(worker: Any) -> None:
     run, ahead = Mock(), Mock()
     run.job.state = JobState.PROCESSING
