@@ -1,8 +1,10 @@
-"""What a load is compared with in the same round: the time the database needs, and parsing and encoding alone."""
+"""What a load is compared with in the same round: the time the database needs, alone and with parsing beside it, and
+parsing and encoding alone."""
 
 import statistics
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import orjson
 
 from bench import ceiling
 from bench.figures import Load
+from bench.parsing import parsers
 from bench.rig import ROOT, Rig
 
 __all__ = ["Ceiling", "base_cpu"]
@@ -34,6 +37,7 @@ class Ceiling:
 
     def __init__(self, rig: Rig, path: Path) -> None:
         self._rig = rig
+        self._path = path
         with path.open("rb") as file:
             self._work = ceiling.batches(file)
         self.database: list[float] = []
@@ -46,6 +50,18 @@ class Ceiling:
     def seconds(self) -> float:
         """Wall seconds of one pass; appends the database's CPU seconds to `database`."""
         return self._send(self.connections)
+
+    def with_parsing(self, parts: int) -> float:
+        """Wall seconds of a pass while `parts` processes parse the same lines with orjson, and do nothing else.
+
+        No loader that has orjson parse each line can take less on a machine whose cores are all taken.
+        """
+        with parsers(self._path, parts) as beside:
+            began = time.perf_counter()
+            beside.begin()
+            self.seconds()
+            beside.end()
+            return time.perf_counter() - began
 
     def _send(self, connections: int) -> float:
         name = f"c{uuid.uuid4().hex[:8]}"

@@ -124,15 +124,16 @@ def ladder(rig: Rig, path: Path, rounds: int, tool: str | None) -> dict[str, Any
     }
 
 
-def shape(rig: Rig, path: Path, rounds: int) -> Spread:
-    """Headrace's wall time over the ceiling's."""
+def shape(rig: Rig, path: Path, rounds: int) -> dict[str, Spread]:
+    """Headrace's wall time over the ceiling's, and that of the ceiling with parsing beside it, over the ceiling's."""
     source = rig.upload(path)
     ceilings = Ceiling(rig, path)
-    ratios = []
+    ratios, floors = [], []
     for _ in range(rounds):
         top, one = ceilings.beside(lambda: load(rig, source, 2))
         ratios.append(one.taken.wall / top)
-    return Spread(tuple(ratios))
+        floors.append(ceilings.with_parsing(2) / top)
+    return {"ratio": Spread(tuple(ratios)), "floor": Spread(tuple(floors))}
 
 
 def _turned(ways: list[Way], turn: int) -> list[Way]:

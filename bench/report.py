@@ -19,7 +19,6 @@ from typing import Any, Final
 
 from api.commands.terminal import EXIT_INTERRUPTED
 from bench import measure, shapes
-from bench.figures import Spread
 from bench.page import Judge, Report, write
 from bench.rig import ROOT, Rig, current_commit, on_leave
 from bench.verdicts import MAX_MEMORY_MB, flat
@@ -103,9 +102,6 @@ def run(
                 part.unlink(missing_ok=True)
         return path
 
-    def ratio(name: str, records: int) -> dict[str, Spread]:
-        return {"ratio": measure.shape(rig, file(name, records), few)}
-
     ordinary = partial(file, "ordinary", count)
     report.measure(
         "ladder", lambda: measure.ladder(rig, ordinary(), rounds, tool),
@@ -116,8 +112,9 @@ def run(
     )  # fmt: skip
     for name in ("tiny", "wide", "large"):
         report.measure(
-            name, partial(ratio, name, report.records[name]),
+            name, partial(lambda name: measure.shape(rig, file(name, report.records[name]), few), name),
             (f"{name} records, wall over the ceiling's", "≤ 1.5", _most("ratio", 1.5)),
+            (f"{name} records, the ceiling with parsing beside it, over the ceiling's", "–", _most("floor", 1.5)),
         )  # fmt: skip
     report.measure(
         "small", lambda: measure.small_files(rig, 200 if quick else 2000, 100, few),
