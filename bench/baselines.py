@@ -57,11 +57,9 @@ class Ceiling:
         No loader that has orjson parse each line can take less on a machine whose cores are all taken.
         """
         with parsers(self._path, parts) as beside:
-            began = time.perf_counter()
+            began = time.monotonic()
             beside.begin()
-            self.seconds()
-            beside.end()
-            return time.perf_counter() - began
+            return max(self.seconds(), beside.end() - began)
 
     def _send(self, connections: int) -> float:
         name = f"c{uuid.uuid4().hex[:8]}"
