@@ -5,36 +5,34 @@ match means that the lease was lost, or that its end was recorded already. All t
 worker's clock can steal a lease or block one.
 """
 
-import random
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
-from bson import ObjectId
 from pymongo import InsertOne, ReturnDocument, UpdateOne
 
+from engine.control.leases import (
+    ATTEMPTS,
+    LET_GO,
+    TAKE_AWAY,
+    UNSPENT_WAIT,
+    come_to,
+    done,
+    held,
+    held_by,
+    new_range,
+    taken_away,
+    wait_ms,
+)
 from engine.control.schema import LEASABLE, LEASES
 from engine.control.store import Document, Store, job_key, literals, ranges_of, translated, write_all
 from engine.errors import HeadraceError, LeaseLost
 from engine.model import ByteRange, Failure, Freed, Lease, Progress, RangeState, Tally
 
-__all__ = ["ATTEMPTS", "DEATHS", "HELD_SECONDS", "UNSPENT_WAIT", "VANISHED", "Ledger", "Summary", "wait_ms"]
-
-ATTEMPTS: Final = 5
-"""Transient failures in a row, with no byte of progress between them, that a range survives; the next fails it."""
-
-DEATHS: Final = 3
-"""A range is given up when this many holders in a row have died at one `confirmed`."""
-
-VANISHED: Final = 10
-"""A range is given up when this many holders in a row have died or vanished at one `confirmed`. More than `DEATHS`,
-since the loss of a whole host, with everyone who could report a death, is seldom the fault of a line."""
-
-UNSPENT_WAIT: Final = 2
-"""A failure that costs no attempt (such as a host's wrong clock) has the backoff of this many attempts: 16 seconds."""
+__all__ = ["HELD_SECONDS", "Ledger", "Summary"]
 
 EXPIRY_GRACE_SECONDS: Final = 4
 """A lease is taken away this long after it ran out, so that after a database stall a live holder can renew it first."""
@@ -45,9 +43,6 @@ rest are freed."""
 
 HELD_SECONDS: Final = 1.0
 """How soon a job whose ranges are held by others is looked at again."""
-
-MAX_HOLDERS: Final = 10
-"""Holders whose names a range keeps, the latest ones."""
 
 OPEN_BATCH: Final = 10_000
 """Ranges per insert command."""
@@ -86,7 +81,7 @@ class Ledger:
         """Insert the ranges of a job as READY. Those that exist already stay as they are."""
         job = job_key(job_id)
         rest = iter(ranges)
-        while documents := [_new(job, r) for r in islice(rest, OPEN_BATCH)]:
+        while documents := [new_range(job, r) for r in islice(rest, OPEN_BATCH)]:
             with translated("recording the ranges of a job"):
                 write_all(self._ranges, [InsertOne(document) for document in documents])
 
@@ -96,9 +91,9 @@ class Ledger:
         leases = {id: Lease(id, range, uuid.uuid4().hex, 1, range.start, Tally()) for id, range in ranges.items()}
         writes = []
         for lease in leases.values():
-            new = _new(job_key(lease.job_id), lease.range)
+            new = new_range(job_key(lease.job_id), lease.range)
             key = new.pop("_id")
-            fields = literals(new) | self._held(lease.token, holder)
+            fields = literals(new) | held(lease.token, holder, self.until())
             # No range has this state, so nothing matches: the upsert inserts, or is refused if the range exists.
             writes.append(UpdateOne({"_id": key, "state": None}, [{"$set": fields}], upsert=True))
         if not writes:
@@ -117,7 +112,7 @@ class Ledger:
         with translated("leasing a range"):
             found = self._ranges.find_one_and_update(
                 {"job": job_key(job_id), "state": RangeState.READY, "$expr": {"$lte": ["$notBefore", "$$NOW"]}},
-                [{"$set": self._held(token, holder) | {"ahead": token if ahead else "$$REMOVE"}}],
+                [{"$set": held(token, holder, self.until()) | {"ahead": token if ahead else "$$REMOVE"}}],
                 return_document=ReturnDocument.BEFORE,
                 hint=LEASABLE,
             )
@@ -141,23 +136,23 @@ class Ledger:
 
     def renew(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Extend a lease and record how far its holder has come. Raises LeaseLost."""
-        self._speak(lease, _come_to(confirmed, tally) | {"until": self.until()}, "renewing a lease")
+        self._speak(lease, come_to(confirmed, tally) | {"until": self.until()}, "renewing a lease")
 
     def close(self, lease: Lease, tally: Tally) -> None:
         """Mark a range DONE: every line of it is acknowledged. Raises LeaseLost."""
-        self._let_go(lease, _done(tally), "closing a range")
+        self._let_go(lease, done(tally), "closing a range")
 
     def close_all(self, leases: Sequence[tuple[Lease, Tally]]) -> bool:
         """Close ranges, all with one command; returns False if some of them were no longer held."""
         # DONE, too: an earlier try whose answer was lost may have closed some of them.
-        done = {"state": {"$in": [RangeState.LEASED, RangeState.DONE]}}
-        writes = [UpdateOne(_held_by(lease) | done, [{"$set": _done(tally) | _LET_GO}]) for lease, tally in leases]
+        states = {"state": {"$in": [RangeState.LEASED, RangeState.DONE]}}
+        writes = [UpdateOne(held_by(lease) | states, [{"$set": done(tally) | LET_GO}]) for lease, tally in leases]
         with translated("closing ranges"):
             return bool(write_all(self._ranges, writes)["nMatched"] == len(leases))
 
     def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Release a range as READY for anyone from `confirmed` on, without spending an attempt. Raises LeaseLost."""
-        self._let_go(lease, _come_to(confirmed, tally) | {"state": RangeState.READY}, "giving a range back")
+        self._let_go(lease, come_to(confirmed, tally) | {"state": RangeState.READY}, "giving a range back")
 
     def postpone(self, lease: Lease, confirmed: int, tally: Tally, failure: Failure, *, spend: bool = True) -> None:
         """Release a range after its nth transient failure in a row: READY, to be leased n⁴ seconds later (±10 %), or
@@ -168,7 +163,7 @@ class Ledger:
         Raises LeaseLost.
         """
         attempts = (0 if confirmed > lease.confirmed else lease.attempts) + spend
-        changes: Document = _come_to(confirmed, tally) | {
+        changes: Document = come_to(confirmed, tally) | {
             "attempts": attempts,
             "allFailures": {"$add": ["$allFailures", 1]},
             "failure": {"$literal": asdict(failure)},
@@ -198,7 +193,7 @@ class Ledger:
                 # Matched by token: if this times out, the server may still run it when the holder has another lease.
                 fresh = {"state": RangeState.READY, "resumed": True}
                 mine["token"] = {"$in": tokens}
-                self._ranges.update_many(mine, [{"$set": fresh | _TAKE_AWAY}], hint=LEASES)
+                self._ranges.update_many(mine, [{"$set": fresh | TAKE_AWAY}], hint=LEASES)
 
     def expire(self) -> list[Freed]:
         """Free ranges whose leases ran out, at most `EXPIRED_RANGES`; further calls free the rest."""
@@ -311,29 +306,18 @@ class Ledger:
         """When a lease that begins now runs out, as an expression that the server evaluates."""
         return {"$add": ["$$NOW", self._lease_ms]}
 
-    def _held(self, token: str, holder: str) -> Document:
-        earlier = {"$filter": {"input": {"$ifNull": ["$holders", []]}, "cond": {"$ne": ["$$this", holder]}}}
-        return {
-            "state": RangeState.LEASED,
-            "token": token,
-            "holder": holder,
-            "until": self.until(),
-            "leases": {"$add": [{"$ifNull": ["$leases", 0]}, 1]},
-            "holders": {"$slice": [{"$concatArrays": [earlier, [holder]]}, -MAX_HOLDERS]},
-        }
-
     def _let_go(self, lease: Lease, changes: Document, doing: str) -> None:
         """Record how a lease ended. Succeeds, too, if an earlier try whose answer was lost has recorded it."""
         try:
-            self._speak(lease, changes | _LET_GO, doing)
+            self._speak(lease, changes | LET_GO, doing)
         except LeaseLost:
             with translated(doing):
-                if not self._ranges.find_one(_held_by(lease) | {"state": {"$ne": RangeState.LEASED}}, {"_id": True}):
+                if not self._ranges.find_one(held_by(lease) | {"state": {"$ne": RangeState.LEASED}}, {"_id": True}):
                     raise
 
     def _speak(self, lease: Lease, changes: Document, doing: str) -> None:
         with translated(doing):
-            result = self._ranges.update_one(_held_by(lease), [{"$set": changes}])
+            result = self._ranges.update_one(held_by(lease), [{"$set": changes}])
         if not result.matched_count:
             raise LeaseLost(
                 f"the lease of range {lease.range.index} of job {lease.job_id} is no longer held by this worker"
@@ -349,7 +333,7 @@ class Ledger:
         with translated("looking for leases to free"):
             if self._ranges.find_one(query, {"_id": True}, hint=LEASES) is None:
                 return freed
-        changes = _taken_away(counter)
+        changes = taken_away(counter)
         # One by one, so that each range that is returned was freed here and by nobody else.
         try:
             with translated("releasing leases"):
@@ -363,85 +347,3 @@ class Ledger:
             if not freed:
                 raise
         return freed
-
-
-def _new(job: ObjectId, range: ByteRange) -> Document:
-    return {
-        "_id": {"job": job, "index": range.index},
-        "job": job,
-        "state": RangeState.READY,
-        "start": range.start,
-        "end": range.end,
-        "confirmed": range.start,
-        "tally": Tally().document(),
-        "attempts": 0,
-        "deaths": 0,
-        "vanished": 0,
-        "leases": 0,
-        "resumed": False,
-        # Shown to people, and never reset.
-        "allDeaths": 0,
-        "allFailures": 0,
-        "holders": [],
-    }
-
-
-def _held_by(lease: Lease) -> Document:
-    """Matches the range of a lease for as long as this lease holds it."""
-    key = {"job": job_key(lease.job_id), "index": lease.range.index}
-    return {"_id": key, "state": RangeState.LEASED, "token": lease.token}
-
-
-def _done(tally: Tally) -> Document:
-    return {"state": RangeState.DONE, "tally": {"$literal": tally.document()}, "confirmed": "$end", "failure": None}
-
-
-def _come_to(confirmed: int, tally: Tally) -> Document:
-    """Fields to set: how far a range has come; if it has advanced, the counts of consecutive troubles restart at 0."""
-    moved = {"$gt": [confirmed, "$confirmed"]}
-    in_a_row = {name: {"$cond": [moved, 0, f"${name}"]} for name in ("deaths", "vanished", "attempts")}
-    return in_a_row | {"confirmed": confirmed, "tally": {"$literal": tally.document()}, "resumed": True}
-
-
-def wait_ms(attempts: int) -> int:
-    """Milliseconds to wait after n failures in a row: n⁴ seconds, ±10 % so that not all come back at once."""
-    return int(attempts**4 * 1000 * random.uniform(0.9, 1.1))
-
-
-_LET_GO: Final[Document] = {"holder": "$$REMOVE", "until": "$$REMOVE", "ahead": "$$REMOVE"}
-"""The token stays until the next lease, so that a holder that got no answer can see that its write took effect."""
-
-_TAKE_AWAY: Final[Document] = _LET_GO | {"token": "$$REMOVE"}
-
-
-def _taken_away(counter: str) -> Document:
-    """Fields to set on a range whose holder died (`counter` is "deaths") or did not renew its lease ("vanished"): it
-    becomes READY, or FAILED if this was one too many in a row. A holder that leased it ahead and had not begun is not
-    counted."""
-    # Compared with the token because older versions, which do not know `ahead`, leave it in place when they lease.
-    begun: Document = {"$cond": [{"$eq": ["$ahead", "$token"]}, 0, 1]}
-    count: Document = {name: f"${name}" for name in ("deaths", "vanished")}
-    count[counter] = {"$add": [f"${counter}", begun]}
-    in_all = {"$add": list(count.values())}
-    message: list[Any] = [
-        {"$toString": in_all},
-        " workers in a row died at byte ",
-        {"$toString": "$confirmed"},
-        " of the range from byte ",
-        {"$toString": "$start"},
-        " to ",
-        {"$toString": "$end"},
-        ": look at the lines there, then retry the job",
-    ]
-    poison = {"code": "workers_died", "message": {"$concat": message}}
-    spent = {"$or": [{"$gte": [count["deaths"], DEATHS]}, {"$gte": [in_all, VANISHED]}]}
-    return (
-        count
-        | _TAKE_AWAY
-        | {
-            "allDeaths": {"$add": ["$allDeaths", begun]},
-            "state": {"$cond": [spent, RangeState.FAILED, RangeState.READY]},
-            "failure": {"$cond": [spent, poison, "$failure"]},
-            "resumed": True,
-        }
-    )

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pymongo import UpdateOne, WriteConcern
 
 from engine.control.jobs import PUT_OFF, from_now, happened, job_of, planned, put_off
-from engine.control.ledger import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, Ledger, wait_ms
+from engine.control.leases import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, wait_ms
+from engine.control.ledger import Ledger
 from engine.control.queue import Queue
 from engine.control.schema import CLAIMED_JOBS
 from engine.control.store import Document, Store, job_key, translated, write_all

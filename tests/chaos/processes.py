@@ -6,7 +6,7 @@ import time
 
 from bson import ObjectId
 
-from engine.control.ledger import DEATHS
+from engine.control.leases import DEATHS
 from engine.model import RangeState
 from engine.steps import Step
 from tests.chaos import corpus

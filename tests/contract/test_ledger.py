@@ -9,7 +9,8 @@ from bson import ObjectId
 from pymongo.collection import Collection
 from pymongo.errors import NotPrimaryError
 
-from engine.control.ledger import ATTEMPTS, DEATHS, VANISHED, Ledger
+from engine.control.leases import ATTEMPTS, DEATHS, VANISHED
+from engine.control.ledger import Ledger
 from engine.errors import LeaseLost, Transient
 from engine.model import ByteRange, Failure, Freed, Tally
 

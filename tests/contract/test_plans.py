@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from bson import ObjectId
 
-from engine.control.ledger import DEATHS, VANISHED
+from engine.control.leases import DEATHS, VANISHED
 from engine.errors import Conflict, Refused, Transient
 from engine.fleet.chooser import Chooser
 from engine.load.planner import Planner
