@@ -132,7 +132,7 @@ class Ledger:
 
     def begin(self, lease: Lease) -> None:
         """Start work on a lease that was taken ahead, and renew it. Raises LeaseLost."""
-        self._speak(lease, {"ahead": "$$REMOVE", "until": self.until()}, "beginning a range")
+        self._speak(lease, self._begun(), "beginning a range")
 
     def renew(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Extend a lease and record how far its holder has come. Raises LeaseLost."""
@@ -142,13 +142,16 @@ class Ledger:
         """Mark a range DONE: every line of it is acknowledged. Raises LeaseLost."""
         self._let_go(lease, done(tally), "closing a range")
 
-    def close_all(self, leases: Sequence[tuple[Lease, Tally]]) -> bool:
-        """Close ranges, all with one command; returns False if some of them were no longer held."""
+    def close_all(self, leases: Sequence[tuple[Lease, Tally]], begin: Lease | None = None) -> bool:
+        """Close ranges, and `begin` work on a lease that was taken ahead, all with one command; returns False if some
+        of these leases were no longer held."""
         # DONE, too: an earlier try whose answer was lost may have closed some of them.
         states = {"state": {"$in": [RangeState.LEASED, RangeState.DONE]}}
         writes = [UpdateOne(held_by(lease) | states, [{"$set": done(tally) | LET_GO}]) for lease, tally in leases]
+        if begin is not None:
+            writes.append(UpdateOne(held_by(begin), [{"$set": self._begun()}]))
         with translated("closing ranges"):
-            return bool(write_all(self._ranges, writes)["nMatched"] == len(leases))
+            return bool(write_all(self._ranges, writes)["nMatched"] == len(writes))
 
     def give_back(self, lease: Lease, confirmed: int, tally: Tally) -> None:
         """Release a range as READY for anyone from `confirmed` on, without spending an attempt. Raises LeaseLost."""
@@ -204,8 +207,11 @@ class Ledger:
 
     def leased(self, job_ids: Iterable[str]) -> dict[str, int]:
         """The number of leased ranges of each of these jobs, by job id; jobs without any are left out."""
+        keys = [job_key(job_id) for job_id in job_ids]
+        if not keys:
+            return {}
         stages: list[Document] = [
-            {"$match": {"job": {"$in": [job_key(job_id) for job_id in job_ids]}, "state": RangeState.LEASED}},
+            {"$match": {"job": {"$in": keys}, "state": RangeState.LEASED}},
             {"$group": {"_id": "$job", "count": {"$sum": 1}}},
         ]
         with translated("counting leases"):
@@ -305,6 +311,9 @@ class Ledger:
     def until(self) -> Document:
         """When a lease that begins now runs out, as an expression that the server evaluates."""
         return {"$add": ["$$NOW", self._lease_ms]}
+
+    def _begun(self) -> Document:
+        return {"ahead": "$$REMOVE", "until": self.until()}
 
     def _let_go(self, lease: Lease, changes: Document, doing: str) -> None:
         """Record how a lease ended. Succeeds, too, if an earlier try whose answer was lost has recorded it."""

@@ -155,7 +155,7 @@ class _Worker:
             heartbeat.touch,
         )
         self._wakeups = Wakeups(self._store, stop)
-        self._lookout = Lookout(self._look_ahead)
+        self._lookout = Lookout(self._look_ahead, self._queue.paused)
         self._pipeline = Pipeline(
             settings,
             self._store,
@@ -167,6 +167,7 @@ class _Worker:
             still=heartbeat.age,
             report=self._report,
             near_end=self._lookout.begin,
+            following=self._lookout.ready,
         )
         self._doing: dict[str, Any] = {}
         self._last_error = ""
@@ -249,13 +250,13 @@ class _Worker:
         return None
 
     def _found_ahead(self) -> Run | None:
-        """The run that was leased ahead, if any; given back if the queue has been paused since."""
+        """The run that was leased ahead, if any; given back if it has not begun and the queue has been paused since."""
         began = time.perf_counter()
         run, paused = self._lookout.take(), False
         if run is not None:
             try:
                 self._chooser.release_strays([run])
-                paused = self._queue.paused()
+                paused = run.ahead and self._queue.paused()
             except HeadraceError:
                 self._pipeline.forget(run)
                 raise

@@ -42,8 +42,9 @@ AHEAD_SECONDS: Final = 0.2
 """The search for the next range begins at least this long before the end of the current one. Kept short, since a range
 that is leased ahead is not available to an idle worker."""
 
-AHEAD_ROUND_TRIPS: Final = 16
-"""The search also begins at least this many round trips to MongoDB before the end of a range; it takes about ten."""
+AHEAD_ROUND_TRIPS: Final = 24
+"""The search also begins at least this many round trips to MongoDB before the end of a range. It takes about twelve, and
+each takes longer than the fastest, by which they are measured."""
 
 CAUTIOUS_LINES: Final = 50
 """Lines in the first batch of a range whose earlier holders died. Each batch is confirmed before the next, twice as
@@ -63,7 +64,14 @@ _InFlight = deque[tuple[Future[None], int]]
 
 
 class Pipeline:
-    """Works on leases until they end: one at a time, or several of small objects side by side."""
+    """Works on leases until they end: one at a time, or several of small objects side by side.
+
+    Args:
+        store, objects, ledger, rollup, rejects, stats: the databases, S3, and what is recorded.
+        still, report: as for `Keeper`.
+        near_end: called near the end of a range that is worked on, and again when all of it has been read.
+        following: returns the run that may begin when the current one is done, if it is known by then.
+    """
 
     def __init__(
         self,
@@ -78,6 +86,7 @@ class Pipeline:
         still: Callable[[], float],
         report: Callable[[Run], None] = lambda run: None,
         near_end: Callable[[], None] = lambda: None,
+        following: Callable[[], Run | None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -86,6 +95,7 @@ class Pipeline:
         self._rejects = rejects
         self._stats = stats
         self._near_end = near_end
+        self._following = following
         self.keeper = Keeper(ledger, rollup, settings.engine_lease_seconds, still, report)
         self.keeper.start()
         self._window = Window(settings.engine_writers)
@@ -131,11 +141,20 @@ class Pipeline:
             self.keeper.drop()
         if ended is Ended.DONE:
             reach(Step.CLOSE)
-            insist(run, lambda: self._ledger.close(run.lease, run.mark()[1]))
+            self._close(run)
             reach(Step.CLOSED)
         else:
             self._hand_back(run)
         return ended
+
+    def _close(self, run: Run) -> None:
+        """Close the range of a run. If the following run is known, it begins with the same command: each command waits
+        for a round trip and for the database's journal, and none of this worker's lines is being parsed meanwhile."""
+        lease, tally, following = run.lease, run.mark()[1], self._following()
+        if following is not None and insist(run, lambda: self._ledger.close_all([(lease, tally)], following.lease)):
+            following.ahead = False
+        else:  # or one of the two leases was lost: the commands for one lease tell which
+            insist(run, lambda: self._ledger.close(lease, tally))
 
     def _begin_and_work(self, run: Run) -> Ended:
         try:
@@ -248,7 +267,7 @@ class Pipeline:
                         self._near_end()
                 else:
                     exhausted = splitter.done
-            if exhausted and not looked:
+            if exhausted:
                 self._near_end()
             # Counted apart from the stalls above: until the last batch is written, this thread reads nothing.
             began = time.perf_counter()

@@ -18,7 +18,7 @@ class Run:
     stopped, or the run is not to begin. `lost`: the lease is no longer this worker's. `failed`: a read or another batch
     of this run has failed. `cautious`: earlier holders died at this offset. `renewed_at`: when the last renewal began,
     or the run if there was none, in seconds of the monotonic clock. `head`: the first bytes of the object, if already
-    read. `ahead`: the lease was taken while the worker was still working on another range.
+    read. `ahead`: the lease was taken while the worker was still working on another range, and has not begun.
     """
 
     def __init__(

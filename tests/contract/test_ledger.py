@@ -176,6 +176,27 @@ def test_ranges_closed_together_are_done_and_one_that_was_lost_is_told(store, le
     assert [stored(store, job)["state"] for job in jobs] == ["DONE", "READY", "DONE"]
 
 
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_a_lease_taken_ahead_begins_with_the_command_that_closes_the_range_before_it(store, ledger, lost):
+    jobs = [str(ObjectId()) for _ in range(2)]
+    for job in jobs:
+        ledger.open(job, [ByteRange(0, 0, 1000)])
+    leases = [ledger.lease(job, "holder", ahead=job == jobs[1]) for job in jobs]
+    if lost is not None:
+        run_out(store, jobs[lost])
+        ledger.expire()
+    for _ in range(2):  # again, as if the answer had been lost
+        assert ledger.close_all([(leases[0], Tally(lines=1))], leases[1]) == (lost is None)
+        found = [stored(store, job) for job in jobs]
+        assert [each["state"] for each in found] == [
+            "READY" if lost == 0 else "DONE",
+            "READY" if lost == 1 else "LEASED",
+        ]
+        assert "ahead" not in found[1]
+    ledger.release(["holder"])
+    assert stored(store, jobs[1])["deaths"] == (lost != 1)
+
+
 def test_a_lease_that_is_renewed_does_not_run_out(store, settings, opened):
     ledger = Ledger(store, 1)
     lease = ledger.lease(opened, "holder")

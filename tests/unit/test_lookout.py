@@ -10,7 +10,13 @@ from engine.load.lookout import Lookout
 
 
 def run_of(job):
-    return SimpleNamespace(job=SimpleNamespace(id=job), lost=threading.Event())
+    run = SimpleNamespace(job=SimpleNamespace(id=job), lost=threading.Event(), ahead=True)
+    run.told_to_end = run.lost.is_set
+    return run
+
+
+def never():
+    return False
 
 
 def test_what_was_found_is_taken_once_and_looked_for_again_only_then():
@@ -20,7 +26,7 @@ def test_what_was_found_is_taken_once_and_looked_for_again_only_then():
         looks.append(threading.current_thread().name)
         return run_of("a")
 
-    lookout = Lookout(look)
+    lookout = Lookout(look, never)
     assert lookout.take() is None
     lookout.begin()
     lookout.begin()
@@ -33,7 +39,7 @@ def test_what_was_found_is_taken_once_and_looked_for_again_only_then():
 
 
 def test_a_look_that_fails_is_told_to_whoever_takes_it_and_holds_nothing():
-    lookout = Lookout(lambda: (_ for _ in ()).throw(Transient("no primary")))
+    lookout = Lookout(lambda: (_ for _ in ()).throw(Transient("no primary")), never)
     lookout.begin()
     lookout._found.exception(10)
     assert lookout.holds("a") is None
@@ -45,7 +51,7 @@ def test_a_look_that_fails_is_told_to_whoever_takes_it_and_holds_nothing():
 
 def test_what_is_found_is_known_when_the_look_is_over():
     go = threading.Event()
-    lookout = Lookout(lambda: run_of("a") if go.wait(10) else None)
+    lookout = Lookout(lambda: run_of("a") if go.wait(10) else None, never)
     lookout.begin()
     assert lookout.holds("a") is None
     go.set()
@@ -55,3 +61,54 @@ def test_what_is_found_is_known_when_the_look_is_over():
     run.lost.set()
     assert lookout.holds("a") is None
     lookout.close()
+
+
+def test_what_is_found_may_begin_once_it_is_known_that_nothing_is_paused():
+    go, run = threading.Event(), run_of("a")
+    lookout = Lookout(lambda: run, lambda: not go.wait(10))
+    assert lookout.ready() is None
+    lookout.begin()
+    lookout._found.result(10)
+    assert lookout.ready() is None
+    lookout.begin()
+    assert lookout.ready() is None
+    go.set()
+    lookout._checked.result(10)
+    assert lookout.ready() is run
+    run.ahead = False
+    assert lookout.ready() is None
+    assert lookout.take() is run
+    lookout.begin()
+    lookout._found.result(10)
+    run.ahead = True
+    assert lookout.ready() is None, "what was asked before is no answer for this look"
+    lookout.close()
+
+
+def fails():
+    raise Transient("no primary")
+
+
+@pytest.mark.parametrize(
+    ("look", "paused"),
+    [
+        (lambda: None, never),
+        (fails, never),
+        (lambda: run_of("a"), fails),
+        (lambda: run_of("a"), lambda: True),
+        (lambda: lost(run_of("a")), never),
+    ],
+    ids=["nothing found", "the look failed", "the question failed", "paused", "the lease is lost"],
+)
+def test_nothing_begins_where_anything_speaks_against_it(look, paused):
+    lookout = Lookout(look, paused)
+    lookout.begin()
+    lookout.begin()
+    lookout.close()
+    assert lookout._checked.done()
+    assert lookout.ready() is None
+
+
+def lost(run):
+    run.lost.set()
+    return run

@@ -1,7 +1,7 @@
 """One lease: its batches in flight, its retries, where its time goes, and the look for the next range. No servers."""
 
 import threading
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock, Mock, call
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_the_wait_for_the_last_batches_of_a_range_is_told_apart_from_that_for_ro
 
 
 def worked(monkeypatch, seconds_each, round_trip, batches=100, at_once=1):
-    """How many batches had been read at each look for the next range.
+    """How many batches had been read at each call near the end of a range; the last comes when all of it is read.
 
     The range has `batches` of them. Each takes `seconds_each` to write, and `at_once` of them are read before the first
     is written.
@@ -90,15 +90,15 @@ def worked(monkeypatch, seconds_each, round_trip, batches=100, at_once=1):
 
 
 def test_the_next_range_is_looked_for_once_shortly_before_the_end_of_this_one(monkeypatch):
-    assert worked(monkeypatch, 0.0101, 0.0003) == [82]
-    assert worked(monkeypatch, 0.101, 0.0003) == [100]
-    assert worked(monkeypatch, 0.0101, 0.020) == [70]
-    assert worked(monkeypatch, 0.0001, 0.0003) == [2]
+    assert worked(monkeypatch, 0.0101, 0.0003) == [82, 100]
+    assert worked(monkeypatch, 0.101, 0.0003) == [100, 100]
+    assert worked(monkeypatch, 0.0101, 0.020) == [54, 100]
+    assert worked(monkeypatch, 0.0001, 0.0003) == [2, 100]
 
 
 def test_how_fast_a_range_is_read_says_nothing_of_how_soon_it_ends(monkeypatch):
     """The pace is that of acknowledged batches: the first few are read before any is written."""
-    assert worked(monkeypatch, 0.0101, 0.0003, at_once=5) == [86]
+    assert worked(monkeypatch, 0.0101, 0.0003, at_once=5) == [86, 100]
     assert worked(monkeypatch, 0.0101, 0.0003, batches=4, at_once=5) == [4]
 
 
@@ -142,6 +142,25 @@ def test_a_lease_taken_ahead_begins_before_anything_is_read(monkeypatch):
     pipeline.close()
     objects.open.assert_not_called()
     ledger.give_back.assert_not_called()
+
+
+@pytest.mark.parametrize("both_held", [True, False, None], ids=["held", "one is lost", "none follows"])
+def test_the_following_run_begins_when_the_range_before_it_is_closed(monkeypatch, both_held):
+    lease, ahead = (Lease("0" * 24, ByteRange(n, 0, 3), "token", 1, 0, Tally(), 0, 0, False) for n in range(2))
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    following = Run(MagicMock(), ahead, threading.Event(), lambda: None, ahead=True)
+    ledger = Mock()
+    ledger.close_all.return_value = both_held
+    found = following if both_held is not None else None
+    pipeline = Pipeline(
+        Settings(), Mock(), Mock(), ledger, *[Mock()] * 2, Stats(), still=lambda: 0.0, following=lambda: found
+    )
+    monkeypatch.setattr(pipeline, "_work", lambda run: Ended.DONE)
+    assert pipeline.run(run) is Ended.DONE
+    pipeline.close()
+    assert ledger.close_all.mock_calls == ([] if found is None else [call([(lease, Tally())], ahead)])
+    assert ledger.close.mock_calls == ([] if both_held else [call(lease, Tally())])
+    assert following.ahead is not (both_held is True)
 
 
 @pytest.mark.parametrize(("round_trip", "size"), [(0.0003, 4), (0.020, 8)])

@@ -60,7 +60,7 @@ def test_a_job_is_settled_where_no_range_of_it_is_left_to_wait_for(worker: Any, 
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_what_was_leased_ahead_begins_unless_the_queue_is_paused_by_now(worker: Any, paused: bool) -> None:
-    run = Mock()
+    run = Mock(ahead=True)
     worker._pipeline.run.return_value = Ended.CANCELLED
     worker._lookout.take.return_value = run
     worker._queue.paused.return_value = paused
@@ -68,6 +68,13 @@ def test_what_was_leased_ahead_begins_unless_the_queue_is_paused_by_now(worker: 
     worker._chooser.release_strays.assert_called_once_with([run])
     assert worker._pipeline.run.call_args_list == ([call(run)] if paused else [])
     assert run.cancelled.set.called == paused
+
+
+def test_what_has_begun_when_the_last_range_was_closed_goes_on(worker: Any) -> None:
+    run = Mock(ahead=False)
+    worker._lookout.take.return_value = run
+    assert worker._found_ahead() is run
+    worker._queue.paused.assert_not_called()
 
 
 def test_what_was_asked_for_ahead_is_forgotten_if_the_database_fails_before_it_begins(worker: Any) -> None:
