@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pymongo import UpdateOne, WriteConcern
+from pymongo import ReturnDocument, UpdateOne, WriteConcern
 
 from engine.control.jobs import PUT_OFF, from_now, happened, job_of, planned, put_off
 from engine.control.leases import ATTEMPTS, DEATHS, UNSPENT_WAIT, VANISHED, wait_ms
@@ -49,12 +49,17 @@ class Plans:
         lapsed = {"$cond": [{"$or": [mine, {"$lt": ["$planner.holder", ""]}]}, 0, 1]}
         counts = {name: {"$ifNull": [f"$planner.{name}", 0]} for name in ("deaths", "lapses")}
         counts["lapses"] = {"$add": [counts["lapses"], lapsed]}
-        claim = {"holder": holder, "until": self._ledger.until(), **counts}
+        claim: list[Document] = [{"$set": {"planner": {"holder": holder, "until": self._ledger.until(), **counts}}}]
+        quick = self._jobs.with_options(write_concern=WriteConcern(1))
+        free_ones = ids | {"$expr": free}
         with translated("claiming jobs"):
-            quick = self._jobs.with_options(write_concern=WriteConcern(1))
-            if not quick.update_many(ids | {"$expr": free}, [{"$set": {"planner": claim}}]).matched_count:
-                return []
-            found = list(self._jobs.find(ids | {"planner.holder": holder}).sort("_id", 1))
+            if len(jobs) == 1:  # in one round trip
+                one = quick.find_one_and_update(free_ones, claim, return_document=ReturnDocument.AFTER)
+                found = [] if one is None else [one]
+            elif quick.update_many(free_ones, claim).matched_count:
+                found = list(self._jobs.find(ids | {"planner.holder": holder}).sort("_id", 1))
+            else:
+                found = []
         left: list[Job] = []
         for job, planner in ((job_of(document), document["planner"]) for document in found):
             # A lapsed claim may belong to a planner that is only waiting, so it takes more of these than known deaths.
@@ -96,17 +101,22 @@ class Plans:
 
         Returns the jobs as they are afterwards, in the same order, with the plans that hold, whoever made them.
         """
-        writes = []
+        writes: list[tuple[Document, list[Document]]] = []
         for job, plan, already_loaded_by in plans:
             changes = planned(plan, JobState.PROCESSING, already_loaded_by) | {"planner": "$$REMOVE"}
             if job.options.timeout_seconds is not None:
                 changes["deadline"] = from_now(job.options.timeout_seconds)
             changes |= happened(f"planned: {plan.range_count} range{'s' if plan.range_count != 1 else ''}")
-            writes.append(UpdateOne(_unplanned(job), [{"$set": changes}]))
+            writes.append((_unplanned(job), [{"$set": changes}]))
         if not writes:
             return []
         with translated("planning jobs"):
-            write_all(self._jobs, writes)
+            if len(writes) == 1:  # in one round trip
+                fixed = self._jobs.find_one_and_update(*writes[0], return_document=ReturnDocument.AFTER)
+                if fixed is not None:
+                    return [job_of(fixed)]
+            else:
+                write_all(self._jobs, [UpdateOne(query, changes) for query, changes in writes])
             found = self._jobs.find({"_id": {"$in": [job_key(job.id) for job, _, _ in plans]}})
             now = {job.id: job for job in map(job_of, found)}
         return [now[job.id] for job, _, _ in plans if job.id in now]

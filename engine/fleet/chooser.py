@@ -118,7 +118,7 @@ class Chooser:
             page = [job for job in whole if job.stopping is not None or (job.id, job.round) not in self._barren]
             if not page:
                 continue
-            leased = self._ledger.leased(job.id for job in page)
+            leased = self._ledger.leased(job.id for job in page if job.plan is not None)
             # Workers that look at the same page begin with different jobs.
             random.shuffle(page)
             # Within a priority, jobs with the fewest workers go first, so that a huge file does not hold up small ones.

@@ -137,7 +137,7 @@ def test_every_write_that_a_load_depends_on_waits_for_a_majority(settings, submi
     drain(submit(b'{"n":1}\n{bad\n' * 1000, max_errors=1000).id, submit(b'{"n":1}\n' * 10**6).id)
     assert {of for of in concerns if of[1] in ("records", "rejects", "sources")} >= {("insert", "records")}
     # A claim for planning guards nothing, and what workers report only informs people: neither needs a majority.
-    quick = {("update", "jobs"): {1, "majority"}, ("update", "workers"): {1}, ("update", "totals"): {1}}
+    quick = {("findAndModify", "jobs"): {1, "majority"}, ("update", "workers"): {1}, ("update", "totals"): {1}}
     quick[("delete", "workers")] = {1}
     assert {of: concern for of, concern in concerns.items() if concern != {"majority"}} == quick
 
