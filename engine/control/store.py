@@ -64,7 +64,7 @@ TRANSIENT_CODES: Final = frozenset(
     {6, 7, 24, 50, 64, 79, 83, 89, 90, 91, 133, 134, 189, 202, 216, 237, 262, 279, 281, 290, 310, 317, 355, 358, 384}
     | {407, 453, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436, 46841, 91331, 10045600}
     # Locks, snapshots, cursors, and other conflicts with concurrent operations.
-    | {43, 46, 107, 112, 117, 136, 175, 215, 239, 246, 267, 314, 363, 412, 12586, 12587, 50915}
+    | {43, 46, 107, 112, 117, 136, 175, 215, 217, 239, 246, 267, 314, 363, 412, 12586, 12587, 50915}
     # Routers and shards while data moves, or while they find out where it is.
     | {63, 70, 82, 145, 149, 150, 199, 203, 211, 249, 250, 272, 319, 338, 342, 343, 406, 9996, 13388, 56846}
     # Overload, a lack of memory or disk, or writes that somebody has blocked for a while.

@@ -155,7 +155,7 @@ class _Worker:
             heartbeat.touch,
         )
         self._wakeups = Wakeups(self._store, stop)
-        self._lookout = Lookout(self._look_ahead, self._queue.paused)
+        self._lookout = Lookout(self._look_ahead, self._paused)
         self._pipeline = Pipeline(
             settings,
             self._store,
@@ -249,14 +249,20 @@ class _Worker:
             return run
         return None
 
+    def _paused(self) -> bool:
+        """Whether the queue is paused. Raises Transient soon: a worker that stops waits for the lookout's thread."""
+        with pymongo.timeout(LAST_SECONDS):
+            return self._queue.paused()
+
     def _found_ahead(self) -> Run | None:
-        """The run that was leased ahead, if any; given back if it has not begun and the queue has been paused since."""
+        """The run that was leased ahead, if any; given back if the queue has been paused since. One that began a moment
+        ago counts as under way, unless an error has kept it waiting."""
         began = time.perf_counter()
         run, paused = self._lookout.take(), False
         if run is not None:
             try:
                 self._chooser.release_strays([run])
-                paused = run.ahead and self._queue.paused()
+                paused = (run.ahead or self._last_error != "") and self._queue.paused()
             except HeadraceError:
                 self._pipeline.forget(run)
                 raise

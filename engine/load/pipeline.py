@@ -70,7 +70,7 @@ class Pipeline:
         store, objects, ledger, rollup, rejects, stats: the databases, S3, and what is recorded.
         still, report: as for `Keeper`.
         near_end: called near the end of a range that is worked on, and again when all of it has been read.
-        following: returns the run that may begin when the current one is done, if it is known by then.
+        following: returns the run that may begin, if one is known, now that the current one is done.
     """
 
     def __init__(
@@ -148,13 +148,18 @@ class Pipeline:
         return ended
 
     def _close(self, run: Run) -> None:
-        """Close the range of a run. If the following run is known, it begins with the same command: each command waits
-        for a round trip and for the database's journal, and none of this worker's lines is being parsed meanwhile."""
-        lease, tally, following = run.lease, run.mark()[1], self._following()
-        if following is not None and insist(run, lambda: self._ledger.close_all([(lease, tally)], following.lease)):
-            following.ahead = False
-        else:  # or one of the two leases was lost: the commands for one lease tell which
-            insist(run, lambda: self._ledger.close(lease, tally))
+        """Close the range of a run. If the following run may begin by now, it does, with the same command: each command
+        waits for a round trip and for the database's journal."""
+        lease, tally = run.lease, run.mark()[1]
+
+        def close() -> None:
+            following = self._following()
+            if following is not None and self._ledger.close_all([(lease, tally)], following.lease):
+                following.ahead = False
+            else:  # or one of the two leases was lost: the commands for one lease tell which
+                self._ledger.close(lease, tally)
+
+        insist(run, close)
 
     def _begin_and_work(self, run: Run) -> Ended:
         try:

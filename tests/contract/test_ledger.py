@@ -182,6 +182,8 @@ def test_a_lease_taken_ahead_begins_with_the_command_that_closes_the_range_befor
     for job in jobs:
         ledger.open(job, [ByteRange(0, 0, 1000)])
     leases = [ledger.lease(job, "holder", ahead=job == jobs[1]) for job in jobs]
+    until = stored(store, jobs[1])["until"]
+    time.sleep(0.01)
     if lost is not None:
         run_out(store, jobs[lost])
         ledger.expire()
@@ -193,6 +195,7 @@ def test_a_lease_taken_ahead_begins_with_the_command_that_closes_the_range_befor
             "READY" if lost == 1 else "LEASED",
         ]
         assert "ahead" not in found[1]
+        assert lost == 1 or found[1]["until"] > until
     ledger.release(["holder"])
     assert stored(store, jobs[1])["deaths"] == (lost != 1)
 

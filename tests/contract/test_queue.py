@@ -126,6 +126,9 @@ def test_every_write_that_a_load_depends_on_waits_for_a_majority(settings, submi
         def started(self, event):
             if event.command_name in ("insert", "update", "delete", "findAndModify"):
                 where = (event.command_name, event.command[event.command_name])
+                changes = event.command.get("update")
+                if isinstance(changes, list) and list(changes[0].get("$set", ())) == ["planner"]:
+                    where = ("claim", "jobs")
                 concerns.setdefault(where, set()).add(event.command.get("writeConcern", {}).get("w"))
 
         def succeeded(self, event):
@@ -137,7 +140,7 @@ def test_every_write_that_a_load_depends_on_waits_for_a_majority(settings, submi
     drain(submit(b'{"n":1}\n{bad\n' * 1000, max_errors=1000).id, submit(b'{"n":1}\n' * 10**6).id)
     assert {of for of in concerns if of[1] in ("records", "rejects", "sources")} >= {("insert", "records")}
     # A claim for planning guards nothing, and what workers report only informs people: neither needs a majority.
-    quick = {("findAndModify", "jobs"): {1, "majority"}, ("update", "workers"): {1}, ("update", "totals"): {1}}
+    quick = {("claim", "jobs"): {1}, ("update", "workers"): {1}, ("update", "totals"): {1}}
     quick[("delete", "workers")] = {1}
     assert {of: concern for of, concern in concerns.items() if concern != {"majority"}} == quick
 

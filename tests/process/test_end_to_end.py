@@ -10,6 +10,7 @@ from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 from pydantic import SecretStr
 
+from engine.control.ledger import Ledger
 from engine.model import Format, JobState
 from engine.text.encode import COMPILED
 from tests.running import failing, taking
@@ -242,6 +243,24 @@ def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, d
     assert {job.state for job in ended} == {JobState.COMPLETED}
     assert freed == []
     assert store.data["slow"].count_documents({}) == 9000
+
+
+def test_further_ranges_begin_with_the_command_that_closes_the_one_before(store, submit, drain, monkeypatch):
+    real, begun = Ledger.close_all, []
+
+    def close_all(self, leases, begin=None):
+        begun.append(begin.range.index)
+        return real(self, leases, begin)
+
+    monkeypatch.setattr(Ledger, "close_all", close_all)
+    job = submit(b"".join(b'{"n":%d}\n' % n for n in range(50_000)))
+    with failing(store.client, ["insert"], **taking(30)):
+        [job] = drain(job.id, engine_range_bytes=64 * 1024, engine_batch_records=400)
+    assert (job.state, job.progress.ranges_total) == (JobState.COMPLETED, 9)
+    assert store.data["records"].count_documents({}) == 50_000
+    assert begun
+    assert 0 not in begun
+    assert len(begun) == len(set(begun))
 
 
 LONG = "é" * 100

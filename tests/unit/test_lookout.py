@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.errors import Transient
-from engine.load.lookout import Lookout
+from engine.load.lookout import FRESH_SECONDS, Lookout
 
 
 def run_of(job):
@@ -73,15 +73,30 @@ def test_what_is_found_may_begin_once_it_is_known_that_nothing_is_paused():
     lookout.begin()
     assert lookout.ready() is None
     go.set()
-    lookout._checked.result(10)
+    lookout._allowed.result(10)
     assert lookout.ready() is run
     run.ahead = False
-    assert lookout.ready() is None
+    assert lookout.ready() is None, "it has begun"
     assert lookout.take() is run
     lookout.begin()
     lookout._found.result(10)
     run.ahead = True
     assert lookout.ready() is None, "what was asked before is no answer for this look"
+    lookout.close()
+
+
+def test_that_nothing_is_paused_is_not_believed_for_long(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("engine.load.lookout.time.monotonic", lambda: now[0])
+    run = run_of("a")
+    lookout = Lookout(lambda: run, never)
+    lookout.begin()
+    lookout.begin()
+    lookout._allowed.result(10)
+    now[0] += 0.9 * FRESH_SECONDS
+    assert lookout.ready() is run
+    now[0] += 0.2 * FRESH_SECONDS
+    assert lookout.ready() is None
     lookout.close()
 
 
@@ -105,7 +120,7 @@ def test_nothing_begins_where_anything_speaks_against_it(look, paused):
     lookout.begin()
     lookout.begin()
     lookout.close()
-    assert lookout._checked.done()
+    assert lookout._allowed.done()
     assert lookout.ready() is None
 
 

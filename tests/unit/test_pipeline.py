@@ -163,6 +163,23 @@ def test_the_following_run_begins_when_the_range_before_it_is_closed(monkeypatch
     assert following.ahead is not (both_held is True)
 
 
+def test_a_range_that_cannot_be_closed_at_once_is_closed_alone_if_the_following_run_may_not_begin_any_more(monkeypatch):
+    lease, ahead = (Lease("0" * 24, ByteRange(n, 0, 3), "token", 1, 0, Tally(), 0, 0, False) for n in range(2))
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    following = Run(MagicMock(), ahead, threading.Event(), lambda: None, ahead=True)
+    ledger, found = Mock(), iter((following, None))
+    ledger.close_all.side_effect = Transient("no primary")
+    pipeline = Pipeline(
+        Settings(), Mock(), Mock(), ledger, *[Mock()] * 2, Stats(), still=lambda: 0.0, following=lambda: next(found)
+    )
+    monkeypatch.setattr(pipeline, "_work", lambda run: Ended.DONE)
+    monkeypatch.setattr("engine.load.retries.back_off", lambda run, tries: 0.0)
+    assert pipeline.run(run) is Ended.DONE
+    pipeline.close()
+    assert ledger.close.mock_calls == [call(lease, Tally())]
+    assert following.ahead
+
+
 @pytest.mark.parametrize(("round_trip", "size"), [(0.0003, 4), (0.020, 8)])
 def test_more_batches_are_sent_at_a_time_where_the_way_takes_much_of_what_one_takes(monkeypatch, round_trip, size):
     lease = Lease("0" * 24, ByteRange(0, 0, 3), "token", 1, 0, Tally(), 0, 0, False)

@@ -18,6 +18,7 @@ def worker() -> Any:
     worker = _Worker.__new__(_Worker)
     for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity", "_lookout", "_pipeline"):
         setattr(worker, name, Mock())
+    worker._last_error = ""
     worker._lookout.holds.return_value = None
     worker._queue.settle.return_value = Mock(state=JobState.FAILED)
     return worker
@@ -75,6 +76,17 @@ def test_what_has_begun_when_the_last_range_was_closed_goes_on(worker: Any) -> N
     worker._lookout.take.return_value = run
     assert worker._found_ahead() is run
     worker._queue.paused.assert_not_called()
+
+
+def test_what_has_begun_but_had_to_wait_for_the_end_of_an_error_is_given_back_if_the_queue_is_paused_by_now(
+    worker: Any,
+) -> None:
+    run = Mock(ahead=False)
+    worker._pipeline.run.return_value = Ended.CANCELLED
+    worker._lookout.take.return_value = run
+    worker._last_error = "no primary"
+    assert worker._found_ahead() is None
+    worker._pipeline.run.assert_called_once_with(run)
 
 
 def test_what_was_asked_for_ahead_is_forgotten_if_the_database_fails_before_it_begins(worker: Any) -> None:
