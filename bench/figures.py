@@ -48,8 +48,9 @@ class Load:
 class Spent:
     """What a load took, to tell what it waited for.
 
-    `cpu` is CPU seconds by program (mongod, S3 server, workers, everything else on the machine) over `seconds` of wall
-    time; `stages` is as in `Load`; `writers` is how many batches of one worker may wait for the database at a time.
+    `cpu` is CPU seconds by program (mongod, S3 server, workers, and, if known, everything else on the machine) over
+    `seconds` of wall time; `stages` is as in `Load`; `writers` is how many batches of one worker may wait for the
+    database at a time.
     """
 
     seconds: float
@@ -67,11 +68,13 @@ class Spent:
         """The medians of several loads."""
         servers = {"mongod": "mongod", "S3 server": "weed"}
         cpu = {name: statistics.median(one.taken.servers[server] for one in loads) for name, server in servers.items()}
+        cpu["workers"] = statistics.median(one.taken.cpu for one in loads)
+        others = [one.taken.others for one in loads if one.taken.others is not None]
+        if len(others) == len(loads):
+            cpu["everything else"] = statistics.median(others)
         return cls(
             statistics.median(one.taken.seconds for one in loads),
-            cpu
-            | {"workers": statistics.median(one.taken.cpu for one in loads)}
-            | {"everything else": statistics.median(one.taken.others for one in loads)},
+            cpu,
             {stage: statistics.median(one.stages[stage] for one in loads) for stage in STAGES},
             cores(),
             writers,

@@ -4,6 +4,7 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Final
 
 from bench.rig import Rig
 
-__all__ = ["best", "look", "run"]
+__all__ = ["WORKERS", "best", "look", "run"]
 
 WORKERS: Final = (1, 2, 4, 8)
 
@@ -34,19 +35,36 @@ def look(tool: str | None) -> tuple[tuple[int, ...], str]:
 
 
 def best(rig: Rig, tool: str, path: Path, candidates: tuple[int, ...], lines: int) -> int:
-    """The fastest number of workers, by the median of three passes that take turns, after one to warm up."""
-    run(rig, tool, path, max(candidates), lines)
+    """The fastest number of workers, by the median of three passes that take turns, after one to warm up.
+
+    A number with which the tool fails is not tried again. Raises RuntimeError or OSError, as `run` does, if it fails
+    with all of them.
+    """
     walls: dict[int, list[float]] = {workers: [] for workers in candidates}
-    for workers in candidates * 3:
-        walls[workers].append(run(rig, tool, path, workers, lines))
-    return min(walls, key=lambda workers: statistics.median(walls[workers]))
+    failed: dict[int, OSError | RuntimeError] = {}
+    for turn, workers in enumerate((max(candidates), *candidates * 3)):
+        if workers in failed:
+            continue
+        try:
+            seconds = run(rig, tool, path, workers, lines)
+        except (OSError, RuntimeError) as error:
+            failed[workers] = error
+            print(f"import tool: {error}", file=sys.stderr, flush=True)
+            continue
+        print(f"import tool, -j{workers}: {seconds:.1f} s", flush=True)
+        if turn:
+            walls[workers].append(seconds)
+    medians = {workers: statistics.median(taken) for workers, taken in walls.items() if workers not in failed}
+    if not medians:
+        raise failed[max(candidates)]
+    return min(medians, key=medians.__getitem__)
 
 
 def run(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:
     """Wall seconds of one import. Raises RuntimeError if it takes too long, or not every line became a document."""
     name = f"i{uuid.uuid4().hex[:8]}"
     uri = rig.settings.mongo_uri.get_secret_value() if rig.settings.mongo_uri else ""
-    command = [tool, f"--uri={uri}", f"--collection={name}", f"--file={path}", f"-j{workers}", "--quiet"]
+    command = [tool, f"--uri={uri}", f"--collection={name}", f"--file={path}", f"-j{workers}"]
     try:
         began = time.perf_counter()
         ended = _run([*command, '--writeConcern={"w":"majority"}'], RUN_SECONDS)
@@ -55,9 +73,16 @@ def run(rig: Rig, tool: str, path: Path, workers: int, lines: int) -> float:
     finally:
         rig.store.data.drop_collection(name)
     if ended.returncode or documents != lines:
-        words = (ended.stderr.strip() or "no words").splitlines()[-1]
-        raise RuntimeError(f"-j{workers} ended with {ended.returncode} and {documents} of {lines} documents: {words}")
+        raise RuntimeError(
+            f"-j{workers} ended with {ended.returncode} and {documents} of {lines} documents: {_reason(ended.stderr)}"
+        )
     return seconds
+
+
+def _reason(words: str) -> str:
+    """Why the tool failed, of all that it says: it goes on with how many documents it imported."""
+    told = [line for line in words.splitlines() if line.strip()] or ["no words"]
+    return next((line for line in told if "Failed:" in line), told[-1]).strip()
 
 
 def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """What `make bench-report` measures. Each function runs one comparison side by side and returns its figures.
 
-Wall times are in seconds, CPU in seconds, memory in MB. A ratio always has both figures from the same round.
+Wall times are in seconds, CPU in seconds, memory in MB. A ratio has both figures from the same round, except where `scale`
+compares numbers of processes.
 """
 
 import shutil
@@ -163,12 +164,14 @@ def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...
     """Wall times with one setting changed, over those with the defaults, which run first and last in each round.
 
     Another setting comes first in each round. `noise` is the largest difference between the two default runs of a
-    round, as a share; `others` is the largest share of the cores that anything else on this machine took in a round.
+    round, as a share; `others` is the largest share of the cores that anything else on this machine took in a round,
+    None if that is not known.
     """
     source = rig.upload(path)
     settings = [(name, value) for name, values in varied.items() for value in values]
     ratios: dict[tuple[str, int], list[float]] = {which: [] for which in settings}
-    differences, others = [], []
+    differences: list[float] = []
+    others: list[float | None] = []
     for turn in range(rounds):
         start = turn * len(settings) // rounds
         order = settings[start:] + settings[:start]
@@ -176,19 +179,21 @@ def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...
         loads = [load(rig, source, 2, **changed).taken for changed in changes]
         first, *walls, last = (taken.wall for taken in loads)
         differences.append(abs(last - first) / min(first, last))
-        others.append(sum(taken.others for taken in loads) / (cores() * sum(taken.seconds for taken in loads)))
+        taken_by_others = [taken.others for taken in loads if taken.others is not None]
+        known = len(taken_by_others) == len(loads)
+        others.append(sum(taken_by_others) / (cores() * sum(taken.seconds for taken in loads)) if known else None)
         for which, seconds in zip(order, walls, strict=True):
             ratios[which].append(2 * seconds / (first + last))
     return {
         "ratios": {which: Spread(tuple(some)) for which, some in ratios.items()},
         "noise": max(differences),
-        "others": max(others),
+        "others": None if None in others else max(share for share in others if share is not None),
     }
 
 
 def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Spread]:
-    """Jobs per second, from the engine's start to the last COMPLETED; and the queue's percentage of the workers' time since
-    they were ready.
+    """Jobs per second, from the engine's start to the last COMPLETED; and the percentage of that time in which a worker waits
+    for the queue.
 
     Every round uploads new objects: objects that were loaded before are planned one at a time.
     """
@@ -202,7 +207,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
         before = totals(rig.store)
         began = time.time()
         with rig.engine() as engine:
-            workers, ready = len(engine.workers()), time.time()
+            workers = len(engine.workers())
             while rig.store.jobs.count_documents({"open": True}, limit=1):
                 engine.alive()
                 time.sleep(0.05)
@@ -214,7 +219,7 @@ def small_files(rig: Rig, files: int, records: int, rounds: int) -> dict[str, Sp
         finished = last["finishedAt"].timestamp()
         rates.append(files / (finished - began))
         queue = after.get("seconds_queue", 0) - before.get("seconds_queue", 0)
-        shares.append(100 * queue / (workers * (finished - ready)))
+        shares.append(100 * queue / (workers * (finished - began)))
         rig.store.data.drop_collection(name)
     return {"jobs/s": Spread(tuple(rates)), "queue %": Spread(tuple(shares))}
 

@@ -55,7 +55,7 @@ class Taken:
     `wall` is seconds from submission to COMPLETED by the database's clock. CPU seconds are measured over `seconds`,
     from just before the submission until a poll finds the job ended, so shares of the cores relate to `seconds` and not
     to `wall`: `cpu` is that of the workers, `servers` that of each server, and `others` that of everything else on the
-    machine. `peak_mb` is the highest resident memory of a worker.
+    machine, None if it cannot be told. `peak_mb` is the highest resident memory of a worker.
     """
 
     wall: float
@@ -63,7 +63,7 @@ class Taken:
     cpu: float
     peak_mb: int
     servers: dict[str, float]
-    others: float
+    others: float | None
     job: Job
 
     @property
@@ -326,7 +326,7 @@ class Rig:
         taken_by = {server: seconds - servers[server] for server, seconds in self.servers_cpu().items()}
         # Under a CPU quota below these cores, what others use of them cannot be told.
         whole = cores() == len(os.sched_getaffinity(0))
-        others = max(0.0, _cpu_of_all() - all - cpu - sum(taken_by.values())) if whole else 0.0
+        others = max(0.0, _cpu_of_all() - all - cpu - sum(taken_by.values())) if whole else None
         peak = max((engine.peak_mb() for engine in engines), default=0)
         assert job.finished_at is not None
         wall = (job.finished_at - job.created_at).total_seconds()

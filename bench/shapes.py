@@ -10,7 +10,12 @@ import orjson
 
 from engine.local import sample
 
-__all__ = ["SHAPES", "write"]
+__all__ = ["FULL_RECORDS", "QUICK_RECORDS", "SHAPES", "write"]
+
+FULL_RECORDS: Final = {"ordinary": 1_000_000, "tiny": 1_000_000, "wide": 60_000, "large": 20_000}
+QUICK_RECORDS: Final = {"ordinary": 100_000, "tiny": 450_000, "wide": 6000, "large": 2000}
+"""Records of the files that are loaded end to end, by shape: more than 8 MiB, so that even the quick ones are cut into enough
+ranges for two processes."""
 
 
 def _large(count: int) -> Iterator[bytes]:

@@ -9,13 +9,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.rig import Rig, Taken
+from bench.shapes import FULL_RECORDS, QUICK_RECORDS
 from engine.control.stats import totals
 
 Files = Callable[[str, int], Path]
-
-# Files of more than 8 MiB, so that even the quick ones are cut into enough ranges for two processes.
-FULL = {"ordinary": 1_000_000, "tiny": 1_000_000, "wide": 60_000, "large": 20_000}
-QUICK = {"ordinary": 100_000, "tiny": 450_000, "wide": 6000, "large": 2000}
 
 CASES = [
     *(("ordinary", workers, "64MiB", 1000) for workers in (1, 2, 4)),
@@ -28,9 +25,9 @@ QUICK_CASES = [case for case in CASES if case[2] != "8MiB"]
 SIZES = {
     "test_load": (
         ("shape", "records", "workers", "range_bytes", "batch"),
-        [(shape, FULL[shape], *rest) for shape, *rest in CASES],
-        [(shape, QUICK[shape], *rest) for shape, *rest in QUICK_CASES],
-    )
+        [(shape, FULL_RECORDS[shape], *rest) for shape, *rest in CASES],
+        [(shape, QUICK_RECORDS[shape], *rest) for shape, *rest in QUICK_CASES],
+    ),
 }
 
 

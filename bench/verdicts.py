@@ -8,7 +8,7 @@ from typing import Final
 from bench import measure
 from bench.figures import Spent, Spread
 
-__all__ = ["MAX_MEMORY_MB", "bottleneck", "fastest", "flat", "scaling", "shown"]
+__all__ = ["MAX_MEMORY_MB", "UNKNOWN", "bottleneck", "fastest", "flat", "scaling", "shown"]
 
 BUSY: Final = 0.9
 """Share of the cores' time from which on only fewer instructions make a load faster."""
@@ -27,6 +27,9 @@ NOISY: Final = 0.1
 """If two runs with the defaults differ by more than this share, the rounds do not show which setting is faster."""
 
 
+UNKNOWN: Final = "what else ran on this machine cannot be told under a CPU quota"
+
+
 def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
     """The peaks (MB, by file size in bytes) in words, and whether they are low and flat; None if one is missing."""
     text = ", ".join(
@@ -43,7 +46,10 @@ def flat(peaks: dict[int, int | None]) -> tuple[str, bool | None]:
 
 def bottleneck(spent: Spent) -> str:
     """What a load waited for, with the figures that show it; and whether other programs affected them."""
-    told, others = _waited_for(spent), spent.share(spent.cpu.get("everything else", 0.0))
+    told = _waited_for(spent)
+    if "everything else" not in spent.cpu:
+        return f"{told}; {UNKNOWN}"
+    others = spent.share(spent.cpu["everything else"])
     if others < NOT_FREE:
         return told
     return f"{told}; {100 * others:.0f} % went to what else ran: this machine was not idle, so this is inconclusive"
@@ -86,17 +92,17 @@ def scaling(found: dict[str, tuple[float, Spent]]) -> list[str]:
     return told
 
 
-def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) -> str:
+def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float | None) -> str:
     """Whether any setting that was tried is faster than the defaults in every round, by more than the noise. Medians
     would not do: of several settings that are no faster, one has a better median every other time.
 
     `noise` is the largest difference between two runs with the defaults, `others` the share of the cores that anything
-    else took. With too few rounds, or on a machine that was not idle, there is no verdict.
+    else took, None if that is not known. With too few rounds, or on a machine that was not idle, there is no verdict.
     """
     rounds = min(len(spread.values) for spread in ratios.values())
     if rounds < ROUNDS:
         return f"No verdict: it takes {ROUNDS} rounds, and there {'was 1' if rounds == 1 else f'were {rounds}'}."
-    if others >= NOT_FREE:
+    if others is not None and others >= NOT_FREE:
         return f"No verdict: this machine was not idle, and {100 * others:.0f} % of its cores went to what else ran."
     better = [
         f"{shown(name, value)} ({spread.median:.2f})"
@@ -104,6 +110,8 @@ def fastest(ratios: dict[tuple[str, int], Spread], noise: float, others: float) 
         if max(spread.values) < 1 - noise
     ]
     detail = f"two runs with the defaults in one round differed by {100 * noise:.0f} % at most"
+    if others is None:
+        detail += f"; {UNKNOWN}"
     if noise > NOISY:
         return f"No verdict: {detail}."
     if better:

@@ -7,9 +7,9 @@ import pytest
 
 from bench.figures import Spent, Spread
 from bench.page import SECTIONS, Report, write
-from bench.report import _least, _less, _most, main, room, stated
+from bench.report import _imported, _least, _less, _most, main, room, stated
 from bench.rig import isolate
-from bench.verdicts import bottleneck, fastest, flat, scaling
+from bench.verdicts import UNKNOWN, bottleneck, fastest, flat, scaling
 from engine.settings import Settings
 
 STAGES = {
@@ -25,13 +25,13 @@ STAGES = {
 
 
 def spent(stages=None, mongod=4.0, workers=3.0, s3=1.0):
-    cpu = {"mongod": mongod, "workers": workers, "S3 server": s3}
+    cpu = {"mongod": mongod, "workers": workers, "S3 server": s3, "everything else": 0.0}
     return Spent(seconds=10.0, cpu=cpu, stages=STAGES | (stages or {}), cores=2, writers=8)
 
 
 def test_taken_cores_are_what_stops_a_load_whatever_its_threads_wait_for():
     told = bottleneck(spent({"read": 20.0}, mongod=10.0, workers=7.0, s3=2.0))
-    assert told == "the cores, 95 % of whose time is taken: mongod 50, workers 35, S3 server 10"
+    assert told == "the cores, 95 % of whose time is taken: mongod 50, workers 35, S3 server 10, everything else 0"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,12 @@ def test_whatever_a_load_waited_for_a_machine_that_did_something_else_says_so(st
     told = bottleneck(replace(spent(stages), cpu=cpu))
     assert told.endswith("10 % went to what else ran: this machine was not idle, so this is inconclusive")
     assert "not idle" not in bottleneck(replace(spent(stages), cpu=cpu | {"everything else": 1.9}))
+
+
+def test_what_else_ran_is_not_taken_for_nothing_where_it_cannot_be_told():
+    cpu = {"mongod": 10.0, "workers": 7.0, "S3 server": 2.0}
+    assert bottleneck(replace(spent(), cpu=cpu)).endswith(f"S3 server 10; {UNKNOWN}")
+    assert fastest({("engine_writers", 4): Spread((0.9, 0.9, 0.96))}, 0.1, None).endswith(f"10 % at most; {UNKNOWN}.")
 
 
 def test_writers_wait_side_by_side():
@@ -168,6 +174,12 @@ def test_what_is_measured_are_the_defaults_whatever_the_environment_says(monkeyp
 )
 def test_a_figure_and_its_verdict_say_the_same(judge, median, told, met):
     assert judge({"x": Spread((median,))}) == (told, met)
+
+
+def test_the_import_tools_figure_has_the_digits_that_its_verdict_needs():
+    found = {"import note": "tool 1.2, -j4", "import ratio": Spread((2.497,))}
+    assert _imported(found) == ("2.497 (tool 1.2, -j4)", False)
+    assert _imported({"import note": "MONGOIMPORT names no tool"}) == ("not measured: MONGOIMPORT names no tool", None)
 
 
 def test_the_report_does_not_count_its_own_pictures_as_a_change_of_the_tree(tmp_path, monkeypatch):
