@@ -81,11 +81,7 @@ class RequestIds:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Set the id of the request, and the headers of its response."""
-        req.context.request_id = request_id_of(req.get_header("X-Request-ID"))
-        # Every line that this thread logs until the answer carries the id.
-        structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(request=req.context.request_id)
-        resp.set_header("X-Request-ID", req.context.request_id)
+        resp.set_header("X-Request-ID", _identify(req))
         for name, value in SECURITY_HEADERS.items():
             resp.set_header(name, value)
 
@@ -109,8 +105,14 @@ def install(app: "falcon.App[Any, Any]") -> None:
     app.add_error_handler(Problem, _problem)
 
 
-def _id(req: falcon.Request) -> str:
-    return str(getattr(req.context, "request_id", ""))
+def _identify(req: falcon.Request) -> str:
+    """The id of a request, given to it now if it has none: Falcon refuses some methods before any middleware runs."""
+    if not hasattr(req.context, "request_id"):
+        req.context.request_id = request_id_of(req.get_header("X-Request-ID"))
+        # Every line that this thread logs until the answer carries the id.
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request=req.context.request_id)
+    return str(req.context.request_id)
 
 
 def problem_body(problem: Problem, request_id: str) -> tuple[str, bytes]:
@@ -131,13 +133,13 @@ def problem_headers(problem: Problem, request_id: str) -> dict[str, str]:
 def _answer(req: falcon.Request, resp: falcon.Response, problem: Problem) -> None:
     resp.status = problem.status
     resp.text = None
-    _, body = problem_body(problem, _id(req))
+    _, body = problem_body(problem, _identify(req))
     if problem.status in (429, 503) and req.method != "HEAD":
         # An answer without a length ends the connection: a crowd that is turned away must not keep others out.
         resp.data, resp.stream = None, iter((body,))
     else:
         resp.data = body
-    for name, value in problem_headers(problem, _id(req)).items():
+    for name, value in problem_headers(problem, _identify(req)).items():
         resp.set_header(name, value)
 
 

@@ -32,6 +32,7 @@ MAX_EXTENSION_LENGTH: Final = 20
 """Longest extension: anything longer after the last dot of a name is not one."""
 
 MISSING: Final = "the form has no part named `file`: send the file in one"
+HEADER: Final = 'Content-Disposition: form-data; name="file"; filename="..."'
 
 
 def reduced(name: str) -> str:
@@ -110,7 +111,7 @@ class FormUploads:
             detail = error.description or "the form cannot be read"
             raise Problem(400, "malformed_form", f"{detail}: send a complete multipart/form-data body") from None
         except UnicodeDecodeError:
-            detail = "a name in the form is not UTF-8: send the names of parts and files in UTF-8"
+            detail = "a header in the form is not UTF-8: send the names of parts and files in UTF-8, all else in ASCII"
             raise Problem(400, "malformed_form", detail) from None
         except ValueError:
             detail = "the form cannot be read: send a complete multipart/form-data body"
@@ -169,7 +170,7 @@ def _name(part: BodyPart) -> str:
 def _check_is_file(part: BodyPart) -> None:
     """Raises Problem for any other part: job options that are sent along would be silently ignored."""
     if not part.name:
-        raise Problem(400, "missing_file", MISSING)
+        raise Problem(400, "missing_file", f"{MISSING}, whose header is `{HEADER}` (mind the blanks)")
     if part.name != "file":
         raise Problem(
             422,

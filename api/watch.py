@@ -20,7 +20,7 @@ from engine.control.queue import Queue
 from engine.errors import HeadraceError
 from engine.model import TERMINAL
 
-__all__ = ["REQUEST_HEADERS", "RESPONSE_HEADERS", "Events", "Watch"]
+__all__ = ["EVENTS_SECONDS", "HEARTBEAT_SECONDS", "REQUEST_HEADERS", "RESPONSE_HEADERS", "Events", "Watch", "tag_of"]
 
 MAX_WAIT_SECONDS: Final = 60
 LOOK_SECONDS: Final = 0.25

@@ -17,7 +17,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import TaskID
 
-from api.client import AWAY, CallFailed, Client, is_stream, path_of, utf8_name
+from api.client import AWAY, PATIENCE_SECONDS, CallFailed, Client, is_stream, path_of, utf8_name
 from api.commands.notes import Note, alone, forget_old, why_not_kept
 from api.commands.show import Bars, bars, plainly
 from api.commands.terminal import EXIT_INTERRUPTED
@@ -36,6 +36,12 @@ SAMPLE_SECONDS: Final = 0.25
 """The rate of an upload is that since the oldest of its latest samples, this many and at least so far apart."""
 
 STDIN: Final = "-"
+
+TURNED_AWAY: Final = ("busy", "no_room")
+"""Types of problems with which an upload is refused that may be accepted a little later; nothing of it is stored."""
+
+TURN_SECONDS: Final = 1.0
+"""Pause before such an upload is sent again."""
 
 LOOK_SECONDS: Final = 0.1
 """How often the main thread checks for an interrupt; less than `transfer.LAST_CALL_SECONDS`, so that a stream that the
@@ -115,13 +121,14 @@ class _Meter:
         self._samples = deque([(time.monotonic(), 0)], maxlen=RATE_SAMPLES)
 
     def add(self, number: int) -> tuple[int, float]:
-        """Count `number` more bytes; returns all bytes so far, and the bytes per second of late."""
+        """Count `number` more bytes, below 0 if some have to be sent again; returns all bytes so far, and the bytes per
+        second of late."""
         with self._lock:
             now, self._count = time.monotonic(), self._count + number
             since, before = self._samples[0]
             if now - self._samples[-1][0] >= SAMPLE_SECONDS:
                 self._samples.append((now, self._count))
-            return self._count, (self._count - before) / max(now - since, 0.001)
+            return self._count, max(0, self._count - before) / max(now - since, 0.001)
 
 
 class Loader:
@@ -312,15 +319,28 @@ class Loader:
         return key, reused
 
     def _uploaded(self, path: Path, sent: Callable[[int], None]) -> dict[str, Any]:
-        """Upload a file through the API; returns its answer. Raises CommandError if the file is too large for that."""
-        try:
-            return self._client.stored(path, sent)
-        except CallFailed as error:
-            if error.status != 413:
-                raise
-            raise CommandError(
-                "it is larger than API_MAX_UPLOAD_BYTES allows through the API: leave out --through-api"
-            ) from None
+        """Upload a file through the API; returns its answer. Waits for its turn for `PATIENCE_SECONDS`. Raises CommandError
+        if the file is too large for that."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            counted: list[int] = []
+
+            def count(number: int, counted: list[int] = counted) -> None:
+                counted.append(number)
+                sent(number)
+
+            try:
+                return self._client.stored(path, count)
+            except CallFailed as error:
+                if error.status == 413:
+                    raise CommandError(
+                        "it is larger than API_MAX_UPLOAD_BYTES allows through the API: leave out --through-api"
+                    ) from None
+                # These are refused before anything is stored. After any other failure, another try may store it twice.
+                if error.problem not in TURNED_AWAY or time.monotonic() > end:
+                    raise
+            sent(-sum(counted))
+            time.sleep(TURN_SECONDS)
 
 
 def _await(future: "Future[None]") -> None:

@@ -197,7 +197,8 @@ def show_status(
         except KeyboardInterrupt:
             plainly(f"the job goes on: see `headrace status {job_id} --wait`")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-    job = client.ask("GET", f"/jobs/{quote(job_id, safe='')}")
+    # An outage that the watch outlived must not end it either.
+    job = (client.insist if wait else client.ask)("GET", f"/jobs/{quote(job_id, safe='')}")
     if as_json:
         print_json(job)
     else:

@@ -382,3 +382,19 @@ def test_a_bucket_that_cannot_be_used_stands_in_the_log_from_the_start(live, tmp
             assert running.stop() == 0
         finally:
             running.end()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("WEBSOCKET", "/queue", 400), ("GET", "/nothing", 404), ("GET", "/queue", 200)]
+)
+def test_every_answer_has_the_id_that_the_log_has_and_the_headers_of_security(live, method, path, status):
+    """Falcon refuses its own methods before any middleware has seen the request."""
+    answer = live.http.request(method, path)
+    assert answer.status_code == status
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    request_id = answer.headers["X-Request-ID"]
+    assert len(request_id) == 26
+    if status >= 400:
+        assert answer.json()["requestId"] == request_id
+        until(lambda: request_id in live.log(), what="the line of the log")

@@ -235,6 +235,19 @@ def test_rejects_are_complete_paged_and_downloadable(live, finish):
     download = live.http.get(f"/jobs/{job}/rejects?format=ndjson")
     assert download.content == b"".join(b"bad %d\n" % n for n in range(250))
     assert "attachment" in download.headers["Content-Disposition"]
+    assert f"{job}-rejects.ndjson" in download.headers["Content-Disposition"]
+    plain = live.http.get(f"/jobs/{job}/rejects", headers={"Accept": "application/x-ndjson"})
+    assert (plain.content, plain.headers["Content-Type"]) == (download.content, download.headers["Content-Type"])
+
+
+def test_rejects_of_a_text_are_downloaded_as_one_so_that_they_are_loaded_as_one(live, finish):
+    """As .ndjson, each of its lines would have to be JSON."""
+    put(live, b"fine\n\xff\xfe\n", "rejects.txt")
+    job = process(live, "rejects.txt", collection="texts", maxErrors="60%").json()["jobId"]
+    assert finish(job)["progress"]["rejected"] == 1
+    download = live.http.get(f"/jobs/{job}/rejects?format=ndjson")
+    assert download.content == b"\xff\xfe\n"
+    assert f"{job}-rejects.txt" in download.headers["Content-Disposition"]
 
 
 @pytest.mark.parametrize(

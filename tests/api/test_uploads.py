@@ -6,13 +6,16 @@ import os
 import random
 import re
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import falcon.testing
 import httpx
 import pytest
 
-from api.uploads import reduced
+from api.problems import install
+from api.uploads import FormUploads, reduced
 from bench.rig import forget_peak, peak_mb
 from engine.ports import free_port
 from tests.api.conftest import answers, counted
@@ -231,6 +234,13 @@ def test_what_is_wrong_beside_the_file_is_not_told_as_its_being_missing(raw):
     assert b"not_a_form" in answer
 
 
+def test_a_part_whose_header_has_no_blank_after_its_colon_is_told_how_to_write_it(raw):
+    """Falcon does not recognize it."""
+    answer = raw(request(form(b"x").replace(b"Content-Disposition: ", b"Content-Disposition:")))
+    assert b"missing_file" in answer
+    assert b"mind the blanks" in answer
+
+
 def test_a_name_that_is_not_utf_8_is_told_without_words_of_python(raw):
     answer = raw(request(form(b"x", filename=b'filename="\xff\xfe"')))
     assert b"Error" not in answer
@@ -280,6 +290,24 @@ def test_the_api_stays_flat_while_a_large_file_goes_through(live, tmp_path):
         assert api.stop() == 0
     finally:
         api.end()
+
+
+def test_an_upload_under_way_ends_when_the_server_is_told_to_stop():
+    stopping, read = threading.Event(), []
+
+    class Bucket:
+        def upload(self, content, key, complete, recorded):
+            read.append(content.read(3))
+            stopping.set()
+            read.append(content.read(3))
+
+    app = falcon.App()
+    install(app)
+    app.add_route("/upload", FormUploads(Bucket(), None, stopping))
+    kind = {"Content-Type": "multipart/form-data; boundary=" + BOUNDARY.decode()}
+    answer = falcon.testing.TestClient(app).simulate_post("/upload", body=form(b"123456"), headers=kind)
+    assert (answer.status_code, answer.json["type"]) == (503, "urn:headrace:problem:stopping")
+    assert read == [b"123"]
 
 
 def test_a_client_that_leaves_before_the_answer_leaves_nothing_that_nobody_knows_of(live):

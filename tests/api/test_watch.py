@@ -16,9 +16,10 @@ import pytest
 
 from api.limits import Slots
 from api.problems import Problem
-from api.watch import Events, Watch
+from api.watch import EVENTS_SECONDS, HEARTBEAT_SECONDS, Events, Watch, _Stream, tag_of
 from engine.control.ledger import Ledger
 from engine.control.queue import Queue
+from engine.errors import Transient
 from engine.ports import free_port
 from tests.api.conftest import answers as ready
 from tests.api.conftest import slow_inserts
@@ -44,10 +45,12 @@ def test_what_has_not_changed_is_not_sent_again(live, waiting, path):
     assert (changed.status_code, changed.json()["status"]) == (200, "CANCELLED")
 
 
-def test_a_long_poll_answers_when_the_job_moves(live, waiting):
-    tag = live.http.get(f"/status/{waiting}").headers["ETag"]
+@pytest.mark.parametrize("path", ["/status/{}", "/jobs/{}"])
+def test_a_long_poll_answers_when_the_job_moves(live, waiting, path):
+    path = path.format(waiting)
+    tag = live.http.get(path).headers["ETag"]
     threading.Timer(1, lambda: live.http.post(f"/jobs/{waiting}/cancel")).start()
-    answer = live.http.get(f"/status/{waiting}", headers={"Prefer": "wait=20", "If-None-Match": tag})
+    answer = live.http.get(path, headers={"Prefer": "wait=20", "If-None-Match": tag})
     assert (answer.status_code, answer.json()["status"]) == (200, "CANCELLED")
     assert answer.headers["Preference-Applied"] == "wait=20"
 
@@ -76,6 +79,58 @@ def test_events_tell_the_progress_to_its_end(live):
     assert {name for name, _ in events[:-1]} == {"progress"}
     lines = [body["progress"]["lines"] for _, body in events]
     assert lines == sorted(lines)
+
+
+class Still:
+    """Watches a job whose status is `body`, or cannot be read."""
+
+    def __init__(self, body, slots):
+        self.body, self.slots, self.stopping = body, slots, threading.Event()
+
+    def status(self, job_id):
+        if isinstance(self.body, Exception):
+            raise self.body
+        return self.body, False
+
+
+def streamed(watch, monkeypatch, *, now=(0.0,)):
+    """A stream whose clock shows `now` at its creation, and goes on by a second with each look at the job."""
+    clock = [*now]
+    monkeypatch.setattr("api.watch.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(watch.stopping, "wait", lambda seconds: clock.__setitem__(0, clock[0] + 1))
+    return _Stream(watch, "job", tag_of(watch.body) if isinstance(watch.body, dict) else "", lambda: False), clock
+
+
+def test_a_stream_without_news_is_written_to_now_and_then_and_ends_after_a_while(monkeypatch):
+    """Only a write reveals that a client's machine has vanished, and each holds the place of another."""
+    slots = Slots(1, 429, "watchers")
+    slots.take()
+    stream, clock = streamed(Still({"status": "PENDING", "progress": {}}, slots), monkeypatch)
+    assert next(stream).startswith(b"retry: ")
+    times = []
+    for piece in stream:
+        assert piece == b": still here\n\n"
+        times.append(clock[0])
+    assert times[0] == HEARTBEAT_SECONDS
+    assert times[1] - times[0] == HEARTBEAT_SECONDS
+    assert EVENTS_SECONDS - HEARTBEAT_SECONDS <= times[-1] <= EVENTS_SECONDS <= clock[0] <= EVENTS_SECONDS + 1
+    stream.close()
+    stream.close()
+    slots.take()
+    with pytest.raises(Problem):
+        slots.take()
+
+
+def test_a_stream_whose_job_cannot_be_read_says_so_and_ends(monkeypatch):
+    stream, _ = streamed(Still(Transient("MongoDB does not answer"), Slots(1, 429, "watchers")), monkeypatch)
+    assert next(stream).startswith(b"retry: ")
+    told = next(stream)
+    assert told.startswith(b"event: failed\ndata: ")
+    assert orjson.loads(told.removeprefix(b"event: failed\ndata: ")) == {
+        "code": Transient.code,
+        "detail": "MongoDB does not answer",
+    }
+    assert list(stream) == []
 
 
 def test_a_stream_goes_on_where_the_last_one_was(live, waiting):

@@ -124,6 +124,45 @@ def test_a_file_that_is_too_large_for_the_api_is_to_go_without_it(monkeypatch, t
     assert str(load.error).endswith("leave out --through-api")
 
 
+@pytest.mark.parametrize("kind", ["busy", "no_room"])
+def test_a_file_for_which_the_api_has_no_room_is_sent_again(monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr("api.commands.loader.TURN_SECONDS", 0.001)
+    (tmp_path / "file").write_bytes(b'{"n":1}\n')
+    asked = []
+
+    def answer(request):
+        asked.append(request.url.path)
+        if asked.count("/upload") < 3:
+            return problem(503, kind)
+        done = {"fileKey": "k", "size": 8, "etag": "e"} if request.url.path == "/upload" else {}
+        return httpx.Response(201, headers={"X-Request-ID": "r"}, json=done | {"jobId": "job", "status": "PENDING"})
+
+    told = []
+    monkeypatch.setattr("api.commands.show.Bars.uploaded", lambda self, task, sent, *more: told.append(sent))
+    [load] = Loader(client_of(answer), {}, wait=False, through_api=True).run([str(tmp_path / "file")])
+    assert (load.error, load.job_id, asked.count("/upload")) == (None, "job", 3)
+    # Twice it counts for nothing that the form of three reads was sent.
+    assert told.count(0) == 2
+    assert told[-1] == 8
+    asked.clear()
+    monkeypatch.setattr("api.commands.loader.PATIENCE_SECONDS", -1)
+    (tmp_path / "another").write_bytes(b'{"n":2}\n')
+    [load] = Loader(client_of(answer), {}, wait=False, through_api=True).run([str(tmp_path / "another")])
+    assert str(load.error).startswith(f"it is {kind}")
+    assert asked == ["/upload"]
+
+
+def test_a_file_whose_upload_may_have_been_stored_is_not_sent_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "file").write_bytes(b"{}")
+    asked = []
+    client = client_of(lambda request: asked.append(request.url.path) or problem(503, "unavailable"))
+    [load] = Loader(client, {}, wait=False, through_api=True).run([str(tmp_path / "file")])
+    assert "it is unavailable" in str(load.error)
+    assert asked == ["/upload"]
+
+
 def test_a_command_that_failed_for_one_file_loads_the_others_no_second_time_when_run_again(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(Transfer, "there", lambda self, note, size: note.get("key"))
