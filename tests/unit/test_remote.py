@@ -1,5 +1,7 @@
 """What the commands that call the API print of its answers. No servers."""
 
+from types import SimpleNamespace
+
 import httpx
 import pytest
 from rich.console import Console
@@ -36,7 +38,8 @@ def test_who_watches_while_no_worker_is_alive_is_told_that(run, monkeypatch):
     def sleep(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    # Only this module's: threads that other tests have started sleep, too.
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
     done = run("top")
     assert done.exit_code == 0
     assert "no worker is alive: start `headrace engine`" in done.stdout
