@@ -17,7 +17,7 @@ from bench.figures import Load
 from bench.parsing import parsers
 from bench.rig import ROOT, Rig
 
-__all__ = ["Ceiling", "base_cpu"]
+__all__ = ["CONNECTIONS", "Ceiling", "base_cpu"]
 
 CONNECTIONS: Final = (2, 3, 4)
 

@@ -20,7 +20,7 @@ from bson import ObjectId
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-__all__ = ["batches", "send"]
+__all__ = ["BATCH_RECORDS", "batches", "send"]
 
 _HEADER: Final = struct.Struct("<iiii")
 _OP_MSG: Final = 2013
