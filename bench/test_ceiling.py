@@ -58,7 +58,7 @@ def test_import_tool(
     tool = os.environ.get("MONGOIMPORT") or None
     candidates, note = importer.look(tool)
     if tool is None:
-        pytest.skip(f"not measured: {note}")
+        pytest.skip(f"not measured: {note}; give it the path of `mongoimport`")
     assert candidates, note
     path = file("ordinary", records)
     taken: list[float] = []

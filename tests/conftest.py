@@ -18,7 +18,7 @@ from engine.control.queue import Queue
 from engine.control.rejects import Rejects
 from engine.control.store import Store
 from engine.fleet.heartbeat import Heartbeat
-from engine.fleet.worker import WorkerIdentity, _Worker
+from engine.fleet.worker import Worker, WorkerIdentity
 from engine.local.servers import LocalServers
 from engine.model import TERMINAL, Job, JobOptions
 from engine.ports import free_port
@@ -126,7 +126,7 @@ def drain(settings: Settings, queue: Queue) -> Callable[..., list[Job]]:
     def run(*job_ids: str, seconds: float = 60, **changes: object) -> list[Job]:
         stop = threading.Event()
         identity = WorkerIdentity("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
-        worker = _Worker(settings.model_copy(update=changes), identity, Heartbeat(), stop)
+        worker = Worker(settings.model_copy(update=changes), identity, Heartbeat(), stop)
 
         def watch() -> None:
             until = time.monotonic() + seconds

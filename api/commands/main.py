@@ -54,8 +54,8 @@ def up(
 @app.command()
 def engine() -> None:
     """Run the workers on this machine, against MONGO_URI and the bucket."""
+    from engine.fleet.process import work
     from engine.fleet.supervisor import Supervisor
-    from engine.fleet.worker import work
 
     settings = settings_of(needs_servers=True)
     raise typer.Exit(Supervisor(settings, work).run())

@@ -22,7 +22,8 @@ from setproctitle import setproctitle
 
 from engine.children import be_killed_with_parent, signal_name
 from engine.fleet.heartbeat import Heartbeat
-from engine.fleet.worker import EXIT_AGAIN, EXIT_BOOT, WorkerIdentity
+from engine.fleet.process import EXIT_AGAIN, EXIT_BOOT
+from engine.fleet.worker import WorkerIdentity
 from engine.logs import get_logger
 from engine.settings import LOOP_SECONDS, Settings
 from engine.text.encode import COMPILED

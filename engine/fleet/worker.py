@@ -1,17 +1,14 @@
-"""The loop of a worker process: find a job, plan it if nobody has, load a leased range; idle cheaply; stop gracefully.
+"""The loop of a worker: find a job, plan it if nobody has, load a leased range; idle cheaply; stop gracefully.
 
-Clients are created here, after the fork. A worker works on one lease at a time, or on up to 16 of small objects; near
-the end of a range it leases the next one.
+Its clients are created here, after the fork. It works on one lease at a time, or on up to 16 of small objects; near the
+end of a range it leases the next one.
 """
 
-import os
 import random
-import signal
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any, Final
 
 import pymongo
@@ -25,10 +22,10 @@ from engine.control.rollup import RollUp
 from engine.control.stats import REPORTER, Reporter, Stats
 from engine.control.store import Store
 from engine.control.wakeups import Wakeups
-from engine.errors import HeadraceError, LeaseLost, Permanent, StartError, Transient
+from engine.errors import HeadraceError, LeaseLost, Permanent, Transient
 from engine.fleet.chooser import Chooser
 from engine.fleet.heartbeat import Heartbeat
-from engine.fleet.memory import Garbage, tune
+from engine.fleet.memory import Garbage
 from engine.fleet.upkeep import Upkeep
 from engine.load.keeper import KEEPER
 from engine.load.lookout import Lookout
@@ -43,13 +40,7 @@ from engine.s3.direct import DirectUploads
 from engine.s3.objects import Objects, warn_if_away
 from engine.settings import Settings
 
-__all__ = ["EXIT_AGAIN", "EXIT_BOOT", "WorkerIdentity", "work"]
-
-EXIT_BOOT: Final = 3
-"""This worker can never boot: the supervisor stops the engine, unless a worker has booted before."""
-
-EXIT_AGAIN: Final = 5
-"""This worker could not create its clients, for a reason that may pass."""
+__all__ = ["EXIT_NOW", "Worker", "WorkerIdentity"]
 
 EXIT_NOW: Final = 4
 """This worker may still hold leases: its successor frees them, or they run out."""
@@ -84,42 +75,20 @@ class WorkerIdentity:
         return f"{self.host}:{self.boot}:{self.slot}:{self.incarnation}"
 
 
-def work(settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat) -> int:
-    """Work until told to stop; returns the exit code. TERM, even repeated, stops gracefully; QUIT stops at once."""
-    stop = threading.Event()
-    signals: SimpleQueue[int] = SimpleQueue()
+class Worker:
+    """The loop of one worker.
 
-    def handle(number: int, frame: object) -> None:
-        if number == signal.SIGQUIT:
-            os._exit(EXIT_NOW)
-        # The event is not set here: this thread may be waiting for it, and hold its lock.
-        signals.put(number)
+    Args:
+        settings: those of the engine.
+        identity: who it is.
+        heartbeat: shows the supervisor that it is alive.
+        stop: is set when the worker is to stop.
 
-    def set_when_told() -> None:
-        signals.get()
-        stop.set()
+    Raises:
+        StartError, Permanent: its clients can never be created.
+        Transient: they could not be created, for a reason that may pass.
+    """
 
-    threading.Thread(target=set_when_told, name="stop", daemon=True).start()
-    # A terminal or a service manager may signal all processes, but only the supervisor decides about its workers. TERM
-    # may come twice: from the service manager and from the supervisor.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGQUIT, handle)
-    tune()
-    setproctitle(f"headrace: worker {identity.slot} starting")
-    try:
-        return _Worker(settings, identity, heartbeat, stop).loop()
-    except (StartError, Permanent) as error:
-        log.error(str(error), action="boot", worker=identity.name)
-        return EXIT_BOOT
-    except Transient as error:
-        # Without clients a worker can do nothing; its successor may have better luck.
-        log.error(str(error), action="boot", worker=identity.name)
-        return EXIT_AGAIN
-
-
-class _Worker:
     def __init__(
         self, settings: Settings, identity: WorkerIdentity, heartbeat: Heartbeat, stop: threading.Event
     ) -> None:

@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from engine.fleet.process import work
 from engine.fleet.supervisor import Supervisor
-from engine.fleet.worker import work
 from engine.logs import configure
 from engine.settings import load
 from engine.steps import on_reach

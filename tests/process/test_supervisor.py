@@ -17,8 +17,9 @@ import pytest
 
 from engine.control.store import job_key
 from engine.fleet.heartbeat import Heartbeat
+from engine.fleet.process import EXIT_AGAIN, EXIT_BOOT
 from engine.fleet.supervisor import Supervisor, _Child, _Slot
-from engine.fleet.worker import EXIT_AGAIN, EXIT_BOOT, WorkerIdentity
+from engine.fleet.worker import WorkerIdentity
 from tests.running import Running, alive, failing, taking, title, until
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_ttin_adds_a_worker_and_ttou_takes_one_away(engine):
 
 
 def test_no_library_starts_a_thread_before_the_first_fork():
-    look = "import engine.fleet.supervisor, engine.fleet.worker, os; print(len(os.listdir('/proc/self/task')))"
+    look = "import engine.fleet.supervisor, engine.fleet.process, os; print(len(os.listdir('/proc/self/task')))"
     done = subprocess.run(
         [sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock, Mock, call
 import pytest
 
 from engine.errors import LeaseLost, Permanent, Transient
-from engine.fleet.worker import WorkerIdentity, _Worker
+from engine.fleet.worker import Worker, WorkerIdentity
 from engine.load.pipeline import Ended
 from engine.model import JobState
 from engine.settings import Settings
@@ -15,7 +15,7 @@ from engine.settings import Settings
 
 @pytest.fixture
 def worker() -> Any:
-    worker = _Worker.__new__(_Worker)
+    worker = Worker.__new__(Worker)
     for name in ("_queue", "_ledger", "_chooser", "_stats", "_identity", "_lookout", "_pipeline"):
         setattr(worker, name, Mock())
     worker._last_error = ""
@@ -123,7 +123,7 @@ def test_a_worker_that_is_told_to_stop_gives_back_what_it_leased_ahead(monkeypat
     settings = Settings.model_validate(keys | {"aws_endpoint_url": "http://127.0.0.1:1"})
     monkeypatch.setattr("engine.fleet.worker.Store", MagicMock())
     monkeypatch.setattr("engine.fleet.worker.Reporter", Mock())
-    worker = _Worker(settings, WorkerIdentity("here", "boot", 0, 0, (), 0), Mock(), stop)
+    worker = Worker(settings, WorkerIdentity("here", "boot", 0, 0, (), 0), Mock(), stop)
     monkeypatch.setattr(worker, "_boot", lambda: True)
     monkeypatch.setattr(worker._lookout, "_look", lambda: run)
     ran = []
