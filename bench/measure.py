@@ -38,6 +38,7 @@ __all__ = [
     "SIZES",
     "VARIED",
     "defaults",
+    "dense_memory",
     "idle",
     "ladder",
     "latency",
@@ -163,6 +164,8 @@ def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
 def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Wall times with one setting changed, over those with the defaults, which run first and last in each round.
 
+    `peaks` are the peak MB of a worker, over all rounds; None are the defaults.
+
     Another setting comes first in each round. `noise` is the largest difference between the two default runs of a
     round, as a share; `others` is the largest share of the cores that anything else on this machine took in a round,
     None if that is not known.
@@ -170,6 +173,7 @@ def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...
     source = rig.upload(path)
     settings = [(name, value) for name, values in varied.items() for value in values]
     ratios: dict[tuple[str, int], list[float]] = {which: [] for which in settings}
+    peaks: dict[tuple[str, int] | None, int] = dict.fromkeys([None, *settings], 0)
     differences: list[float] = []
     others: list[float | None] = []
     for turn in range(rounds):
@@ -184,8 +188,11 @@ def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...
         others.append(sum(taken_by_others) / (cores() * sum(taken.seconds for taken in loads)) if known else None)
         for which, seconds in zip(order, walls, strict=True):
             ratios[which].append(2 * seconds / (first + last))
+        for changed, taken in zip([None, *order, None], loads, strict=True):
+            peaks[changed] = max(peaks[changed], taken.peak_mb)
     return {
         "ratios": {which: Spread(tuple(some)) for which, some in ratios.items()},
+        "peaks": peaks,
         "noise": max(differences),
         "others": None if None in others else max(share for share in others if share is not None),
     }
@@ -349,20 +356,25 @@ def room_for(size: int) -> int:
 
 def memory(rig: Rig, sizes: list[int]) -> dict[int, int | None]:
     """Peak MB of a worker by file size in bytes; one line in a thousand has 1 MiB. None: no room on the disk."""
-    found: dict[int, int | None] = {}
-    plain = b"".join(shapes.SHAPES["ordinary"](1000))
-    long = b'{"long":"' + b"x" * (1024 * 1024 - 20) + b'"}\n'
-    for size in sizes:
-        if shutil.disk_usage(rig.folder).free < room_for(size):
-            found[size] = None
-            continue
-        path = rig.folder / "memory.ndjson"
-        with path.open("wb") as file:
-            while file.tell() < size:
-                file.write(plain)
-                file.write(long)
-        source = rig.upload(path)
-        path.unlink()
-        found[size] = load(rig, source, 2).taken.peak_mb
-        rig.objects.delete(source.key)
-    return found
+    lines = b"".join(shapes.SHAPES["ordinary"](1000)) + b'{"long":"' + b"x" * (MIB - 20) + b'"}\n'
+    return {size: _peak(rig, size, lines) for size in sizes}
+
+
+def dense_memory(rig: Rig, size: int) -> dict[int, int | None]:
+    """As `memory`, with a file of what takes most memory for its size: each line has 1 MiB of empty objects."""
+    return {size: _peak(rig, size, b'{"a":[' + b",".join([b"{}"] * ((MIB - 20) // 3)) + b"]}\n")}
+
+
+def _peak(rig: Rig, size: int, lines: bytes) -> int | None:
+    """Peak MB of a worker with a file of these lines over and over, of at least so many bytes."""
+    if shutil.disk_usage(rig.folder).free < room_for(size):
+        return None
+    path = rig.folder / "memory.ndjson"
+    with path.open("wb") as file:
+        while file.tell() < size:
+            file.write(lines)
+    source = rig.upload(path)
+    path.unlink()
+    peak = load(rig, source, 2).taken.peak_mb
+    rig.objects.delete(source.key)
+    return peak

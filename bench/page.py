@@ -197,9 +197,10 @@ def _upload(found: dict[str, Spread]) -> list[str]:
 def _defaults(found: dict[str, Any]) -> list[str]:
     ratios: dict[tuple[str, int], Spread] = found["ratios"]
     return [
-        "| setting | wall, over that with the defaults in the same round |",
-        "|---|---|",
-        *(f"| {shown(*which)} | {spread.text()} |" for which, spread in ratios.items()),
+        "| setting | wall, over that with the defaults in the same round | peak memory of a worker, MB |",
+        "|---|---|---|",
+        f"| the defaults | 1 | {found['peaks'][None]} |",
+        *(f"| {shown(*which)} | {spread.text()} | {found['peaks'][which]} |" for which, spread in ratios.items()),
         "",
         fastest(ratios, found["noise"], found["others"]),
     ]

@@ -152,6 +152,10 @@ def run(
         "memory", lambda: measure.memory(rig, sizes(quick, gigabytes)),
         ("peak memory of a worker, MB (lines up to 1 MiB)", f"< {MAX_MEMORY_MB}, flat (15 %)", flat),
     )  # fmt: skip
+    report.measure(
+        "dense memory", lambda: measure.dense_memory(rig, 10**8),
+        ("the same, where each line has 1 MiB of empty objects", f"< {MAX_MEMORY_MB}", flat),
+    )  # fmt: skip
     return report
 
 

@@ -16,12 +16,17 @@ IDLE_SECONDS: Final = 300.0
 # Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
+M_ARENA_MAX: Final = -8
 
 KEPT_BLOCK_BYTES: Final = 8 * 1024 * 1024
 """Larger blocks of memory go back to the kernel when they are freed: they hold very long lines, which are rare."""
 
 KEPT_BYTES: Final = 32 * 1024 * 1024
 """Free memory at the top of the heap goes back to the kernel when there is more of it than this."""
+
+HEAPS: Final = 2
+"""Heaps that the threads share. By default each gets its own, with free memory that the others cannot use. Few threads wait
+for each other here, since one at a time has the interpreter."""
 
 
 def tune() -> None:
@@ -37,6 +42,7 @@ def tune() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_ARENA_MAX, HEAPS)
 
 
 class Garbage:

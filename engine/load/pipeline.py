@@ -60,7 +60,7 @@ class Ended(Enum):
 
 
 _InFlight = deque[tuple[Future[None], int]]
-"""Batches in flight in file order, each with its size in bytes, since batches of very long lines must not add up."""
+"""Batches in flight in file order, each with its weight in bytes, since batches of very long lines must not add up."""
 
 
 class Pipeline:
@@ -258,15 +258,15 @@ class Pipeline:
                 for batch in batches:
                     if run.stop.is_set() or run.cancelled.is_set():
                         break
-                    size = len(batch.data)
+                    weight = batch.weight
                     began = time.perf_counter()
-                    _make_room(in_flight, self._window.size + 1, room - size)
+                    _make_room(in_flight, self._window.size + 1, room - weight)
                     self._stats.add(seconds_stall=time.perf_counter() - began)
                     closed = run.opened(batch)
                     unfinished = sum(not future.done() for future, _ in in_flight)
                     pool = self._writers if unfinished <= settings.engine_writers else self._extra_writers
                     future = pool.submit(self._write, run, sink, batch, closed)
-                    in_flight.append((future, size))
+                    in_flight.append((future, weight))
                     if not looked and self._seconds_left(run, started) <= self._ahead_seconds():
                         looked = True
                         self._near_end()
@@ -356,7 +356,9 @@ class Pipeline:
 
 def _make_room(in_flight: _InFlight, most: int, room: int = 0) -> None:
     """Wait until fewer than `most` batches, with at most `room` bytes, are in flight; raises what a batch raised."""
-    while in_flight and (len(in_flight) >= most or in_flight[0][0].done() or sum(size for _, size in in_flight) > room):
+    while in_flight and (
+        len(in_flight) >= most or in_flight[0][0].done() or sum(weight for _, weight in in_flight) > room
+    ):
         in_flight[0][0].result()
         in_flight.popleft()
 

@@ -21,8 +21,9 @@
 /* More levels than the server accepts, and few enough for any thread's stack. */
 #define MAX_DEPTH 250
 
-/* More than this comes from one long line, which the driver encodes in less memory: straight into the message. */
-#define MOST_BYTES (4 * 1024 * 1024)
+/* More than this comes from one long line, which the driver encodes in less memory: straight into the message. Lines of
+ * 1 MiB have less, even if they are arrays of digits. */
+#define MOST_BYTES (8 * 1024 * 1024)
 
 /* The parser turns an integer that 64 bits cannot hold into a float of at least this. */
 #define INT64_BOUND 9223372036854775808.0

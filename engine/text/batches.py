@@ -15,6 +15,12 @@ __all__ = ["Batch", "Batcher"]
 
 NO_ENDS = np.empty(0, np.intp)
 
+VALUE_BYTES = 6
+"""What a value counts in the weight of a batch, at least. In an array of digits each has 2 bytes as text, and 12 as BSON."""
+
+SAMPLED_BYTES = 251
+"""One in so many bytes of a batch is looked at for its weight. A prime, since in `1,1,1` every second one is a comma."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -42,6 +48,12 @@ class Batch:
     def terminated(self) -> bool:
         """Whether the last line ends in a newline."""
         return self.oversized is not None or int(self.ends[-1]) < len(self.data)
+
+    @property
+    def weight(self) -> int:
+        """Bytes of lines in flight that the batch counts as: its size, or more if its values are small, since they take
+        many times their size once they are parsed, and as BSON."""
+        return max(len(self.data), VALUE_BYTES * SAMPLED_BYTES * self.data[::SAMPLED_BYTES].count(b","))
 
     def start(self, position: int) -> int:
         """Where line `position` begins in `data`."""

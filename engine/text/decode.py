@@ -7,8 +7,10 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, repeat
 from operator import is_
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +23,7 @@ from engine.text.encode import COMPILED, IDENTITY_BYTES, Encoded, Identity, Obje
 from engine.text.integers import beyond_int64, has_wide_digits, may_have_wide_digits
 from engine.text.lines import HEAD_BYTES, LONG_LINE_BYTES
 
-__all__ = ["BOM", "PIECE_BYTES", "Documents", "decode", "reject"]
+__all__ = ["BOM", "LONG_PIECE_BYTES", "PIECE_BYTES", "Documents", "decode", "reject"]
 
 BOM: Final = b"\xef\xbb\xbf"
 BLANK: Final = " \t\n\r\x0b\x0c"
@@ -33,6 +35,13 @@ CPU cache. With a whole batch at a time, every object would be fetched from memo
 LARGE_BYTES: Final = 4 * 1024 * 1024
 """More than this is one long line, which the extension hardly ever takes: its digits are looked at before it is parsed,
 since memory would hold both the document and what a look at them takes."""
+
+LONG_PIECE_BYTES: Final = 256 * 1024
+"""More than this is one long line, as a piece. The objects of small values in it may take thirty times its length."""
+
+# Held while a long piece is parsed and encoded, so that the objects of only one are in memory. Both need the interpreter
+# throughout, so that nothing would be gained by doing it in several threads.
+_LONG_PIECES: Final = Lock()
 
 # Separates the lines of a piece, which are parsed as the elements of one array by a single call. It is random in each
 # process, so that no file can contain it on purpose.
@@ -98,23 +107,32 @@ class Documents:
         # The extension sees each number, which costs less than to look at the digits in the lines.
         look = not COMPILED or len(self.batch.data) > LARGE_BYTES
         for first, last, identities in self._pieces():
-            before = len(self.positions), len(self.rejects), self.blank
-            documents, theirs = self._decode(first, last, identities, look and self._is_wide(first, last))
-            made = encode(documents, theirs, checked=look)
-            if made is None and not look:
-                if self._is_wide(first, last):
-                    del documents, theirs  # a long line's need not be in memory twice
-                    del self.positions[before[0] :], self.rejects[before[1] :]
-                    self.blank = before[2]
-                    documents, theirs = self._decode(first, last, identities, wide=True)
-                made = encode(documents, theirs, checked=True)
-            if made is None:
-                self._identify(documents, theirs)
-                yield from documents
-            elif documents:  # the driver would take a piece without any for an error
-                encoded, own_ids = made
-                self._note(own_ids, documents)
-                yield encoded
+            long = int(self.batch.ends[last - 1]) - self.batch.start(first) > LONG_PIECE_BYTES
+            with _LONG_PIECES if long else nullcontext():
+                made = self._made(first, last, identities, look)
+            if isinstance(made, Encoded):
+                yield made
+            else:
+                yield from made
+
+    def _made(self, first: int, last: int, identities: _Identities, look: bool) -> Encoded | list[Object]:
+        """The documents of a piece: as BSON, or for the driver to encode. If `look`, its digits are looked at first."""
+        before = len(self.positions), len(self.rejects), self.blank
+        documents, theirs = self._decode(first, last, identities, look and self._is_wide(first, last))
+        made = encode(documents, theirs, checked=look)
+        if made is None and not look:
+            if self._is_wide(first, last):
+                del documents, theirs  # a long line's need not be in memory twice
+                del self.positions[before[0] :], self.rejects[before[1] :]
+                self.blank = before[2]
+                documents, theirs = self._decode(first, last, identities, wide=True)
+            made = encode(documents, theirs, checked=True)
+        if made is None:
+            self._identify(documents, theirs)
+            return documents
+        encoded, own_ids = made
+        self._note(own_ids, documents)
+        return encoded if documents else []  # the driver would take a piece without any for an error
 
     def _identify(self, documents: list[Object], identities: bytes) -> None:
         """Give the documents of a piece that has just been parsed the `_id`s that they lack."""

@@ -1,10 +1,12 @@
 """Batches hold every line once and in order, at its offset, within the limits on lines and bytes."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.text.batches import Batcher
 from engine.text.lines import Splitter
+from tests.conftest import batch_of
 
 
 @given(st.lists(st.binary(max_size=60).map(lambda b: b.replace(b"\n", b"")), max_size=80), st.booleans(), st.data())
@@ -28,6 +30,14 @@ def test_batches_hold_the_lines_of_the_file_each_once_at_its_offset(lines, termi
         assert data[batch.offset : batch.end] == batch.data == b"\n".join(lines) + b"\n" * batch.terminated
         at, ordinal = batch.end, ordinal + batch.count
     assert at == len(data)
+
+
+def test_a_batch_weighs_what_it_has_in_bytes_and_one_of_small_values_more():
+    plain, text = b'{"name":"value","number":12345678}\n' * 1000, b'{"t":"' + b"x" * 10**6 + b'"}\n'
+    assert [batch_of(*data.splitlines()).weight for data in (plain, text)] == [len(plain), len(text)]
+    for element, times in ((b"1", 3), (b"[]", 2), (b"12345", 1)):
+        line = b"[%b]" % b",".join([element] * 200_000)
+        assert batch_of(line).weight == pytest.approx(times * len(line), rel=0.02)
 
 
 def test_lines_after_an_oversized_one_keep_their_numbers():

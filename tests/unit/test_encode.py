@@ -1,6 +1,7 @@
 """The extension encodes documents as the driver does, byte for byte, and leaves to it what it does not take."""
 
 import gc
+import json
 import math
 import os
 import shutil
@@ -158,12 +159,19 @@ def test_a_call_with_wrong_arguments_is_a_fault_of_the_program(given):
 @extension
 @pytest.mark.parametrize("text", ["x", "ß"])
 def test_what_is_large_is_left_to_the_driver(text):
-    length = (2**22 - 100) // len(text.encode())
+    length = (2**23 - 100) // len(text.encode())
     encoded, _ = encode([{"a": text * length}], IDENTITY, checked=False)
     assert encoded.raw == bson.encode({"_id": ObjectId(IDENTITY), "a": text * length})
     assert encode([{"a": text * length}, {"a": text * (length // 8)}], IDENTITY * 2, checked=False) is None
     assert encode([{"a": text * (2 * length)}], IDENTITY, checked=False) is None
     assert encode([{"a": [0] * 2_000_000}], IDENTITY, checked=False) is None
+
+
+@extension
+@pytest.mark.parametrize("element", ["1", "[]", "{}", "[1,2]", '""', "1.5"])
+def test_a_line_of_a_mebibyte_is_not_large_whatever_it_holds(element):
+    values = ",".join([element] * (2**20 // (len(element) + 1)))
+    assert encode([{"a": json.loads(f"[{values}]")}], IDENTITY, checked=False) is not None
 
 
 def test_a_generated_id_is_encoded_as_the_object_id_of_its_bytes():

@@ -12,7 +12,7 @@ from pymongo import message
 
 from engine.model import Format
 from engine.text import encode as encoding
-from engine.text.decode import decode
+from engine.text.decode import _LONG_PIECES, LONG_PIECE_BYTES, decode
 from engine.text.encode import COMPILED, Encoded, encode
 from tests.conftest import batch_of
 
@@ -164,6 +164,33 @@ def test_a_line_that_is_decoded_again_is_not_held_twice(large, monkeypatch):
         return found
 
     assert peak(b"12345678901234567890") < 1.2 * peak(b"1234567890")
+
+
+def test_a_long_line_is_parsed_and_encoded_while_no_other_is(monkeypatch):
+    """The objects of one may take thirty times its length."""
+    alone = []
+
+    def watched(documents, identities, *, checked):
+        alone.append(_LONG_PIECES.locked())
+        return encode(documents, identities, checked=checked)
+
+    monkeypatch.setattr("engine.text.decode.encode", watched)
+    short, long = b'{"a":[]}', b'{"a":[%b]}' % b",".join([b"1"] * LONG_PIECE_BYTES)
+    for _ in decode(batch_of(short, long), Format.NDJSON, TAG, "key").encoded():
+        assert not _LONG_PIECES.locked()  # before the driver waits for the network
+    assert alone == [False, True]
+
+
+@extension
+def test_the_objects_of_a_line_are_gone_when_the_driver_has_its_bytes():
+    line = b'{"a":[%b]}' % b",".join([b"{}"] * 50_000)
+    documents = decode(batch_of(line), Format.NDJSON, TAG, "key")
+    tracemalloc.start()
+    try:
+        for part in documents.encoded():
+            assert tracemalloc.get_traced_memory()[0] < 2 * len(part.raw) < tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @extension

@@ -1,6 +1,7 @@
 """One lease: its batches in flight, its retries, where its time goes, and the look for the next range. No servers."""
 
 import threading
+import time
 from unittest.mock import MagicMock, Mock, call
 
 import numpy as np
@@ -13,6 +14,7 @@ from engine.load.run import Run
 from engine.model import ByteRange, Lease, Tally
 from engine.settings import Settings
 from engine.text.batches import Batch
+from tests.conftest import batch_of
 
 
 def test_pauses_between_tries_are_not_counted_as_encoding(monkeypatch):
@@ -219,6 +221,33 @@ def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkey
     assert pipeline._work(run) is Ended.DONE
     pipeline.close()
     assert len(begun) == 20
+
+
+def test_few_batches_of_small_values_are_in_flight_at_a_time(monkeypatch):
+    """They are small as text only: in memory, and as BSON, each takes several times as much."""
+    lease = Lease("0" * 24, ByteRange(0, 0, 300), "token", 1, 0, Tally(), 0, 0, False)
+    run = Run(MagicMock(), lease, threading.Event(), lambda: None)
+    store = Mock()
+    store.round_trip.return_value = 0.0
+    line = b"[%b]" % b",".join([b"1"] * 100_000)
+    settings = Settings(engine_batch_bytes=len(line), engine_writers=4)
+    pipeline = Pipeline(settings, store, *[Mock()] * 4, Stats(), still=lambda: 0.0)
+    monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
+    at_work, most, lock = [], [], threading.Lock()
+
+    def write(run, sink, batch, close):
+        with lock:
+            at_work.append(batch)
+            most.append(len(at_work))
+        time.sleep(0.01)
+        with lock:
+            at_work.remove(batch)
+
+    monkeypatch.setattr(pipeline, "_write", write)
+    monkeypatch.setattr(pipeline._reading, "batches", lambda *what: (batch_of(line) for n in range(20)))
+    assert pipeline._work(run) is Ended.DONE
+    pipeline.close()
+    assert (len(most), max(most)) == (20, 1)
 
 
 def tried(sink, monkeypatch, guard=None):
