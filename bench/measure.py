@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADDED_MILLISECONDS",
+    "DENSE",
     "SIZES",
     "VARIED",
     "defaults",
@@ -164,7 +165,7 @@ def scale(rig: Rig, path: Path, rounds: int) -> dict[str, tuple[Spread, Spent]]:
 def defaults(rig: Rig, path: Path, rounds: int, varied: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Wall times with one setting changed, over those with the defaults, which run first and last in each round.
 
-    `peaks` are the peak MB of a worker, over all rounds; None are the defaults.
+    `peaks` has the highest MB of a worker by setting, over all rounds; the key None stands for the defaults.
 
     Another setting comes first in each round. `noise` is the largest difference between the two default runs of a
     round, as a share; `others` is the largest share of the cores that anything else on this machine took in a round,
@@ -360,9 +361,18 @@ def memory(rig: Rig, sizes: list[int]) -> dict[int, int | None]:
     return {size: _peak(rig, size, lines) for size in sizes}
 
 
+DENSE: Final = {"digits": b"1", "empty objects": b"{}", "nested arrays": b"[" * 90 + b"]" * 90}
+"""Values that take most memory for their length, as objects of Python or as BSON; `dense_memory` fills lines with them."""
+
+
 def dense_memory(rig: Rig, size: int) -> dict[int, int | None]:
-    """As `memory`, with a file of what takes most memory for its size: each line has 1 MiB of empty objects."""
-    return {size: _peak(rig, size, b'{"a":[' + b",".join([b"{}"] * ((MIB - 20) // 3)) + b"]}\n")}
+    """As `memory`, with files whose lines each have 1 MiB of a kind of small values: the highest peak of all kinds."""
+    peaks = [
+        _peak(rig, size, b'{"a":[' + b",".join([value] * ((MIB - 20) // (len(value) + 1))) + b"]}\n")
+        for value in DENSE.values()
+    ]
+    known = [peak for peak in peaks if peak is not None]
+    return {size: max(known) if len(known) == len(peaks) else None}
 
 
 def _peak(rig: Rig, size: int, lines: bytes) -> int | None:

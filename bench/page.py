@@ -197,7 +197,7 @@ def _upload(found: dict[str, Spread]) -> list[str]:
 def _defaults(found: dict[str, Any]) -> list[str]:
     ratios: dict[tuple[str, int], Spread] = found["ratios"]
     return [
-        "| setting | wall, over that with the defaults in the same round | peak memory of a worker, MB |",
+        "| setting | wall, over that with the defaults in the same round | highest peak of a worker, MB |",
         "|---|---|---|",
         f"| the defaults | 1 | {found['peaks'][None]} |",
         *(f"| {shown(*which)} | {spread.text()} | {found['peaks'][which]} |" for which, spread in ratios.items()),

@@ -21,8 +21,8 @@
 /* More levels than the server accepts, and few enough for any thread's stack. */
 #define MAX_DEPTH 250
 
-/* More than this comes from one long line, which the driver encodes in less memory: straight into the message. Lines of
- * 1 MiB have less, even if they are arrays of digits. */
+/* More than this comes from one long line. Lines of 1 MiB make less, even arrays of digits, so that their objects are gone
+ * before the message is sent; with much longer ones, a copy beside the message would take more than it saves. */
 #define MOST_BYTES (8 * 1024 * 1024)
 
 /* The parser turns an integer that 64 bits cannot hold into a float of at least this. */

@@ -16,7 +16,8 @@ __all__ = ["Batch", "Batcher"]
 NO_ENDS = np.empty(0, np.intp)
 
 VALUE_BYTES = 6
-"""What a value counts in the weight of a batch, at least. In an array of digits each has 2 bytes as text, and 12 as BSON."""
+"""What a value, an array or an object counts in the weight of a batch, at least: its key, its type and its length in BSON. A
+digit in an array has two bytes as text, and twelve as BSON."""
 
 SAMPLED_BYTES = 251
 """One in so many bytes of a batch is looked at for its weight. A prime, since in `1,1,1` every second one is a comma."""
@@ -51,9 +52,11 @@ class Batch:
 
     @property
     def weight(self) -> int:
-        """Bytes of lines in flight that the batch counts as: its size, or more if its values are small, since they take
-        many times their size once they are parsed, and as BSON."""
-        return max(len(self.data), VALUE_BYTES * SAMPLED_BYTES * self.data[::SAMPLED_BYTES].count(b","))
+        """What the batch counts as, in bytes, among those in flight: its size, or more if its values are small, since they
+        take many times their size once they are parsed, and as BSON."""
+        sample = self.data[::SAMPLED_BYTES]
+        values = SAMPLED_BYTES * (sample.count(b",") + sample.count(b"[") + sample.count(b"{"))
+        return max(len(self.data), VALUE_BYTES * values)
 
     def start(self, position: int) -> int:
         """Where line `position` begins in `data`."""
@@ -69,16 +72,17 @@ class Batcher:
 
     Args:
         max_lines: lines in a batch.
-        max_bytes: bytes of lines in a batch, newlines included; a single longer line makes a batch of its own.
+        max_bytes: bytes of lines in a batch, newlines included; a single longer line makes a batch of its own. After a
+            batch that weighs more than its size, as many fewer are gathered.
         ordinal: the 0-based number, within the range, of the first line to come.
     """
 
-    __slots__ = ("_bytes", "_ends", "_lines", "_max_bytes", "_offset", "_ordinal", "_pieces", "max_lines")
+    __slots__ = ("_bytes", "_ends", "_lines", "_max_bytes", "_offset", "_ordinal", "_pieces", "_room", "max_lines")
 
     def __init__(self, max_lines: int, max_bytes: int, ordinal: int = 0) -> None:
         self.max_lines = max_lines
         """Lines in a batch; may be changed between calls."""
-        self._max_bytes = max_bytes
+        self._max_bytes = self._room = max_bytes
         self._ordinal = ordinal
         self._offset = 0
         self._pieces: list[memoryview] = []  # the lines gathered so far
@@ -95,7 +99,7 @@ class Batcher:
             return
         at, start = 0, block.start
         while at < len(block.ends):
-            room = start + self._max_bytes - self._bytes  # the last newline must lie before this position
+            room = start + self._room - self._bytes  # the last newline must lie before this position
             fit = int(np.searchsorted(block.ends, room)) - at
             take = min(self.max_lines - self._lines, fit)
             if take <= 0 and not self._lines:
@@ -120,5 +124,6 @@ class Batcher:
         ends = self._ends[0] if len(self._ends) == 1 else np.concatenate(self._ends)
         batch = Batch(self._offset, end, self._ordinal, b"".join(self._pieces), ends)
         self._ordinal += self._lines
+        self._room = self._max_bytes * len(batch.data) // max(1, batch.weight)
         self._pieces, self._ends, self._lines, self._bytes = [], [], 0, 0
         yield batch

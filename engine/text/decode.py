@@ -33,14 +33,14 @@ PIECE_BYTES: Final = 32 * 1024
 CPU cache. With a whole batch at a time, every object would be fetched from memory three times."""
 
 LARGE_BYTES: Final = 4 * 1024 * 1024
-"""More than this is one long line, which the extension hardly ever takes: its digits are looked at before it is parsed,
-since memory would hold both the document and what a look at them takes."""
+"""More than this is one long line, which is left to the driver: it encodes straight into the message, where the extension
+would make another copy of megabytes. The line's digits are looked at before it is parsed, for the same reason."""
 
 LONG_PIECE_BYTES: Final = 256 * 1024
-"""More than this is one long line, as a piece. The objects of small values in it may take thirty times its length."""
+"""More than this in a piece is one long line. The objects of small values in it may take fifty times its length."""
 
-# Held while a long piece is parsed and encoded, so that the objects of only one are in memory. Both need the interpreter
-# throughout, so that nothing would be gained by doing it in several threads.
+# Held while a long piece is parsed and encoded by the extension, so that the objects of only one are in memory. Several
+# threads would gain nothing: parsing and encoding need the interpreter.
 _LONG_PIECES: Final = Lock()
 
 # Separates the lines of a piece, which are parsed as the elements of one array by a single call. It is random in each
@@ -81,7 +81,7 @@ class Documents:
         if self._begun is None:
             parts = self._encoded()
             if (first := next(parts, None)) is not None:
-                self._begun = chain([first], parts)
+                self._begun = chain(iter([first]), parts)  # a list would keep it until the end of the pass
         return self._begun is not None
 
     def __iter__(self) -> Iterator[Object]:
@@ -104,23 +104,27 @@ class Documents:
         return self._encoded() if begun is None else begun
 
     def _encoded(self) -> Iterator[Encoded | Object]:
-        # The extension sees each number, which costs less than to look at the digits in the lines.
-        look = not COMPILED or len(self.batch.data) > LARGE_BYTES
         for first, last, identities in self._pieces():
             long = int(self.batch.ends[last - 1]) - self.batch.start(first) > LONG_PIECE_BYTES
             with _LONG_PIECES if long else nullcontext():
-                made = self._made(first, last, identities, look)
+                made = self._made(first, last, identities)
             if isinstance(made, Encoded):
                 yield made
             else:
                 yield from made
+            del made  # not to be in memory beside the next one
 
-    def _made(self, first: int, last: int, identities: _Identities, look: bool) -> Encoded | list[Object]:
-        """The documents of a piece: as BSON, or for the driver to encode. If `look`, its digits are looked at first."""
+    def _made(self, first: int, last: int, identities: _Identities) -> Encoded | list[Object]:
+        """The documents of a piece: as BSON, or for the driver to encode."""
+        if not COMPILED or len(self.batch.data) > LARGE_BYTES:
+            documents, theirs = self._decode(first, last, identities, self._is_wide(first, last))
+            self._identify(documents, theirs)
+            return documents
         before = len(self.positions), len(self.rejects), self.blank
-        documents, theirs = self._decode(first, last, identities, look and self._is_wide(first, last))
-        made = encode(documents, theirs, checked=look)
-        if made is None and not look:
+        documents, theirs = self._decode(first, last, identities, wide=False)
+        # The extension sees each number, which costs less than to look at the digits in the lines.
+        made = encode(documents, theirs, checked=False)
+        if made is None:
             if self._is_wide(first, last):
                 del documents, theirs  # a long line's need not be in memory twice
                 del self.positions[before[0] :], self.rejects[before[1] :]

@@ -223,31 +223,30 @@ def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkey
     assert len(begun) == 20
 
 
-def test_few_batches_of_small_values_are_in_flight_at_a_time(monkeypatch):
-    """They are small as text only: in memory, and as BSON, each takes several times as much."""
+@pytest.mark.parametrize(("line", "most"), [(b"x" * 100_000, 6), (b"[%b]" % b",".join([b"1"] * 50_000), 2)])
+def test_fewer_batches_of_small_values_are_written_at_a_time(monkeypatch, line, most):
+    """They are small as text only: in memory, and as BSON, they take several times as much."""
     lease = Lease("0" * 24, ByteRange(0, 0, 300), "token", 1, 0, Tally(), 0, 0, False)
     run = Run(MagicMock(), lease, threading.Event(), lambda: None)
     store = Mock()
     store.round_trip.return_value = 0.0
-    line = b"[%b]" % b",".join([b"1"] * 100_000)
-    settings = Settings(engine_batch_bytes=len(line), engine_writers=4)
+    settings = Settings(engine_batch_bytes=len(line) + 1, engine_writers=6)
     pipeline = Pipeline(settings, store, *[Mock()] * 4, Stats(), still=lambda: 0.0)
     monkeypatch.setattr(pipeline, "_begin", lambda run: (Mock(), Mock(done=True), Mock()))
-    at_work, most, lock = [], [], threading.Lock()
+    at_work, counts, all_at_work = set(), [], threading.Barrier(most)
 
     def write(run, sink, batch, close):
-        with lock:
-            at_work.append(batch)
-            most.append(len(at_work))
-        time.sleep(0.01)
-        with lock:
-            at_work.remove(batch)
+        at_work.add(batch)
+        all_at_work.wait(10)
+        time.sleep(0.02)  # for one more than there may be to begin
+        counts.append(len(at_work))
+        at_work.remove(batch)
 
     monkeypatch.setattr(pipeline, "_write", write)
-    monkeypatch.setattr(pipeline._reading, "batches", lambda *what: (batch_of(line) for n in range(20)))
+    monkeypatch.setattr(pipeline._reading, "batches", lambda *what: (batch_of(line) for n in range(18)))
     assert pipeline._work(run) is Ended.DONE
     pipeline.close()
-    assert (len(most), max(most)) == (20, 1)
+    assert (len(counts), max(counts)) == (18, most)
 
 
 def tried(sink, monkeypatch, guard=None):
