@@ -58,7 +58,7 @@ def test_import_tool(
     tool = os.environ.get("MONGOIMPORT") or None
     candidates, note = importer.look(tool)
     if tool is None:
-        pytest.skip(f"not measured: {note}; give it the path of `mongoimport`")
+        pytest.skip(f"not measured: {note}, and pip cannot install one. Set it to the mongoimport of MongoDB's tools")
     assert candidates, note
     path = file("ordinary", records)
     taken: list[float] = []

@@ -6,6 +6,7 @@ a reply in which an error quotes each document, within the server's limits.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -15,11 +16,11 @@ __all__ = ["Batch", "Batcher"]
 
 NO_ENDS = np.empty(0, np.intp)
 
-VALUE_BYTES = 6
+VALUE_BYTES: Final = 6
 """What a value, an array or an object counts in the weight of a batch, at least: its key, its type and its length in BSON. A
 digit in an array has two bytes as text, and twelve as BSON."""
 
-SAMPLED_BYTES = 251
+SAMPLED_BYTES: Final = 251
 """One in so many bytes of a batch is looked at for its weight. A prime, since in `1,1,1` every second one is a comma."""
 
 
@@ -124,6 +125,6 @@ class Batcher:
         ends = self._ends[0] if len(self._ends) == 1 else np.concatenate(self._ends)
         batch = Batch(self._offset, end, self._ordinal, b"".join(self._pieces), ends)
         self._ordinal += self._lines
-        self._room = self._max_bytes * len(batch.data) // max(1, batch.weight)
+        self._room = self._max_bytes * len(batch.data) // batch.weight
         self._pieces, self._ends, self._lines, self._bytes = [], [], 0, 0
         yield batch
