@@ -11,7 +11,7 @@ import pytest
 from bench.shapes import SHAPES
 from engine.model import Format
 from engine.text.batches import Batch, Batcher
-from engine.text.decode import PIECE_BYTES, decode
+from engine.text.decode import decode, piece_bytes
 from engine.text.encode import COMPILED, IDENTITY_BYTES, encode
 from engine.text.lines import Block, Splitter
 
@@ -72,7 +72,7 @@ def test_encode(measure: Any, file: Files, by: str, shape: str, records: int, ba
     batches = _batches(data, batch)
     parsed = [[orjson.loads(b.line(position)) for position in range(b.count)] for b in batches]
     with_ids = [list(decode(b, Format.NDJSON, TAG, "key")) for b in batches]
-    most = max(1, PIECE_BYTES * records // len(data))  # documents of a piece
+    most = max(1, piece_bytes(len(data), records) * records // len(data))  # documents of a piece
     pieces = [documents[at : at + most] for documents in parsed for at in range(0, len(documents), most)]
 
     def extension() -> int:

@@ -20,7 +20,7 @@ VALUE_BYTES: Final = 6
 """What a value, an array or an object counts in the weight of a batch, at least: its key, its type and its length in BSON. A
 digit in an array has two bytes as text, and twelve as BSON."""
 
-SAMPLED_BYTES: Final = 251
+SAMPLED_BYTES: Final = 1021
 """One in so many bytes of a batch is looked at for its weight. A prime, since in `1,1,1` every second one is a comma."""
 
 

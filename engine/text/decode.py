@@ -23,7 +23,7 @@ from engine.text.encode import COMPILED, IDENTITY_BYTES, Encoded, Identity, Obje
 from engine.text.integers import beyond_int64, has_wide_digits, may_have_wide_digits
 from engine.text.lines import HEAD_BYTES, LONG_LINE_BYTES
 
-__all__ = ["BOM", "LONG_PIECE_BYTES", "PIECE_BYTES", "Documents", "decode", "reject"]
+__all__ = ["BOM", "LONG_PIECE_BYTES", "PIECE_BYTES", "Documents", "decode", "piece_bytes", "reject"]
 
 BOM: Final = b"\xef\xbb\xbf"
 BLANK: Final = " \t\n\r\x0b\x0c"
@@ -32,12 +32,16 @@ PIECE_BYTES: Final = 32 * 1024
 """About how many bytes of lines are parsed at a time: their documents are encoded and freed while they are still in the
 CPU cache. With a whole batch at a time, every object would be fetched from memory three times."""
 
+PIECE_LINES: Final = 8
+"""A piece grows, to four times `PIECE_BYTES` at most, until it has about so many lines: what a piece costs, whatever is in it,
+takes as long as 10 KiB of text."""
+
 LARGE_BYTES: Final = 4 * 1024 * 1024
 """More than this is one long line, which is left to the driver: it encodes straight into the message, where the extension
 would make another copy of megabytes. The line's digits are looked at before it is parsed, for the same reason."""
 
 LONG_PIECE_BYTES: Final = 256 * 1024
-"""More than this in a piece is one long line. The objects of small values in it may take fifty times its length."""
+"""A piece of more than this holds a long line. The objects of small values in it may take fifty times its length."""
 
 # Held while a long piece is parsed and encoded by the extension, so that the objects of only one are in memory. Several
 # threads would gain nothing: parsing and encoding need the interpreter.
@@ -160,7 +164,8 @@ class Documents:
             self.rejects.append(reject(batch, 0, Reason.TOO_LARGE, detail))
             return
         identities = _identities(batch, self._tag)
-        cuts = np.searchsorted(batch.ends, np.arange(PIECE_BYTES, len(batch.data), PIECE_BYTES))
+        size = piece_bytes(len(batch.data), batch.count)
+        cuts = np.searchsorted(batch.ends, np.arange(size, len(batch.data), size))
         first = 0
         for last in dict.fromkeys([*cuts[cuts > 0].tolist(), batch.count]):
             yield first, last, identities
@@ -265,6 +270,11 @@ def decode(batch: Batch, format: Format, tag: bytes, file_key: str) -> Documents
         file_key: stored with each line of text as `originalFile`.
     """
     return Documents(batch, format, tag, file_key)
+
+
+def piece_bytes(size: int, lines: int) -> int:
+    """About how many bytes of a batch of `size` bytes in so many lines are parsed at a time."""
+    return max(PIECE_BYTES, min(PIECE_LINES * size // lines, 4 * PIECE_BYTES))
 
 
 def reject(batch: Batch, position: int, reason: Reason, detail: str, code: int | None = None) -> Reject:

@@ -182,6 +182,15 @@ def test_a_long_line_is_parsed_and_encoded_while_no_other_is(monkeypatch):
 
 
 @extension
+@pytest.mark.parametrize(("length", "count", "most"), [(100, 6000, 32), (20_000, 50, 128), (400_000, 2, 512)])
+def test_a_piece_has_several_lines_unless_they_are_long(length, count, most):
+    line = b'{"a":"%b"}' % (b"x" * length)
+    parts = [len(part.raw) for part in decode(batch_of(*[line] * count), Format.NDJSON, TAG, "key").encoded()]
+    assert max(parts) <= 1.5 * most * 1024
+    assert len(parts) == pytest.approx(count * len(line) / (most * 1024), abs=2)
+
+
+@extension
 def test_the_objects_of_a_line_are_gone_when_the_driver_has_its_bytes():
     line = b'{"a":[%b]}' % b",".join([b"{}"] * 50_000)
     documents = decode(batch_of(line, line, line), Format.NDJSON, TAG, "key")
