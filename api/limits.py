@@ -90,7 +90,7 @@ class S3Calls:
         if 2 * slow >= self._most:
             raise Problem(503, "unavailable", "S3 or MongoDB does not answer earlier calls: send this again later")
         if not self._free.acquire(timeout=TURN_SECONDS):
-            what = f"{self._most} calls already wait for S3, which is the limit"
+            what = f"{self._most} calls that need S3 are already under way, which is the limit"
             raise Problem(503, "busy", f"{what}: try again shortly, or raise API_THREADS")
         with self._lock:
             self._held.add(id(req))

@@ -123,7 +123,7 @@ def objects(settings: Settings) -> Objects:
 def drain(settings: Settings, queue: Queue) -> Callable[..., list[Job]]:
     """Run one worker in this process until these jobs have ended, for at most `seconds`; returns the ended jobs."""
 
-    def run(*job_ids: str, seconds: float = 60, **changes: object) -> list[Job]:
+    def run(*job_ids: str, seconds: float = 120, **changes: object) -> list[Job]:
         stop = threading.Event()
         identity = WorkerIdentity("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
         worker = Worker(settings.model_copy(update=changes), identity, Heartbeat(), stop)

@@ -30,7 +30,7 @@ def alive(pid):
         return False
 
 
-def until(true, seconds=30, what="it"):
+def until(true, seconds=60, what="it"):
     """Wait until `true()` returns something truthy, and return it; after `seconds` the test fails."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -106,7 +106,7 @@ class Running:
     def actions(self, name):
         return [line for line in self.lines() if line["action"] == name]
 
-    def stop(self, number=signal.SIGTERM, seconds=25):
+    def stop(self, number=signal.SIGTERM, seconds=60):
         self.process.send_signal(number)
         return self.process.wait(seconds)
 

@@ -73,7 +73,7 @@ def answers(http):
 def finish(live):
     """Poll a job over HTTP until it has ended; returns its last status."""
 
-    def run(job_id, seconds=60):
+    def run(job_id, seconds=120):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             told = live.http.get(f"/status/{job_id}").json()

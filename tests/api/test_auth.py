@@ -220,7 +220,7 @@ def test_secrets_planted_in_the_settings_are_found_nowhere(settings, tmp_path):
     for command in ("api", "engine"):
         running = Running(command, settings, tmp_path / f"{command}.log", **changes)
         if command == "engine":
-            until(lambda running=running: running.actions("wait"), 20, "a word of the engine")
+            until(lambda running=running: running.actions("wait"), what="a word of the engine")
         else:
             running.process.wait(40)
         running.end()
@@ -248,7 +248,7 @@ def test_nobody_who_may_not_upload_fills_the_spool(guarded):
         token = guarded[who].headers.get("Authorization", "").encode()
         head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n"
         head += b"Authorization: " + token + b"\r\n" if token else b""
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
             line.sendall(head + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n")
             answer = line.recv(65536)
         assert status in answer.split(b"\r\n", 1)[0]

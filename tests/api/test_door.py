@@ -193,7 +193,7 @@ def test_a_spool_without_room_refuses_the_body_and_not_the_next_ones(full, tmp_p
 
 def test_a_client_that_has_left_waits_no_longer(live, submit_paused):
     for _ in range(8):
-        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+        with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
             line.sendall(
                 b"GET /status/%b HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=30\r\n\r\n" % submit_paused.encode()
             )
@@ -202,7 +202,7 @@ def test_a_client_that_has_left_waits_no_longer(live, submit_paused):
     def free():
         return live.http.get(f"/status/{submit_paused}", headers={"Prefer": "wait=1"}).status_code == 200
 
-    until(free, 5, "a place among those who wait")
+    until(free, what="a place among those who wait")
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_many_faults_of_one_request_make_no_large_answer(live):
 @pytest.mark.parametrize("length", [b"", b"Content-Length: 0\r\n"])
 def test_a_client_that_asks_first_and_sends_nothing_is_answered_and_so_is_its_next_request(live, length):
     ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n" + length + b"\r\n"
-    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
         for _ in range(2):
             line.sendall(ask)
             answer = b""
@@ -245,11 +245,11 @@ def test_a_client_that_asks_first_and_sends_nothing_is_answered_and_so_is_its_ne
 def test_a_client_that_asks_first_and_is_gone_before_the_answer_holds_up_nobody(live):
     # Sending `100 Continue` fails while the server is still parsing the request.
     for number in range(300):
-        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+        with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             length = b"0" if number % 2 else b"5"
             line.sendall(b"GET /x HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: %b\r\n\r\n" % length)
-    assert live.http.get("/healthz", timeout=10).status_code == 200
+    assert live.http.get("/healthz", timeout=30).status_code == 200
 
 
 def test_a_connection_that_ends_while_its_lock_is_held_lets_go_of_what_waits_on_it():

@@ -97,7 +97,7 @@ def test_calls_take_turns_at_s3_and_are_refused_where_it_does_not_answer(monkeyp
         calls.process_response(request, None, quick, True)
 
     held = [ask(), ask(), ask(long), ask(long)]
-    with pytest.raises(Problem, match="4 calls already wait for S3"):
+    with pytest.raises(Problem, match="4 calls that need S3 are already under way"):
         ask()
     threading.Timer(0.1, end, [held[0]]).start()
     monkeypatch.setattr("api.limits.TURN_SECONDS", 20)

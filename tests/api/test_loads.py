@@ -189,7 +189,7 @@ def test_what_comes_through_a_pipe_that_can_be_read_once_is_loaded(run, live, tm
     os.mkfifo(pipe)
     writer = subprocess.Popen(["sh", "-c", f"printf '{{\"n\":1}}\\n{{\"n\":2}}\\n' > '{pipe}'"])
     [status] = json.loads(run("load", pipe, "--wait", "--json", "--collection", "piped").out)
-    assert writer.wait(10) == 0
+    assert writer.wait(30) == 0
     assert status["progress"]["inserted"] == 2
     assert live.data["piped"].count_documents({}) == 2
 

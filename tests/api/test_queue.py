@@ -76,7 +76,10 @@ def test_a_thousand_repeats_at_once_with_one_key_make_one_job(live):
     def send():
         with httpx.Client(base_url=live.http.base_url, timeout=120) as http:
             for _ in range(50):
-                answer = http.post(f"/process/{key}", json={"collection": "once"}, headers=name)
+                while (
+                    answer := http.post(f"/process/{key}", json={"collection": "once"}, headers=name)
+                ).status_code == 503:
+                    time.sleep(0.1)  # so many are more than a server whose database stands still keeps waiting
                 if answer.status_code == 202:
                     ids.add(answer.json()["jobId"])
                 else:
@@ -107,7 +110,8 @@ def test_a_job_does_not_run_before_its_time(live, finish):
     at = datetime.now(UTC) + timedelta(seconds=2.5)
     job_id = process(live, put(live), runAt=at.isoformat()).json()["jobId"]
     time.sleep(1)
-    assert live.http.get(f"/status/{job_id}").json()["status"] == "PENDING"
+    early = live.http.get(f"/status/{job_id}").json()["status"]
+    assert early == "PENDING" or datetime.now(UTC) >= at  # on a machine that is very busy
     told = finish(job_id)
     assert told["status"] == "COMPLETED"
     assert datetime.fromisoformat(told["startedAt"]) >= at - timedelta(milliseconds=5)

@@ -340,7 +340,7 @@ def answered(live):
 
 def test_a_body_that_no_call_takes_is_refused_when_its_head_is_there(live):
     head = b"POST /process/x HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: early-1\r\nContent-Length: 1000000000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
         line.sendall(head)
         answer = line.recv(65536)
     assert b" 413 " in answer.split(b"\r\n", 1)[0]
@@ -353,7 +353,7 @@ def test_a_client_that_asks_first_is_not_asked_for_a_body_that_is_refused(live):
         b"POST /upload HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Type: multipart/form-data; boundary=x\r\n"
         b"Content-Length: 99999999999\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as line:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=30) as line:
         line.sendall(head)
         assert b" 413 " in line.recv(65536).split(b"\r\n", 1)[0]
 
@@ -362,7 +362,7 @@ def test_one_upload_too_many_is_refused_before_it_is_sent(live):
     kind = b"Content-Type: multipart/form-data; boundary=x\r\n"
     head = b"POST /upload HTTP/1.1\r\nHost: localhost\r\n" + kind + b"Content-Length: 1000\r\n\r\n"
     with contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=10)) for _ in range(5)]
+        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=30)) for _ in range(5)]
         for line in lines:
             line.sendall(head)
             time.sleep(0.05)

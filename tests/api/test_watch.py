@@ -190,7 +190,7 @@ def test_a_stop_waits_for_nobody_who_watches(live, waiting, tmp_path):
             time.sleep(1)
             assert api.stop() == 0
             for watcher in watchers:
-                watcher.join(5)
+                watcher.join(30)
     finally:
         api.end()
     assert [answer.status_code for answer in answers] == [200, 200]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bson import ObjectId
+from pymongo.errors import ConnectionFailure
 
 from engine.control.jobs import Ticket
 from engine.control.ledger import Ledger
@@ -61,8 +62,9 @@ class Rig:
         self.settings = Settings.model_validate(settings.model_dump() | HEAVY)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.store = Store(self.settings)
-        self.store.prepare()
+        # The engines are impatient, what looks at them is not: a database that stands still for seconds is no finding.
+        self.store = Store(settings)
+        self._patiently(self.store.prepare)
         self.queue = Queue(self.store, Ledger(self.store, self.settings.engine_lease_seconds))
         self.s3 = connect(self.settings)
         self.objects = Objects(self.s3, self.settings.aws_bucket_name)
@@ -107,12 +109,12 @@ class Rig:
         return self._patiently(lambda: self.queue.get(job.id)).state in TERMINAL
 
     def _patiently(self, ask):
-        """Call `ask`, again for up to a minute while the database is away; returns its result."""
+        """Call `ask`, again for up to a minute while the database is away or changes; returns its result."""
         end = time.monotonic() + 60
         while True:
             try:
                 return ask()
-            except Transient:
+            except (Transient, ConnectionFailure):
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.2)
@@ -156,18 +158,24 @@ class Rig:
 
     def verify(self, report, path, job, state="COMPLETED", **more):
         """Have the checker verify a job that has ended; problems go into the report, `more` to the checker."""
-        job = self.queue.get(job.id)
+        job = self._patiently(lambda: self.queue.get(job.id))
         if job.state != state:
             report.problems.append(f"job is {job.state}, not {state}: {job.failure}")
             return
-        if held := self.store.ranges.count_documents({"state": "LEASED"}):
+        if held := self._patiently(lambda: self.store.ranges.count_documents({"state": "LEASED"})):
             report.problems.append(f"{held} leases are still held")
+        verdict = self._patiently(lambda: self._verdict(path, job, **more))
+        report.records += job.progress.tally.lines
+        if not verdict.passed:
+            report.problems.append(str(verdict))
+
+    def _verdict(self, path, job, **more):
         key, lines, before = ObjectId(job.id), 0, {}
         for found in self.store.ranges.find({"job": key}).sort("_id", 1):
             before[found["_id"]["index"]] = lines
             lines += found["tally"]["lines"]
         with path.open("rb") as stream:
-            verdict = check(
+            return check(
                 stream,
                 self.store.data[job.options.collection],
                 self.store.rejects.find({"_id.job": key}),
@@ -177,9 +185,6 @@ class Rig:
                 job.plan.max_line_bytes,
                 **more,
             )
-        report.records += job.progress.tally.lines
-        if not verdict.passed:
-            report.problems.append(str(verdict))
 
     def holders(self, engine):
         """Pids of this engine's workers that hold a lease now; no other engine may hold one."""

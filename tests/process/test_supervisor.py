@@ -89,7 +89,7 @@ def test_no_worker_outlives_a_killed_supervisor(engine):
     workers = running.workers()
     running.process.kill()
     running.process.wait()
-    until(lambda: not any(map(alive, workers)), 2, "the end of the orphans")
+    until(lambda: not any(map(alive, workers)), what="the end of the orphans")
 
 
 def test_hup_replaces_every_worker_while_others_stand(engine):
@@ -170,7 +170,7 @@ def test_an_engine_waits_for_a_database_that_is_not_there_yet(settings, tmp_path
 
     gone = settings.model_copy(update={"mongo_uri": SecretStr("mongodb://127.0.0.1:9/headrace")})
     running = Running("engine", gone, tmp_path / "engine.log", engine_workers=1)
-    until(lambda: running.actions("wait"), 20, "a word about it")
+    until(lambda: running.actions("wait"), what="a word about it")
     assert "does not answer" in running.actions("wait")[0]["event"]
     assert running.stop() == 0
 
@@ -304,7 +304,7 @@ def test_a_log_that_nobody_empties_holds_up_neither_work_nor_a_stop(settings, su
         jobs = [submit(b'{"n":1}\n').id for _ in range(60)]
         until(lambda: all(queue.get(job).state == "COMPLETED" for job in jobs), 60, "the end of the jobs")
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(20) == 0
+        assert running.process.wait(60) == 0
     finally:
         running.end()
         os.close(read)

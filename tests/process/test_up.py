@@ -132,7 +132,7 @@ def test_nothing_outlives_a_killed_one(up):
     run = up("--records", "1000")
     run.wait_for("Serving.")
     run.process.kill()
-    until(lambda: not run.left(), 10, "the end of all its children")
+    until(lambda: not run.left(), what="the end of all its children")
 
 
 def test_a_file_of_the_reader_is_loaded_and_its_bad_lines_told(up, tmp_path):

@@ -29,12 +29,12 @@ def test_how_a_child_ended_is_told_and_it_can_still_be_waited_for(child):
     assert exit_code(child) is None
     say(child, b"3\n")
     assert until(lambda: exit_code(child), what="the end of the child") == 3
-    assert exit_code(child) == child.wait(10) == exit_code(child) == 3
+    assert exit_code(child) == child.wait(30) == exit_code(child) == 3
 
 
 def test_a_child_that_was_killed_has_the_number_of_the_signal(child):
     os.kill(child.pid, signal.SIGKILL)
-    assert until(lambda: exit_code(child), what="the end of the child") == -signal.SIGKILL == child.wait(10)
+    assert until(lambda: exit_code(child), what="the end of the child") == -signal.SIGKILL == child.wait(30)
 
 
 def test_a_lock_that_a_signal_left_taken_hides_no_end(child):

@@ -51,11 +51,11 @@ def test_a_look_that_fails_is_told_to_whoever_takes_it_and_holds_nothing():
 
 def test_what_is_found_is_known_when_the_look_is_over():
     go = threading.Event()
-    lookout = Lookout(lambda: run_of("a") if go.wait(10) else None, never)
+    lookout = Lookout(lambda: run_of("a") if go.wait(30) else None, never)
     lookout.begin()
     assert lookout.holds("a") is None
     go.set()
-    lookout._found.result(10)
+    lookout._found.result(30)
     run = lookout.holds("a")
     assert lookout.holds("b") is None
     run.lost.set()
@@ -65,21 +65,21 @@ def test_what_is_found_is_known_when_the_look_is_over():
 
 def test_what_is_found_may_begin_once_it_is_known_that_nothing_is_paused():
     go, run = threading.Event(), run_of("a")
-    lookout = Lookout(lambda: run, lambda: not go.wait(10))
+    lookout = Lookout(lambda: run, lambda: not go.wait(30))
     assert lookout.ready() is None
     lookout.begin()
-    lookout._found.result(10)
+    lookout._found.result(30)
     assert lookout.ready() is None
     lookout.begin()
     assert lookout.ready() is None
     go.set()
-    lookout._allowed.result(10)
+    lookout._allowed.result(30)
     assert lookout.ready() is run
     run.ahead = False
     assert lookout.ready() is None, "it has begun"
     assert lookout.take() is run
     lookout.begin()
-    lookout._found.result(10)
+    lookout._found.result(30)
     run.ahead = True
     assert lookout.ready() is None, "what was asked before is no answer for this look"
     lookout.close()
@@ -92,7 +92,7 @@ def test_that_nothing_is_paused_is_not_believed_for_long(monkeypatch):
     lookout = Lookout(lambda: run, never)
     lookout.begin()
     lookout.begin()
-    lookout._allowed.result(10)
+    lookout._allowed.result(30)
     now[0] += 0.9 * FRESH_SECONDS
     assert lookout.ready() is run
     now[0] += 0.2 * FRESH_SECONDS

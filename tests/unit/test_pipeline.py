@@ -212,7 +212,7 @@ def test_as_many_batches_are_written_at_a_time_as_the_window_has_room_for(monkey
         begun.append(what)
         if len(begun) == size:
             all_at_work.set()
-        assert all_at_work.wait(10)
+        assert all_at_work.wait(30)
 
     monkeypatch.setattr(pipeline, "_write", write)
     monkeypatch.setattr(
@@ -237,7 +237,7 @@ def test_fewer_batches_of_small_values_are_written_at_a_time(monkeypatch, line, 
 
     def write(run, sink, batch, close):
         at_work.add(batch)
-        all_at_work.wait(10)
+        all_at_work.wait(30)
         time.sleep(0.02)  # for one more than there may be to begin
         counts.append(len(at_work))
         at_work.remove(batch)

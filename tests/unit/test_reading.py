@@ -71,7 +71,7 @@ class Answers:
     def open(self, source, start, stop):
         self.asked.append((source, start, stop))
         self.arrived.set()
-        assert self.let_go.wait(10)
+        assert self.let_go.wait(30)
         if self.errors:
             raise self.errors.pop(0)
         reader = MagicMock()
@@ -113,7 +113,7 @@ def test_the_bytes_of_the_next_range_are_requested_before_it_begins(reading_of):
     answers, run = Answers(), next_run()
     reading = reading_of(answers)
     reading.request(run)
-    assert answers.arrived.wait(10)
+    assert answers.arrived.wait(30)
     assert answers.asked == [(run.job.source, 999, 2000 + BEYOND_BYTES)]
     assert list(map(len, read(reading, run))) == [2000 + BEYOND_BYTES - 999]
     assert len(answers.asked) == 1
@@ -126,7 +126,7 @@ def test_the_range_at_hand_does_not_take_what_was_requested_for_the_next(reading
     answers, run, following = Answers(), next_run(0, 1000, 0), next_run()
     reading = reading_of(answers)
     reading.request(following)
-    assert answers.arrived.wait(10)
+    assert answers.arrived.wait(30)
     read(reading, run)
     reading.forget(run)
     assert [start for _, start, _ in answers.asked] == [999, 0]
@@ -147,7 +147,7 @@ def test_a_request_that_was_sent_ahead_in_vain_is_repeated_at_once(reading_of):
     answers, run = Answers(Transient("away")), next_run()
     reading = reading_of(answers)
     reading.request(run)
-    assert answers.arrived.wait(10)
+    assert answers.arrived.wait(30)
     assert len(read(reading, run)) == 1
     assert len(answers.asked) == 2
     assert "retries" not in reading._stats.counts()
@@ -157,7 +157,7 @@ def test_what_a_request_that_was_sent_ahead_finds_out_is_final(reading_of):
     answers, run = Answers(ObjectChanged("overwritten")), next_run()
     reading = reading_of(answers)
     reading.request(run)
-    assert answers.arrived.wait(10)
+    assert answers.arrived.wait(30)
     with pytest.raises(ObjectChanged):
         read(reading, run)
     assert len(answers.asked) == 1
@@ -179,7 +179,7 @@ def test_an_answer_that_nobody_uses_is_dropped_even_if_it_comes_late(reading_of)
     answers, run = Answers(hang=True), next_run()
     reading = reading_of(answers)
     reading.request(run)
-    assert answers.arrived.wait(10)
+    assert answers.arrived.wait(30)
     reading.forget(run)  # without waiting
     answers.let_go.set()
     reading._requests.submit(lambda: None).result()
@@ -205,7 +205,7 @@ def test_a_range_does_not_wait_behind_the_request_of_another_that_hangs(reading_
     answers, run, following = Answers(hang=True), next_run(), next_run(2000, 3000, 2000)
     reading = reading_of(answers)
     reading.request(run)
-    assert answers.arrived.wait(10)
+    assert answers.arrived.wait(30)
     reading.forget(run)
     reading.request(following)
     quick = Answers()
