@@ -33,11 +33,11 @@ def alive(pid):
 def until(true, seconds=60, what="it"):
     """Wait until `true()` returns something truthy, and return it; after `seconds` the test fails."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := true():
-            return found
+    while not (found := true()):
+        if time.monotonic() > end:
+            pytest.fail(f"{what} did not happen within {seconds} seconds")
         time.sleep(0.05)
-    pytest.fail(f"{what} did not happen within {seconds} seconds")
+    return found
 
 
 @contextmanager
@@ -91,7 +91,8 @@ class Running:
 
     def lines(self):
         """The JSON lines of the log."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        whole = self.log.read_text().rpartition("\n")[0]  # the last line may be half written
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def workers(self):
         return [pid for pid in children(self.pid) if alive(pid)]

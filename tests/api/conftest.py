@@ -39,6 +39,9 @@ def live(servers, tmp_path_factory):
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{settings.port}", timeout=60) as http:
             until(lambda: answers(http), what="the API's first answer")
+            # A worker that has asked for work has booted, and has swept what is to be forgotten.
+            asked = {"counts.seconds_queue": {"$exists": True}}
+            until(lambda: store.workers.count_documents(asked) == 2, what="the first look of both workers")
             yield SimpleNamespace(
                 http=http,
                 port=settings.port,
@@ -60,6 +63,17 @@ def live(servers, tmp_path_factory):
         api.end()
         engine.end()
         drop(store, settings)
+
+
+def reported(live):
+    """Wait until both workers have told of all that was done before: each sends one report after the other."""
+    for _ in range(2):
+        was = {worker["_id"]: worker["at"] for worker in live.store.workers.find()}
+
+        def told(was=was):
+            return sum(worker["at"] != was.get(worker["_id"]) for worker in live.store.workers.find())
+
+        until(lambda told=told: told() == 2, what="a report of both workers")
 
 
 def answers(http):
@@ -130,13 +144,13 @@ def run(live, tmp_path):
 
 @pytest.fixture
 def start(live, tmp_path):
-    """Start a `headrace` command and return its process, which is killed after the test if it still runs."""
+    """Start a `headrace` command, or `code` in its place; its process is killed after the test if it still runs."""
     started = []
 
-    def go(*arguments, stdin=None):
+    def go(*arguments, stdin=None, code=None):
         own = {"API_URL": f"http://127.0.0.1:{live.port}", "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "api.cli", *map(str, arguments)],
+            [sys.executable, *(("-m", "api.cli") if code is None else ("-c", code)), *map(str, arguments)],
             env=os.environ | own,
             stdin=stdin,
             stdout=subprocess.DEVNULL,
@@ -152,6 +166,14 @@ def start(live, tmp_path):
     for process in started:
         process.kill()
         process.communicate()
+
+
+def watching(process):
+    """Read what a command says until it watches a job of a paused queue; returns it."""
+    said = b""
+    while b"waits for" not in said:
+        said += process.stderr.readline() or pytest.fail(f"the watch ended: {said.decode()}")
+    return said
 
 
 @pytest.fixture

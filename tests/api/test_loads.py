@@ -13,10 +13,8 @@ import pytest
 
 from api.client import Client
 from engine.errors import CommandError
-from tests.api.conftest import counted
+from tests.api.conftest import counted, watching
 from tests.running import until
-
-WATCH = ("GET", "/status/{job_id}", 200)
 
 
 def test_load_and_wait_shows_the_way_and_ends_as_the_job_did(run, file, live):
@@ -120,11 +118,33 @@ def test_a_load_may_wait_for_its_time(run, file):
     assert json.loads(run("cancel", job_id, "--json").out)["runAt"] == "2099-01-01T00:00:00.000Z"
 
 
+HELD = """
+import sys
+
+import api.cli
+from api.commands.transfer import Transfer
+
+put = Transfer._put
+
+
+def first(self, number, *given):
+    if number > 1:
+        self._stopped.wait(120)
+    return put(self, number, *given)
+
+
+Transfer._put = first
+sys.argv[0] = "headrace"
+api.cli.main()
+"""
+"""`headrace` that sends the first part of an upload only, until it is interrupted."""
+
+
 def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, start):
     path = tmp_path / "large.ndjson"
     line = b'{"text":"%s"}\n' % (b"x" * 1000)
     path.write_bytes(line * 60_000)
-    process = start("load", path, "--collection", "resumed", "--wait")
+    process = start("load", path, "--collection", "resumed", "--wait", code=HELD)
 
     def noted():
         for note in tmp_path.glob("headrace/loads/*[0-9a-f]"):
@@ -138,7 +158,7 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(run, live, tmp_path, s
     assert process.returncode == 130, said
     assert "interrupted" in said
     before = {part["partNumber"] for part in live.http.get(f"/uploads/{upload}").json()["stored"]}
-    assert before
+    assert before == {1}
     [status] = json.loads(run("load", path, "--collection", "resumed", "--wait", "--json").out)
     assert status["progress"]["inserted"] == 60_000
     assert live.http.get(f"/uploads/{upload}").status_code == 404  # the same upload, completed
@@ -198,14 +218,10 @@ def test_what_comes_through_a_pipe_that_can_be_read_once_is_loaded(run, live, tm
 def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, tmp_path, start, over):
     path, name = tmp_path / "watched.ndjson", f"watched-{over}"
     path.write_bytes(b'{"n":1}\n' * 3000)
-    before = counted(live, *WATCH)
     run("pause")
     try:
         process = start("load", path, "--collection", name, "--wait")
-        until(
-            lambda: any(b'"key"' in n.read_bytes() for n in tmp_path.glob("headrace/loads/*[0-9a-f]")), what="the note"
-        )
-        until(lambda: counted(live, *WATCH) > before, what="the watch of the job")
+        watching(process)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=30)[1].decode()
         assert process.returncode == 130
@@ -227,12 +243,11 @@ def test_a_load_that_was_interrupted_at_its_job_makes_no_second_one(run, live, t
 def test_a_load_that_was_interrupted_at_a_job_that_was_cancelled_makes_another(run, live, tmp_path, start):
     path = tmp_path / "cancelled.ndjson"
     path.write_bytes(b'{"n":1}\n' * 3000)
-    before = counted(live, *WATCH)
     run("pause")
     try:
         process = start("load", path, "--collection", "cancelled", "--wait")
-        job = until(lambda: live.store.jobs.find_one({"options.collection": "cancelled"}), what="the job")
-        until(lambda: counted(live, *WATCH) > before, what="the watch of the job")
+        watching(process)
+        job = live.store.jobs.find_one({"options.collection": "cancelled"})
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
         run("cancel", str(job["_id"]))
@@ -243,32 +258,46 @@ def test_a_load_that_was_interrupted_at_a_job_that_was_cancelled_makes_another(r
     assert (status["status"], live.data["cancelled"].count_documents({})) == ("COMPLETED", 3000)
 
 
-def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
-    def unfinished():
-        return live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
+def unfinished(live):
+    return live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
 
-    before = unfinished()
+
+def sent(live, before):
+    """Whether an upload that is not among those `before` has a part: none is on its way to S3 then."""
+    which = [
+        {name: upload[name] for name in ("Key", "UploadId")} for upload in unfinished(live) if upload not in before
+    ]
+    return any(live.s3.list_parts(Bucket=live.bucket, **upload).get("Parts") for upload in which)
+
+
+def test_standard_input_that_is_broken_off_leaves_no_upload(live, start):
+    before, asked = unfinished(live), counted(live, "GET", "/files", 200)
     process = start("load", "s3://nowhere/file", "-", "--collection", "broken", stdin=subprocess.PIPE)
     process.stdin.write(b'{"n":1}\n' * 3_000_000)
     process.stdin.flush()
-    until(lambda: len(unfinished()) > len(before), what="the upload")
+    until(lambda: sent(live, before), what="the upload")
+    until(lambda: counted(live, "GET", "/files", 200) > asked, what="the look at the bucket")
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].decode()
     assert "nothing of it is kept" in said
     assert "s3://nowhere/file: this API reads only bucket" in said  # what went wrong before the interrupt
     assert process.returncode == 130
-    assert unfinished() == before
+    assert unfinished(live) == before
     assert live.store.jobs.count_documents({"options.collection": "broken"}) == 0
 
 
-def test_an_interrupt_after_the_end_of_a_stream_tells_of_the_job_that_is_made(live, start, tmp_path):
-    process = start("load", "-", "--collection", "unwatched", "--wait", stdin=subprocess.PIPE)
-    process.stdin.write(b'{"n":1}\n' * 2_000_000)
-    process.stdin.close()
-    process.stdin = None
-    until(lambda: live.store.jobs.count_documents({"options.collection": "unwatched"}), what="the job")
-    process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[1].decode()
+def test_an_interrupt_after_the_end_of_a_stream_tells_of_the_job_that_is_made(run, live, start, tmp_path):
+    run("pause")  # it must not end before the interrupt
+    try:
+        process = start("load", "-", "--collection", "unwatched", "--wait", stdin=subprocess.PIPE)
+        process.stdin.write(b'{"n":1}\n' * 2_000_000)
+        process.stdin.close()
+        process.stdin = None
+        until(lambda: live.store.jobs.count_documents({"options.collection": "unwatched"}), what="the job")
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1].decode()
+    finally:
+        run("resume")
     [job] = live.store.jobs.find({"options.collection": "unwatched"})
     assert process.returncode == 130
     assert f"headrace status {job['_id']} --wait" in told
@@ -305,18 +334,15 @@ def test_a_file_that_two_commands_load_at_once_is_loaded_once(live, tmp_path, st
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stream_that_is_broken_off_leaves_nothing_in_s3(live, tmp_path, start, number):
-    def unfinished():
-        return live.s3.list_multipart_uploads(Bucket=live.bucket).get("Uploads", [])
-
-    before = unfinished()  # those of other tests
+    before = unfinished(live)  # those of other tests
     process = start("load", "-", stdin=subprocess.PIPE)
     process.stdin.write(b'{"n":1}\n' * 3_000_000)  # more than one part
     process.stdin.flush()
-    until(lambda: len(unfinished()) > len(before), what="the upload")
+    until(lambda: sent(live, before), what="the upload")
     process.send_signal(number)
     said = process.stderr.read().decode()
     assert (process.wait(30), "interrupted; standard input" in said) == (130, True), said
-    assert unfinished() == before
+    assert unfinished(live) == before
 
 
 def test_a_file_that_goes_through_the_api_shows_its_way(run, file):

@@ -95,7 +95,7 @@ def test_what_is_described_is_what_is_answered(live, described):
             case.headers.pop("Prefer", None)
             # A valid key may be answered with 404, and a header that the server refuses never reaches the application.
             excluded = [checks.positive_data_acceptance, checks.ignored_auth]
-            case.call_and_validate(base_url=str(live.http.base_url), excluded_checks=excluded)
+            case.call_and_validate(base_url=str(live.http.base_url), excluded_checks=excluded, timeout=60)
 
         try:
             call()

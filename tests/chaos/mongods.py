@@ -39,7 +39,7 @@ class Mongods:
         for port in self.ports:
             with self.direct(port) as client:
                 self._until(lambda client=client: client.admin.command("ping"))
-        with self.direct(self.ports[0]) as client:
+        with self.direct(self.ports[0], 20_000) as client:
             client.admin.command("replSetInitiate", {"_id": SET, "members": members, "settings": fast})
         self._until(self.primary)
 
@@ -53,9 +53,10 @@ class Mongods:
         hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
         return f"mongodb://{hosts}/headrace?replicaSet={SET}"
 
-    def direct(self, port):
+    def direct(self, port, wait=500):
+        """A client of one member, which waits for `wait` milliseconds until it can be reached."""
         return MongoClient(
-            "127.0.0.1", port, directConnection=True, serverSelectionTimeoutMS=500, socketTimeoutMS=20000
+            "127.0.0.1", port, directConnection=True, serverSelectionTimeoutMS=wait, socketTimeoutMS=20000
         )
 
     def start(self, port):

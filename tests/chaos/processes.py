@@ -10,7 +10,7 @@ from engine.control.leases import DEATHS
 from engine.model import RangeState
 from engine.steps import Step
 from tests.chaos import corpus
-from tests.chaos.rig import HEAVY, Report, Rig, kill, made
+from tests.chaos.rig import HEAVY, Report, Rig, kill, made, patience
 from tests.running import alive, until
 
 SMALL_IN_SHORT = {Step.PLANNED, Step.LEASED, Step.WRITTEN, Step.CLOSE, Step.FINISH}
@@ -47,7 +47,7 @@ def kills(settings, folder, short):
         path = rig.folder / "small.ndjson"
         corpus.mixed(path, 99, 80, 0.05)
         jobs = rig.submit_small(path, 50 if short else 1000)
-        engine = rig.engine()
+        engine = rig.engine(CHAOS_SLOW=0.1 if short else 0)  # they must not end before the first is killed
         for _ in rig.under_way(*jobs, seconds=600, pause=0.15):
             if victims := rig.holders(engine):
                 report.faults["kills among small jobs"] += kill(draw.choice(victims))
@@ -152,7 +152,7 @@ def ranges(settings, folder, short):
         path = made(rig, 60_000 if short else 1_000_000)
         jobs = [rig.submit(path) for _ in range(2 if short else 4)]
         # It is slow, so that the other engine joins before the end.
-        first = rig.engine(ready=False, engine_range_bytes="128KiB", CHAOS_SLOW=0.02)
+        first = rig.engine(ready=False, engine_range_bytes="128KiB", CHAOS_SLOW=0.2 if short else 0.02)
         until(lambda: rig.store.ranges.find_one({"state": "LEASED"}), what="the first lease")
         rig.engine(engine_range_bytes="300KiB")
         report.faults["joins while running"] += rig.busy(jobs)
@@ -178,7 +178,7 @@ def zombies(settings, folder, short):
     with Rig(settings, folder) as rig:
         path = made(rig, 60_000 if short else 300_000)
         for _ in range(1 if short else 3):
-            first = rig.engine(engine_range_bytes="256KiB", CHAOS_SLOW=0.02)
+            first = rig.engine(engine_range_bytes="256KiB", CHAOS_SLOW=0.3)
             job = rig.submit(path)
             held = until(
                 lambda first=first: len(found := rig.holders(first)) == 2 and found, what="a lease of each worker"
@@ -205,7 +205,7 @@ def zombies(settings, folder, short):
             for pid in reversed(pids):
                 kill(pid, signal.SIGCONT)
             report.faults["ranges held by others at the waking"] += len(others)
-            until(lambda first=first: first.actions("lost"), 20, "a zombie that finds its lease lost")
+            until(lambda first=first: first.actions("lost"), 60, "a zombie that finds its lease lost")
             report.faults["leases found lost"] += len(first.actions("lost"))
             rig.wait(job)
             if lost := second.actions("lost"):
@@ -233,9 +233,7 @@ def supervisors(settings, folder, short):
             report.faults["kills"] += rig.busy(jobs)
             kill(engine.pid)
             engine.process.wait()
-            time.sleep(2)
-            if any(map(alive, workers)):
-                report.problems.append("a worker outlived its supervisor by two seconds")
+            until(lambda workers=workers: not any(map(alive, workers)), patience(2, short), "the end of the orphans")
         rig.engine()
         rig.settle(report, path, jobs)
     return report
@@ -301,8 +299,8 @@ def hung(settings, folder, short):
             job = rig.submit(path)
             until(fired.exists, what="the hang")
             report.faults["hangs"] += 1
-            patience = HEAVY["engine_watchdog_seconds"] + 3
-            until(lambda engine=engine: engine.actions("kill"), patience, f"the end of a worker that is {hang}")
+            most = patience(HEAVY["engine_watchdog_seconds"] + 3, short)
+            until(lambda engine=engine: engine.actions("kill"), most, f"the end of a worker that is {hang}")
             engine.ready(3)
             until(lambda engine=engine: len(engine.workers()) == 2, what="a worker in its place")
             rig.wait(job)
@@ -316,7 +314,7 @@ def hosts(settings, folder, short):
     with Rig(settings, folder) as rig:
         path = made(rig, 100_000 if short else 1_000_000)
         for _ in range(1 if short else 5):
-            lost = rig.engine(engine_range_bytes="2MiB")
+            lost = rig.engine(engine_range_bytes="2MiB", CHAOS_SLOW=0.3)
             job = rig.submit(path)
             until(lambda lost=lost: rig.holders(lost), what="a lease")
             pids = [lost.pid, *lost.workers()]
@@ -327,7 +325,7 @@ def hosts(settings, folder, short):
             other = rig.engine(engine_range_bytes="2MiB")
             until(
                 lambda held=held: not rig.store.ranges.find_one({"token": {"$in": list(held)}}),
-                rig.settings.engine_lease_seconds + 10,
+                patience(rig.settings.engine_lease_seconds + 10, short),
                 "the release of what a dead host held",
             )
             rig.wait(job)
@@ -355,7 +353,7 @@ def clocks(settings, folder, short):
         for dies, lives in ((off, 0),) if short else ((off, 0), (0, off)):
             with Rig(settings, folder) as rig:
                 path = made(rig, 30_000 if short else 300_000)
-                lost = rig.engine(engine_range_bytes="512KiB", CHAOS_CLOCK=dies, CHAOS_SLOW=0.02)
+                lost = rig.engine(engine_range_bytes="512KiB", CHAOS_CLOCK=dies, CHAOS_SLOW=1)
                 job = rig.submit(path)
                 until(lambda lost=lost, rig=rig: rig.holders(lost), what="a lease")
                 for pid in (lost.pid, *lost.workers()):
@@ -365,7 +363,7 @@ def clocks(settings, folder, short):
                 rig.engine(engine_range_bytes="512KiB", CHAOS_CLOCK=lives)
                 until(
                     lambda held=held, rig=rig: not rig.store.ranges.find_one({"token": {"$in": held}}),
-                    rig.settings.engine_lease_seconds + 10,
+                    patience(rig.settings.engine_lease_seconds + 10, short),
                     f"the release of what a host held whose clock was {dies} s off",
                 )
                 rig.wait(job)
@@ -374,7 +372,7 @@ def clocks(settings, folder, short):
         path = made(rig, 1000)
         engine = rig.engine(CHAOS_CLOCK=3600, CHAOS_CLOCK_SIGNS=1)
         job = rig.submit(path)
-        until(lambda: any("clock" in line["event"] for line in engine.lines()), 20, "a word about the clock")
+        until(lambda: any("clock" in line["event"] for line in engine.lines()), what="a word about the clock")
         report.faults["refused signatures"] += 1
         if rig.ended(job) or rig.queue.get(job.id).attempts:
             report.problems.append("a wrong clock failed the job for good, or spent an attempt of it")

@@ -66,7 +66,7 @@ class Rig:
         self.store = Store(settings)
         self._patiently(self.store.prepare)
         self.queue = Queue(self.store, Ledger(self.store, self.settings.engine_lease_seconds))
-        self.s3 = connect(self.settings)
+        self.s3 = connect(settings)
         self.objects = Objects(self.s3, self.settings.aws_bucket_name)
         self._stack = ExitStack()
 
@@ -199,6 +199,11 @@ def kill(pid, number=signal.SIGKILL):
     except ProcessLookupError:
         return False
     return True
+
+
+def patience(seconds, short):
+    """How long to wait for what the engine promises within `seconds`: the short version may share a slow machine."""
+    return 120 if short else seconds
 
 
 def made(rig, count, seed=1):

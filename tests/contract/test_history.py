@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -122,11 +123,11 @@ def test_ranges_that_are_all_put_off_tell_why(store, queue, plans, ledger, sourc
     history, failure = History(store), Failure("transient", "S3 is away")
     assert history.ranges(job.id).put_off is None
     first = ledger.lease(job.id, "w1")
-    ledger.postpone(first, first.confirmed, first.tally, failure)
+    ledger.postpone(replace(first, attempts=3), first.confirmed, first.tally, failure)
     assert history.ranges(job.id).put_off is None  # the other range need not wait
     second = ledger.lease(job.id, "w1")
     assert history.ranges(job.id).put_off == "S3 is away"  # the other range is LEASED, and no longer counts
-    ledger.postpone(second, second.confirmed, second.tally, Failure("transient", "S3 is slow"))
+    ledger.postpone(replace(second, attempts=3), second.confirmed, second.tally, Failure("transient", "S3 is slow"))
     assert history.ranges(job.id).put_off in ("S3 is away", "S3 is slow")
     store.ranges.update_many({}, [{"$set": {"notBefore": "$$NOW"}}])
     assert history.ranges(job.id).put_off is None
@@ -173,6 +174,7 @@ def test_a_count_of_jobs_that_hangs_keeps_nobody_else(store, queue, source, monk
 def test_who_asks_while_another_counts_is_told_of_no_older_count(store, queue, source, monkeypatch):
     history, counting = History(store), threading.Event()
     monkeypatch.setattr("engine.control.history.CHEAP_SECONDS", 60)
+    monkeypatch.setattr("engine.control.history.NEXT_SECONDS", 60)
     assert history.backlog().states[JobState.PENDING] == 0
     queue.submit(source, JobOptions())
     real = history._count

@@ -94,7 +94,7 @@ def test_an_object_that_s3_does_not_show_in_time_holds_up_nobody(
             return objects.open(found, start, stop)
 
     hung, moves = Hung(), []
-    quick = settings.model_copy(update={"engine_lease_seconds": 3.0})
+    quick = settings.model_copy(update={"engine_lease_seconds": 8.0})
     planner = Planner(store, queue, plans, ledger, hung, quick, lambda: moves.append(1))
     others = [objects.upload(io.BytesIO(b"{}"), f"{uuid.uuid4().hex}.json") for _ in range(3)]
     jobs = [queue.submit(each, JobOptions()) for each in (source, *others)]
@@ -204,7 +204,7 @@ def test_what_hangs_holds_up_no_job_that_is_looked_at_with_it_or_after_it(
         return [queue.submit(each, JobOptions()) for each in made]
 
     hung = Hung()
-    quick = settings.model_copy(update={"engine_lease_seconds": 3.0})
+    quick = settings.model_copy(update={"engine_lease_seconds": 8.0})
     planner = Planner(store, queue, plans, ledger, hung, quick, lambda: None)
     try:
         stuck, fine = jobs("hung", 8), jobs("fine", 8)

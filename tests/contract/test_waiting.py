@@ -149,7 +149,7 @@ def test_a_job_that_was_put_off_since_it_was_seen_is_claimed_by_nobody(store, qu
     plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
     assert plans.claim([job], "other") == []
     # As if put off by an older version, which does not know the flag.
-    store.jobs.update_one({}, {"$unset": {"waiting": ""}})
+    store.jobs.update_one({}, {"$unset": {"waiting": ""}, "$set": {"notBefore": LATER}})
     assert plans.claim([job], "other") == []
     plans.postpone(claimed, Failure("unreachable", "S3 does not answer"))
     assert queue.get(job.id).attempts == 1

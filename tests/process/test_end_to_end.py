@@ -235,8 +235,8 @@ def test_small_jobs_wait_their_turn_without_losing_their_leases(store, submit, d
     other = threading.Thread(target=expire)
     other.start()
     try:
-        with failing(store.client, ["insert"], **taking(900)):
-            ended = drain(*(job.id for job in jobs), engine_lease_seconds=6.0, engine_writers=1)
+        with failing(store.client, ["insert"], **taking(1500)):
+            ended = drain(*(job.id for job in jobs), engine_lease_seconds=10.0, engine_writers=1)
     finally:
         over.set()
         other.join()

@@ -155,7 +155,7 @@ def test_a_job_that_fails_ends_with_exit_code_3_and_says_why(up, tmp_path):
     [("weed", "weed was killed by SIGKILL"), ("headrace: supervisor", "`headrace engine` was killed by SIGKILL")],
 )
 def test_a_part_that_dies_under_the_job_ends_it_in_a_sentence(up, victim, said):
-    run = up("--once", "--records", "100000")
+    run = up("--records", "100000")
     run.wait_for("Uploading")
     [pid] = [pid for pid in run.left() if Path(command_line(pid).split("\0")[0]).name == victim]
     os.kill(pid, signal.SIGKILL)
@@ -187,7 +187,7 @@ def test_a_job_that_ctrl_c_cuts_short_goes_on_the_next_time_with_nothing_loaded_
     second.wait_for("Serving.")
     client = MongoClient(re.search(r"MongoDB +(\S+)", second.said).group(1))
     with client:
-        until(lambda: client["headrace"]["records"].count_documents({}) == 400_000, 60, "the rest of the job")
+        until(lambda: client["headrace"]["records"].count_documents({}) == 400_000, 180, "the rest of the job")
     second.process.send_signal(signal.SIGINT)
     assert second.finish() == 0
     assert "Uploading" not in second.said
@@ -232,7 +232,7 @@ def test_settings_of_a_server_that_is_not_named_are_told(up, name):
 
 
 def test_ctrl_c_before_it_serves_ends_it_quietly(up):
-    run = up("--once", "--records", "1000")
+    run = up("--once", "--records", "1000000")  # it must not end before the interrupt
     run.wait_for("Starting")
     run.process.send_signal(signal.SIGINT)
     assert run.finish() == 130
@@ -243,11 +243,11 @@ def test_ctrl_c_before_it_serves_ends_it_quietly(up):
 def test_ctrl_c_while_servers_are_started_is_never_lost(up):
     # Python only prints an exception that a signal handler raises during a fork.
     for turn in range(6):
-        run = up("--records", "1000")
+        run = up("--records", "1000000")
         run.wait_for("Starting")
         time.sleep(turn / 1000)
         run.process.send_signal(signal.SIGINT)
-        assert run.finish(20) == 0
+        assert run.finish() == 0
         assert "Traceback" not in run.said
         assert "Serving" not in run.said
     assert run.left() == []

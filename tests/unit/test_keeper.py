@@ -159,7 +159,7 @@ def test_a_keeper_of_what_comes_next_is_awake(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("engine.load.keeper.TICK_SECONDS", 0.05)
     keeper = Keeper(Mock(), Mock(), 30, lambda: 0.0, lambda run: None)
     ticked = threading.Event()
-    monkeypatch.setattr(keeper, "tick", lambda run, begun: ticked.set())
+    monkeypatch.setattr(keeper, "tick", lambda run, begun=True: ticked.set())
     keeper.start()
     keeper.hold_next(waiting())
     assert ticked.wait(30)

@@ -28,7 +28,8 @@ class Told:
         self.workers.append("gone")
 
 
-def test_a_worker_that_leaves_while_it_tells_tells_nothing_twice_and_is_gone():
+def test_a_worker_that_leaves_while_it_tells_tells_nothing_twice_and_is_gone(monkeypatch):
+    monkeypatch.setattr("engine.control.stats.REPORT_SECONDS", 60)
     told, stats = Told(), Stats()
     reporter = Reporter(
         SimpleNamespace(workers=told, totals=told, data=SimpleNamespace(name="records")), "me", 0, stats, dict

@@ -130,7 +130,9 @@ def test_urls_that_grow_old_are_asked_for_anew(sent, monkeypatch):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_stream_is_whole_or_broken_off_and_never_something_between(late):
+def test_a_stream_is_whole_or_broken_off_and_never_something_between(late, monkeypatch):
+    if not late:
+        monkeypatch.setattr(module, "LAST_CALL_SECONDS", 30)
     api, wholes = Api(), []
     transfer = Transfer(api)
 
