@@ -244,9 +244,9 @@ def test_a_crowd_of_watchers_is_bounded_and_an_upload_goes_through(live, waiting
                     with lock:
                         statuses.append((answer.status_code, answer.headers.get("Retry-After")))
                     if answer.status_code == 200:
-                        time.sleep(3)
+                        time.sleep(10)  # so that all have asked before one leaves, even on a busy machine
             else:
-                answer = http.get(f"/status/{waiting}", headers={"Prefer": "wait=3"})
+                answer = http.get(f"/status/{waiting}", headers={"Prefer": "wait=10"})
                 with lock:
                     statuses.append((answer.status_code, answer.headers.get("Retry-After")))
 
@@ -262,7 +262,7 @@ def test_a_crowd_of_watchers_is_bounded_and_an_upload_goes_through(live, waiting
         thread.join()
     busy = [retry for status, retry in statuses if status == 429]
     assert {status for status, _ in statuses} == {200, 429}
-    assert len(busy) >= 60
+    assert len(busy) >= 84
     assert all(busy)
     # The watchers have left: there is room again, after one heartbeat at the latest.
     end = time.monotonic() + 60
