@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -26,9 +27,12 @@ from engine.s3.client import connect
 from engine.s3.objects import Objects
 from engine.settings import Settings
 from engine.text.batches import Batch
+from tests.running import patiently
 
-# How long an example takes depends on the machine, and says nothing about what is tested.
-hypothesis.settings.register_profile("any machine", deadline=None)
+# How long an example takes depends on the machine, and says nothing about what is tested. Fixtures may be used by all
+# examples of a test, as tests are written here.
+suppressed = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=suppressed)
 hypothesis.settings.load_profile("any machine")
 
 PREFIXES = ("AWS_", "ENGINE_", "API_", "MONGO_", "PORT")
@@ -87,7 +91,7 @@ def settings(servers: LocalServers, clean_environment: None) -> Settings:
 @pytest.fixture
 def store(settings: Settings) -> Iterator[Store]:
     made = Store(settings)
-    made.prepare()
+    patiently(made.prepare)
     yield made
     drop(made, settings)
 
@@ -95,7 +99,7 @@ def store(settings: Settings) -> Iterator[Store]:
 def drop(store: Store, settings: Settings) -> None:
     """Remove the databases and close the client."""
     for name in (settings.data_db(), settings.engine_control_db):
-        store.client.drop_database(name)
+        patiently(partial(store.client.drop_database, name))
     store.close()
 
 
@@ -128,11 +132,16 @@ def drain(settings: Settings, queue: Queue) -> Callable[..., list[Job]]:
         identity = WorkerIdentity("here", uuid.uuid4().hex, 0, 0, (), os.getpid())
         worker = Worker(settings.model_copy(update=changes), identity, Heartbeat(), stop)
 
+        def ended(job_id: str) -> bool:
+            return patiently(lambda: queue.get(job_id)).state in TERMINAL
+
         def watch() -> None:
             until = time.monotonic() + seconds
-            while time.monotonic() < until and not all(queue.get(job_id).state in TERMINAL for job_id in job_ids):
-                time.sleep(0.02)
-            stop.set()
+            try:
+                while time.monotonic() < until and not all(map(ended, job_ids)):
+                    time.sleep(0.02)
+            finally:
+                stop.set()
 
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -10,8 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from pymongo.errors import ConnectionFailure
 
 from engine.children import before_exec
+from engine.errors import Transient
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +40,18 @@ def until(true, seconds=60, what="it"):
             pytest.fail(f"{what} did not happen within {seconds} seconds")
         time.sleep(0.05)
     return found
+
+
+def patiently(ask, seconds=60):
+    """Call `ask`, again for up to `seconds` while the database is away or changes; returns its result."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except (Transient, ConnectionFailure):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
 
 
 @contextmanager

@@ -23,6 +23,16 @@ from tests.conftest import drop, own_settings
 from tests.running import ROOT, Running, failing, taking, until
 
 
+class Patient(httpx.Client):
+    """A client that sends again what is answered 503, as the answer asks: MongoDB or S3 may stand still for a while."""
+
+    def request(self, method, url, **how):
+        end = time.monotonic() + 60
+        while (answer := super().request(method, url, **how)).status_code == 503 and time.monotonic() < end:
+            time.sleep(0.2)
+        return answer
+
+
 @pytest.fixture(scope="session")
 def live(servers, tmp_path_factory):
     """An API and an engine for all tests of the session, with clients of the API, of S3 and of the databases."""
@@ -37,7 +47,7 @@ def live(servers, tmp_path_factory):
     store = Store(settings)
     s3 = connect(settings)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{settings.port}", timeout=60) as http:
+        with Patient(base_url=f"http://127.0.0.1:{settings.port}", timeout=60) as http:
             until(lambda: answers(http), what="the API's first answer")
             # A worker that has asked for work has booted, and has swept what is to be forgotten.
             asked = {"counts.seconds_queue": {"$exists": True}}

@@ -375,9 +375,15 @@ def test_who_has_been_answered_may_send_the_next_at_once(live):
     """Four clients, as many as may upload at a time, each send one file after another: none is refused."""
     data = b"x" * (6 * MIB)
 
+    def sent(http):
+        while (answer := http.post("/upload", files={"file": ("a", data)})).status_code == 503:
+            if "unavailable" not in answer.json()["type"]:  # that is for S3 to say
+                break
+        return answer.status_code
+
     def send(turns):
         with httpx.Client(base_url=live.http.base_url, timeout=60) as http:
-            return [http.post("/upload", files={"file": ("a", data)}).status_code for _ in range(turns)]
+            return [sent(http) for _ in range(turns)]
 
     with ThreadPoolExecutor(4) as pool:
         found = [code for codes in pool.map(send, [10] * 4) for code in codes]

@@ -10,20 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bson import ObjectId
-from pymongo.errors import ConnectionFailure
 
 from engine.control.jobs import Ticket
 from engine.control.ledger import Ledger
 from engine.control.queue import Queue
 from engine.control.store import Store
-from engine.errors import Transient
 from engine.model import TERMINAL, JobOptions
 from engine.s3.client import connect
 from engine.s3.objects import Objects
 from engine.settings import Settings
 from tests.chaos import corpus
 from tests.chaos.checker import check
-from tests.running import Running, title
+from tests.running import Running, patiently, title
 
 HEAVY = {
     "engine_lease_seconds": 3,
@@ -64,7 +62,7 @@ class Rig:
         self.folder.mkdir(parents=True, exist_ok=True)
         # The engines are impatient, what looks at them is not: a database that stands still for seconds is no finding.
         self.store = Store(settings)
-        self._patiently(self.store.prepare)
+        patiently(self.store.prepare)
         self.queue = Queue(self.store, Ledger(self.store, self.settings.engine_lease_seconds))
         self.s3 = connect(settings)
         self.objects = Objects(self.s3, self.settings.aws_bucket_name)
@@ -95,7 +93,7 @@ class Rig:
             source = self.objects.upload(content, f"{uuid.uuid4().hex}-{path.name}")
         asked = JobOptions(**{"collection": f"c{uuid.uuid4().hex[:8]}", "max_errors": 10**9} | options)
         ticket = Ticket(uuid.uuid4().hex, "")  # so that it can be submitted again after an error
-        return self._patiently(lambda: self.queue.submit(source, asked, ticket))
+        return patiently(lambda: self.queue.submit(source, asked, ticket))
 
     def submit_small(self, path, count):
         """Submit `count` jobs, each for its own copy of the file; workers load small ones together."""
@@ -106,18 +104,7 @@ class Rig:
 
     def ended(self, job):
         """Whether a job has ended."""
-        return self._patiently(lambda: self.queue.get(job.id)).state in TERMINAL
-
-    def _patiently(self, ask):
-        """Call `ask`, again for up to a minute while the database is away or changes; returns its result."""
-        end = time.monotonic() + 60
-        while True:
-            try:
-                return ask()
-            except (Transient, ConnectionFailure):
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.2)
+        return patiently(lambda: self.queue.get(job.id)).state in TERMINAL
 
     def under_way(self, *jobs, seconds=240, pause=0.1):
         """Yield every `pause` seconds until these jobs have ended. Raises AssertionError after `seconds`."""
@@ -158,13 +145,13 @@ class Rig:
 
     def verify(self, report, path, job, state="COMPLETED", **more):
         """Have the checker verify a job that has ended; problems go into the report, `more` to the checker."""
-        job = self._patiently(lambda: self.queue.get(job.id))
+        job = patiently(lambda: self.queue.get(job.id))
         if job.state != state:
             report.problems.append(f"job is {job.state}, not {state}: {job.failure}")
             return
-        if held := self._patiently(lambda: self.store.ranges.count_documents({"state": "LEASED"})):
+        if held := patiently(lambda: self.store.ranges.count_documents({"state": "LEASED"})):
             report.problems.append(f"{held} leases are still held")
-        verdict = self._patiently(lambda: self._verdict(path, job, **more))
+        verdict = patiently(lambda: self._verdict(path, job, **more))
         report.records += job.progress.tally.lines
         if not verdict.passed:
             report.problems.append(str(verdict))

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import boto3
 import pytest
 from botocore.exceptions import ClientError, ConnectionClosedError
-from hypothesis import HealthCheck, given
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from moto import mock_aws
@@ -80,7 +80,7 @@ def test_an_upload_of_any_size_is_stored_whole(s3, size):
     assert objects.head(source.key) == source
 
 
-@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=30)
 @given(data=st.data())
 def test_a_ranged_read_gives_exactly_its_bytes(s3, data):
     objects, _, _ = s3
