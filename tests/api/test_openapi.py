@@ -81,7 +81,7 @@ def test_the_page_needs_no_internet(live):
 LEFT_OUT = re.compile(r"/(events|pause)$")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_what_is_described_is_what_is_answered(live, described):
     seen, wrong = [], []
     for found in from_dict(described).get_all_operations():
@@ -163,7 +163,7 @@ def ask(http, method, path, given):
     return None
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("part", range(2))
 def test_five_hundred_hostile_strings_in_every_place_end_in_no_error_of_ours(live, part):
     live.s3.put_object(Bucket=live.bucket, Key="HOSTILE", Body=b"{}\n")

@@ -85,7 +85,7 @@ def steps(settings, folder, short):
                 # `nth` jobs, since some steps are reached only once per job.
                 jobs = [rig.submit(path) for _ in range(nth)]
                 fired = _crashing(rig, step, nth, engine_batch_records=300, engine_range_bytes="128KiB")
-                rig.wait(*jobs, seconds=90)
+                rig.wait(*jobs)
                 _crashed(report, rig, "crashes", fired, path, jobs)
             if step in ONLY_OF_LARGE_JOBS or (short and step not in SMALL_IN_SHORT):
                 continue
@@ -99,7 +99,7 @@ def steps(settings, folder, short):
                     rig.queue.pause()
                     jobs += rig.submit_small(path, 6)
                     rig.queue.resume()
-                    rig.wait(*jobs, seconds=90)
+                    rig.wait(*jobs)
                 _crashed(report, rig, "crashes of small jobs", fired, path, jobs)
     return report
 

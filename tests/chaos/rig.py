@@ -7,6 +7,7 @@ import time
 import uuid
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bson import ObjectId
@@ -119,7 +120,7 @@ class Rig:
         """Wait until these jobs have ended; returns them."""
         for _ in self.under_way(*jobs, seconds=seconds):
             pass
-        return [self.queue.get(job.id) for job in jobs]
+        return [patiently(partial(self.queue.get, job.id)) for job in jobs]
 
     def busy(self, jobs):
         """Whether any of these jobs has not ended: only then does a fault count."""

@@ -8,7 +8,7 @@ import pytest
 from tests.chaos.scenarios import SCENARIOS
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_lost_and_nothing_is_there_twice(name, settings, tmp_path):
     report = SCENARIOS[name](settings, tmp_path / name, True)
