@@ -74,6 +74,7 @@ def steps(settings, folder, short):
     """A crash at every labelled step, the first, second and third time that it is reached, among large jobs and among
     small ones loaded together."""
     report = Report("steps", {"crashes": 0, "crashes of small jobs": 0})
+    most = 240 if short else 90  # the short version may share a slow machine
     for step in Step:
         for nth in (1,) if short else (1, 2, 3):
             with Rig(settings, folder) as rig:
@@ -85,7 +86,7 @@ def steps(settings, folder, short):
                 # `nth` jobs, since some steps are reached only once per job.
                 jobs = [rig.submit(path) for _ in range(nth)]
                 fired = _crashing(rig, step, nth, engine_batch_records=300, engine_range_bytes="128KiB")
-                rig.wait(*jobs)
+                rig.wait(*jobs, seconds=most)
                 _crashed(report, rig, "crashes", fired, path, jobs)
             if step in ONLY_OF_LARGE_JOBS or (short and step not in SMALL_IN_SHORT):
                 continue
@@ -99,7 +100,7 @@ def steps(settings, folder, short):
                     rig.queue.pause()
                     jobs += rig.submit_small(path, 6)
                     rig.queue.resume()
-                    rig.wait(*jobs)
+                    rig.wait(*jobs, seconds=most)
                 _crashed(report, rig, "crashes of small jobs", fired, path, jobs)
     return report
 
